@@ -1,0 +1,61 @@
+"""Diffusion processes, their losses and samplers. `create_diffusion` builds a process from DiT's arguments."""
+
+from .flow import FlowMatching
+from .gaussian_diffusion import GaussianDiffusion
+from .schedules import named_betas, space_timesteps
+
+OBJECTIVES = ("epsilon", "x0", "v", "flow")
+
+
+def create_diffusion(
+    timestep_respacing: str | int | None = "",
+    noise_schedule: str = "linear",
+    use_kl: bool = False,
+    sigma_small: bool = False,
+    predict_xstart: bool = False,
+    learn_sigma: bool = True,
+    rescale_learned_sigmas: bool = False,
+    diffusion_steps: int = 1000,
+    objective: str = "epsilon",
+    time_sampling: str = "uniform",
+) -> GaussianDiffusion | FlowMatching:
+    """Build a process. All but the last two arguments, and all defaults, are DiT's.
+
+    Args:
+        timestep_respacing: which timesteps sampling visits: "" all, "250" evenly spread, "10,10,5" by section, "ddim50"
+            by a whole stride.
+        noise_schedule: "linear" or "squaredcos_cap_v2".
+        use_kl: train on the variational bound alone.
+        sigma_small: where the variance is fixed: the posterior's, instead of beta's.
+        predict_xstart: the same as objective="x0".
+        learn_sigma: the network's second half of channels is the variance. Means nothing to flow.
+        rescale_learned_sigmas: count the bound T/1000-fold beside the MSE.
+        diffusion_steps: T of the process before respacing.
+        objective: what the network predicts: "epsilon", "x0", "v", or "flow": the velocity of the straight path, a
+            process without a schedule or variance, on which the other arguments have no bearing.
+        time_sampling: of training timesteps: "uniform", or "logit-normal" (flow only).
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective {objective!r} is unknown; allowed: {', '.join(OBJECTIVES)}")
+    if not isinstance(diffusion_steps, int) or diffusion_steps < 1:
+        raise ValueError(f"diffusion_steps {diffusion_steps!r} is not a whole number of at least 1")
+    if predict_xstart and objective not in ("epsilon", "x0"):
+        raise ValueError(f"predict_xstart contradicts objective {objective!r}")
+    timesteps = space_timesteps(diffusion_steps, "" if timestep_respacing is None else timestep_respacing)
+
+    if objective == "flow":
+        gaussian = dict(noise_schedule=noise_schedule != "linear", use_kl=use_kl, sigma_small=sigma_small,
+                        rescale_learned_sigmas=rescale_learned_sigmas)
+        if any(gaussian.values()):
+            raise ValueError(f"{', '.join(name for name, given in gaussian.items() if given)}: without meaning for flow")
+        return FlowMatching(len(timesteps), time_sampling)
+
+    if time_sampling != "uniform":
+        raise ValueError(f"time_sampling {time_sampling!r} needs objective 'flow'")
+    return GaussianDiffusion(
+        named_betas(noise_schedule, diffusion_steps),
+        timesteps,
+        prediction="x0" if predict_xstart else objective,
+        variance="learned_range" if learn_sigma else "fixed_small" if sigma_small else "fixed_large",
+        loss="rescaled_kl" if use_kl else "rescaled_mse" if rescale_learned_sigmas else "mse",
+    )

@@ -1,0 +1,68 @@
+"""Flow matching on the straight path, also known as rectified flow and as alpha-blending.
+
+x_t = (1 - t) x_0 + t eps for t in [0, 1], 1 = noise; the network predicts the velocity eps - x_0. Sources: Lipman et al.
+(arXiv:2210.02747), Liu et al. (arXiv:2209.03003), Heitz et al. (arXiv:2305.03486); logit-normal t: Esser et al.
+(arXiv:2403.03206).
+
+Legend: B batch, C channels, H W size. A model receives 1000 t.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+MODEL_TIME = 1000  # models take t on the scale 0..1000
+TIME_SAMPLING = ("uniform", "logit-normal")
+
+
+class FlowMatching:
+    """The straight path, sampled in `num_timesteps` equal steps.
+
+    Args:
+        num_timesteps: steps of a sampler. Training does not use it.
+        time_sampling: of the t of training samples: uniform on [0, 1], or sigmoid(N(0, 1)).
+    """
+
+    learn_sigma = False  # a deterministic path has no variance to learn
+
+    def __init__(self, num_timesteps: int = 1000, time_sampling: str = "uniform"):
+        if time_sampling not in TIME_SAMPLING:
+            raise ValueError(f"time_sampling {time_sampling!r} is unknown; allowed: {', '.join(TIME_SAMPLING)}")
+        self.num_timesteps = num_timesteps
+        self.time_sampling = time_sampling
+        self.grid = tuple(1 - step / num_timesteps for step in range(num_timesteps + 1))  # 1 .. 0
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x_t (B, C, H, W) at t (B,)."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        t = t.view(-1, *[1] * (x_start.dim() - 1))
+        return (1 - t) * x_start + t * noise
+
+    def alpha_sigma(self, t: float) -> tuple[float, float]:
+        """x_t = alpha x_0 + sigma eps at a time of `grid`."""
+        return 1 - t, t
+
+    def predict(self, model: Callable, x: Tensor, t: float,
+                denoised_fn: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """The predicted x_0 and epsilon, (B, C, H, W) each, of a batch that stands at time t > 0 of `grid`."""
+        velocity = model(x, torch.full((len(x),), MODEL_TIME * t, device=x.device)).to(x.dtype)
+        x_start = x - t * velocity
+        if denoised_fn is None:
+            return x_start, x_start + velocity
+        x_start = denoised_fn(x_start)
+        return x_start, (x - (1 - t) * x_start) / t
+
+    def sample_times(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw the t of `count` training samples: (count,) in [0, 1], on the generator's device."""
+        if self.time_sampling == "logit-normal":
+            return torch.randn(count, generator=generator, device=generator.device).sigmoid()
+        return torch.rand(count, generator=generator, device=generator.device)
+
+    def training_losses(self, model: Callable, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None,
+                        noise: Tensor | None = None) -> dict[str, Tensor]:
+        """{"loss", "mse"}: the squared error of the velocity, mean over all but the batch: (B,) each."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        velocity = model(self.q_sample(x_start, t, noise), MODEL_TIME * t, **(model_kwargs or {})).float()
+        mse = ((velocity - (noise - x_start)) ** 2).flatten(1).mean(dim=1)
+        return {"loss": mse, "mse": mse}

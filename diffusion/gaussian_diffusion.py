@@ -1,0 +1,260 @@
+"""The discrete Gaussian process of DDPM: q(x_t | x_0), its posterior, p(x_{t-1} | x_t), and the losses.
+
+Sources: DDPM (Ho et al., arXiv:2006.11239), Improved DDPM (Nichol & Dhariwal, arXiv:2102.09672), v-prediction
+(Salimans & Ho, arXiv:2202.00512).
+
+Legend: B batch, C channels, H W size, T timesteps of this process. t (B,) holds whole numbers 0..T-1, 0 nearest to the
+data; the model is given `timestep_map[t]`, the same moment in the process before respacing. abar is alphas_cumprod.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import samplers
+
+Model = Callable[..., Tensor]  # (x (B, C, H, W), t (B,), **model_kwargs) -> (B, C or 2C, H, W)
+
+PREDICTIONS = ("epsilon", "x0", "v")
+VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+LOSSES = ("mse", "rescaled_mse", "rescaled_kl")
+
+
+class GaussianDiffusion:
+    """A process of T = len(betas) steps, or of those of them that `timesteps` keeps.
+
+    Args:
+        betas: (T,) float64, each in (0, 1].
+        timesteps: ascending timesteps to keep (all by default); the kept ones are joined by larger betas.
+        prediction: what the network's first C channels predict.
+        variance: of p(x_{t-1} | x_t): the posterior's, beta_t, or learned between the two by C more channels.
+        loss: "mse"; "rescaled_mse", the bound counted T/1000-fold beside it; "rescaled_kl", the bound alone, T-fold.
+    """
+
+    def __init__(self, betas: np.ndarray, timesteps: list[int] | None = None, prediction: str = "epsilon",
+                 variance: str = "learned_range", loss: str = "mse"):
+        for value, allowed in ((prediction, PREDICTIONS), (variance, VARIANCES), (loss, LOSSES)):
+            if value not in allowed:
+                raise ValueError(f"{value!r} is unknown; allowed: {', '.join(allowed)}")
+        if not (0 < np.min(betas) and np.max(betas) <= 1):
+            raise ValueError("betas must lie in (0, 1]")
+        self.prediction, self.variance, self.loss = prediction, variance, loss
+        self.learn_sigma = variance == "learned_range"
+        self.timestep_map = list(range(len(betas)) if timesteps is None else timesteps)
+
+        abar = np.cumprod(1 - np.asarray(betas, dtype=np.float64))[self.timestep_map]
+        abar_prev = np.append(1.0, abar[:-1])
+        betas = 1 - abar / abar_prev
+        self.betas, self.alphas_cumprod, self.alphas_cumprod_prev = betas, abar, abar_prev
+        self.num_timesteps = len(betas)
+        self.grid = tuple(range(self.num_timesteps - 1, -2, -1))  # the times a sampler visits; -1 is the data
+
+        # q(x_{t-1} | x_t, x_0), DDPM Eq. 6-7. Its variance is 0 at t = 0: the log takes t = 1's there.
+        self.posterior_variance = betas * (1 - abar_prev) / (1 - abar)
+        first = self.posterior_variance[1] if len(betas) > 1 else betas[0]
+        self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
+        self.posterior_mean_coef1 = betas * np.sqrt(abar_prev) / (1 - abar)
+        self.posterior_mean_coef2 = (1 - abar_prev) * np.sqrt(1 - betas) / (1 - abar)
+        self._tables = {
+            "alpha": np.sqrt(abar), "sigma": np.sqrt(1 - abar),
+            "recip_alpha": np.sqrt(1 / abar), "recip_snr": np.sqrt(1 / abar - 1), "log_beta": np.log(betas),
+            "large_log_variance": np.log(np.append(first, betas[1:])),
+            "small_log_variance": self.posterior_log_variance_clipped, "posterior_variance": self.posterior_variance,
+            "mean_coef1": self.posterior_mean_coef1, "mean_coef2": self.posterior_mean_coef2,
+            "timestep_map": np.asarray(self.timestep_map),
+        }
+        self._on_device: dict[torch.device, dict[str, Tensor]] = {}
+
+    def _at(self, name: str, t: Tensor, like: Tensor | None = None) -> Tensor:
+        """Row t (B,) of a table, in fp32 and shaped to broadcast with `like`. Tables are copied to a device once."""
+        if t.device not in self._on_device:
+            self._on_device[t.device] = {
+                key: torch.as_tensor(table, dtype=None if key == "timestep_map" else torch.float32).to(t.device)
+                for key, table in self._tables.items()}
+        rows = self._on_device[t.device][name][t]
+        return rows if like is None else rows.view(-1, *[1] * (like.dim() - 1))
+
+    # --- forward process and the changes of variable between x_0, epsilon and v ------------------
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Draw x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (DDPM Eq. 4): (B, C, H, W)."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        return self._at("alpha", t, x_start) * x_start + self._at("sigma", t, x_start) * noise
+
+    def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (B, C, H, W) and log-variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0), DDPM Eq. 6-7."""
+        mean = self._at("mean_coef1", t, x_t) * x_start + self._at("mean_coef2", t, x_t) * x_t
+        return mean, self._at("small_log_variance", t, x_t)
+
+    def _xstart_from(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        match self.prediction:
+            case "epsilon":
+                return self._at("recip_alpha", t, x) * x - self._at("recip_snr", t, x) * prediction
+            case "v":
+                return self._at("alpha", t, x) * x - self._at("sigma", t, x) * prediction
+            case "x0":
+                return prediction
+
+    def _target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        match self.prediction:
+            case "epsilon":
+                return noise
+            case "v":
+                return self._at("alpha", t, noise) * noise - self._at("sigma", t, noise) * x_start
+            case "x0":
+                return x_start
+
+    # --- reverse process -------------------------------------------------------------------------
+
+    def p_mean_variance(self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool = True,
+                        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+                        model_kwargs: dict | None = None) -> dict[str, Tensor]:
+        """p(x_{t-1} | x_t): "mean", "variance", "log_variance" and "pred_xstart", each (B, C, H, W), in fp32.
+
+        `denoised_fn`, then clipping to [-1, 1], is applied to the predicted x_0.
+        """
+        out = model(x, self._at("timestep_map", t), **(model_kwargs or {})).to(x.dtype)
+        channels = x.shape[1] * (2 if self.learn_sigma else 1)
+        if out.shape[1] != channels:
+            raise ValueError(f"the model returned {out.shape[1]} channels; a process with variance {self.variance!r} takes "
+                             f"{channels}: learn_sigma of the model and of create_diffusion must agree")
+        pred_xstart = self._xstart_from(out[:, : x.shape[1]], x, t)
+        pred_xstart = denoised_fn(pred_xstart) if denoised_fn else pred_xstart
+        pred_xstart = pred_xstart.clamp(-1, 1) if clip_denoised else pred_xstart
+        mean, small = self.q_posterior_mean_variance(pred_xstart, x, t)
+        match self.variance:
+            case "fixed_small":  # exactly 0 at t = 0, which a logarithm cannot say
+                log_variance, variance = small, self._at("posterior_variance", t, x)
+            case "fixed_large":
+                log_variance = self._at("large_log_variance", t, x)
+                variance = log_variance.exp()
+            case "learned_range":  # Improved DDPM Eq. 15
+                share = (out[:, x.shape[1] :] + 1) / 2
+                log_variance = share * self._at("log_beta", t, x) + (1 - share) * small
+                variance = log_variance.exp()
+        return {"mean": mean, "variance": variance.expand_as(x), "log_variance": log_variance.expand_as(x),
+                "pred_xstart": pred_xstart}
+
+    def alpha_sigma(self, t: int) -> tuple[float, float]:
+        """x_t = alpha x_0 + sigma eps at a time of `grid`."""
+        abar = 1.0 if t == -1 else float(self.alphas_cumprod[t])
+        return math.sqrt(abar), math.sqrt(1 - abar)
+
+    def predict(self, model: Model, x: Tensor, t: int,
+                denoised_fn: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """The predicted x_0 and epsilon, (B, C, H, W) each, of a batch that stands at time t of `grid`."""
+        times = torch.full((len(x),), t, device=x.device)
+        x_start = self.p_mean_variance(model, x, times, clip_denoised=False, denoised_fn=denoised_fn)["pred_xstart"]
+        alpha, sigma = self.alpha_sigma(t)
+        return x_start, (x - alpha * x_start) / sigma
+
+    # --- losses ----------------------------------------------------------------------------------
+
+    def sample_times(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw the t of `count` training samples, uniform over 0..T-1: (count,), on the generator's device."""
+        return torch.randint(self.num_timesteps, (count,), generator=generator, device=generator.device)
+
+    def training_losses(self, model: Model, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None,
+                        noise: Tensor | None = None) -> dict[str, Tensor]:
+        """"loss" (B,), and the terms it is the sum of: "mse", and "vb" (bits per dimension) where the variance is learned."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        x_t = self.q_sample(x_start, t, noise)
+        out = model(x_t, self._at("timestep_map", t), **(model_kwargs or {})).float()
+        if self.loss == "rescaled_kl":
+            return {"loss": self._bound(out, x_start, x_t, t) * self.num_timesteps}
+        prediction, *rest = out.split(x_start.shape[1], dim=1)
+        terms = {"mse": mean_flat((self._target(x_start, noise, t) - prediction) ** 2)}
+        if self.learn_sigma:  # the bound trains the variance alone: the mean is held (Improved DDPM, section 3.1)
+            terms["vb"] = self._bound(torch.cat([prediction.detach(), *rest], dim=1), x_start, x_t, t)
+            if self.loss == "rescaled_mse":
+                terms["vb"] = terms["vb"] * (self.num_timesteps / 1000)
+        return terms | {"loss": sum(terms.values())}
+
+    def _bound(self, out: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The term of the variational bound at t, in bits per dimension: (B,). At t = 0 the decoder's likelihood."""
+        p = self.p_mean_variance(lambda *_: out, x_t, t, clip_denoised=False)
+        true_mean, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
+        kl = mean_flat(normal_kl(true_mean, true_log_variance, p["mean"], p["log_variance"]))
+        nll = -mean_flat(discretized_gaussian_log_likelihood(x_start, p["mean"], 0.5 * p["log_variance"]))
+        return torch.where(t == 0, nll, kl) / math.log(2)
+
+    # --- loops, by the names that DiT's users know; samplers.py does the work --------------------
+
+    def p_sample_loop(self, model: Model, shape: tuple[int, ...], noise: Tensor | None = None, **options) -> Tensor:
+        """Samples of `shape` (B, C, H, W) after T ancestral steps. Options: those of p_sample_loop_progressive."""
+        return last(self.p_sample_loop_progressive(model, shape, noise, **options))
+
+    def ddim_sample_loop(self, model: Model, shape: tuple[int, ...], noise: Tensor | None = None, **options) -> Tensor:
+        """Samples of `shape` (B, C, H, W) after T steps of DDIM. Options: those of p_sample_loop_progressive, and eta."""
+        return last(self.ddim_sample_loop_progressive(model, shape, noise, **options))
+
+    def ddim_sample_loop_progressive(self, model: Model, shape: tuple[int, ...], noise: Tensor | None = None,
+                                     eta: float = 0.0, **options) -> Iterator[dict[str, Tensor]]:
+        """p_sample_loop_progressive with DDIM's steps; eta 0 is deterministic, eta 1 as noisy as DDPM."""
+        return self.p_sample_loop_progressive(model, shape, noise, sampler=partial(samplers.ddim, eta=eta), **options)
+
+    def p_sample_loop_progressive(
+            self, model: Model, shape: tuple[int, ...], noise: Tensor | None = None, clip_denoised: bool = True,
+            denoised_fn: Callable[[Tensor], Tensor] | None = None, model_kwargs: dict | None = None,
+            device: torch.device | str | None = None, progress: bool = False,
+            noise_source: Callable[[int], Tensor] | None = None,
+            sampler: Callable = samplers.ddpm) -> Iterator[dict[str, Tensor]]:
+        """Yield {"sample", "pred_xstart"}, (B, C, H, W) each, after each step.
+
+        Starts from `noise`, or a fresh draw on `device` (by default the model's). Later noise is `noise_source(step)`,
+        step counted from 0, or fresh draws. `progress` shows a bar.
+        """
+        if noise is None:
+            device = device or next(getattr(model, "__self__", model).parameters()).device
+            noise = torch.randn(shape, device=device)
+
+        def denoised(x_start: Tensor) -> Tensor:
+            x_start = denoised_fn(x_start) if denoised_fn else x_start
+            return x_start.clamp(-1, 1) if clip_denoised else x_start
+
+        steps = sampler(self, partial(model, **(model_kwargs or {})), noise.to(device),
+                        noise_source or (lambda step: torch.randn_like(noise)), denoised_fn=denoised)
+        with torch.no_grad():
+            yield from tqdm(steps, total=self.num_timesteps, disable=not progress)
+
+
+def last(steps: Iterator[dict[str, Tensor]]) -> Tensor:
+    """The sample of the last step."""
+    for step in steps:
+        sample = step["sample"]
+    return sample
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """Mean over all but the batch: (B, ...) -> (B,)."""
+    return x.flatten(1).mean(dim=1)
+
+
+def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N(mean1, variance1) || N(mean2, variance2)), elementwise, in nats.
+
+    The terms cancel: summed in another order, fp32 rounding alone moves the rescaled bound by 4e-5 at t = 999.
+    """
+    return 0.5 * (-1.0 + log_variance2 - log_variance1 + torch.exp(log_variance1 - log_variance2)
+                  + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
+
+
+def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
+    """log P, in nats, of x in [-1, 1] rounded to 256 levels, under N(means, exp(log_scales)^2). DDPM Eq. 13.
+
+    The outermost levels reach to infinity. The normal CDF is the tanh approximation with which the published models
+    were trained.
+    """
+    def cdf(z: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    centered, inverse_scale, half_level = x - means, torch.exp(-log_scales), 1 / 255
+    above = cdf(inverse_scale * (centered + half_level))
+    below = cdf(inverse_scale * (centered - half_level))
+    probability = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    return probability.clamp(min=1e-12).log()

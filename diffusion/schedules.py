@@ -1,0 +1,70 @@
+"""Noise schedules, and which of their timesteps a shorter process keeps. Plain numpy in float64."""
+
+import math
+
+import numpy as np
+
+
+def linear_betas(num_timesteps: int) -> np.ndarray:
+    """DDPM's linear schedule (Ho et al., arXiv:2006.11239), stretched so that any number of steps ends in the same noise."""
+    scale = 1000 / num_timesteps
+    return np.linspace(scale * 0.0001, scale * 0.02, num_timesteps, dtype=np.float64)
+
+
+def squaredcos_cap_v2_betas(num_timesteps: int) -> np.ndarray:
+    """Improved DDPM's cosine schedule (Nichol & Dhariwal, arXiv:2102.09672, Eq. 17), betas at most 0.999."""
+    u = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
+    alpha_bar = np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+SCHEDULES = {"linear": linear_betas, "squaredcos_cap_v2": squaredcos_cap_v2_betas}
+
+
+def named_betas(name: str, num_timesteps: int) -> np.ndarray:
+    """The betas of a schedule in SCHEDULES: (num_timesteps,) float64."""
+    if name not in SCHEDULES:
+        raise ValueError(f"noise_schedule {name!r} is unknown; allowed: {', '.join(SCHEDULES)}")
+    betas = SCHEDULES[name](num_timesteps)
+    if betas.max() > 1:
+        raise ValueError(f"noise_schedule {name!r} needs more steps than {num_timesteps}: a beta would exceed 1")
+    return betas
+
+
+def space_timesteps(num_timesteps: int, respacing: str | int) -> list[int]:
+    """The timesteps, ascending, that a respacing string keeps out of 0..num_timesteps-1.
+
+    "" keeps all; "250" spreads 250 evenly; "10,10,5" splits the process in three equal sections and spreads 10, 10 and 5
+    over them; "ddim50" keeps every n-th timestep from 0, for the whole n that gives exactly 50.
+    """
+    respacing = str(respacing).strip()
+    if respacing.startswith("ddim"):
+        return strided_timesteps(num_timesteps, parse_count(respacing[len("ddim") :], respacing))
+    counts = [parse_count(part, respacing) for part in respacing.split(",")] if respacing else [num_timesteps]
+    size, extra = divmod(num_timesteps, len(counts))
+    timesteps, start = [], 0
+    for section, count in enumerate(counts):
+        length = size + (section < extra)
+        if count > length:
+            raise ValueError(f"respacing {respacing!r}: a section has only {length} timesteps, {count} were asked for")
+        stride = (length - 1) / (count - 1) if count > 1 else 1
+        timesteps += [start + round(stride * i) for i in range(count)]
+        start += length
+    return timesteps
+
+
+def parse_count(text: str, respacing: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ValueError(f"respacing {respacing!r} is not understood; write '', '250', '10,10,5' or 'ddim50', counts from 1")
+    return int(text)
+
+
+def strided_timesteps(num_timesteps: int, count: int) -> list[int]:
+    """Every n-th timestep from 0, for the smallest whole n that keeps exactly `count` (DDIM's spacing)."""
+    kept = {len(range(0, num_timesteps, n)): n for n in range(num_timesteps, 0, -1)}
+    if count not in kept:
+        nearest = sorted(sorted(kept, key=lambda other: abs(other - count))[:2])
+        raise ValueError(
+            f"respacing 'ddim{count}': no whole stride over {num_timesteps} timesteps keeps {count}; the nearest that "
+            f"exist are ddim{' and ddim'.join(map(str, nearest))}, and '{count}' spreads {count} unevenly")
+    return list(range(0, num_timesteps, kept[count]))

@@ -1,0 +1,437 @@
+"""Backbones for class-conditional (latent) diffusion: DiT, DiNext and DiNext-U.
+
+- DiT: Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv:2212.09748). State-dict keys, initialisation and
+  outputs are those of the published weights.
+- DiNext: the same depth and width with ConvNeXt-V2 blocks (Woo et al., arXiv:2301.00808) under adaLN-Zero.
+- DiNext-U: the same block at three resolutions, after FCDM (fully convolutional diffusion models).
+
+Legend: B batch, C channels of the image or latent, H W its size, h w the size in tokens, N = h*w tokens, D width,
+p patch size, L number of classes. Inside a block the channels come last: (B, N, D) in DiT, (B, h, w, D) in DiNext.
+
+Every backbone is called as `model(x, t, y)` and falls in two at a seam, where features can be reused:
+
+    c = model.condition(t, y)               # what the blocks are conditioned on
+    state = model.encode(x, c, split)       # the first `split` blocks
+    out = model.decode(state, c, split)     # the other ones; (B, C or 2C, H, W)
+"""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn as nn
+from timm.layers import GlobalResponseNormMlp, Mlp, PatchEmbed, to_2tuple
+from timm.models.vision_transformer import Attention
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+# -------------------------------------------------------------------------------------------------
+# Embedders and conditioning
+# -------------------------------------------------------------------------------------------------
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps on the scale 0..1000, whole or fractional -> vectors: (B,) -> (B, D)."""
+
+    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.frequency_embedding_size = frequency_embedding_size
+
+    @staticmethod
+    def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
+        """Sinusoids of `dim // 2` frequencies from 1 down to 1/max_period: (B,) -> (B, dim), cosines first, in fp32."""
+        half = dim // 2
+        frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+        angles = t[:, None].float() * frequencies
+        embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return F.pad(embedding, (0, dim % 2))
+
+    def forward(self, t: Tensor) -> Tensor:
+        frequencies = self.timestep_embedding(t, self.frequency_embedding_size)  # (B, 256)
+        return self.mlp(frequencies.to(self.mlp[0].weight.dtype))                # (B, D)
+
+
+class LabelEmbedder(nn.Module):
+    """Class ids 0..L-1, and the null class L that stands for "no label" -> vectors: (B,) -> (B, D)."""
+
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift, with x (B, ..., D) and one (B, D) vector of each a sample."""
+    return x * (1 + over_positions(scale, x)) + over_positions(shift, x)
+
+
+def over_positions(vector: Tensor, x: Tensor) -> Tensor:
+    """View (B, D) as (B, 1, ..., 1, D), to broadcast over the positions of x (B, ..., D)."""
+    return vector.view(len(vector), *[1] * (x.dim() - 2), -1)
+
+
+def sincos_position_embedding(grid_size: tuple[int, int], dim: int) -> Tensor:
+    """DiT's fixed position embedding: half of the channels for the column, half for the row: (1, h*w, dim)."""
+    h, w = grid_size
+    frequencies = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+
+    def embed(position: Tensor) -> Tensor:
+        angles = position.flatten()[:, None].double() * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    return torch.cat([embed(columns), embed(rows)], dim=1).float()[None]
+
+
+def adaln(hidden_size: int, vectors: int) -> nn.Sequential:
+    """The projection of c (B, D) to `vectors` modulation vectors (B, vectors * D)."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, vectors * hidden_size))
+
+
+# -------------------------------------------------------------------------------------------------
+# Blocks
+# -------------------------------------------------------------------------------------------------
+
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero: attention and MLP, each modulated before and gated after."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.adaLN_modulation = adaln(hidden_size, 6)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # (B, D) each
+        x = x + over_positions(gate_a, x) * self.attn(modulate(self.norm1(x), shift_a, scale_a))       # (B, N, D)
+        return x + over_positions(gate_m, x) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))     # (B, N, D)
+
+
+class DiNextBlock(nn.Module):
+    """ConvNeXt-V2 block with adaLN-Zero, one residual: depthwise 7x7 -> modulated LayerNorm -> MLP with GRN -> gate."""
+
+    def __init__(self, hidden_size: int, mlp_ratio: float = 3.0):
+        super().__init__()
+        self.dwconv = nn.Conv2d(hidden_size, hidden_size, kernel_size=7, padding=3, groups=hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = GlobalResponseNormMlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = adaln(hidden_size, 3)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        scale, shift, gate = self.adaLN_modulation(c).chunk(3, dim=1)  # (B, D) each
+        h = channels_last(self.dwconv(channels_first(x)))              # (B, h, w, D)
+        h = self.mlp(modulate(self.norm(h), shift, scale))             # (B, h, w, D)
+        return x + over_positions(gate, x) * h                         # (B, h, w, D)
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm and a projection of each token to its p*p pixels: (B, ..., D) -> (B, ..., p*p*C)."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = adaln(hidden_size, 2)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """(B, h, w, D) -> (B, D, h, w), a view: a contiguous x is then in the channels_last memory format."""
+    return x.permute(0, 3, 1, 2)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(B, D, h, w) -> (B, h, w, D), a view."""
+    return x.permute(0, 2, 3, 1)
+
+
+# -------------------------------------------------------------------------------------------------
+# Networks
+# -------------------------------------------------------------------------------------------------
+
+
+class Backbone(nn.Module):
+    """What all networks share: sizes, the seam between encode and decode, DiT's guidance, gradient checkpointing.
+
+    A network adds `blocks`, in the order in which they run, and condition, encode and decode.
+
+    Args:
+        input_size: H = W, or (H, W), of the image or latent.
+        in_channels: C.
+        num_classes: L; label L is the null class. 1 makes the network unconditional in effect.
+        learn_sigma: the output has 2C channels, the second half for the variance.
+        gradient_checkpointing: recompute each block in the backward pass, for memory.
+    """
+
+    def __init__(self, input_size: int | tuple[int, int], in_channels: int, num_classes: int, learn_sigma: bool,
+                 gradient_checkpointing: bool, size_multiple: int):
+        super().__init__()
+        self.input_size = to_2tuple(input_size)
+        if any(size < 1 or size % size_multiple for size in self.input_size):
+            raise ValueError(f"input_size {self.input_size} (H, W) must be positive multiples of {size_multiple}")
+        if in_channels < 1 or num_classes < 1:
+            raise ValueError(f"in_channels ({in_channels}) and num_classes ({num_classes}) must be at least 1")
+        self.in_channels = in_channels
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.num_classes = num_classes
+        self.learn_sigma = learn_sigma
+        self.gradient_checkpointing = gradient_checkpointing
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Predict from noisy x (B, C, H, W), t (B,) in 0..1000 and y (B,) in 0..L: (B, C or 2C, H, W)."""
+        c = self.condition(t, y)
+        return self.decode(self.encode(x, c), c)
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
+        """DiT's classifier-free guidance on a doubled batch, whose second half carries the null label.
+
+        Both halves see the first half of x; the first three channels are guided (all where there are fewer).
+        """
+        half = x[: len(x) // 2]
+        out = self(torch.cat([half, half]), t, y)
+        guided = min(3, self.in_channels)
+        conditional, unconditional = out[:, :guided].chunk(2)
+        eps = unconditional + cfg_scale * (conditional - unconditional)
+        return torch.cat([torch.cat([eps, eps]), out[:, guided:]], dim=1)
+
+    def run_blocks(self, blocks: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
+        for block in blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, use_reentrant=False)
+            else:
+                x = block(x, c)
+        return x
+
+    def resolve_split(self, split: int | None) -> int:
+        """The number of blocks before the seam; `default_split` for None."""
+        split = self.default_split if split is None else split
+        if not 0 <= split <= len(self.blocks):
+            raise ValueError(f"split {split} is not in 0..{len(self.blocks)}, the number of blocks")
+        return split
+
+
+def initialize(network: nn.Module) -> None:
+    """DiT's initialisation, in place: Xavier matrices, N(0, 0.02) embedders, and zero for biases, modulations and output.
+
+    A zero gate makes every block the identity at first (adaLN-Zero). Depthwise kernels keep PyTorch's default.
+    """
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            if getattr(module, "groups", 1) == 1:
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+            nn.init.zeros_(module.bias)
+    for module in network.modules():
+        if isinstance(module, TimestepEmbedder):
+            nn.init.normal_(module.mlp[0].weight, std=0.02)
+            nn.init.normal_(module.mlp[2].weight, std=0.02)
+        elif isinstance(module, LabelEmbedder):
+            nn.init.normal_(module.embedding_table.weight, std=0.02)
+        elif isinstance(module, (DiTBlock, DiNextBlock, FinalLayer, ConvHead)):
+            nn.init.zeros_(module.adaLN_modulation[-1].weight)
+        if isinstance(module, (FinalLayer, ConvHead)):
+            nn.init.zeros_(module.linear.weight)
+
+
+class Isotropic(Backbone):
+    """One resolution throughout: patches -> blocks -> pixels. DiT and DiNext add their blocks."""
+
+    def __init__(self, blocks: list[nn.Module], token_format: str, input_size: int | tuple[int, int], patch_size: int,
+                 in_channels: int, hidden_size: int, num_classes: int, learn_sigma: bool, gradient_checkpointing: bool):
+        super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, patch_size)
+        self.patch_size = patch_size
+        self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, hidden_size, output_fmt=token_format)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.blocks = nn.ModuleList(blocks)
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.default_split = round(len(blocks) * 18 / 28)  # Faster Diffusion's cut of DiT-XL, as a share
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """t (B,) in 0..1000, y (B,) in 0..L -> c (B, D)."""
+        return self.t_embedder(t) + self.y_embedder(y)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> tokens (B, N, D) or (B, h, w, D)."""
+        return self.x_embedder(x)
+
+    def encode(self, x: Tensor, c: Tensor, split: int | None = None) -> tuple[Tensor]:
+        """x (B, C, H, W) -> the tokens after the first `split` blocks."""
+        return (self.run_blocks(self.blocks[: self.resolve_split(split)], self.embed(x), c),)
+
+    def decode(self, state: tuple[Tensor], c: Tensor, split: int | None = None) -> Tensor:
+        """The tokens after the first `split` blocks -> (B, C or 2C, H, W)."""
+        (x,) = state
+        x = self.run_blocks(self.blocks[self.resolve_split(split) :], x, c)
+        return self.unpatchify(self.final_layer(x, c))
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """(B, N or h w, p*p*C) -> (B, C, H, W)."""
+        h, w = self.x_embedder.grid_size
+        p = self.patch_size
+        x = x.reshape(len(x), h, w, p, p, self.out_channels)
+        return torch.einsum("bhwpqc->bchpwq", x).reshape(len(x), self.out_channels, h * p, w * p)
+
+
+class DiT(Isotropic):
+    """Diffusion transformer. A published `.pt` loads with strict=True."""
+
+    def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
+                 hidden_size: int = 1152, depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0,
+                 num_classes: int = 1000, learn_sigma: bool = True, gradient_checkpointing: bool = False):
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads}) and of 4")
+        blocks = [DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)]
+        super().__init__(blocks, "NLC", input_size, patch_size, in_channels, hidden_size, num_classes, learn_sigma,
+                         gradient_checkpointing)
+        positions = sincos_position_embedding(self.x_embedder.grid_size, hidden_size)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, N, D)
+        initialize(self)
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.x_embedder(x) + self.pos_embed
+
+
+class DiNext(Isotropic):
+    """DiT with ConvNeXt-V2 blocks: at equal depth and width, half the parameters and multiply-accumulates."""
+
+    def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
+                 hidden_size: int = 1152, depth: int = 28, mlp_ratio: float = 3.0, num_classes: int = 1000,
+                 learn_sigma: bool = True, gradient_checkpointing: bool = False):
+        blocks = [DiNextBlock(hidden_size, mlp_ratio) for _ in range(depth)]
+        super().__init__(blocks, "NHWC", input_size, patch_size, in_channels, hidden_size, num_classes, learn_sigma,
+                         gradient_checkpointing)
+        initialize(self)
+
+
+class DiNextU(Backbone):
+    """DiNext blocks in a U of three resolutions (1, 1/2, 1/4) and five stages, without patches, after FCDM.
+
+    `hidden_size` is the width of the first stage; each halving of the resolution doubles it.
+    """
+
+    LEVELS = (0, 1, 2, 1, 0)  # of the five stages: stage s runs at 1/2**level of the resolution
+
+    def __init__(self, input_size: int | tuple[int, int] = 32, in_channels: int = 4, hidden_size: int = 128,
+                 depths: tuple[int, int, int, int, int] = (2, 4, 8, 4, 2), mlp_ratio: float = 3.0,
+                 num_classes: int = 1000, learn_sigma: bool = True, gradient_checkpointing: bool = False):
+        super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, size_multiple=4)
+        if len(depths) != 5 or min(depths) < 1 or hidden_size % 2:
+            raise ValueError(f"depths {depths} must be five positive numbers, and hidden_size ({hidden_size}) even")
+        widths = [hidden_size * 2**level for level in range(3)]
+        self.depths = tuple(depths)
+        self.stem = nn.Conv2d(in_channels, hidden_size, kernel_size=3, padding=1)
+        self.t_embedders = nn.ModuleList(TimestepEmbedder(width) for width in widths)
+        self.y_embedders = nn.ModuleList(LabelEmbedder(num_classes, width) for width in widths)
+        self.blocks = nn.ModuleList(
+            DiNextBlock(widths[level], mlp_ratio) for level, depth in zip(self.LEVELS, depths) for _ in range(depth))
+        self.resamplers = nn.ModuleList(  # [s] stands before the first block of stage s + 1
+            [Downsample(widths[0]), Downsample(widths[1]), Upsample(widths[2]), Upsample(widths[1])])
+        self.head = ConvHead(hidden_size, self.out_channels)
+        self.default_split = sum(depths[:3])  # the way down and the middle
+        initialize(self)
+
+    def condition(self, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        """t (B,) in 0..1000, y (B,) in 0..L -> one c a resolution: (B, D), (B, 2D), (B, 4D)."""
+        return tuple(embed_t(t) + embed_y(y) for embed_t, embed_y in zip(self.t_embedders, self.y_embedders))
+
+    def encode(self, x: Tensor, c: tuple[Tensor, ...], split: int | None = None) -> tuple[Tensor, ...]:
+        """x (B, C, H, W) -> the features after the first `split` blocks, then the skips still open, outermost first."""
+        x = channels_last(self.stem(x))
+        return self.run_stages((x,), c, 0, self.resolve_split(split))
+
+    def decode(self, state: tuple[Tensor, ...], c: tuple[Tensor, ...], split: int | None = None) -> Tensor:
+        """What encode returned for the same split -> (B, C or 2C, H, W)."""
+        (x,) = self.run_stages(state, c, self.resolve_split(split), len(self.blocks))
+        return self.head(x, c[0])
+
+    def run_stages(self, state: tuple[Tensor, ...], c: tuple[Tensor, ...], start: int, stop: int) -> tuple[Tensor, ...]:
+        """Blocks start..stop-1. A change of resolution runs with the first block after it."""
+        x, *skips = state
+        first = 0
+        for stage, (level, depth) in enumerate(zip(self.LEVELS, self.depths)):
+            if stage in (1, 2) and start <= first < stop:
+                skips.append(x)
+                x = self.resamplers[stage - 1](x)
+            elif stage in (3, 4) and start <= first < stop:
+                x = self.resamplers[stage - 1](x, skips.pop())
+            blocks = self.blocks[max(first, start) : min(first + depth, stop)]
+            x = self.run_blocks(blocks, x, c[level])
+            first += depth
+        return (x, *skips)
+
+
+class Downsample(nn.Module):
+    """(B, h, w, D) -> (B, h/2, w/2, 2D), by 3x3 convolution to D/2 and pixel unshuffle."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width // 2, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_last(F.pixel_unshuffle(self.conv(channels_first(x)), 2)).contiguous()
+
+
+class Upsample(nn.Module):
+    """(B, h, w, D) and a skip (B, 2h, 2w, D/2) -> (B, 2h, 2w, D/2), by 3x3 convolution to 2D and pixel shuffle."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, 2 * width, kernel_size=3, padding=1)
+        self.merge = nn.Linear(width, width // 2)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = channels_last(F.pixel_shuffle(self.conv(channels_first(x)), 2))  # (B, 2h, 2w, D/2)
+        return self.merge(torch.cat([x, skip], dim=-1))
+
+
+class ConvHead(nn.Module):
+    """Modulated LayerNorm and a 3x3 convolution: (B, H, W, D) -> (B, C or 2C, H, W)."""
+
+    def __init__(self, hidden_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Conv2d(hidden_size, out_channels, kernel_size=3, padding=1)
+        self.adaLN_modulation = adaln(hidden_size, 2)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(channels_first(modulate(self.norm_final(x), shift, scale))).contiguous()
+
+
+# -------------------------------------------------------------------------------------------------
+# Presets and registry
+# -------------------------------------------------------------------------------------------------
+
+ISOTROPIC = {
+    "S": dict(depth=12, hidden_size=384),
+    "B": dict(depth=12, hidden_size=768),
+    "L": dict(depth=24, hidden_size=1024),
+    "XL": dict(depth=28, hidden_size=1152),
+}
+NUM_HEADS = {"S": 6, "B": 12, "L": 16, "XL": 16}
+U = {
+    "S": dict(hidden_size=128, depths=(2, 4, 8, 4, 2)),
+    "B": dict(hidden_size=256, depths=(2, 4, 8, 4, 2)),
+    "L": dict(hidden_size=384, depths=(3, 6, 12, 6, 3)),
+    "XL": dict(hidden_size=512, depths=(3, 6, 12, 6, 3)),
+}
+
+DiT_models = {}
+for _size, _preset in ISOTROPIC.items():
+    for _patch in (2, 4, 8):
+        DiT_models[f"DiT-{_size}/{_patch}"] = partial(DiT, patch_size=_patch, num_heads=NUM_HEADS[_size], **_preset)
+        DiT_models[f"DiNext-{_size}/{_patch}"] = partial(DiNext, patch_size=_patch, **_preset)
+for _size, _preset in U.items():
+    DiT_models[f"DiNext-U-{_size}"] = partial(DiNextU, **_preset)
