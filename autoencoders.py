@@ -1,0 +1,89 @@
+"""Image <-> latent. The only place that knows a scale factor.
+
+Every autoencoder has
+    spec                           plain dict from which `load_autoencoder` builds it again
+    bounded                        latents are pixels in [-1, 1]: a sampler may clip its predictions to that
+    latent_shape(image_size, C)    (C, H, W) of the latent of a picture of `image_size` (H, W) and C channels
+    encode(images, noise)          (B, C, H, W) in [-1, 1] -> latents; `noise` (of their shape) draws from the posterior
+    decode(latents)                -> images (B, C, H, W) in [-1, 1]
+"""
+
+import contextlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+HUB_IDS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+
+
+class Pixels(nn.Module):
+    """No autoencoder: diffusion in pixels."""
+
+    spec = {"vae": "pixels"}
+    bounded = True
+
+    def latent_shape(self, image_size: tuple[int, int], channels: int) -> tuple[int, int, int]:
+        return (channels, *image_size)
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.clamp(-1, 1)
+
+
+class SDVAE(nn.Module):
+    """Stable Diffusion's autoencoder, or any diffusers `AutoencoderKL`; scale and shift come from its config."""
+
+    bounded = False
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.spec = {"vae": source}
+        self.vae = load_autoencoder_kl(source)
+        config = self.vae.config
+        self.scale, self.shift = config.scaling_factor, config.get("shift_factor") or 0.0
+        self.factor = 2 ** (len(config.block_out_channels) - 1)  # an image is that many times larger than its latent
+        self.requires_grad_(False)
+
+    def latent_shape(self, image_size: tuple[int, int], channels: int) -> tuple[int, int, int]:
+        if channels != self.vae.config.in_channels:
+            raise ValueError(f"--vae {self.spec['vae']} takes images of {self.vae.config.in_channels} channels, "
+                             f"the data have {channels}; --vae pixels takes any")
+        if any(size % self.factor for size in image_size):
+            raise ValueError(f"--image-size {image_size} is not divisible by {self.factor}, the factor of --vae "
+                             f"{self.spec['vae']}")
+        return (self.vae.config.latent_channels, *(size // self.factor for size in image_size))
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        posterior = self.vae.encode(images).latent_dist
+        latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
+        return (latents - self.shift) * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents / self.scale + self.shift).sample.clamp(-1, 1)
+
+
+def load_autoencoder_kl(source: str) -> nn.Module:
+    """A diffusers AutoencoderKL from a local folder or the hub."""
+    from diffusers import AutoencoderKL  # slow to import
+
+    hub_id = HUB_IDS.get(source, source)
+    if not Path(hub_id).is_dir() and (hub_id.startswith((".", "/", "~")) or hub_id.count("/") != 1):
+        raise FileNotFoundError(f"--vae {source}: no such folder; allowed: ema, mse, pixels, a folder that "
+                                "AutoencoderKL.save_pretrained wrote, or a hub id owner/name")
+    with contextlib.redirect_stderr(None):
+        try:
+            return AutoencoderKL.from_pretrained(hub_id).eval()
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+    raise ValueError(f"--vae {source}: cannot load an AutoencoderKL from {hub_id}: {reason}")
+
+
+def load_autoencoder(vae: str, device: torch.device | str = "cpu") -> nn.Module:
+    """The autoencoder of `--vae`: "pixels", "ema" or "mse" (Stable Diffusion's), a local folder, or a hub id."""
+    if vae == "pixels":
+        return Pixels()
+    source = str(Path(vae).resolve()) if Path(vae).is_dir() else vae
+    return SDVAE(source).to(device)

@@ -1,0 +1,203 @@
+"""Draw pictures from a checkpoint: labels -> one PNG grid, one column a label.
+
+    python sample.py --ckpt results/digits --class-labels "3 seven"
+    python sample.py --image-size 512 --seed 1            # the published DiT-XL/2
+
+`generate` is the one way from noise to images: training's previews and sample_ddp.py call it too.
+"""
+
+import contextlib
+import difflib
+import math
+import re
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+import checkpoint
+import runtime
+from autoencoders import load_autoencoder
+from diffusion import create_diffusion
+from diffusion.guidance import check_scale, guide
+from diffusion.samplers import get_sampler
+
+DIT_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # the eight classes of DiT's figures
+MAX_COLUMNS = 10
+LEGIBLE = 64  # pixels: smaller pictures are enlarged by a whole factor
+
+
+def build_parser() -> runtime.ArgumentParser:
+    parser = runtime.ArgumentParser("Draw a grid of pictures from a checkpoint.")
+    add_sampling_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) and its label alone")
+    parser.add_argument("--class-labels", type=str | int, nargs="+", help="ids and names, mixed; default: all classes")
+    parser.add_argument("--num-samples", type=int, default=1, help="pictures of each label, one row each")
+    parser.add_argument("--out", default="sample.png", help="the PNG to write")
+    return parser
+
+
+def add_sampling_arguments(parser: runtime.ArgumentParser) -> None:
+    """The flags that sample.py and sample_ddp.py share."""
+    parser.add_shared_arguments()
+    parser.add_argument("--ckpt", type=str | None, help="checkpoint, run folder or published name; default: DiT-XL/2's")
+    parser.add_argument("--model", type=str | None, help="for bare weights: DiT-XL/2 and so on")
+    parser.add_argument("--image-size", type=int | None, help="for bare weights (256)")
+    parser.add_argument("--num-classes", type=int | None, help="for bare weights (1000)")
+    parser.add_argument("--vae", type=str | None, help="ema, mse, pixels, a folder or a hub id; default: the checkpoint's")
+    parser.add_argument("--cfg-scale", type=float | None, help="guidance, 1 = none; default: the checkpoint's")
+    parser.add_argument("--cfg-channels", type=int | None, help="guided channels; default: the checkpoint's")
+    parser.add_argument("--num-sampling-steps", type=str | int | None,
+                        help="steps, or a respacing string such as ddim50; default: the checkpoint's")
+    parser.add_argument("--sampler", type=str | None, help="ddpm, ddim, euler, heun; default: the checkpoint's")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0..1")
+
+
+def main(args) -> None:
+    torch.set_grad_enabled(False)
+    world = runtime.start_world(args.device)
+    out = Path(args.out)
+    runtime.check_writable(out.parent)
+    if args.num_samples < 1:
+        raise ValueError(f"--num-samples {args.num_samples} is not at least 1")
+    restored, autoencoder, settings = prepare(args, world.device)
+    labels = parse_labels(args.class_labels, restored.spec["classes"])
+
+    start = time.perf_counter()
+    labels_of_images = labels * args.num_samples  # row by row: more rows leave the first ones as they are
+    with tqdm(total=settings["process"].num_timesteps, desc="sampling") as bar:
+        images = generate(restored.model, autoencoder, labels_of_images, range(len(labels_of_images)), args.seed,
+                          **settings, progress=bar.update)
+    seconds = time.perf_counter() - start
+
+    names = [restored.spec["classes"][label] for label in labels]
+    save_grid(images, out, columns=min(len(labels), MAX_COLUMNS), description={
+        "checkpoint": args.ckpt or restored.name, "seed": args.seed, "labels": labels, "classes": names,
+        "cfg_scale": settings["cfg_scale"], "cfg_channels": settings["cfg_channels"],
+        "sampler": settings["sampler"], "eta": settings["eta"], "steps": settings["process"].num_timesteps})
+    print(f"Wrote {out}: {len(images)} images of {', '.join(names)} in {seconds:.1f} s")
+
+
+def prepare(args, device: torch.device) -> tuple[checkpoint.Restored, nn.Module, dict]:
+    """Network, autoencoder and settings of `generate`, from a checkpoint and the flags that override it."""
+    if args.cfg_scale is not None:
+        check_scale(args.cfg_scale)
+    restored = checkpoint.restore(args.ckpt, args.model, args.image_size, args.num_classes, args.vae)
+    settings = settings_for(restored.spec, args.sampler, args.num_sampling_steps, args.cfg_scale, args.cfg_channels, args.eta)
+    autoencoder = load_autoencoder(restored.spec["vae"], device)
+    latent_shape = autoencoder.latent_shape(tuple(restored.spec["image_size"]), restored.spec["channels"])
+    model = restored.model.to(device)
+    if latent_shape != (model.in_channels, *model.input_size):
+        raise ValueError(f"--vae {restored.spec['vae']} has latents of shape {latent_shape}, the model takes "
+                         f"{(model.in_channels, *model.input_size)}")
+    if args.compile:
+        model.compile()
+    return restored, autoencoder, settings | {"precision": args.precision}
+
+
+def settings_for(spec: dict, sampler: str | None = None, steps: str | int | None = None, cfg_scale: float | None = None,
+                 cfg_channels: int | None = None, eta: float = 0.0) -> dict:
+    """The keyword arguments of `generate`: the checkpoint's recommendation, and what is given in its place."""
+    advice = spec["sampling"]
+    steps = advice["num_sampling_steps"] if steps is None else steps
+    if str(steps).strip() == "":
+        raise ValueError("--num-sampling-steps is empty; give a number or a respacing string")
+    process = create_diffusion(steps, **spec["diffusion"])
+    sampler = sampler or advice["sampler"]
+    get_sampler(sampler, process, eta)
+    channels = spec["model"]["args"].get("in_channels", 4)
+    cfg_channels = advice["cfg_channels"] if cfg_channels is None else cfg_channels
+    cfg_channels = channels if cfg_channels is None else cfg_channels
+    if not 1 <= cfg_channels <= channels:
+        raise ValueError(f"--cfg-channels {cfg_channels} is not in 1..{channels}, the channels of this model")
+    return {"process": process, "sampler": sampler, "eta": eta, "cfg_channels": cfg_channels,
+            "cfg_scale": advice["cfg_scale"] if cfg_scale is None else cfg_scale}
+
+
+# --- noise -> image ------------------------------------------------------------------------------
+
+
+def generate(model: nn.Module, autoencoder: nn.Module, labels: list[int], indices: range | list[int], seed: int, *,
+             process, sampler: str, cfg_scale: float, cfg_channels: int, eta: float = 0.0, precision: str = "fp32",
+             progress=lambda: None) -> Tensor:
+    """Images (B, H, W, C) uint8 on the CPU, one for each label and index: (seed, index, label) -> image.
+
+    Start noise is addressed by (seed, index), later noise by (seed, index, step): an image does not depend on the batch
+    that it is drawn in, nor on the device. `process` has the sampler's steps; `progress` is called after each.
+    """
+    device = next(model.parameters()).device
+    y = torch.tensor(labels, device=device)
+    with torch.no_grad(), autocast(device, precision):
+        network = guide(model, y, model.num_classes, cfg_scale, cfg_channels)
+        x = addressed_noise(model, seed, indices).to(device)
+        denoised_fn = (lambda x_0: x_0.clamp(-1, 1)) if autoencoder.bounded else None
+        steps = get_sampler(sampler, process, eta)(
+            process, network, x, lambda step: addressed_noise(model, seed, indices, step).to(device), denoised_fn)
+        for step in steps:
+            x = step["sample"]
+            progress()
+    with torch.no_grad():
+        return to_uint8(autoencoder.decode(x))
+
+
+def addressed_noise(model: nn.Module, seed: int, indices: range | list[int], *step: int) -> Tensor:
+    """N(0, 1), (B, C, H, W): one draw for each image index, drawn on the CPU to be the same everywhere."""
+    shape = (model.in_channels, *model.input_size)
+    return torch.stack([torch.randn(shape, generator=runtime.generator("sample", seed, i, *step)) for i in indices])
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] -> (B, H, W, C) uint8 on the CPU, rounded to the nearest level."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+# --- labels and pictures -------------------------------------------------------------------------
+
+
+def parse_labels(words: list[str | int] | None, classes: list[str]) -> list[int]:
+    """Class ids from ids and names, mixed; without words, DiT's eight of 1,000 classes, else all of them."""
+    if not words:
+        return DIT_LABELS if len(classes) == 1000 else list(range(len(classes)))
+    ids = {}
+    for i, name in reversed(list(enumerate(classes))):
+        ids |= {normalise(synonym): i for synonym in [name, *name.split(",")]}
+    return [parse_label(word, ids, len(classes)) for word in re.split(r"[\s,]+", " ".join(map(str, words)).strip()) if word]
+
+
+def parse_label(word: str, ids: dict[str, int], count: int) -> int:
+    if normalise(word) in ids and not word.isdecimal():
+        return ids[normalise(word)]
+    if re.fullmatch(r"-?\d+", word):
+        if 0 <= int(word) < count:
+            return int(word)
+        raise ValueError(f"--class-labels {word} is not in 0..{count - 1}, the classes of this checkpoint")
+    near = difflib.get_close_matches(normalise(word), ids, n=3, cutoff=0.4)
+    raise ValueError(f"--class-labels {word} is not a class of this checkpoint"
+                     + (f"; nearest: {', '.join(near)}" if near else f"; its ids are 0..{count - 1}"))
+
+
+def normalise(name: str) -> str:
+    return re.sub(r"[\s_-]+", "_", name.strip().lower())
+
+
+def save_grid(images: Tensor, path: Path, columns: int, description: dict | None = None) -> None:
+    """Write images (B, H, W, C) uint8 as one PNG, small ones enlarged, with the description as its text chunks."""
+    factor = max(1, math.ceil(LEGIBLE / min(images.shape[1:3])))
+    grid = make_grid(images.permute(0, 3, 1, 2), nrow=columns, padding=max(1, 2 // factor), pad_value=255)
+    grid = grid.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+    info = PngImagePlugin.PngInfo()
+    for key, value in (description or {}).items():
+        info.add_text(key, str(value))
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path, format="PNG", pnginfo=info)
+
+
+if __name__ == "__main__":
+    runtime.run(main, build_parser())
