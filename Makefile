@@ -1,0 +1,40 @@
+# make demo       train on real digits and draw some, from nothing but python3 (3.11+), make and git
+# make test       the tests (minutes);  make test-slow: the long ones as well;  make lint
+# PYTHON=python3.12 chooses the interpreter; PIP_ARGS=... goes to pip, to choose CPU builds of torch and torchvision, say.
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+export PIP_NO_CACHE_DIR = 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PYTHONDONTWRITEBYTECODE = 1
+
+.PHONY: demo test test-slow lint clean
+
+demo: .venv/installed
+	$(BIN)/torchrun --standalone --nproc_per_node=1 train.py --config configs/digits.yaml --run-name digits
+	$(BIN)/python sample.py --ckpt results/digits --num-samples 5 --out sample.png
+	$(BIN)/python benchmarks/digits.py --ckpt results/digits
+	@echo "The picture: $(CURDIR)/sample.png"
+	@echo "The run:     $(CURDIR)/results/digits"
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q -m "not slow" --basetemp=.pytest_tmp
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -q --basetemp=.pytest_tmp
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "DiNext needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments: install your system's package python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) '.[dev]'
+	@rm -rf build dinext.egg-info
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_tmp .pytest_cache .ruff_cache build
