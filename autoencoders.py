@@ -8,7 +8,6 @@ Every autoencoder has
     decode(latents)                -> images (B, C, H, W) in [-1, 1]
 """
 
-import contextlib
 from pathlib import Path
 
 import torch
@@ -73,11 +72,10 @@ def load_autoencoder_kl(source: str) -> nn.Module:
     if not Path(hub_id).is_dir() and (hub_id.startswith((".", "/", "~")) or hub_id.count("/") != 1):
         raise FileNotFoundError(f"--vae {source}: no such folder; allowed: ema, mse, pixels, a folder that "
                                 "AutoencoderKL.save_pretrained wrote, or a hub id owner/name")
-    with contextlib.redirect_stderr(None):
-        try:
-            return AutoencoderKL.from_pretrained(hub_id).eval()
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+    try:
+        return AutoencoderKL.from_pretrained(hub_id, low_cpu_mem_usage=False).eval()
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
     raise ValueError(f"--vae {source}: cannot load an AutoencoderKL from {hub_id}: {reason}")
 
 

@@ -18,6 +18,7 @@ import argparse
 import fcntl
 import os
 import pickle
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +63,11 @@ def load(path: str | Path) -> dict:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's own trainer stores its flags so
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location="cpu", weights_only=True)  # DiT's own trainer stores a Namespace
     except pickle.UnpicklingError as error:
-        refused = "Unsupported" in str(error) or "GLOBAL" in str(error) or "global" in str(error)
-        reason = "holds objects other than weights and plain values; refused, nothing was executed" if refused else (
+        foreign = "Unsupported global" in str(error) or "Unsupported class" in str(error)
+        reason = "holds objects other than weights and plain values; nothing was executed" if foreign else (
             "is truncated or no checkpoint")
         raise ValueError(f"checkpoint {path} {reason}") from None
     except Exception as error:  # a damaged file fails in as many ways as there are bytes

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -106,7 +107,16 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         return super().parse_args(configs + args, *rest, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> None:
-        fail(message)
+        fail(plain_words(message))
+
+
+def plain_words(message: object) -> str:
+    """jsonargparse's message, shortened to the flag, what it takes and what it got."""
+    text = one_line(message)
+    text = re.sub(r'Parser key "([\w.]+)":', lambda match: f"--{match[1].replace('_', '-')}:", text)
+    text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* Given value: (.*)",
+                  r"Expected one of \1. Got value: \2", text)
+    return re.sub(r"<class '(\w+)'>", r"\1", text).replace("NoneType", "null")
 
 
 def check_arguments(function: Callable, arguments: dict, flag: str, skip: set[str] = frozenset()) -> dict:
@@ -121,7 +131,7 @@ def check_arguments(function: Callable, arguments: dict, flag: str, skip: set[st
     try:
         checked = parser.parse_object(dict(arguments)).as_dict()
     except jsonargparse.ArgumentError as error:
-        raise ValueError(f"{flag}: {one_line(error)}") from None
+        raise ValueError(f"{flag}: {plain_words(error)}") from None
     return {name: checked[name] for name in arguments}
 
 

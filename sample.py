@@ -11,6 +11,7 @@ import difflib
 import math
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ import runtime
 from autoencoders import load_autoencoder
 from diffusion import create_diffusion
 from diffusion.guidance import check_scale, guide
-from diffusion.samplers import get_sampler
+from diffusion.samplers import SAMPLERS, get_sampler
+from models import DiT_models
 
 DIT_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # the eight classes of DiT's figures
 MAX_COLUMNS = 10
@@ -45,7 +47,7 @@ def add_sampling_arguments(parser: runtime.ArgumentParser) -> None:
     """The flags that sample.py and sample_ddp.py share."""
     parser.add_shared_arguments()
     parser.add_argument("--ckpt", type=str | None, help="checkpoint, run folder or published name; default: DiT-XL/2's")
-    parser.add_argument("--model", type=str | None, help="for bare weights: DiT-XL/2 and so on")
+    parser.add_argument("--model", choices=list(DiT_models), help="for bare weights (DiT-XL/2)")
     parser.add_argument("--image-size", type=int | None, help="for bare weights (256)")
     parser.add_argument("--num-classes", type=int | None, help="for bare weights (1000)")
     parser.add_argument("--vae", type=str | None, help="ema, mse, pixels, a folder or a hub id; default: the checkpoint's")
@@ -53,7 +55,7 @@ def add_sampling_arguments(parser: runtime.ArgumentParser) -> None:
     parser.add_argument("--cfg-channels", type=int | None, help="guided channels; default: the checkpoint's")
     parser.add_argument("--num-sampling-steps", type=str | int | None,
                         help="steps, or a respacing string such as ddim50; default: the checkpoint's")
-    parser.add_argument("--sampler", type=str | None, help="ddpm, ddim, euler, heun; default: the checkpoint's")
+    parser.add_argument("--sampler", choices=list(SAMPLERS), help="default: the checkpoint's")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0..1")
 
 
@@ -104,9 +106,10 @@ def settings_for(spec: dict, sampler: str | None = None, steps: str | int | None
     """The keyword arguments of `generate`: the checkpoint's recommendation, and what is given in its place."""
     advice = spec["sampling"]
     steps = advice["num_sampling_steps"] if steps is None else steps
-    if str(steps).strip() == "":
-        raise ValueError("--num-sampling-steps is empty; give a number or a respacing string")
-    process = create_diffusion(steps, **spec["diffusion"])
+    try:
+        process = create_diffusion(steps, **spec["diffusion"])
+    except ValueError as error:
+        raise ValueError(f"--num-sampling-steps {steps}: {error}") from None
     sampler = sampler or advice["sampler"]
     get_sampler(sampler, process, eta)
     channels = spec["model"]["args"].get("in_channels", 4)
@@ -123,7 +126,7 @@ def settings_for(spec: dict, sampler: str | None = None, steps: str | int | None
 
 def generate(model: nn.Module, autoencoder: nn.Module, labels: list[int], indices: range | list[int], seed: int, *,
              process, sampler: str, cfg_scale: float, cfg_channels: int, eta: float = 0.0, precision: str = "fp32",
-             progress=lambda: None) -> Tensor:
+             progress: Callable[[], object] = lambda: None) -> Tensor:
     """Images (B, H, W, C) uint8 on the CPU, one for each label and index: (seed, index, label) -> image.
 
     Start noise is addressed by (seed, index), later noise by (seed, index, step): an image does not depend on the batch

@@ -1,0 +1,77 @@
+"""What the tests share: the real scripts as sub-processes, small pictures, a small autoencoder, a small trained run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # two gloo processes on two cores; tiny tensors gain nothing from threads
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY_RUN = ["--data-path", "digits", "--vae", "pixels", "--model", "DiNext-S/2", "--model-args",
+            '{"hidden_size": 32, "depth": 2}', "--global-batch-size", "12", "--num-workers", "0", "--log-every", "1",
+            "--preview-every", "0", "--lr", "0.002", "--ema-decay", "0.5", "--device", "cpu"]
+
+
+def run_script(script, *flags, cwd, nproc=None, check=True, **env):
+    """Start a script as its users do, as plain python or under torchrun; returns the finished process."""
+    launcher = [] if nproc is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    result = subprocess.run([sys.executable, *launcher, str(ROOT / script), *map(str, flags)], cwd=cwd, text=True,
+                            capture_output=True, timeout=240, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | env)
+    if check and result.returncode:
+        raise AssertionError(f"{script} exited {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+    return result
+
+
+def assert_one_line(result, *words):
+    """A wrong input: exit code 2 and exactly one line on stderr, with these words in it."""
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    for word in words:
+        assert word in result.stderr, result.stderr
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """The folder of a run of a few steps on digits, flow objective."""
+    cwd = tmp_path_factory.mktemp("tiny")
+    run_script("train.py", *TINY_RUN, "--diffusion-args", '{"objective": "flow"}', "--max-steps", 6, "--run-name", "tiny",
+               cwd=cwd)
+    return cwd / "results" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """A folder of classes of small JPEGs: train and val, two classes of three files; one greyscale, one CMYK."""
+    root = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for c, name in enumerate(("n02099601", "tabby cat")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i, mode in enumerate(("RGB", "L", "CMYK")):
+                y, x = np.mgrid[:40, : 36 + 7 * i] / 40
+                pixels = np.stack([x, y, np.full_like(x, c)], -1) * 200 + rng.uniform(0, 30, (*x.shape, 3))
+                Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(folder / f"{i}.jpg", quality=95)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory):
+    """A random AutoencoderKL of factor 8, saved to a folder as Stable Diffusion's is."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+                        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4,
+                        scaling_factor=0.18215)
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return folder

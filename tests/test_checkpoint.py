@@ -1,0 +1,218 @@
+import argparse
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import save_file
+
+import checkpoint
+from models import DiT
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden_dit():
+    """DiT's own tiny network: its arguments and state dict."""
+    golden = np.load(GOLDEN / "dit_tiny_latent.npz")
+    weights = {key.removeprefix("param/"): torch.from_numpy(golden[key]) for key in golden.files if key.startswith("param/")}
+    return json.loads(str(golden["kwargs"])), weights
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch):
+    """The golden network under a name of the registry."""
+    kwargs, weights = golden_dit()
+    monkeypatch.setitem(checkpoint.DiT_models, "DiT-tiny", lambda **rest: DiT(**{**kwargs, **rest}))
+    return weights
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_whole_or_absent_when_the_writer_dies(tmp_path):
+    """Killed in the middle of writing, the writer leaves the old file readable and nothing under a checkpoint's name."""
+    checkpoint.save(tmp_path / "0000001.pt", {"step": 1})
+    code = f"""
+import io, os, signal, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+import checkpoint
+def die_half_way(state, file):
+    file.write(b"PK half a checkpoint"); file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+torch.save = die_half_way
+checkpoint.save(checkpoint.Path({str(tmp_path)!r}) / "0000002.pt", dict(step=2))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert any(b"half" in path.read_bytes() for path in tmp_path.iterdir())  # it died where it was meant to
+    assert [path.name for path in tmp_path.glob("[0-9]*.pt")] == ["0000001.pt"]
+    assert checkpoint.load(tmp_path / "0000001.pt") == {"step": 1}
+
+
+class Exploit:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, legacy):
+    path, trace = tmp_path / "evil.pt", tmp_path / "executed"
+    if legacy:
+        path.write_bytes(pickle.dumps({"ema": Exploit(trace)}))
+    else:
+        torch.save({"ema": Exploit(trace)}, path)
+    with pytest.raises(ValueError, match=r"evil\.pt holds objects other than weights"):
+        checkpoint.load(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)  # the exploit is a real one
+    assert trace.exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_truncated_file_is_named(tmp_path, share):
+    path = tmp_path / "cut.pt"
+    torch.save({"w": torch.randn(1000)}, path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"cut\.pt is truncated or no checkpoint"):
+        checkpoint.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pt does not exist"):
+        checkpoint.find_model(tmp_path / "nothing.pt")
+    with pytest.raises(FileNotFoundError, match="holds no checkpoints"):
+        checkpoint.find_model(tmp_path)
+
+
+def test_safetensors_are_read(tmp_path):
+    save_file({"w": torch.arange(3.0)}, tmp_path / "w.safetensors")
+    assert checkpoint.find_model(tmp_path / "w.safetensors")["w"].tolist() == [0, 1, 2]
+
+
+# --- DiT's files ---------------------------------------------------------------------------------
+
+
+def test_bare_published_weights_load_strictly_with_dits_defaults(tmp_path, tiny_preset):
+    torch.save(tiny_preset, tmp_path / "bare.pt")
+    restored = checkpoint.restore(tmp_path / "bare.pt", model="DiT-tiny", image_size=64, num_classes=10)
+    assert restored.spec["sampling"]["cfg_channels"] == 3
+    assert restored.spec["vae"] == "ema"
+    assert all(torch.equal(value, tiny_preset[key]) for key, value in restored.model.state_dict().items())
+    assert not restored.model.training
+
+
+def test_a_file_of_dits_own_trainer_loads_with_its_flags(tmp_path, tiny_preset):
+    """Its `args` is an argparse.Namespace, and its ema is what is sampled from."""
+    raw = {key: torch.zeros_like(value) for key, value in tiny_preset.items()}
+    args = argparse.Namespace(model="DiT-tiny", image_size=64, num_classes=10, vae="mse")
+    torch.save({"model": raw, "ema": tiny_preset, "opt": {}, "args": args}, tmp_path / "0000001.pt")
+    restored = checkpoint.restore(tmp_path / "0000001.pt")
+    assert restored.spec["vae"] == "mse"
+    assert torch.equal(restored.model.state_dict()["pos_embed"], tiny_preset["pos_embed"])
+
+
+def test_1000_classes_get_imagenets_names(tmp_path):
+    spec = checkpoint.describe_bare_weights({}, None, None, None)
+    assert spec["classes"][207] == "golden retriever"
+    assert spec["model"] == {"name": "DiT-XL/2", "args": {"input_size": 32, "num_classes": 1000}}
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path, tiny_preset):
+    torch.save(tiny_preset, tmp_path / "bare.pt")
+    with pytest.raises(ValueError, match=r"another architecture \(143 differences"):
+        checkpoint.restore(tmp_path / "bare.pt", model="DiNext-S/2", image_size=64, num_classes=10)
+    with pytest.raises(ValueError, match="y_embedder.embedding_table.weight"):
+        checkpoint.restore(tmp_path / "bare.pt", model="DiT-tiny", image_size=64, num_classes=7)
+
+
+def test_a_file_without_weights_is_refused(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="no state dict"):
+        checkpoint.find_model(tmp_path / "x.pt")
+    torch.save([1, 2], tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="holds a list"):
+        checkpoint.find_model(tmp_path / "x.pt")
+
+
+def test_only_the_published_sizes_need_no_checkpoint():
+    with pytest.raises(ValueError, match="--ckpt is needed"):
+        checkpoint.restore(None, image_size=64)
+    with pytest.raises(ValueError, match="--ckpt is needed"):
+        checkpoint.restore(None, model="DiNext-S/2")
+
+
+def test_published_names_are_downloaded_once_to_the_cache(tmp_path, monkeypatch, capsys):
+    source, cache = tmp_path / "server.pt", tmp_path / "cache"
+    torch.save({"w": torch.ones(2)}, source)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(cache))
+    name = "DiT-XL-2-256x256.pt"
+    monkeypatch.setitem(checkpoint.PUBLISHED, name, f"file://{source}")
+    assert checkpoint.find_model(name)["w"].tolist() == [1, 1]
+    source.unlink()
+    assert checkpoint.find_model(name)["w"].tolist() == [1, 1]
+    assert "licensed" in capsys.readouterr().out
+
+
+def test_a_broken_download_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    for url, content in (("half.pt", b"PK half"), ("missing.pt", None)):
+        if content:
+            (tmp_path / url).write_bytes(content)
+        monkeypatch.setitem(checkpoint.PUBLISHED, "DiT-XL-2-256x256.pt", f"file://{tmp_path / url}")
+        with pytest.raises(OSError, match="cannot download"):
+            checkpoint.find_model("DiT-XL-2-256x256.pt")
+    assert list((tmp_path / "cache" / "checkpoints").iterdir()) == []
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+def test_init_from_takes_what_fits_and_says_so(tmp_path, tiny_preset):
+    torch.save(tiny_preset, tmp_path / "w.pt")
+    kwargs, _ = golden_dit()
+    network = DiT(**{**kwargs, "num_classes": 3})
+    fresh = network.y_embedder.embedding_table.weight.clone()
+    message = checkpoint.init_from(network, tmp_path / "w.pt")
+    assert "41 of 42 tensors" in message
+    assert "fresh: y_embedder.embedding_table.weight" in message
+    assert torch.equal(network.y_embedder.embedding_table.weight, fresh)
+    assert torch.equal(network.blocks[0].attn.qkv.weight, tiny_preset["blocks.0.attn.qkv.weight"])
+    with pytest.raises(ValueError, match="none of its"):
+        checkpoint.init_from(torch.nn.Linear(2, 2), tmp_path / "w.pt")
+
+
+def test_keep_last_deletes_the_oldest(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for step in (5, 10, 15):
+        checkpoint.save_step(tmp_path, {"step": step}, keep_last=2)
+    assert checkpoint.latest(tmp_path).name == "0000015.pt"
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0000010.pt", "0000015.pt"]
+    checkpoint.save_step(tmp_path, {"step": 20}, keep_last=0)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+
+
+def test_runs_are_numbered_named_locked_and_found_again_by_a_restart(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch-a")
+    first = checkpoint.open_run(tmp_path, None, "DiT-XL/2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch-b")
+    assert [first.name, checkpoint.open_run(tmp_path, None, "DiT-XL/2").name] == ["000-DiT-XL-2", "001-DiT-XL-2"]
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import checkpoint; print(checkpoint.open_run({str(tmp_path)!r}, None, "DiT-XL/2").name)"""
+    for lock in tmp_path.glob("*/lock"):  # as if their processes had ended
+        lock.unlink()
+    env = os.environ | {"TORCHELASTIC_RUN_ID": "launch-a", "TORCHELASTIC_RESTART_COUNT": "1"}
+    again = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert again.stdout.strip() == first.name
+    checkpoint.open_run(tmp_path, "mine", "DiT-XL/2")
+    with pytest.raises(ValueError, match="another process is training in .*mine"):
+        checkpoint.open_run(tmp_path, "mine", "DiT-XL/2")
