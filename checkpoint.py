@@ -66,7 +66,7 @@ def load(path: str | Path) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             state = torch.load(path, map_location="cpu", weights_only=True)  # DiT's own trainer stores a Namespace
     except pickle.UnpicklingError as error:
-        foreign = "Unsupported global" in str(error) or "Unsupported class" in str(error)
+        foreign = "unsupported global" in str(error).lower()
         reason = "holds objects other than weights and plain values; nothing was executed" if foreign else (
             "is truncated or no checkpoint")
         raise ValueError(f"checkpoint {path} {reason}") from None

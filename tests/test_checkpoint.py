@@ -67,7 +67,7 @@ class Exploit:
 def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, legacy):
     path, trace = tmp_path / "evil.pt", tmp_path / "executed"
     if legacy:
-        path.write_bytes(pickle.dumps({"ema": Exploit(trace)}))
+        path.write_bytes(pickle.dumps({"ema": Exploit(trace)}, protocol=2))
     else:
         torch.save({"ema": Exploit(trace)}, path)
     with pytest.raises(ValueError, match=r"evil\.pt holds objects other than weights"):
