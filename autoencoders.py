@@ -8,6 +8,7 @@ Every autoencoder has
     decode(latents)                -> images (B, C, H, W) in [-1, 1]
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -73,7 +74,8 @@ def load_autoencoder_kl(source: str) -> nn.Module:
         raise FileNotFoundError(f"--vae {source}: no such folder; allowed: ema, mse, pixels, a folder that "
                                 "AutoencoderKL.save_pretrained wrote, or a hub id owner/name")
     try:
-        return AutoencoderKL.from_pretrained(hub_id, low_cpu_mem_usage=False).eval()
+        with warnings.catch_warnings(action="ignore"):  # the hub's client warns of its own deprecations
+            return AutoencoderKL.from_pretrained(hub_id, low_cpu_mem_usage=False).eval()
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
     raise ValueError(f"--vae {source}: cannot load an AutoencoderKL from {hub_id}: {reason}")

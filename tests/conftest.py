@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+import runtime
+
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,6 +30,24 @@ def run_script(script, *flags, cwd, nproc=None, check=True, **env):
     if check and result.returncode:
         raise AssertionError(f"{script} exited {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
     return result
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfd):
+    """Run a script's main in this process, as its `__main__` does: (main module, flags) -> finished process."""
+    def run(script, *flags):
+        monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, flags)])
+        grad, code = torch.is_grad_enabled(), 0
+        capfd.readouterr()
+        try:
+            runtime.run(script.main, script.build_parser())
+        except SystemExit as exit:
+            code = exit.code
+        finally:
+            torch.set_grad_enabled(grad)
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(script.__name__, code, out, err)
+    return run
 
 
 def assert_one_line(result, *words):

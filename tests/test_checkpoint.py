@@ -1,4 +1,5 @@
 import argparse
+import contextlib
 import json
 import os
 import pickle
@@ -73,7 +74,8 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, legacy):
     with pytest.raises(ValueError, match=r"evil\.pt holds objects other than weights"):
         checkpoint.load(path)
     assert not trace.exists()
-    torch.load(path, weights_only=False)  # the exploit is a real one
+    with contextlib.suppress(RuntimeError):  # a legacy file is executed before its magic number is missed
+        torch.load(path, weights_only=False)  # the exploit is a real one
     assert trace.exists()
 
 

@@ -1,0 +1,124 @@
+import json
+
+import pytest
+import torch
+
+import runtime
+from diffusion import create_diffusion
+from models import DiNextU
+
+
+def parser():
+    parser = runtime.ArgumentParser("A test.")
+    parser.add_argument("--lr", type=float, default=1.0)
+    parser.add_argument("--run-name", type=str | None)
+    parser.add_argument("--model-args", type=dict, default={})
+    return parser
+
+
+@pytest.mark.parametrize("order", [["--config", "c.yaml", "--lr", "3"], ["--lr", "3", "--config", "c.yaml"],
+                                   ["--lr=3", "--config=c.yaml"]])
+def test_the_command_line_stands_above_the_config_wherever_it_stands(tmp_path, monkeypatch, order):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("lr: 2.0\nrun_name: x\nmodel_args: {depth: 4}\n")
+    args = parser().parse_args(order)
+    assert (args.lr, args.run_name, args.model_args) == (3.0, "x", {"depth": 4})
+
+
+def test_a_later_config_stands_above_an_earlier_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("lr: 2.0\nrun_name: a\n")
+    (tmp_path / "b.yaml").write_text("lr: 3.0\n")
+    args = parser().parse_args(["--config", "a.yaml", "--config", "b.yaml"])
+    assert (args.lr, args.run_name) == (3.0, "a")
+
+
+@pytest.mark.parametrize(("flags", "config", "words"), [
+    (["--lr", "fast"], None, "--lr: Expected a float. Got value: fast"),
+    (["--lrr", "1"], None, "--lrr"),
+    (["--run", "x"], None, "--run"),  # no abbreviations
+    ([], "lrr: 1\n", "lrr"),
+    ([], "lr: fast\n", "--lr"),
+    ([], "lr: [1\n", "config"),
+    (["--config", "nowhere.yaml"], None, "nowhere.yaml"),
+])
+def test_wrong_flags_and_configs_are_one_line_and_exit_2(tmp_path, monkeypatch, capsys, flags, config, words):
+    monkeypatch.chdir(tmp_path)
+    if config:
+        (tmp_path / "c.yaml").write_text(config)
+        flags = ["--config", "c.yaml", *flags]
+    with pytest.raises(SystemExit) as exit:
+        parser().parse_args(flags)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert error.count("\n") == 1
+    assert words in error
+
+
+def test_print_config_writes_a_config_that_can_be_read_back(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--lr", "3", "--print_config"])
+    (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
+    assert parser().parse_args(["--config", str(tmp_path / "c.yaml")]).lr == 3
+
+
+def test_dictionaries_are_checked_against_a_signature():
+    check = runtime.check_arguments
+    assert check(create_diffusion, {"objective": "flow"}, "--diffusion-args") == {"objective": "flow"}
+    assert check(DiNextU, {"depths": [1, 1, 2, 1, 1], "hidden_size": "8"}, "--model-args") == {
+        "depths": (1, 1, 2, 1, 1), "hidden_size": 8}
+    with pytest.raises(ValueError, match="--diffusion-args: unknown key 'objectiv'; allowed: timestep_respacing"):
+        check(create_diffusion, {"objectiv": "flow"}, "--diffusion-args")
+    with pytest.raises(ValueError, match="--diffusion-args: --use_kl|--use-kl"):
+        check(create_diffusion, {"use_kl": "perhaps"}, "--diffusion-args")
+    with pytest.raises(ValueError, match="unknown key 'in_channels'"):
+        check(DiNextU, {"in_channels": 3}, "--model-args", {"in_channels"})
+
+
+def test_randomness_is_a_function_of_its_address():
+    def draw(*address):
+        return torch.randn(4, generator=runtime.generator(*address)).tolist()
+
+    assert draw("noise", 0, 17) == draw("noise", 0, 17)
+    others = [draw("noise", 0, 17), draw("noise", 0, 18), draw("noise", 1, 17), draw("other", 0, 17), draw("noise", 0, 1, 7)]
+    assert len({tuple(values) for values in others}) == 5
+
+
+def test_a_world_of_one_needs_no_torchrun(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    world = runtime.start_world("cpu")
+    assert (world.rank, world.size, world.is_main) == (0, 1, True)
+    assert world.mean(torch.tensor(3.0)) == 3
+    assert world.broadcast({"a": 1}) == {"a": 1}
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--device cuda: this machine has none; available: cpu"):
+            runtime.start_world("cuda")
+
+
+def test_a_library_s_value_error_keeps_its_traceback(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["x.py"])
+    with pytest.raises(json.JSONDecodeError):
+        runtime.run(lambda args: json.loads("{"), parser())
+    with pytest.raises(SystemExit):
+        runtime.run(lambda args: runtime.check_writable("/proc/nowhere"), parser())
+    assert "cannot write to the folder /proc/nowhere" in capsys.readouterr().err
+
+
+def test_the_log_forgets_what_an_interrupted_run_will_do_again(tmp_path):
+    world = runtime.World(0, 1, torch.device("cpu"))
+    log = runtime.Log(tmp_path, world)
+    for step in (1, 2, 3):
+        log.record(step, loss=step / 10)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "los')  # killed in the middle of a line
+    runtime.Log(tmp_path, world, step=2).record(3, loss=0.5)
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        {"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}, {"step": 3, "loss": 0.5}]
+
+
+def test_other_processes_log_nothing(tmp_path):
+    log = runtime.Log(tmp_path, runtime.World(1, 2, torch.device("cpu")))
+    log.say("x")
+    log.record(1, loss=1)
+    log.close()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,171 @@
+import numpy as np
+import pytest
+import torch
+from conftest import assert_one_line, run_script
+from PIL import Image
+
+import checkpoint
+import sample
+from autoencoders import Pixels
+from diffusion import create_diffusion
+from models import DiT_models
+
+CLASSES = ["tench, Tinca tinca", "golden retriever", "zero", "tiger cat", "cat"]
+
+
+@pytest.fixture(scope="module")
+def gaussian_run(tmp_path_factory):
+    """A checkpoint of random weights with learned variance, four channels and a random answer."""
+    torch.manual_seed(0)
+    kwargs = dict(input_size=(8, 8), in_channels=3, num_classes=5, hidden_size=24, depth=2, num_heads=2)
+    model = DiT_models["DiT-S/2"](**kwargs)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    folder = tmp_path_factory.mktemp("gaussian")
+    checkpoint.save(folder / "g.pt", {"ema": model.state_dict(), "spec": {
+        "model": {"name": "DiT-S/2", "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (8, 8), "channels": 3,
+        "classes": CLASSES, "sampling": {"sampler": "ddpm", "num_sampling_steps": "4", "cfg_scale": 2.0, "cfg_channels": None}}})
+    return folder / "g.pt"
+
+
+def draw(path, indices, labels=None, **overrides):
+    restored = checkpoint.restore(path)
+    settings = sample.settings_for(restored.spec, **overrides)
+    return sample.generate(restored.model, Pixels(), labels or [i % 5 for i in indices], indices, 0, **settings)
+
+
+def assert_same_images(a, b):
+    """At most one grey level apart, in at most 0.1 % of the pixels."""
+    difference = (a.int() - b.int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() <= 0.001
+
+
+# --- generate ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overrides", [dict(), dict(sampler="ddim", eta=1.0), dict(sampler="heun", cfg_scale=1.0)])
+def test_image_17_is_image_17_whatever_the_batch(gaussian_run, overrides):
+    together = draw(gaussian_run, range(15, 20), **overrides)
+    alone = draw(gaussian_run, [17], **overrides)
+    assert_same_images(together[2:3], alone)
+    assert together.shape == (5, 8, 8, 3)
+    assert together.dtype == torch.uint8
+    assert (together[2].int() - together[3].int()).abs().max() > 20
+
+
+def test_seed_label_and_guidance_change_an_image(gaussian_run):
+    base = draw(gaussian_run, [3])
+    for other in (draw(gaussian_run, [4], labels=[3]), draw(gaussian_run, [3], labels=[1]),
+                  draw(gaussian_run, [3], cfg_scale=1.0), draw(gaussian_run, [3], cfg_channels=1)):
+        assert not torch.equal(base, other)
+
+
+def test_later_noise_differs_from_step_to_step(gaussian_run):
+    model = checkpoint.restore(gaussian_run).model
+    draws = [sample.addressed_noise(model, 0, [5], *step) for step in ((), (0,), (1,))]
+    assert len({draw.sum().item() for draw in draws}) == 3
+    assert torch.equal(draws[1], sample.addressed_noise(model, 0, [4, 5], 0)[1:])
+
+
+def test_generate_is_the_sampler_the_guidance_and_the_decoder(gaussian_run):
+    """Against DiT's own way: forward_with_cfg on a doubled batch in p_sample_loop, all three channels guided."""
+    model, indices = checkpoint.restore(gaussian_run).model, [0, 1]
+    x = sample.addressed_noise(model, 0, indices)
+    y = torch.tensor([3, 4, 5, 5])
+    noises = [sample.addressed_noise(model, 0, indices, step) for step in range(4)]
+    out = create_diffusion("4").p_sample_loop(
+        model.forward_with_cfg, (4, 3, 8, 8), torch.cat([x, x]), model_kwargs=dict(y=y, cfg_scale=2.0),
+        noise_source=lambda step: torch.cat([noises[step]] * 2))
+    expected = sample.to_uint8(out.chunk(2)[0])
+    assert_same_images(draw(gaussian_run, indices, labels=[3, 4]), expected)
+
+
+def test_uint8_rounds_to_the_nearest_level():
+    assert sample.to_uint8(torch.tensor([-2, -1, 0.0, 1, 3, 127.4 / 127.5]).view(1, 1, 1, 6)).flatten().tolist() == [
+        0, 0, 128, 255, 255, 255]
+
+
+# --- labels --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("words", "ids"), [
+    (None, [0, 1, 2, 3, 4]), (["1 golden_retriever Zero"], [1, 1, 2]), ([1, "cat", "Tiger-Cat,0"], [1, 4, 3, 0]),
+    (["tench Tinca_tinca"], [0, 0]),
+])
+def test_labels_are_ids_and_names_mixed(words, ids):
+    assert sample.parse_labels(words, CLASSES) == ids
+
+
+def test_a_thousand_classes_default_to_dits_eight():
+    assert sample.parse_labels(None, [str(i) for i in range(1000)]) == [207, 360, 387, 974, 88, 979, 417, 279]
+
+
+@pytest.mark.parametrize(("word", "message"), [
+    ("5", r"5 is not in 0\.\.4"), ("-1", r"-1 is not in 0\.\.4"), ("golden_retreiver", "nearest: golden_retriever"),
+    ("xyz", r"its ids are 0\.\.4"),
+])
+def test_unknown_labels_are_named_with_what_is_near(word, message):
+    with pytest.raises(ValueError, match=message):
+        sample.parse_labels([word], CLASSES)
+
+
+# --- the script ----------------------------------------------------------------------------------
+
+
+def test_the_picture_tells_how_it_was_made(tiny_run, tmp_path):
+    run_script("sample.py", "--ckpt", tiny_run, "--class-labels", "3 seven", "--num-samples", 2, "--seed", 5, "--out",
+               tmp_path / "x.png", "--num-sampling-steps", 3, cwd=tmp_path)
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.size == (2 * (64 + 8) + 8, 2 * (64 + 8) + 8)
+        assert picture.text == {"checkpoint": str(tiny_run), "seed": "5", "labels": "[3, 7]",
+                                "classes": "['three', 'seven']", "cfg_scale": "1.0", "cfg_channels": "1", "sampler": "heun",
+                                "eta": "0.0", "steps": "3"}
+
+
+def test_more_rows_leave_the_first_as_they_are(tiny_run, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    for rows in (1, 3):
+        assert run_here(sample, "--ckpt", tiny_run, "--num-samples", rows, "--out", f"{rows}.png",
+                        "--num-sampling-steps", 2).returncode == 0
+    one, three = (np.asarray(Image.open(f"{rows}.png")).astype(int) for rows in (1, 3))
+    assert np.abs(one - three[: len(one)]).max() <= 1
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--ckpt", "nowhere.pt"], ["nowhere.pt does not exist"]),
+    (["--model", "DiT-XXL/2"], ["--model", "DiT-XXL/2"]),
+    (["--model", "DiT-S/2"], ["--model DiT-S/2 contradicts"]),
+    (["--num-classes", "1000"], ["--num-classes 1000 contradicts"]),
+    (["--image-size", "256"], ["--image-size 256 contradicts"]),
+    (["--num-sampling-steps", "0"], ["--num-sampling-steps 0"]),
+    (["--num-sampling-steps", "5000"], ["--num-sampling-steps 5000", "1000"]),
+    (["--cfg-scale", "-1"], ["--cfg-scale -1"]),
+    (["--cfg-scale", ".nan"], ["--cfg-scale nan"]),
+    (["--cfg-channels", "2"], ["--cfg-channels 2", "1..1"]),
+    (["--sampler", "ddpm"], ["--sampler ddpm", "flow"]),
+    (["--eta", "0.5"], ["--eta 0.5", "ddim"]),
+    (["--class-labels", "10"], ["--class-labels 10", "0..9"]),
+    (["--class-labels", "sevne"], ["--class-labels sevne", "seven"]),
+    (["--num-samples", "0"], ["--num-samples 0"]),
+    (["--vae", "/nowhere"], ["--vae /nowhere"]),
+    (["--out", "/proc/nowhere/x.png"], ["/proc/nowhere"]),
+    (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+])
+def test_wrong_input_is_one_line_and_writes_nothing(tiny_run, tmp_path, monkeypatch, run_here, flags, words):
+    monkeypatch.chdir(tmp_path)
+    assert_one_line(run_here(sample, "--ckpt", tiny_run, *flags), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_vae_of_other_latents_is_refused(gaussian_run, tiny_vae, run_here):
+    assert_one_line(run_here(sample, "--ckpt", gaussian_run, "--vae", tiny_vae), "--vae", "latents of shape (4, 1, 1)")
+
+
+def test_bf16_and_compile_draw_nearly_the_same(gaussian_run):
+    exact, rounded = draw(gaussian_run, [1, 2]), draw(gaussian_run, [1, 2])
+    restored = checkpoint.restore(gaussian_run)
+    settings = sample.settings_for(restored.spec) | {"precision": "bf16"}
+    rounded = sample.generate(restored.model, Pixels(), [1, 2], [1, 2], 0, **settings)
+    assert not torch.equal(exact, rounded)
+    assert (exact.float() - rounded.float()).abs().mean() < 4

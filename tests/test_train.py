@@ -1,0 +1,271 @@
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY_RUN, assert_one_line, run_script
+from PIL import Image
+
+import checkpoint
+import train
+from autoencoders import Pixels
+from diffusion import create_diffusion
+
+FLOW = ["--diffusion-args", '{"objective": "flow"}']
+
+
+def run(cwd, name, *flags, **options):
+    run_script("train.py", *TINY_RUN, *FLOW, "--run-name", name, *flags, cwd=cwd, **options)
+    return cwd / "results" / name
+
+
+def final(folder):
+    return checkpoint.load(checkpoint.latest(folder))
+
+
+def metrics(folder, *names):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line[name] for name in names) for line in lines if names[0] in line]
+
+
+def assert_same(a, b, tolerance=0.0):
+    """Weights, EMA and optimizer moments are equal: bit for bit, or to a tolerance."""
+    for part in ("model", "ema"):
+        for key in a[part]:
+            assert (a[part][key] - b[part][key]).abs().max() <= tolerance, (part, key)
+    for key, moments in a["opt"]["state"].items():
+        for name, value in moments.items():
+            assert (value - b["opt"]["state"][key][name]).abs().max() <= tolerance, (key, name)
+
+
+# --- a run and what it leaves --------------------------------------------------------------------
+
+
+def test_a_run_leaves_log_metrics_config_checkpoints_and_previews(tiny_run):
+    assert "Finished" in (tiny_run / "log.txt").read_text()
+    assert [step for (step,) in metrics(tiny_run, "step")] == [1, 2, 3, 4, 5, 6]
+    with Image.open(tiny_run / "previews" / "0000006.png") as picture:
+        assert picture.size == (10 * (64 + 8) + 8, 4 * (64 + 8) + 8)
+    assert yaml.safe_load((tiny_run / "config.yaml").read_text())["global_batch_size"] == 12
+
+
+def test_a_checkpoint_describes_itself(tiny_run):
+    state = final(tiny_run)
+    assert set(state) == {"model", "ema", "opt", "args", "step", "loss_sum", "spec"}
+    restored = checkpoint.restore(tiny_run)
+    assert restored.spec["classes"][3] == "three"
+    assert restored.spec["model"]["args"] == {"input_size": (8, 8), "in_channels": 1, "num_classes": 10,
+                                             "learn_sigma": False, "hidden_size": 32, "depth": 2}
+    assert all(torch.equal(value, state["ema"][key]) for key, value in restored.model.state_dict().items())
+    assert not torch.equal(state["ema"]["final_layer.linear.weight"], state["model"]["final_layer.linear.weight"])
+
+
+def test_the_config_of_a_run_repeats_it(tiny_run, tmp_path):
+    run_script("train.py", "--config", tiny_run / "config.yaml", "--results-dir", tmp_path, "--run-name", "again", cwd=tmp_path)
+    assert_same(final(tiny_run), final(tmp_path / "again"))
+
+
+def test_training_reduces_the_loss(tmp_path):
+    folder = run(tmp_path, "a", "--max-steps", 40, "--log-every", 10)
+    losses = [loss for (loss,) in metrics(folder, "loss")]
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_a_finished_run_says_so_and_writes_nothing(tiny_run):
+    before = {path: path.stat().st_mtime_ns for path in (tiny_run / "checkpoints").iterdir()}
+    result = run_script("train.py", *TINY_RUN, *FLOW, "--max-steps", 6, "--run-name", "tiny", cwd=tiny_run.parent.parent)
+    assert "Finished" in result.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (tiny_run / "checkpoints").iterdir()}
+
+
+# --- exactness -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tiny_run, tmp_path, workers):
+    """Stopped after steps 2 and 5 by --max-steps, in the middle of a log window."""
+    flags = ["--num-workers", workers, "--log-every", 3]
+    unbroken = run(tmp_path, "unbroken", *flags, "--max-steps", 7)
+    for stop in (2, 5, 7):
+        folder = run(tmp_path, "broken", *flags, "--max-steps", stop)
+        for line in folder.glob("metrics.jsonl"):  # the early ends logged lines that an unbroken run does not have
+            kept = [entry for entry in line.read_text().splitlines(True) if json.loads(entry)["step"] in (3, 6, 7)]
+            line.write_text("".join(kept))
+    assert_same(final(unbroken), final(folder))
+
+
+def test_one_process_and_two_with_accumulation_agree_to_rounding(tmp_path):
+    one = run(tmp_path, "one", "--max-steps", 4)
+    two = run(tmp_path, "two", "--max-steps", 4, "--grad-accum", 2, nproc=2)
+    assert_same(final(one), final(two), tolerance=2e-5)
+    for (a, b), (c, d) in zip(metrics(one, "loss", "grad_norm"), metrics(two, "loss", "grad_norm")):
+        assert a == pytest.approx(c, rel=1e-4)
+        assert b == pytest.approx(d, rel=1e-3)
+
+
+def test_init_from_takes_weights_alone_and_resume_everything(tiny_run, tmp_path):
+    source = checkpoint.latest(tiny_run)
+    resumed = final(run(tmp_path, "resumed", "--resume", source, "--max-steps", 8))
+    assert resumed["opt"]["state"][0]["step"] == 8
+    assert_same(resumed, final(run(tmp_path, "unbroken", "--max-steps", 8)))
+    begun = final(run(tmp_path, "begun", "--init-from", source, "--max-steps", 1, "--lr", 1e-9))
+    assert begun["opt"]["state"][0]["step"] == 1
+    assert torch.allclose(begun["model"]["x_embedder.proj.weight"], final(tiny_run)["ema"]["x_embedder.proj.weight"], atol=1e-6)
+
+
+def test_photographs_train_through_a_vae_with_flips_and_validation(photographs, tiny_vae, tmp_path):
+    run_script("train.py", "--data-path", photographs / "train", "--vae", tiny_vae, "--image-size", 32, "--model",
+               "DiT-S/2", "--model-args", '{"hidden_size": 32, "depth": 1, "num_heads": 2}', "--global-batch-size", 4,
+               "--max-steps", 2, "--log-every", 1, "--val-every", 1, "--num-workers", 1, "--run-name", "p",
+               "--diffusion-args", '{"sampling": {"num_sampling_steps": "4"}}', cwd=tmp_path, nproc=2)
+    folder = tmp_path / "results" / "p"
+    spec = final(folder)["spec"]
+    assert spec["classes"] == ["golden retriever", "tabby cat"]
+    assert spec["model"]["args"] == {"input_size": (4, 4), "in_channels": 4, "num_classes": 2, "learn_sigma": True,
+                                     "hidden_size": 32, "depth": 1, "num_heads": 2}
+    assert len(metrics(folder, "val_loss", "val_loss_ema")) == 2
+    out = run_script("sample.py", "--ckpt", folder, "--class-labels", "golden_retriever 1", "--out", "p.png", cwd=tmp_path)
+    assert "golden retriever, tabby cat" in out.stdout
+
+
+# --- the pieces ----------------------------------------------------------------------------------
+
+
+def test_draws_of_a_batch_fall_out_to_its_parts_and_depend_on_the_step():
+    process = create_diffusion("")
+    whole = train.draw(process, (1, 2, 2), 6, ("train", 0, 3), torch.device("cpu"))
+    again = train.draw(process, (1, 2, 2), 6, ("train", 0, 3), torch.device("cpu"))
+    other = train.draw(process, (1, 2, 2), 6, ("train", 0, 4), torch.device("cpu"))
+    for a, b, c, part in zip(whole, again, other, whole.rows(slice(2, 4))):
+        assert torch.equal(a, b)
+        assert a.dtype == torch.bool or not torch.equal(a, c)
+        assert torch.equal(a[2:4], part)
+    assert not torch.equal(whole.noise, whole.posterior)
+
+
+def test_labels_are_dropped_and_pictures_mirrored_at_their_rates():
+    seen = {}
+
+    class Process:
+        def training_losses(self, model, x, t, model_kwargs, noise):
+            seen.update(x=x, y=model_kwargs["y"])
+            return {"loss": t}
+
+    n, images = 4000, torch.tensor([[[[0, 255]]]], dtype=torch.uint8).expand(4000, 1, 1, 2)
+    draws = train.draw(create_diffusion(""), (1, 1, 2), n, ("train", 0, 0), torch.device("cpu"))
+    objective = train.Objective(Process(), Pixels(), null_label=10, label_drop=0.2, flip=True)
+    objective.losses(None, images, torch.full((n,), 7), draws)
+    assert set(seen["y"].tolist()) == {7, 10}
+    assert (seen["y"] == 10).float().mean().item() == pytest.approx(0.2, abs=0.03)
+    assert (seen["x"][:, 0, 0, 0] == 1).float().mean().item() == pytest.approx(0.5, abs=0.04)
+    objective._replace(label_drop=0.0, flip=False).losses(None, images, torch.full((n,), 7), draws)
+    assert set(seen["y"].tolist()) == {7}
+    assert torch.equal(seen["x"][:, 0, 0], torch.tensor([[-1.0, 1.0]]).expand(n, 2))
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
+    args = train.OptimizerArgs(warmup_steps=4, schedule="cosine")
+    assert [args.factor(step, 10_000) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1], abs=1e-5)
+    assert args.factor(5_000, 10_000) == pytest.approx(0.5)
+    assert args.factor(10_000, 10_000) == pytest.approx(0)
+    assert train.OptimizerArgs().factor(123, 1000) == 1
+
+
+def test_the_ema_warms_up_to_its_decay():
+    model, ema = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    for step, decay in ((0, 0.1), (90, 0.91), (10**6, 0.95)):
+        torch.nn.init.constant_(model.weight, 3.0)
+        torch.nn.init.constant_(ema.weight, 1.0)
+        train.update_ema(ema, model, 0.95, step)
+        assert ema.weight.item() == pytest.approx(decay * 1 + (1 - decay) * 3, rel=1e-6)
+
+
+def test_gradients_are_clipped(tmp_path):
+    flags = ["--optimizer-args", '{"clip_norm": 0.001, "betas": [0.0, 0.0]}', "--max-steps", 1]
+    clipped = final(run(tmp_path, "clipped", *flags))
+    norms = torch.stack([s["exp_avg"].norm() for s in clipped["opt"]["state"].values()])
+    assert norms.norm().item() == pytest.approx(0.001, rel=1e-3)
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard"])
+def test_a_tracker_mirrors_scalars_and_previews(tmp_path, tracker):
+    pytest.importorskip("tensorboard")
+    folder = run(tmp_path, "t", "--max-steps", 2, "--tracker", tracker)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == pytest.approx(metrics(folder, "step", "loss"))
+    assert events.Tags()["images"] == ["preview"]
+
+
+# --- wrong input: one line, exit code 2, nothing written -----------------------------------------
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--model", "DiT-XXL/2"], ["--model", "DiT-XXL/2", "DiT-XL/2"]),
+    (["--data-path", "/nowhere"], ["--data-path /nowhere"]),
+    (["--data-path", "."], ["--data-path .", "sub-folder"]),
+    (["--image-size", "9"], ["input_size (9, 9)", "multiples of 2"]),
+    (["--global-batch-size", "0"], ["--global-batch-size 0"]),
+    (["--grad-accum", "5"], ["--global-batch-size 12", "--grad-accum 5"]),
+    (["--num-classes", "1000"], ["--num-classes 1000", "10 classes"]),
+    (["--vae", "./nowhere"], ["--vae ./nowhere"]),
+    (["--lr", "nan"], ["--lr"]),
+    (["--lr", "0"], ["--lr 0"]),
+    (["--ema-decay", "1"], ["--ema-decay 1"]),
+    (["--model-args", '{"dept": 3}'], ["--model-args", "'dept'", "depth"]),
+    (["--model-args", '{"depth": "deep"}'], ["--model-args", "depth", "deep"]),
+    (["--diffusion-args", '{"objective": "flaw"}'], ["flaw", "flow"]),
+    (["--diffusion-args", '{"label_drop": 2}'], ["label_drop 2"]),
+    (["--diffusion-args", '{"sampling": {"sampler": "ddpm"}, "objective": "flow"}'], ["ddpm", "flow"]),
+    (["--optimizer-args", '{"schedule": "linear"}'], ["--optimizer-args", "schedule", "linear"]),
+    (["--init-from", "nowhere.pt"], ["nowhere.pt"]),
+    (["--device", "cuda"], ["--device cuda", "cpu"]),
+    (["--results-dir", "/proc/results"], ["/proc/results"]),
+    (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    (["--max-steps", "-1"], ["--max-steps -1"]),
+])
+def test_wrong_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, run_here, flags, words):
+    monkeypatch.chdir(tmp_path)
+    if flags == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert_one_line(run_here(train, *TINY_RUN, *FLOW, *flags), *words)
+    assert list(tmp_path.glob("results/*")) == []
+
+
+def test_an_indivisible_global_batch_is_told_once_under_torchrun(tmp_path):
+    result = run_script("train.py", *TINY_RUN, *FLOW, "--global-batch-size", 7, cwd=tmp_path, nproc=2, check=False)
+    assert result.returncode != 0
+    assert result.stderr.count("train.py: error: --global-batch-size 7 is not divisible by 2 processes") == 1
+
+
+def test_as_a_script_too_a_wrong_input_is_one_line(tmp_path):
+    assert_one_line(run_script("train.py", *TINY_RUN, "--lrr", 3, cwd=tmp_path, check=False), "--lrr")
+    assert_one_line(run_script("train.py", *TINY_RUN, "--vae", "ema", cwd=tmp_path, check=False, HF_HUB_OFFLINE="1"),
+                    "--vae ema: cannot load", "stabilityai/sd-vae-ft-ema")
+
+
+def test_a_run_of_another_model_batch_or_seed_is_not_continued(tiny_run, monkeypatch, run_here):
+    monkeypatch.chdir(tiny_run.parent.parent)
+    for flags, word in ((["--model", "DiNext-S/4"], "model"), (["--global-batch-size", "24"], "global_batch_size"),
+                        (["--global-seed", "1"], "global_seed")):
+        lock = tiny_run / "lock"  # this process holds what it opens until it ends
+        lock.unlink()
+        result = run_here(train, *TINY_RUN, *FLOW, "--max-steps", 9, "--run-name", "tiny", *flags)
+        assert_one_line(result, word, "--run-name")
+
+
+def test_a_second_writer_is_refused(tmp_path):
+    import sys
+    command = [sys.executable, str(ROOT / "train.py"), *TINY_RUN, *FLOW, "--run-name", "r", "--max-steps", "100000"]
+    first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                             env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    try:
+        assert "results/r" in first.stdout.readline()  # it has the lock
+        assert_one_line(run_script("train.py", *TINY_RUN, *FLOW, "--run-name", "r", cwd=tmp_path, check=False),
+                        "another process is training in results/r")
+    finally:
+        first.kill()
+        first.communicate()
