@@ -20,8 +20,11 @@ HUB_IDS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse
 class Pixels(nn.Module):
     """No autoencoder: diffusion in pixels."""
 
-    spec = {"vae": "pixels"}
     bounded = True
+
+    def __init__(self):
+        super().__init__()
+        self.spec = {"vae": "pixels"}
 
     def latent_shape(self, image_size: tuple[int, int], channels: int) -> tuple[int, int, int]:
         return (channels, *image_size)

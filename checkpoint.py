@@ -133,8 +133,8 @@ class Restored:
     name: str
 
 
-def restore(ckpt: str | None, model: str | None = None, image_size: int | None = None, num_classes: int | None = None,
-            vae: str | None = None) -> Restored:
+def restore(ckpt: str | Path | None, model: str | None = None, image_size: int | None = None, num_classes: int | None = None,
+            vae: str | None = None, bare_vae: str = "mse", bare_cfg_scale: float = 4.0) -> Restored:
     """Rebuild what a checkpoint holds.
 
     Args:
@@ -142,6 +142,7 @@ def restore(ckpt: str | None, model: str | None = None, image_size: int | None =
         model, image_size, num_classes: describe bare weights (default: DiT-XL/2, 256, 1000); beside a checkpoint that
             describes itself they must agree with it.
         vae: the autoencoder, in place of the checkpoint's.
+        bare_vae, bare_cfg_scale: recommended for bare weights.
     """
     if ckpt is None:
         ckpt = f"DiT-XL-2-{image_size or 256}x{image_size or 256}.pt"
@@ -149,7 +150,8 @@ def restore(ckpt: str | None, model: str | None = None, image_size: int | None =
             raise ValueError(f"--ckpt is needed: only DiT-XL/2 at --image-size 256 and 512 is published, not "
                              f"{model or 'DiT-XL/2'} at {image_size or 256}")
     state = load_by_name(ckpt)
-    spec = dict(state["spec"]) if "spec" in state else describe_bare_weights(state, model, image_size, num_classes)
+    spec = dict(state["spec"]) if "spec" in state else describe_bare_weights(
+        state, model, image_size, num_classes, bare_vae, bare_cfg_scale)
     agree("--model", model, spec["model"]["name"], ckpt)
     agree("--image-size", image_size, spec["image_size"][0], ckpt)
     agree("--num-classes", num_classes, len(spec["classes"]), ckpt)
@@ -164,7 +166,8 @@ def agree(flag: str, given: object, stored: object, ckpt: str) -> None:
         raise ValueError(f"{flag} {given} contradicts the checkpoint {ckpt}, which was trained with {stored}")
 
 
-def describe_bare_weights(state: dict, model: str | None, image_size: int | None, num_classes: int | None) -> dict:
+def describe_bare_weights(state: dict, model: str | None, image_size: int | None, num_classes: int | None, vae: str,
+                          cfg_scale: float) -> dict:
     """The spec of weights that DiT's code wrote: an epsilon model on Stable Diffusion's latents."""
     args = vars(state["args"]) if isinstance(state.get("args"), argparse.Namespace) else {}
     model = model or args.get("model", "DiT-XL/2")
@@ -173,11 +176,11 @@ def describe_bare_weights(state: dict, model: str | None, image_size: int | None
     return {
         "model": {"name": model, "args": {"input_size": image_size // 8, "num_classes": num_classes}},
         "diffusion": {},
-        "vae": args.get("vae", "ema"),
+        "vae": args.get("vae", vae),
         "image_size": (image_size, image_size),
         "channels": 3,
         "classes": imagenet_classes() if num_classes == 1000 else [str(i) for i in range(num_classes)],
-        "sampling": {"sampler": "ddpm", "num_sampling_steps": "250", "cfg_scale": 4.0, "cfg_channels": 3},
+        "sampling": {"sampler": "ddpm", "num_sampling_steps": "250", "cfg_scale": cfg_scale, "cfg_channels": 3},
     }
 
 

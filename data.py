@@ -143,7 +143,10 @@ def open_rgb(path: str) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's crop: halve by boxes while that stays large enough, bicubic to the shorter side, cut the middle: (size, size[, 3])."""
+    """ADM's crop: halve by boxes while that stays large enough, bicubic to the shorter side, cut out the middle.
+
+    Returns: (size, size, 3) uint8, or (size, size) of a greyscale image.
+    """
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
     scale = size / min(image.size)

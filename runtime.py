@@ -42,12 +42,25 @@ class World:
             dist.all_reduce(value)
         return value / self.size
 
-    def broadcast(self, value):
-        """Rank 0's value of any plain object, on every rank."""
-        values = [value]
+    def on_main(self, function: Callable):
+        """The main process's result of a function, on every process; what it raises is raised on all."""
+        outcome = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except (ValueError, OSError) as error:
+                outcome[1] = error
         if self.size > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
+            dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def main_first(self, function: Callable):
+        """Every process's own result of a function that the main one calls first, to download what the others find."""
+        results = []
+        self.on_main(lambda: results.append(function()))
+        return results[0] if results else function()
 
 
 def start_world(device: str | None) -> World:
@@ -110,10 +123,12 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         fail(plain_words(message))
 
 
-def plain_words(message: object) -> str:
-    """jsonargparse's message, shortened to the flag, what it takes and what it got."""
-    text = one_line(message)
-    text = re.sub(r'Parser key "([\w.]+)":', lambda match: f"--{match[1].replace('_', '-')}:", text)
+def plain_words(message: object, is_flag: bool = True) -> str:
+    """jsonargparse's message, shortened to the flag (or key), what it takes and what it got."""
+    def name(key: re.Match) -> str:
+        return f"--{key[1].replace('_', '-')}:" if is_flag else f"{key[1]}:"
+
+    text = re.sub(r'Parser key "([\w.]+)":', name, one_line(message))
     text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* Given value: (.*)",
                   r"Expected one of \1. Got value: \2", text)
     return re.sub(r"<class '(\w+)'>", r"\1", text).replace("NoneType", "null")
@@ -131,7 +146,7 @@ def check_arguments(function: Callable, arguments: dict, flag: str, skip: set[st
     try:
         checked = parser.parse_object(dict(arguments)).as_dict()
     except jsonargparse.ArgumentError as error:
-        raise ValueError(f"{flag}: {plain_words(error)}") from None
+        raise ValueError(f"{flag}: {plain_words(error, is_flag=False)}") from None
     return {name: checked[name] for name in arguments}
 
 
@@ -146,7 +161,8 @@ def run(main: Callable, parser: ArgumentParser) -> None:
         main(args)
     except (ValueError, OSError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if isinstance(error, OSError) or raised_in.is_relative_to(Path(__file__).parent) and ".venv" not in raised_in.parts:
+        ours = raised_in.is_relative_to(Path(__file__).parent) and ".venv" not in raised_in.parts
+        if isinstance(error, OSError) or ours:
             fail(error)
         raise
     finally:

@@ -31,6 +31,7 @@ from models import DiT_models
 DIT_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # the eight classes of DiT's figures
 MAX_COLUMNS = 10
 LEGIBLE = 64  # pixels: smaller pictures are enlarged by a whole factor
+DECODE_BATCH = 16  # a VAE's decoder takes far more memory an image than the network
 
 
 def build_parser() -> runtime.ArgumentParser:
@@ -66,7 +67,7 @@ def main(args) -> None:
     runtime.check_writable(out.parent)
     if args.num_samples < 1:
         raise ValueError(f"--num-samples {args.num_samples} is not at least 1")
-    restored, autoencoder, settings = prepare(args, world.device)
+    restored, autoencoder, settings = prepare(args, world)
     labels = parse_labels(args.class_labels, restored.spec["classes"])
 
     start = time.perf_counter()
@@ -84,15 +85,20 @@ def main(args) -> None:
     print(f"Wrote {out}: {len(images)} images of {', '.join(names)} in {seconds:.1f} s")
 
 
-def prepare(args, device: torch.device) -> tuple[checkpoint.Restored, nn.Module, dict]:
-    """Network, autoencoder and settings of `generate`, from a checkpoint and the flags that override it."""
+def prepare(args, world: runtime.World, bare_vae: str = "mse",
+            bare_cfg_scale: float = 4.0) -> tuple[checkpoint.Restored, nn.Module, dict]:
+    """Network, autoencoder and settings of `generate`, from a checkpoint and the flags that override it.
+
+    `bare_vae` and `bare_cfg_scale` are the defaults for bare weights, those of DiT's sample.py.
+    """
     if args.cfg_scale is not None:
         check_scale(args.cfg_scale)
-    restored = checkpoint.restore(args.ckpt, args.model, args.image_size, args.num_classes, args.vae)
+    restored = world.main_first(lambda: checkpoint.restore(
+        args.ckpt, args.model, args.image_size, args.num_classes, args.vae, bare_vae, bare_cfg_scale))
     settings = settings_for(restored.spec, args.sampler, args.num_sampling_steps, args.cfg_scale, args.cfg_channels, args.eta)
-    autoencoder = load_autoencoder(restored.spec["vae"], device)
+    autoencoder = world.main_first(lambda: load_autoencoder(restored.spec["vae"], world.device))
     latent_shape = autoencoder.latent_shape(tuple(restored.spec["image_size"]), restored.spec["channels"])
-    model = restored.model.to(device)
+    model = restored.model.to(world.device)
     if latent_shape != (model.in_channels, *model.input_size):
         raise ValueError(f"--vae {restored.spec['vae']} has latents of shape {latent_shape}, the model takes "
                          f"{(model.in_channels, *model.input_size)}")
@@ -144,7 +150,7 @@ def generate(model: nn.Module, autoencoder: nn.Module, labels: list[int], indice
             x = step["sample"]
             progress()
     with torch.no_grad():
-        return to_uint8(autoencoder.decode(x))
+        return torch.cat([to_uint8(autoencoder.decode(latents)) for latents in x.split(DECODE_BATCH)])
 
 
 def addressed_noise(model: nn.Module, seed: int, indices: range | list[int], *step: int) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jsonargparse import ActionYesNo
 from numpy.lib.format import open_memmap
 from torch import Tensor
 from tqdm import tqdm
@@ -27,7 +28,8 @@ def build_parser() -> runtime.ArgumentParser:
     parser.add_argument("--per-proc-batch-size", type=int, default=32, help="images that a process draws at once")
     parser.add_argument("--num-fid-samples", type=int, default=50_000, help="exactly so many images")
     parser.add_argument("--global-seed", type=int, default=0)
-    parser.add_argument("--tf32", type=bool, default=True, help="TF32 matrix products on CUDA: faster, less exact")
+    parser.add_argument("--tf32", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True,
+                        help="TF32 matrix products on CUDA: faster, less exact")
     return parser
 
 
@@ -39,7 +41,7 @@ def main(args) -> None:
     folder = runtime.check_writable(args.sample_dir)
     world = runtime.start_world(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    restored, autoencoder, settings = prepare(args, world.device)
+    restored, autoencoder, settings = prepare(args, world, bare_vae="ema", bare_cfg_scale=1.5)  # DiT's
     out = folder / f"{describe(restored, settings, args)}.npz"
 
     start, count = time.perf_counter(), args.num_fid_samples

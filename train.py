@@ -68,7 +68,8 @@ def build_parser() -> runtime.ArgumentParser:
     parser.add_argument("--model-args", type=dict, default={}, help="arguments of the network, over its preset's")
     parser.add_argument("--diffusion-args", type=dict, default={},
                         help="arguments of create_diffusion; label_drop (0.1); sampling, what sample.py shall do")
-    parser.add_argument("--optimizer-args", type=dict, default={}, help="betas, weight_decay, warmup_steps, schedule, clip_norm")
+    parser.add_argument("--optimizer-args", type=dict, default={},
+                        help="betas, weight_decay, warmup_steps, schedule (constant, cosine), clip_norm")
     parser.add_argument("--vae", default="ema", help="ema, mse, pixels, a folder or a hub id")
     parser.add_argument("--image-size", type=int | None, help="default: a named set's own, 256 for a folder")
     parser.add_argument("--num-classes", type=int | None, help="default: the data's, with which it must agree")
@@ -122,6 +123,7 @@ class Objective(NamedTuple):
     null_label: int
     label_drop: float
     flip: bool
+    precision: str
 
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Draws) -> Tensor:
         """images (B, C, H, W) uint8, labels (B,) -> (B,)."""
@@ -131,7 +133,8 @@ class Objective(NamedTuple):
         with torch.no_grad():
             latents = self.autoencoder.encode(x, draws.posterior)
         y = torch.where(draws.drop < self.label_drop, self.null_label, labels)
-        return self.process.training_losses(model, latents, draws.t, dict(y=y), draws.noise)["loss"]
+        with autocast(x.device, self.precision):
+            return self.process.training_losses(model, latents, draws.t, dict(y=y), draws.noise)["loss"]
 
 
 def describe(args, dataset, autoencoder: nn.Module) -> tuple[dict, float]:
@@ -188,9 +191,8 @@ def validate(training: "Training", objective: Objective, held_out, args, world: 
         images, labels = (part.to(world.device) for part in held_out.__getitems__(batches[k].tolist()))
         draws = draw(objective.process, (model.in_channels, *model.input_size), len(labels), ("val", args.global_seed, k),
                      world.device)
-        with autocast(world.device, args.precision):
-            losses = [objective._replace(label_drop=0.0, flip=False).losses(network, images, labels, draws).sum()
-                      for network in networks]
+        losses = [objective._replace(label_drop=0.0, flip=False).losses(network, images, labels, draws).sum()
+                  for network in networks]
         totals += torch.stack([*losses, torch.tensor(float(len(labels)), device=world.device)])
     raw, ema, count = world.mean(totals).tolist()
     return {"val_loss": raw / count, "val_loss_ema": ema / count}
@@ -205,16 +207,15 @@ def preview(ema: nn.Module, autoencoder: nn.Module, spec: dict, path: Path, args
     save_grid(images, path, columns=len(labels) // PREVIEW_ROWS)
 
 
-def accumulate_gradients(network: nn.Module, objective: Objective, batches: Iterator, draws: Draws, order: GlobalOrder,
-                         args, device: torch.device) -> Tensor:
+def accumulate_gradients(network: nn.Module, objective: Objective, batches: Iterator, draws: Draws,
+                         order: GlobalOrder) -> Tensor:
     """Backward through this process's micro-batches of one step; the mean loss."""
-    loss = torch.zeros((), device=device)
+    loss = torch.zeros((), device=draws.t.device)
     for rows in order.rows:
         images, labels = next(batches)
         last = rows is order.rows[-1]  # processes exchange gradients once a step
         with nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync():
-            with autocast(device, args.precision):
-                losses = objective.losses(network, images, labels, draws.rows(rows))
+            losses = objective.losses(network, images, labels, draws.rows(rows))
             (losses.mean() / len(order.rows)).backward()
         loss += losses.detach().mean() / len(order.rows)
     return loss
@@ -249,26 +250,26 @@ def main(args) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     check_numbers(args)
     optim = OptimizerArgs(**runtime.check_arguments(OptimizerArgs, args.optimizer_args, "--optimizer-args"))
-    dataset = load_dataset(args.data_path, args.image_size, args.data_root)
+    dataset = world.main_first(lambda: load_dataset(args.data_path, args.image_size, args.data_root))
     held_out = load_dataset(args.data_path, args.image_size, args.data_root, "val") if args.val_every else None
     order = GlobalOrder(len(dataset), args.global_batch_size, args.global_seed, world.rank, world.size, args.grad_accum)
     max_steps = args.max_steps or math.ceil(args.epochs * len(dataset) / args.global_batch_size)
-    autoencoder = load_autoencoder(args.vae, world.device)
+    autoencoder = world.main_first(lambda: load_autoencoder(args.vae, world.device))
     spec, label_drop = describe(args, dataset, autoencoder)
     process = create_diffusion("", **spec["diffusion"])
-    objective = Objective(process, autoencoder, len(dataset.classes), label_drop, dataset.flip)
+    objective = Objective(process, autoencoder, len(dataset.classes), label_drop, dataset.flip, args.precision)
 
     torch.manual_seed(args.global_seed)  # nothing but the initialisation draws from it
     model = checkpoint.build_model(spec["model"]).to(world.device).train()
     beginning = checkpoint.init_from(model, args.init_from) if args.init_from else "Fresh weights"
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters, latent_shape = [p for p in model.parameters() if p.requires_grad], (model.in_channels, *model.input_size)
     training = Training(
         model, copy.deepcopy(model).eval().requires_grad_(False),
         torch.optim.AdamW(parameters, args.lr, optim.betas, weight_decay=optim.weight_decay, fused=True),
         torch.zeros((), device=world.device))
     flags = {name: value for name, value in args.as_dict().items() if name != "config"}
-    folder = open_run(args, flags, world)
-    if source := world.broadcast(checkpoint.latest(folder)) or args.resume:
+    folder = world.on_main(lambda: open_run(args, flags))
+    if source := world.on_main(lambda: checkpoint.latest(folder)) or args.resume:
         training.load_state_dict(checkpoint.load_same_run(source, spec, flags))
         beginning = f"Continuing {source}"
     log = runtime.Log(folder, world, training.step, args.tracker, flags)
@@ -282,10 +283,11 @@ def main(args) -> None:
     steps = range(training.step, max_steps)
     batches = load_batches(dataset, order, steps, args.num_workers, world.device)
     clock = time.perf_counter()
-    for step in tqdm(steps, "training", initial=training.step, total=max_steps, disable=not world.is_main):
+    bar = tqdm(steps, "training", initial=training.step, total=max_steps, disable=not world.is_main)
+    for step in bar:
         lr = set_learning_rate(training.opt, args.lr * optim.factor(step, max_steps))
-        draws = draw(process, (model.in_channels, *model.input_size), order.batch_size, ("train", order.seed, step), world.device)
-        loss = accumulate_gradients(network, objective, batches, draws, order, args, world.device)
+        draws = draw(process, latent_shape, order.batch_size, ("train", order.seed, step), world.device)
+        loss = accumulate_gradients(network, objective, batches, draws, order)
         grad_norm = nn.utils.clip_grad_norm_(parameters, optim.clip_norm or math.inf)
         training.opt.step()
         training.opt.zero_grad(set_to_none=True)
@@ -297,8 +299,10 @@ def main(args) -> None:
             count = step % args.log_every + 1
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             samples = training.step * order.batch_size
-            log.record(training.step, epoch=samples / len(dataset), samples=samples, loss=training.loss_sum.item() / count,
-                       lr=lr, grad_norm=grad_norm.item(), seconds_per_step=seconds / min(count, training.step - steps.start))
+            mean_loss = training.loss_sum.item() / count
+            log.record(training.step, epoch=samples / len(dataset), samples=samples, loss=mean_loss, lr=lr,
+                       grad_norm=grad_norm.item(), seconds_per_step=seconds / min(count, training.step - steps.start))
+            bar.set_postfix(loss=f"{mean_loss:.4f}")
             training.loss_sum.zero_()
         if held_out and due(training.step, args.val_every, max_steps):
             log.record(training.step, **validate(training, objective, held_out, args, world))
@@ -312,17 +316,15 @@ def main(args) -> None:
 
 def due(step: int, every: int, max_steps: int) -> bool:
     """Whether to act after `step` steps: at every multiple (0: none), and at the end."""
-    return step == max_steps or every > 0 and step % every == 0
+    return step == max_steps or (every > 0 and step % every == 0)
 
 
-def open_run(args, flags: dict, world: runtime.World) -> Path:
-    """The run's folder, locked against other writers, the same on all processes."""
-    folder = None
-    if world.is_main:
-        runtime.check_writable(args.results_dir)
-        folder = checkpoint.open_run(args.results_dir, args.run_name, args.model)
-        (folder / "config.yaml").write_text(yaml.safe_dump(flags, sort_keys=False))
-    return world.broadcast(folder)
+def open_run(args, flags: dict) -> Path:
+    """The run's folder, locked against other writers."""
+    runtime.check_writable(args.results_dir)
+    folder = checkpoint.open_run(args.results_dir, args.run_name, args.model)
+    (folder / "config.yaml").write_text(yaml.safe_dump(flags, sort_keys=False))
+    return folder
 
 
 def check_numbers(args) -> None:

@@ -1,4 +1,4 @@
-"""The demo's figures: how well samples of a digits checkpoint are read, and how near they are to held-out digits.
+"""The demo's figures: how well samples of a digits checkpoint are read, and how near they are to real digits.
 
     python benchmarks/digits.py --ckpt results/digits
 
@@ -37,7 +37,7 @@ def build_parser() -> runtime.ArgumentParser:
 def main(args) -> None:
     world = runtime.start_world(args.device)
     args.cfg_scale = 1.0 if args.cfg_scale is None else args.cfg_scale
-    restored, autoencoder, settings = prepare(args, world.device)
+    restored, autoencoder, settings = prepare(args, world)
     start, count = time.perf_counter(), args.num_samples
     labels = np.arange(count) % len(restored.spec["classes"])
     images = torch.cat([

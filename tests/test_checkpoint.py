@@ -107,7 +107,7 @@ def test_bare_published_weights_load_strictly_with_dits_defaults(tmp_path, tiny_
     torch.save(tiny_preset, tmp_path / "bare.pt")
     restored = checkpoint.restore(tmp_path / "bare.pt", model="DiT-tiny", image_size=64, num_classes=10)
     assert restored.spec["sampling"]["cfg_channels"] == 3
-    assert restored.spec["vae"] == "ema"
+    assert (restored.spec["vae"], restored.spec["sampling"]["cfg_scale"]) == ("mse", 4.0)
     assert all(torch.equal(value, tiny_preset[key]) for key, value in restored.model.state_dict().items())
     assert not restored.model.training
 
@@ -115,15 +115,15 @@ def test_bare_published_weights_load_strictly_with_dits_defaults(tmp_path, tiny_
 def test_a_file_of_dits_own_trainer_loads_with_its_flags(tmp_path, tiny_preset):
     """Its `args` is an argparse.Namespace, and its ema is what is sampled from."""
     raw = {key: torch.zeros_like(value) for key, value in tiny_preset.items()}
-    args = argparse.Namespace(model="DiT-tiny", image_size=64, num_classes=10, vae="mse")
+    args = argparse.Namespace(model="DiT-tiny", image_size=64, num_classes=10, vae="ema")
     torch.save({"model": raw, "ema": tiny_preset, "opt": {}, "args": args}, tmp_path / "0000001.pt")
     restored = checkpoint.restore(tmp_path / "0000001.pt")
-    assert restored.spec["vae"] == "mse"
+    assert restored.spec["vae"] == "ema"
     assert torch.equal(restored.model.state_dict()["pos_embed"], tiny_preset["pos_embed"])
 
 
 def test_1000_classes_get_imagenets_names(tmp_path):
-    spec = checkpoint.describe_bare_weights({}, None, None, None)
+    spec = checkpoint.describe_bare_weights({}, None, None, None, "ema", 1.5)
     assert spec["classes"][207] == "golden retriever"
     assert spec["model"] == {"name": "DiT-XL/2", "args": {"input_size": 32, "num_classes": 1000}}
 
@@ -132,7 +132,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path, tiny_preset):
     torch.save(tiny_preset, tmp_path / "bare.pt")
     with pytest.raises(ValueError, match=r"another architecture \(143 differences"):
         checkpoint.restore(tmp_path / "bare.pt", model="DiNext-S/2", image_size=64, num_classes=10)
-    with pytest.raises(ValueError, match="y_embedder.embedding_table.weight"):
+    with pytest.raises(ValueError, match=r"y_embedder\.embedding_table\.weight"):
         checkpoint.restore(tmp_path / "bare.pt", model="DiT-tiny", image_size=64, num_classes=7)
 
 
@@ -216,5 +216,5 @@ import checkpoint; print(checkpoint.open_run({str(tmp_path)!r}, None, "DiT-XL/2"
     again = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert again.stdout.strip() == first.name
     checkpoint.open_run(tmp_path, "mine", "DiT-XL/2")
-    with pytest.raises(ValueError, match="another process is training in .*mine"):
+    with pytest.raises(ValueError, match=r"another process is training in .*mine"):
         checkpoint.open_run(tmp_path, "mine", "DiT-XL/2")

@@ -69,7 +69,7 @@ def test_dictionaries_are_checked_against_a_signature():
         "depths": (1, 1, 2, 1, 1), "hidden_size": 8}
     with pytest.raises(ValueError, match="--diffusion-args: unknown key 'objectiv'; allowed: timestep_respacing"):
         check(create_diffusion, {"objectiv": "flow"}, "--diffusion-args")
-    with pytest.raises(ValueError, match="--diffusion-args: --use_kl|--use-kl"):
+    with pytest.raises(ValueError, match=r"--diffusion-args: use_kl: Expected a bool\. Got value: perhaps"):
         check(create_diffusion, {"use_kl": "perhaps"}, "--diffusion-args")
     with pytest.raises(ValueError, match="unknown key 'in_channels'"):
         check(DiNextU, {"in_channels": 3}, "--model-args", {"in_channels"})
@@ -89,7 +89,12 @@ def test_a_world_of_one_needs_no_torchrun(monkeypatch):
     world = runtime.start_world("cpu")
     assert (world.rank, world.size, world.is_main) == (0, 1, True)
     assert world.mean(torch.tensor(3.0)) == 3
-    assert world.broadcast({"a": 1}) == {"a": 1}
+    calls = []
+    assert world.on_main(lambda: {"a": 1}) == {"a": 1}
+    assert world.main_first(lambda: calls.append(1) or 7) == 7
+    assert calls == [1]
+    with pytest.raises(FileNotFoundError, match="mine"):
+        world.on_main(lambda: open("mine"))
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="--device cuda: this machine has none; available: cpu"):
             runtime.start_world("cuda")

@@ -24,7 +24,8 @@ def gaussian_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gaussian")
     checkpoint.save(folder / "g.pt", {"ema": model.state_dict(), "spec": {
         "model": {"name": "DiT-S/2", "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (8, 8), "channels": 3,
-        "classes": CLASSES, "sampling": {"sampler": "ddpm", "num_sampling_steps": "4", "cfg_scale": 2.0, "cfg_channels": None}}})
+        "classes": CLASSES,
+        "sampling": {"sampler": "ddpm", "num_sampling_steps": "4", "cfg_scale": 2.0, "cfg_channels": None}}})
     return folder / "g.pt"
 
 
