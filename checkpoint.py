@@ -239,8 +239,11 @@ def open_run(results_dir: str, run_name: str | None, model: str) -> Path:
     if folder is None:
         numbers = [int(path.name[:3]) for path in results.glob("[0-9][0-9][0-9]-*")]
         folder = results / f"{max(numbers, default=-1) + 1:03d}-{model.replace('/', '-')}"
-    for part in ("checkpoints", "previews"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+    try:
+        for part in ("checkpoints", "previews"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write to the run's folder {folder}: {error.strerror}") from None
     handle = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,6 +16,7 @@ from pathlib import Path
 import jsonargparse
 import torch
 import torch.distributed as dist
+import yaml
 
 # --- processes -----------------------------------------------------------------------------------
 
@@ -197,18 +198,19 @@ def check_writable(folder: str | Path) -> Path:
 
 
 class Log:
-    """A run's `log.txt` and `metrics.jsonl`, mirrored to the screen and to a tracker. Silent but on the main process."""
+    """A run's `log.txt`, `metrics.jsonl` and `config.yaml`, mirrored to a tracker. Silent but on the main process."""
 
-    def __init__(self, folder: Path, world: World, step: int = 0, tracker: str = "none", config: dict | None = None):
+    def __init__(self, folder: Path, world: World, step: int, tracker: str, config: dict):
         self.folder, self.active = folder, world.is_main
         if not self.active:
             return
+        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         self.metrics = folder / "metrics.jsonl"
         if self.metrics.exists():  # what an interrupted run logged after its last checkpoint will be logged again
             lines = self.metrics.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             self.metrics.write_text("".join(kept))
-        self.tracker = TRACKERS[tracker](folder, config or {})
+        self.tracker = TRACKERS[tracker](folder, config)
 
     def say(self, text: str) -> None:
         if self.active:
@@ -233,6 +235,8 @@ class Log:
 
 
 class NoTracker:
+    """What a tracker is asked; this one does nothing."""
+
     def __init__(self, folder: Path, config: dict): ...
     def scalars(self, step: int, values: dict[str, float]) -> None: ...
     def image(self, step: int, path: Path) -> None: ...

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -198,13 +197,15 @@ def validate(training: "Training", objective: Objective, held_out, args, world: 
     return {"val_loss": raw / count, "val_loss_ema": ema / count}
 
 
-def preview(ema: nn.Module, autoencoder: nn.Module, spec: dict, path: Path, args) -> None:
-    """A grid of EMA samples, a class a column, always from the same noise."""
+def preview(ema: nn.Module, autoencoder: nn.Module, spec: dict, folder: Path, step: int, args) -> Path:
+    """Write a grid of EMA samples, a class a column, always from the same noise; its path."""
     count = len(spec["classes"])
     labels = (DIT_LABELS if count == 1000 else list(range(min(count, PREVIEW_COLUMNS)))) * PREVIEW_ROWS
     images = generate(ema, autoencoder, labels, range(len(labels)), args.global_seed, **settings_for(spec),
                       precision=args.precision)
+    path = folder / "previews" / f"{step:07d}.png"
     save_grid(images, path, columns=len(labels) // PREVIEW_ROWS)
+    return path
 
 
 def accumulate_gradients(network: nn.Module, objective: Objective, batches: Iterator, draws: Draws,
@@ -268,9 +269,13 @@ def main(args) -> None:
         torch.optim.AdamW(parameters, args.lr, optim.betas, weight_decay=optim.weight_decay, fused=True),
         torch.zeros((), device=world.device))
     flags = {name: value for name, value in args.as_dict().items() if name != "config"}
-    folder = world.on_main(lambda: open_run(args, flags))
-    if source := world.on_main(lambda: checkpoint.latest(folder)) or args.resume:
-        training.load_state_dict(checkpoint.load_same_run(source, spec, flags))
+    source = args.resume
+    state = checkpoint.load_same_run(source, spec, flags) if source else None
+    folder = world.on_main(lambda: checkpoint.open_run(args.results_dir, args.run_name, args.model))
+    if newest := world.on_main(lambda: checkpoint.latest(folder)):
+        source, state = newest, checkpoint.load_same_run(newest, spec, flags)
+    if state:
+        training.load_state_dict(state)
         beginning = f"Continuing {source}"
     log = runtime.Log(folder, world, training.step, args.tracker, flags)
     log.say(f"{folder}: {args.model}, {sum(p.numel() for p in parameters):,} parameters, {len(dataset):,} images of "
@@ -309,7 +314,7 @@ def main(args) -> None:
         if world.is_main and due(training.step, args.ckpt_every, max_steps):
             checkpoint.save_step(folder, training.state_dict() | {"args": flags, "spec": spec}, args.keep_last)
         if world.is_main and due(training.step, args.preview_every, max_steps):
-            preview(training.ema, autoencoder, spec, folder / "previews" / f"{training.step:07d}.png", args)
+            log.image(training.step, preview(training.ema, autoencoder, spec, folder, training.step, args))
     log.say(f"Finished: {folder} is at step {training.step}")
     log.close()
 
@@ -317,14 +322,6 @@ def main(args) -> None:
 def due(step: int, every: int, max_steps: int) -> bool:
     """Whether to act after `step` steps: at every multiple (0: none), and at the end."""
     return step == max_steps or (every > 0 and step % every == 0)
-
-
-def open_run(args, flags: dict) -> Path:
-    """The run's folder, locked against other writers."""
-    runtime.check_writable(args.results_dir)
-    folder = checkpoint.open_run(args.results_dir, args.run_name, args.model)
-    (folder / "config.yaml").write_text(yaml.safe_dump(flags, sort_keys=False))
-    return folder
 
 
 def check_numbers(args) -> None:

@@ -25,7 +25,7 @@ VARIANTS = {
 
 
 def analytic_model(x, t, learned=True):
-    """The model of shared/golden/README.md."""
+    """The model of tests/golden/README.md."""
     u = t.view(-1, 1, 1, 1) / 1000
     out = 0.8 * x + 0.1 * torch.sin(3 * x) + 0.05 * u
     return torch.cat([out, torch.tanh(0.5 * x - u)], dim=1) if learned else out

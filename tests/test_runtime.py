@@ -111,18 +111,18 @@ def test_a_library_s_value_error_keeps_its_traceback(monkeypatch, capsys):
 
 def test_the_log_forgets_what_an_interrupted_run_will_do_again(tmp_path):
     world = runtime.World(0, 1, torch.device("cpu"))
-    log = runtime.Log(tmp_path, world)
+    log = runtime.Log(tmp_path, world, 0, "none", {})
     for step in (1, 2, 3):
         log.record(step, loss=step / 10)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "los')  # killed in the middle of a line
-    runtime.Log(tmp_path, world, step=2).record(3, loss=0.5)
+    runtime.Log(tmp_path, world, 2, "none", {}).record(3, loss=0.5)
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
         {"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}, {"step": 3, "loss": 0.5}]
 
 
 def test_other_processes_log_nothing(tmp_path):
-    log = runtime.Log(tmp_path, runtime.World(1, 2, torch.device("cpu")))
+    log = runtime.Log(tmp_path, runtime.World(1, 2, torch.device("cpu")), 0, "none", {})
     log.say("x")
     log.record(1, loss=1)
     log.close()

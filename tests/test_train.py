@@ -222,6 +222,7 @@ def test_a_tracker_mirrors_scalars_and_previews(tmp_path, tracker):
     (["--diffusion-args", '{"sampling": {"sampler": "ddpm"}, "objective": "flow"}'], ["ddpm", "flow"]),
     (["--optimizer-args", '{"schedule": "linear"}'], ["--optimizer-args", "schedule", "linear"]),
     (["--init-from", "nowhere.pt"], ["nowhere.pt"]),
+    (["--resume", "nowhere.pt"], ["nowhere.pt"]),
     (["--device", "cuda"], ["--device cuda", "cpu"]),
     (["--results-dir", "/proc/results"], ["/proc/results"]),
     (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
