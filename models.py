@@ -313,6 +313,7 @@ class DiNext(Isotropic):
         super().__init__(blocks, "NHWC", input_size, patch_size, in_channels, hidden_size, num_classes, learn_sigma,
                          gradient_checkpointing)
         initialize(self)
+        self.to(memory_format=torch.channels_last)  # convolution kernels, as their inputs are
 
 
 class DiNextU(Backbone):
@@ -341,6 +342,7 @@ class DiNextU(Backbone):
         self.head = ConvHead(hidden_size, self.out_channels)
         self.default_split = sum(depths[:3])  # the way down and the middle
         initialize(self)
+        self.to(memory_format=torch.channels_last)  # convolution kernels, as their inputs are
 
     def condition(self, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         """t (B,) in 0..1000, y (B,) in 0..L -> one c a resolution: (B, D), (B, 2D), (B, 4D)."""
