@@ -18,6 +18,7 @@ import argparse
 import fcntl
 import os
 import pickle
+import socket
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -49,16 +50,16 @@ def save(path: Path, state: dict) -> None:
     os.close(folder)
 
 
-def load(path: str | Path) -> dict:
+def load(path: str | Path, flag: str = "--ckpt") -> dict:
     """Read a `.pt` or `.safetensors` file onto the CPU. Nothing in it is executed.
 
-    Raises:
+    Raises: (`flag` is named in the message)
         FileNotFoundError: there is no such file.
         ValueError: it is truncated, no checkpoint, or holds more than weights and plain values.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
+        raise FileNotFoundError(f"{flag} {path} does not exist")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -69,11 +70,11 @@ def load(path: str | Path) -> dict:
         foreign = "unsupported global" in str(error).lower()
         reason = "holds objects other than weights and plain values; nothing was executed" if foreign else (
             "is truncated or no checkpoint")
-        raise ValueError(f"checkpoint {path} {reason}") from None
+        raise ValueError(f"{flag} {path} {reason}") from None
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
-        raise ValueError(f"checkpoint {path} is truncated or no checkpoint ({type(error).__name__})") from None
+        raise ValueError(f"{flag} {path} is truncated or no checkpoint ({type(error).__name__})") from None
     if not isinstance(state, dict):
-        raise ValueError(f"checkpoint {path} holds a {type(state).__name__}, not a dict of weights")
+        raise ValueError(f"{flag} {path} holds a {type(state).__name__}, not a dict of weights")
     return state
 
 
@@ -99,25 +100,26 @@ def download(name: str) -> Path:
 
 def find_model(name: str | Path) -> dict:
     """The weights of a checkpoint (its EMA, where it has one), by path or by the name of a published file."""
-    return weights_of(load_by_name(name))
+    return weights_of(load(resolve(name)), name)
 
 
-def load_by_name(name: str | Path) -> dict:
-    """The whole checkpoint, by path, by its run's folder (the newest), or by the name of a published file."""
+def resolve(name: str | Path, flag: str = "--ckpt") -> Path:
+    """The file that a path, a run's folder (its newest) or the name of a published file stands for."""
     if str(name) in PUBLISHED and not Path(name).is_file():
-        return load(download(str(name)))
+        return download(str(name))
     if Path(name).is_dir():
         newest = latest(Path(name))
         if newest is None:
-            raise FileNotFoundError(f"the folder {name} holds no checkpoints/*.pt")
-        return load(newest)
-    return load(name)
+            raise FileNotFoundError(f"{flag} {name}: the folder holds no checkpoints/*.pt")
+        return newest
+    return Path(name)
 
 
-def weights_of(state: dict) -> dict:
+def weights_of(state: dict, source: str | Path) -> dict:
+    """The state dict in a checkpoint: its EMA, else its model, else itself."""
     weights = state.get("ema", state.get("model", state))
-    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise ValueError("the checkpoint holds no state dict: neither 'ema' nor 'model' nor weights alone")
+    if not isinstance(weights, dict) or not weights or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+        raise ValueError(f"checkpoint {source} holds no state dict: neither 'ema' nor 'model' nor weights alone")
     return weights
 
 
@@ -130,7 +132,14 @@ class Restored:
 
     model: nn.Module
     spec: dict
-    name: str
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Run and step, or the file's name."""
+        if self.path.parent.name == "checkpoints":
+            return f"{self.path.parent.parent.resolve().name}-{self.path.stem}"
+        return self.path.stem
 
 
 def restore(ckpt: str | Path | None, model: str | None = None, image_size: int | None = None, num_classes: int | None = None,
@@ -149,16 +158,19 @@ def restore(ckpt: str | Path | None, model: str | None = None, image_size: int |
         if model not in (None, "DiT-XL/2") or ckpt not in PUBLISHED:
             raise ValueError(f"--ckpt is needed: only DiT-XL/2 at --image-size 256 and 512 is published, not "
                              f"{model or 'DiT-XL/2'} at {image_size or 256}")
-    state = load_by_name(ckpt)
+    path = resolve(ckpt)
+    state = load(path)
     spec = dict(state["spec"]) if "spec" in state else describe_bare_weights(
         state, model, image_size, num_classes, bare_vae, bare_cfg_scale)
+    if missing := {"model", "diffusion", "vae", "image_size", "channels", "classes", "sampling"} - set(spec):
+        raise ValueError(f"checkpoint {path}: its description lacks {', '.join(sorted(missing))}")
     agree("--model", model, spec["model"]["name"], ckpt)
     agree("--image-size", image_size, spec["image_size"][0], ckpt)
     agree("--num-classes", num_classes, len(spec["classes"]), ckpt)
     spec["vae"] = vae or spec["vae"]
     network = build_model(spec["model"])
-    load_weights(network, weights_of(state), ckpt)
-    return Restored(network.eval().requires_grad_(False), spec, Path(ckpt).stem)
+    load_weights(network, weights_of(state, path), path)
+    return Restored(network.eval().requires_grad_(False), spec, path)
 
 
 def agree(flag: str, given: object, stored: object, ckpt: str) -> None:
@@ -169,14 +181,17 @@ def agree(flag: str, given: object, stored: object, ckpt: str) -> None:
 def describe_bare_weights(state: dict, model: str | None, image_size: int | None, num_classes: int | None, vae: str,
                           cfg_scale: float) -> dict:
     """The spec of weights that DiT's code wrote: an epsilon model on Stable Diffusion's latents."""
-    args = vars(state["args"]) if isinstance(state.get("args"), argparse.Namespace) else {}
-    model = model or args.get("model", "DiT-XL/2")
-    image_size = image_size or args.get("image_size", 256)
-    num_classes = num_classes or args.get("num_classes", 1000)
+    stored = vars(state["args"]) if isinstance(state.get("args"), argparse.Namespace) else {}
+    given = {key: value for key, value in (("model", model), ("image_size", image_size), ("num_classes", num_classes))
+             if value is not None}
+    args = {"model": "DiT-XL/2", "image_size": 256, "num_classes": 1000, "vae": vae} | given | stored
+    model, image_size, num_classes = args["model"], args["image_size"], args["num_classes"]
+    if image_size < 8 or image_size % 8 or num_classes < 1:
+        raise ValueError(f"--image-size {image_size} must be a positive multiple of 8, --num-classes {num_classes} positive")
     return {
         "model": {"name": model, "args": {"input_size": image_size // 8, "num_classes": num_classes}},
         "diffusion": {},
-        "vae": args.get("vae", vae),
+        "vae": args["vae"],
         "image_size": (image_size, image_size),
         "channels": 3,
         "classes": imagenet_classes() if num_classes == 1000 else [str(i) for i in range(num_classes)],
@@ -196,7 +211,7 @@ def build_model(description: dict) -> nn.Module:
     return DiT_models[description["name"]](**description["args"])
 
 
-def load_weights(network: nn.Module, weights: dict, source: str) -> None:
+def load_weights(network: nn.Module, weights: dict, source: Path) -> None:
     """Load all of a state dict; ValueError that names the first differences where it is of another network."""
     own = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in weights.items()}
@@ -210,7 +225,8 @@ def load_weights(network: nn.Module, weights: dict, source: str) -> None:
 
 def init_from(network: nn.Module, source: str) -> str:
     """Take from a checkpoint the weights whose name and shape fit; says which did and which did not."""
-    weights, own = find_model(source), network.state_dict()
+    path = resolve(source, "--init-from")
+    weights, own = weights_of(load(path, "--init-from"), path), network.state_dict()
     fitting = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
     if not fitting:
         raise ValueError(f"--init-from {source}: none of its {len(weights)} tensors fits this model")
@@ -232,25 +248,37 @@ def open_run(results_dir: str, run_name: str | None, model: str) -> Path:
         ValueError: another process holds it.
     """
     results, launch = Path(results_dir), os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if launch == "none":  # torchrun's default, the same for every launch: its agent's process tells them apart
+        launch = f"{socket.gethostname()}-{os.getppid()}"
     folder = results / run_name if run_name else None
     if folder is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        folder = next((file.parent for file in sorted(results.glob("*/launch"), reverse=True)
+        folder = next((file.parent for file in sorted(results.glob("[0-9][0-9][0-9]-*/launch"), reverse=True)
                        if file.read_text() == launch), None)
-    if folder is None:
-        numbers = [int(path.name[:3]) for path in results.glob("[0-9][0-9][0-9]-*")]
-        folder = results / f"{max(numbers, default=-1) + 1:03d}-{model.replace('/', '-')}"
     try:
+        folder = folder or new_folder(results, model.replace("/", "-"))
         for part in ("checkpoints", "previews"):
             (folder / part).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot write to the run's folder {folder}: {error.strerror}") from None
     handle = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers would inherit it and outlive us
+    except (BlockingIOError, PermissionError):
         raise ValueError(f"another process is training in {folder}; choose another --run-name") from None
     (folder / "launch").write_text(launch)
     return folder
+
+
+def new_folder(results: Path, model: str) -> Path:
+    """Make the next `NNN-model`; two launches at once get two."""
+    while True:
+        numbers = [int(path.name[:3]) for path in results.glob("[0-9][0-9][0-9]-*")]
+        folder = results / f"{max(numbers, default=-1) + 1:03d}-{model}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
 
 
 def save_step(folder: Path, state: dict, keep_last: int) -> None:
@@ -267,11 +295,12 @@ def latest(folder: Path) -> Path | None:
 
 def load_same_run(path: str | Path, spec: dict, args: dict) -> dict:
     """A checkpoint to continue; ValueError where it is of another run."""
-    state = load(path)
+    state = load(path, "--resume")
     if "spec" not in state or "opt" not in state:
         raise ValueError(f"{path} is not a training checkpoint; --init-from takes weights alone")
-    stored = state["spec"] | {key: state["args"][key] for key in ("global_batch_size", "global_seed")}
-    wanted = spec | {key: args[key] for key in ("global_batch_size", "global_seed")}
+    fixed = ("global_batch_size", "global_seed", "diffusion_args", "optimizer_args")
+    stored, wanted = (described | {key: flags[key] for key in fixed}
+                      for described, flags in ((state["spec"], state["args"]), (spec, args)))
     for key, value in wanted.items():
         if stored[key] != value:
             raise ValueError(f"{path} was trained with {key} {stored[key]}, not {value}: choose another --run-name, or "

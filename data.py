@@ -138,7 +138,7 @@ def open_rgb(path: str) -> Image.Image:
     """A picture as RGB; greyscale, CMYK and transparent files become RGB."""
     try:
         return Image.open(path).convert("RGB")
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # a damaged file fails in many ways
         raise OSError(f"cannot read the image {path}: {error}") from None
 
 
@@ -217,12 +217,20 @@ def load_batches(dataset: Dataset, order: GlobalOrder, steps: range, num_workers
     loader = DataLoader(dataset, batch_sampler=MicroBatches(order, steps), num_workers=num_workers, collate_fn=as_is,
                         pin_memory=device.type == "cuda")
     upcoming = None
-    for images, labels in loader:
+    for images, labels in without_worker_traceback(loader):
         ready, upcoming = upcoming, (images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
         if ready is not None:
             yield ready
     if upcoming is not None:
         yield upcoming
+
+
+def without_worker_traceback(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches; an unreadable file that a worker met is told in the words of `open_rgb`."""
+    try:
+        yield from loader
+    except OSError as error:
+        raise OSError(str(error).strip().splitlines()[-1].removeprefix("OSError: ")) from None
 
 
 def as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

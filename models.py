@@ -249,6 +249,8 @@ class Isotropic(Backbone):
 
     def __init__(self, blocks: list[nn.Module], token_format: str, input_size: int | tuple[int, int], patch_size: int,
                  in_channels: int, hidden_size: int, num_classes: int, learn_sigma: bool, gradient_checkpointing: bool):
+        if not blocks or hidden_size < 1 or patch_size < 1:
+            raise ValueError(f"depth {len(blocks)}, hidden_size {hidden_size} and patch_size {patch_size} must be positive")
         super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, patch_size)
         self.patch_size = patch_size
         self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, hidden_size, output_fmt=token_format)

@@ -1,6 +1,7 @@
 """What every script stands on: processes, addressed randomness, the command line with one-line errors, log and tracker."""
 
 import hashlib
+import importlib.util
 import inspect
 import json
 import os
@@ -11,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import jsonargparse
@@ -19,6 +21,8 @@ import torch.distributed as dist
 import yaml
 
 # --- processes -----------------------------------------------------------------------------------
+
+PATIENCE = timedelta(hours=2)  # of the other processes, while the main one downloads, or draws previews
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,10 @@ class World:
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean of a tensor over all processes."""
+        total = value.clone()
         if self.size > 1:
-            dist.all_reduce(value)
-        return value / self.size
+            dist.all_reduce(total)
+        return total / self.size
 
     def on_main(self, function: Callable):
         """The main process's result of a function, on every process; what it raises is raised on all."""
@@ -49,7 +54,7 @@ class World:
         if self.is_main:
             try:
                 outcome[0] = function()
-            except (ValueError, OSError) as error:
+            except Exception as error:
                 outcome[1] = error
         if self.size > 1:
             dist.broadcast_object_list(outcome)
@@ -71,16 +76,17 @@ def start_world(device: str | None) -> World:
     if not available[kind]:
         raise ValueError(f"--device {kind}: this machine has none; available: "
                          f"{', '.join(name for name, there in available.items() if there)}")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"--nproc_per_node asks for more processes than this machine's {torch.cuda.device_count()} GPUs")
+        if local_size > torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node {local_size} is more than this machine's {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local_rank)
     target = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if "RANK" not in os.environ:
         return World(0, 1, target)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=target if kind == "cuda" else None)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=target if kind == "cuda" else None,
+                                timeout=PATIENCE)
     return World(dist.get_rank(), dist.get_world_size(), target)
 
 
@@ -95,6 +101,7 @@ def generator(*address: str | int, device: torch.device | str = "cpu") -> torch.
 
 # --- command line --------------------------------------------------------------------------------
 
+_checked = False  # see checks_are_done
 
 class ArgumentParser(jsonargparse.ArgumentParser):
     """Flags over a YAML `--config`, whichever comes first on the command line; an error is one line and exit code 2."""
@@ -151,31 +158,47 @@ def check_arguments(function: Callable, arguments: dict, flag: str, skip: set[st
     return {name: checked[name] for name in arguments}
 
 
+def naming(flag: str, function: Callable):
+    """The function's result; a ValueError, or what a wrong number breaks inside a library, names the flag it came from."""
+    try:
+        return function()
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"{flag}: {error}") from None
+
+
 def run(main: Callable, parser: ArgumentParser) -> None:
     """Run a script's main on the command line's flags. A wrong input is one line on stderr and exit code 2.
 
     Wrong input means an OSError, or a ValueError raised in this project's own code: one from inside a library is a bug
-    here, and keeps its traceback.
+    here, and keeps its traceback. After a failure the process group is not destroyed, which would wait for the others.
     """
     args = parser.parse_args()
     try:
         main(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (ValueError, OSError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         ours = raised_in.is_relative_to(Path(__file__).parent) and ".venv" not in raised_in.parts
         if isinstance(error, OSError) or ours:
             fail(error)
         raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def fail(message: object) -> None:
-    """Say it in one line, on one process of a machine, and exit with code 2."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    """Say it in one line and exit with code 2. What is wrong for all processes is said by the main one alone."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0:
         print(f"{Path(sys.argv[0]).name}: error: {one_line(message)}", file=sys.stderr)
+    elif _checked:
+        print(f"{Path(sys.argv[0]).name}: error on rank {rank}: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+def checks_are_done() -> None:
+    """Said once all processes have checked the same input: from here on each one reports what fails on it."""
+    global _checked
+    _checked = True
 
 
 def one_line(message: object) -> str:
@@ -209,7 +232,9 @@ class Log:
         if self.metrics.exists():  # what an interrupted run logged after its last checkpoint will be logged again
             lines = self.metrics.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            self.metrics.write_text("".join(kept))
+            temporary = self.metrics.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            temporary.replace(self.metrics)
         self.tracker = TRACKERS[tracker](folder, config)
 
     def say(self, text: str) -> None:
@@ -247,10 +272,7 @@ class TensorBoardTracker(NoTracker):
     """Event files under the run's folder."""
 
     def __init__(self, folder: Path, config: dict):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError("--tracker tensorboard needs `pip install tensorboard` (the extra `track`)") from None
+        from torch.utils.tensorboard import SummaryWriter
         self.writer = SummaryWriter(folder / "tensorboard")
         self.writer.add_text("config", f"```\n{json.dumps(config, indent=2, default=str)}\n```")
 
@@ -271,10 +293,7 @@ class MLflowTracker(NoTracker):
     """A run named as its folder, on the server of MLFLOW_TRACKING_URI; the run's id lies in the folder, to continue it."""
 
     def __init__(self, folder: Path, config: dict):
-        try:
-            import mlflow
-        except ImportError:
-            raise ValueError("--tracker mlflow needs `pip install mlflow` (the extra `track`)") from None
+        import mlflow
         self.mlflow, id_file = mlflow, folder / "mlflow_run_id"
         run = mlflow.start_run(run_id=id_file.read_text() if id_file.exists() else None, run_name=folder.name)
         if not id_file.exists():
@@ -289,6 +308,11 @@ class MLflowTracker(NoTracker):
 
     def close(self) -> None:
         self.mlflow.end_run()
+
+
+def check_tracker(name: str) -> None:
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise ValueError(f"--tracker {name} needs the package {name}: pip install '.[track]'")
 
 
 TRACKERS = {"none": NoTracker, "tensorboard": TensorBoardTracker, "mlflow": MLflowTracker}

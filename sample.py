@@ -31,6 +31,7 @@ from models import DiT_models
 DIT_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # the eight classes of DiT's figures
 MAX_COLUMNS = 10
 LEGIBLE = 64  # pixels: smaller pictures are enlarged by a whole factor
+BATCH = 64  # images drawn at once
 DECODE_BATCH = 16  # a VAE's decoder takes far more memory an image than the network
 
 
@@ -64,24 +65,29 @@ def main(args) -> None:
     torch.set_grad_enabled(False)
     world = runtime.start_world(args.device)
     out = Path(args.out)
-    runtime.check_writable(out.parent)
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name the PNG to write")
     if args.num_samples < 1:
         raise ValueError(f"--num-samples {args.num_samples} is not at least 1")
     restored, autoencoder, settings = prepare(args, world)
     labels = parse_labels(args.class_labels, restored.spec["classes"])
+    runtime.check_writable(out.parent)
 
     start = time.perf_counter()
-    labels_of_images = labels * args.num_samples  # row by row: more rows leave the first ones as they are
-    with tqdm(total=settings["process"].num_timesteps, desc="sampling") as bar:
-        images = generate(restored.model, autoencoder, labels_of_images, range(len(labels_of_images)), args.seed,
-                          **settings, progress=bar.update)
+    order = torch.tensor(labels * args.num_samples)  # row by row: more rows leave the first ones as they are
+    batches = torch.arange(len(order)).split(BATCH)
+    with tqdm(total=settings["process"].num_timesteps * len(batches), desc="sampling") as bar:
+        images = torch.cat([
+            generate(restored.model, autoencoder, order[batch].tolist(), batch.tolist(), args.seed, **settings,
+                     progress=bar.update)
+            for batch in batches])
     seconds = time.perf_counter() - start
 
     names = [restored.spec["classes"][label] for label in labels]
     save_grid(images, out, columns=min(len(labels), MAX_COLUMNS), description={
-        "checkpoint": args.ckpt or restored.name, "seed": args.seed, "labels": labels, "classes": names,
+        "checkpoint": restored.path, "seed": args.seed, "labels": labels, "classes": names,
         "cfg_scale": settings["cfg_scale"], "cfg_channels": settings["cfg_channels"],
-        "sampler": settings["sampler"], "eta": settings["eta"], "steps": settings["process"].num_timesteps})
+        "sampler": settings["sampler"], "eta": settings["eta"], "steps": restored.spec["sampling"]["num_sampling_steps"]})
     print(f"Wrote {out}: {len(images)} images of {', '.join(names)} in {seconds:.1f} s")
 
 
@@ -95,7 +101,10 @@ def prepare(args, world: runtime.World, bare_vae: str = "mse",
         check_scale(args.cfg_scale)
     restored = world.main_first(lambda: checkpoint.restore(
         args.ckpt, args.model, args.image_size, args.num_classes, args.vae, bare_vae, bare_cfg_scale))
-    settings = settings_for(restored.spec, args.sampler, args.num_sampling_steps, args.cfg_scale, args.cfg_channels, args.eta)
+    given = {"sampler": args.sampler, "num_sampling_steps": args.num_sampling_steps, "cfg_scale": args.cfg_scale,
+             "cfg_channels": args.cfg_channels}
+    restored.spec["sampling"] = restored.spec["sampling"] | {key: value for key, value in given.items() if value is not None}
+    settings = settings_for(restored.spec, args.eta)
     autoencoder = world.main_first(lambda: load_autoencoder(restored.spec["vae"], world.device))
     latent_shape = autoencoder.latent_shape(tuple(restored.spec["image_size"]), restored.spec["channels"])
     model = restored.model.to(world.device)
@@ -107,24 +116,21 @@ def prepare(args, world: runtime.World, bare_vae: str = "mse",
     return restored, autoencoder, settings | {"precision": args.precision}
 
 
-def settings_for(spec: dict, sampler: str | None = None, steps: str | int | None = None, cfg_scale: float | None = None,
-                 cfg_channels: int | None = None, eta: float = 0.0) -> dict:
-    """The keyword arguments of `generate`: the checkpoint's recommendation, and what is given in its place."""
-    advice = spec["sampling"]
-    steps = advice["num_sampling_steps"] if steps is None else steps
+def settings_for(spec: dict, eta: float = 0.0) -> dict:
+    """The keyword arguments of `generate`, as the spec's "sampling" has them, checked."""
+    sampling = spec["sampling"]
     try:
-        process = create_diffusion(steps, **spec["diffusion"])
+        process = create_diffusion(sampling["num_sampling_steps"], **spec["diffusion"])
     except ValueError as error:
-        raise ValueError(f"--num-sampling-steps {steps}: {error}") from None
-    sampler = sampler or advice["sampler"]
-    get_sampler(sampler, process, eta)
+        raise ValueError(f"--num-sampling-steps {sampling['num_sampling_steps']}: {error}") from None
+    get_sampler(sampling["sampler"], process, eta)
+    check_scale(sampling["cfg_scale"])
     channels = spec["model"]["args"].get("in_channels", 4)
-    cfg_channels = advice["cfg_channels"] if cfg_channels is None else cfg_channels
-    cfg_channels = channels if cfg_channels is None else cfg_channels
-    if not 1 <= cfg_channels <= channels:
-        raise ValueError(f"--cfg-channels {cfg_channels} is not in 1..{channels}, the channels of this model")
-    return {"process": process, "sampler": sampler, "eta": eta, "cfg_channels": cfg_channels,
-            "cfg_scale": advice["cfg_scale"] if cfg_scale is None else cfg_scale}
+    guided = channels if sampling["cfg_channels"] is None else sampling["cfg_channels"]
+    if not isinstance(guided, int) or not 1 <= guided <= channels:
+        raise ValueError(f"--cfg-channels {guided} is not in 1..{channels}, the channels of this model")
+    return {"process": process, "sampler": sampling["sampler"], "eta": eta, "cfg_scale": sampling["cfg_scale"],
+            "cfg_channels": guided}
 
 
 # --- noise -> image ------------------------------------------------------------------------------
@@ -173,12 +179,15 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def parse_labels(words: list[str | int] | None, classes: list[str]) -> list[int]:
     """Class ids from ids and names, mixed; without words, DiT's eight of 1,000 classes, else all of them."""
-    if not words:
+    if words is None:
         return DIT_LABELS if len(classes) == 1000 else list(range(len(classes)))
     ids = {}
     for i, name in reversed(list(enumerate(classes))):
         ids |= {normalise(synonym): i for synonym in [name, *name.split(",")]}
-    return [parse_label(word, ids, len(classes)) for word in re.split(r"[\s,]+", " ".join(map(str, words)).strip()) if word]
+    labels = [parse_label(word, ids, len(classes)) for word in re.split(r"[\s,]+", " ".join(map(str, words))) if word]
+    if not labels:
+        raise ValueError("--class-labels is empty; give ids or names, or leave the flag out")
+    return labels
 
 
 def parse_label(word: str, ids: dict[str, int], count: int) -> int:

@@ -38,10 +38,11 @@ def main(args) -> None:
     for flag, value in (("--num-fid-samples", args.num_fid_samples), ("--per-proc-batch-size", args.per_proc_batch_size)):
         if value < 1:
             raise ValueError(f"{flag} {value} is not at least 1")
-    folder = runtime.check_writable(args.sample_dir)
     world = runtime.start_world(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     restored, autoencoder, settings = prepare(args, world, bare_vae="ema", bare_cfg_scale=1.5)  # DiT's
+    folder = world.on_main(lambda: runtime.check_writable(args.sample_dir))
+    runtime.checks_are_done()
     out = folder / f"{describe(restored, settings, args)}.npz"
 
     start, count = time.perf_counter(), args.num_fid_samples
@@ -71,8 +72,8 @@ def describe(restored, settings: dict, args) -> str:
     """A file name that tells the settings."""
     spec, autoencoder = restored.spec, Path(restored.spec["vae"]).name
     return (f"{spec['model']['name'].replace('/', '-')}-{restored.name}-size-{spec['image_size'][0]}-vae-{autoencoder}-"
-            f"cfg-{settings['cfg_scale']}-{settings['cfg_channels']}-{settings['sampler']}-"
-            f"{settings['process'].num_timesteps}-seed-{args.global_seed}-{args.num_fid_samples}")
+            f"cfg-{settings['cfg_scale']}-{settings['cfg_channels']}-{settings['sampler']}-{spec['sampling']['num_sampling_steps']}-"
+            f"eta-{settings['eta']}-{args.precision}-seed-{args.global_seed}-{args.num_fid_samples}")
 
 
 def random_label(seed: int, index: int, num_classes: int) -> int:

@@ -34,10 +34,6 @@ from sample import DIT_LABELS, autocast, generate, save_grid, settings_for
 
 PREVIEW_COLUMNS, PREVIEW_ROWS = 10, 4
 VAL_IMAGES, VAL_BATCH = 4096, 64
-RECOMMENDED = {  # how to sample a checkpoint, unless --diffusion-args has its own "sampling"
-    "gaussian": {"sampler": "ddpm", "num_sampling_steps": "250", "cfg_scale": 4.0, "cfg_channels": None},
-    "flow": {"sampler": "heun", "num_sampling_steps": "50", "cfg_scale": 1.0, "cfg_channels": None},
-}
 
 
 @dataclass
@@ -49,6 +45,15 @@ class OptimizerArgs:
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: float | None = None
+
+    def __post_init__(self):
+        for name, value, fine in (
+                ("betas", self.betas, all(0 <= beta < 1 for beta in self.betas)),
+                ("weight_decay", self.weight_decay, self.weight_decay >= 0),
+                ("warmup_steps", self.warmup_steps, self.warmup_steps >= 0),
+                ("clip_norm", self.clip_norm, self.clip_norm is None or self.clip_norm > 0)):
+            if not fine:
+                raise ValueError(f"--optimizer-args: {name} {value} is out of range")
 
     def factor(self, step: int, max_steps: int) -> float:
         """What --lr is multiplied by in step `step`, from 0: a linear warm-up, then 1, or half a cosine to 0."""
@@ -142,12 +147,15 @@ def describe(args, dataset, autoencoder: nn.Module) -> tuple[dict, float]:
     label_drop = diffusion_args.pop("label_drop", 0.1)
     if not isinstance(label_drop, int | float) or not 0 <= label_drop <= 1:
         raise ValueError(f"--diffusion-args: label_drop {label_drop} is not a share, 0..1")
-    flow = diffusion_args.get("objective") == "flow"
-    sampling, given = dict(RECOMMENDED["flow" if flow else "gaussian"]), diffusion_args.pop("sampling", {})
+    given = diffusion_args.pop("sampling", {})
+    diffusion = runtime.check_arguments(create_diffusion, diffusion_args, "--diffusion-args", {"timestep_respacing"})
+    process = runtime.naming("--diffusion-args", lambda: create_diffusion("", **diffusion))
+    sampling = process.recommended | {"cfg_channels": None}
+    sampling["num_sampling_steps"] = min(sampling["num_sampling_steps"], process.num_timesteps)
+    if label_drop == 0:  # there is no unconditional half to guide by
+        sampling["cfg_scale"] = 1.0
     if not isinstance(given, dict) or set(given) - set(sampling):
         raise ValueError(f"--diffusion-args: sampling {given} is not a dictionary with the keys {', '.join(sampling)}")
-    diffusion = runtime.check_arguments(create_diffusion, diffusion_args, "--diffusion-args", {"timestep_respacing"})
-    process = create_diffusion("", **diffusion)
     if args.num_classes not in (None, len(dataset.classes)):
         raise ValueError(f"--num-classes {args.num_classes}: {args.data_path} has {len(dataset.classes)} classes")
     channels, *size = autoencoder.latent_shape(dataset.image_size, dataset.channels)
@@ -164,7 +172,9 @@ def describe(args, dataset, autoencoder: nn.Module) -> tuple[dict, float]:
         "classes": list(dataset.classes),
         "sampling": sampling | given,
     }
-    settings_for(spec)
+    runtime.naming("--diffusion-args: sampling", lambda: settings_for(spec))
+    with torch.device("meta"):
+        runtime.naming("--image-size, --model-args", lambda: checkpoint.build_model(spec["model"]))
     return spec, label_drop
 
 
@@ -182,10 +192,11 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 
 @torch.no_grad()
 def validate(training: "Training", objective: Objective, held_out, args, world: runtime.World) -> dict[str, float]:
-    """The mean loss of raw and of EMA weights on the first held-out images, always at the same t and noise."""
+    """The mean loss of raw and of EMA weights, always on the same held-out images, at the same t and noise."""
     model, networks = training.model, (training.model, training.ema)
     totals = torch.zeros(3, device=world.device)  # the two sums, and the number of images
-    batches = torch.arange(min(VAL_IMAGES, len(held_out))).split(VAL_BATCH)
+    chosen = torch.randperm(len(held_out), generator=runtime.generator("val", len(held_out)))[:VAL_IMAGES]
+    batches = chosen.split(VAL_BATCH)
     for k in range(world.rank, len(batches), world.size):
         images, labels = (part.to(world.device) for part in held_out.__getitems__(batches[k].tolist()))
         draws = draw(objective.process, (model.in_channels, *model.input_size), len(labels), ("val", args.global_seed, k),
@@ -232,27 +243,31 @@ class Training:
     model: nn.Module
     ema: nn.Module
     opt: torch.optim.Optimizer
-    loss_sum: Tensor  # over the steps since the last line of the log
-    step: int = 0     # optimizer steps taken
+    loss_sum: Tensor     # over the steps since the last line of the log
+    loss_count: int = 0  # number of these
+    step: int = 0        # optimizer steps taken
 
     def state_dict(self) -> dict:
         return {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "opt": self.opt.state_dict(),
-                "loss_sum": self.loss_sum, "step": self.step}
+                "loss_sum": self.loss_sum, "loss_count": self.loss_count, "step": self.step}
 
     def load_state_dict(self, state: dict) -> None:
         for name in ("model", "ema", "opt"):
             getattr(self, name).load_state_dict(state[name])
         self.loss_sum.copy_(state["loss_sum"])
-        self.step = state["step"]
+        self.loss_count, self.step = state["loss_count"], state["step"]
 
 
 def main(args) -> None:
     world = runtime.start_world(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     check_numbers(args)
+    runtime.check_tracker(args.tracker)
     optim = OptimizerArgs(**runtime.check_arguments(OptimizerArgs, args.optimizer_args, "--optimizer-args"))
     dataset = world.main_first(lambda: load_dataset(args.data_path, args.image_size, args.data_root))
     held_out = load_dataset(args.data_path, args.image_size, args.data_root, "val") if args.val_every else None
+    if held_out and held_out.classes != dataset.classes:
+        raise ValueError(f"--val-every: the held-out part of --data-path {args.data_path} has other classes than it")
     order = GlobalOrder(len(dataset), args.global_batch_size, args.global_seed, world.rank, world.size, args.grad_accum)
     max_steps = args.max_steps or math.ceil(args.epochs * len(dataset) / args.global_batch_size)
     autoencoder = world.main_first(lambda: load_autoencoder(args.vae, world.device))
@@ -262,7 +277,9 @@ def main(args) -> None:
 
     torch.manual_seed(args.global_seed)  # nothing but the initialisation draws from it
     model = checkpoint.build_model(spec["model"]).to(world.device).train()
-    beginning = checkpoint.init_from(model, args.init_from) if args.init_from else "Fresh weights"
+    beginning = "Fresh weights"
+    if args.init_from:
+        beginning = world.main_first(lambda: checkpoint.init_from(model, args.init_from))
     parameters, latent_shape = [p for p in model.parameters() if p.requires_grad], (model.in_channels, *model.input_size)
     training = Training(
         model, copy.deepcopy(model).eval().requires_grad_(False),
@@ -277,6 +294,7 @@ def main(args) -> None:
     if state:
         training.load_state_dict(state)
         beginning = f"Continuing {source}"
+    del state  # as large as all that is trained
     log = runtime.Log(folder, world, training.step, args.tracker, flags)
     log.say(f"{folder}: {args.model}, {sum(p.numel() for p in parameters):,} parameters, {len(dataset):,} images of "
             f"{len(dataset.classes)} classes, {world.size} x {world.device.type}. {beginning}: {training.step} of "
@@ -285,9 +303,11 @@ def main(args) -> None:
     if args.compile:
         model.compile()
     network = DistributedDataParallel(model) if torch.distributed.is_initialized() else model
+    runtime.checks_are_done()
     steps = range(training.step, max_steps)
     batches = load_batches(dataset, order, steps, args.num_workers, world.device)
-    clock = time.perf_counter()
+    started = clock = time.perf_counter()
+    clock_step = training.step
     bar = tqdm(steps, "training", initial=training.step, total=max_steps, disable=not world.is_main)
     for step in bar:
         lr = set_learning_rate(training.opt, args.lr * optim.factor(step, max_steps))
@@ -298,24 +318,24 @@ def main(args) -> None:
         training.opt.zero_grad(set_to_none=True)
         update_ema(training.ema, model, args.ema_decay, step)
         training.loss_sum += world.mean(loss)
+        training.loss_count += 1
         training.step = step + 1
 
         if due(training.step, args.log_every, max_steps):
-            count = step % args.log_every + 1
+            samples, mean_loss = training.step * order.batch_size, training.loss_sum.item() / training.loss_count
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            samples = training.step * order.batch_size
-            mean_loss = training.loss_sum.item() / count
             log.record(training.step, epoch=samples / len(dataset), samples=samples, loss=mean_loss, lr=lr,
-                       grad_norm=grad_norm.item(), seconds_per_step=seconds / min(count, training.step - steps.start))
+                       grad_norm=grad_norm.item(), images_per_second=(training.step - clock_step) * order.batch_size / seconds)
             bar.set_postfix(loss=f"{mean_loss:.4f}")
+            training.loss_count, clock_step = 0, training.step
             training.loss_sum.zero_()
         if held_out and due(training.step, args.val_every, max_steps):
             log.record(training.step, **validate(training, objective, held_out, args, world))
-        if world.is_main and due(training.step, args.ckpt_every, max_steps):
-            checkpoint.save_step(folder, training.state_dict() | {"args": flags, "spec": spec}, args.keep_last)
         if world.is_main and due(training.step, args.preview_every, max_steps):
             log.image(training.step, preview(training.ema, autoencoder, spec, folder, training.step, args))
-    log.say(f"Finished: {folder} is at step {training.step}")
+        if world.is_main and due(training.step, args.ckpt_every, max_steps):
+            checkpoint.save_step(folder, training.state_dict() | {"args": flags, "spec": spec}, args.keep_last)
+    log.say(f"Finished: {folder} is at step {training.step}; {len(steps)} steps in {time.perf_counter() - started:.0f} s")
     log.close()
 
 
@@ -328,6 +348,11 @@ def check_numbers(args) -> None:
     for flag in ("epochs", "max_steps", "global_batch_size", "grad_accum", "log_every", "ckpt_every"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not at least 1")
+    for flag in ("num_workers", "global_seed", "keep_last", "preview_every", "val_every"):
+        if getattr(args, flag) < 0:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is negative")
+    if args.run_name is not None and Path(args.run_name).name != args.run_name:
+        raise ValueError(f"--run-name {args.run_name!r} is not the name of a folder in --results-dir")
     if not (args.lr > 0 and math.isfinite(args.lr)):
         raise ValueError(f"--lr {args.lr} is not a positive number")
     if not 0 <= args.ema_decay < 1:

@@ -12,11 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .samplers import SamplingLoops
+
 MODEL_TIME = 1000  # models take t on the scale 0..1000
 TIME_SAMPLING = ("uniform", "logit-normal")
 
 
-class FlowMatching:
+class FlowMatching(SamplingLoops):
     """The straight path, sampled in `num_timesteps` equal steps.
 
     Args:
@@ -25,6 +27,7 @@ class FlowMatching:
     """
 
     learn_sigma = False  # a deterministic path has no variance to learn
+    recommended = {"sampler": "heun", "num_sampling_steps": 50, "cfg_scale": 1.0}
 
     def __init__(self, num_timesteps: int = 1000, time_sampling: str = "uniform"):
         if time_sampling not in TIME_SAMPLING:

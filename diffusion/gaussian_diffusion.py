@@ -4,49 +4,52 @@ Sources: DDPM (Ho et al., arXiv:2006.11239), Improved DDPM (Nichol & Dhariwal, a
 (Salimans & Ho, arXiv:2202.00512).
 
 Legend: B batch, C channels, H W size, T timesteps of this process. t (B,) holds whole numbers 0..T-1, 0 nearest to the
-data; the model is given `timestep_map[t]`, the same moment in the process before respacing. abar is alphas_cumprod.
+data; the model is given the same moment in the process before respacing, `timestep_map[t]`, on the scale 0..1000.
+abar is alphas_cumprod.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from . import samplers
+from .samplers import SamplingLoops
 
 Model = Callable[..., Tensor]  # (x (B, C, H, W), t (B,), **model_kwargs) -> (B, C or 2C, H, W)
 
+MODEL_TIME = 1000  # models take t on the scale 0..1000
 PREDICTIONS = ("epsilon", "x0", "v")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 LOSSES = ("mse", "rescaled_mse", "rescaled_kl")
 
 
-class GaussianDiffusion:
+class GaussianDiffusion(SamplingLoops):
     """A process of T = len(betas) steps, or of those of them that `timesteps` keeps.
 
     Args:
-        betas: (T,) float64, each in (0, 1].
+        betas: (T,) float64, between 0 and 1.
         timesteps: ascending timesteps to keep (all by default); the kept ones are joined by larger betas.
         prediction: what the network's first C channels predict.
         variance: of p(x_{t-1} | x_t): the posterior's, beta_t, or learned between the two by C more channels.
         loss: "mse"; "rescaled_mse", the bound counted T/1000-fold beside it; "rescaled_kl", the bound alone, T-fold.
     """
 
+    recommended = {"sampler": "ddpm", "num_sampling_steps": 250, "cfg_scale": 4.0}
+
     def __init__(self, betas: np.ndarray, timesteps: list[int] | None = None, prediction: str = "epsilon",
                  variance: str = "learned_range", loss: str = "mse"):
         for value, allowed in ((prediction, PREDICTIONS), (variance, VARIANCES), (loss, LOSSES)):
             if value not in allowed:
                 raise ValueError(f"{value!r} is unknown; allowed: {', '.join(allowed)}")
-        if not (0 < np.min(betas) and np.max(betas) <= 1):
-            raise ValueError("betas must lie in (0, 1]")
+        if not (0 < np.min(betas) and np.max(betas) < 1):
+            raise ValueError("betas must lie between 0 and 1")
         self.prediction, self.variance, self.loss = prediction, variance, loss
         self.learn_sigma = variance == "learned_range"
         self.timestep_map = list(range(len(betas)) if timesteps is None else timesteps)
 
+        model_times = np.asarray(self.timestep_map) * (MODEL_TIME / len(betas))
         abar = np.cumprod(1 - np.asarray(betas, dtype=np.float64))[self.timestep_map]
         abar_prev = np.append(1.0, abar[:-1])
         betas = 1 - abar / abar_prev
@@ -66,7 +69,7 @@ class GaussianDiffusion:
             "large_log_variance": np.log(np.append(first, betas[1:])),
             "small_log_variance": self.posterior_log_variance_clipped, "posterior_variance": self.posterior_variance,
             "mean_coef1": self.posterior_mean_coef1, "mean_coef2": self.posterior_mean_coef2,
-            "timestep_map": np.asarray(self.timestep_map),
+            "model_times": model_times,
         }
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
 
@@ -74,7 +77,7 @@ class GaussianDiffusion:
         """Row t (B,) of a table, in fp32 and shaped to broadcast with `like`. Tables are copied to a device once."""
         if t.device not in self._on_device:
             self._on_device[t.device] = {
-                key: torch.as_tensor(table, dtype=None if key == "timestep_map" else torch.float32).to(t.device)
+                key: torch.as_tensor(table, dtype=torch.float32).to(t.device)
                 for key, table in self._tables.items()}
         rows = self._on_device[t.device][name][t]
         return rows if like is None else rows.view(-1, *[1] * (like.dim() - 1))
@@ -118,7 +121,7 @@ class GaussianDiffusion:
 
         `denoised_fn`, then clipping to [-1, 1], is applied to the predicted x_0.
         """
-        out = model(x, self._at("timestep_map", t), **(model_kwargs or {})).to(x.dtype)
+        out = model(x, self._at("model_times", t), **(model_kwargs or {})).to(x.dtype)
         channels = x.shape[1] * (2 if self.learn_sigma else 1)
         if out.shape[1] != channels:
             raise ValueError(f"the model returned {out.shape[1]} channels; a process with variance {self.variance!r} takes "
@@ -164,7 +167,7 @@ class GaussianDiffusion:
         """"loss" (B,), and the terms it is the sum of: "mse", and "vb" (bits per dimension) where the variance is learned."""
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
-        out = model(x_t, self._at("timestep_map", t), **(model_kwargs or {})).float()
+        out = model(x_t, self._at("model_times", t), **(model_kwargs or {})).float()
         if self.loss == "rescaled_kl":
             return {"loss": self._bound(out, x_start, x_t, t) * self.num_timesteps}
         prediction, *rest = out.split(x_start.shape[1], dim=1)
@@ -182,52 +185,6 @@ class GaussianDiffusion:
         kl = mean_flat(normal_kl(true_mean, true_log_variance, p["mean"], p["log_variance"]))
         nll = -mean_flat(discretized_gaussian_log_likelihood(x_start, p["mean"], 0.5 * p["log_variance"]))
         return torch.where(t == 0, nll, kl) / math.log(2)
-
-    # --- loops, by the names that DiT's users know; samplers.py does the work --------------------
-
-    def p_sample_loop(self, model: Model, shape: tuple[int, ...], noise: Tensor | None = None, **options) -> Tensor:
-        """Samples of `shape` (B, C, H, W) after T ancestral steps. Options: those of p_sample_loop_progressive."""
-        return last(self.p_sample_loop_progressive(model, shape, noise, **options))
-
-    def ddim_sample_loop(self, model: Model, shape: tuple[int, ...], noise: Tensor | None = None, **options) -> Tensor:
-        """Samples of `shape` (B, C, H, W) after T steps of DDIM. Options: those of p_sample_loop_progressive, and eta."""
-        return last(self.ddim_sample_loop_progressive(model, shape, noise, **options))
-
-    def ddim_sample_loop_progressive(self, model: Model, shape: tuple[int, ...], noise: Tensor | None = None,
-                                     eta: float = 0.0, **options) -> Iterator[dict[str, Tensor]]:
-        """p_sample_loop_progressive with DDIM's steps; eta 0 is deterministic, eta 1 as noisy as DDPM."""
-        return self.p_sample_loop_progressive(model, shape, noise, sampler=partial(samplers.ddim, eta=eta), **options)
-
-    def p_sample_loop_progressive(
-            self, model: Model, shape: tuple[int, ...], noise: Tensor | None = None, clip_denoised: bool = True,
-            denoised_fn: Callable[[Tensor], Tensor] | None = None, model_kwargs: dict | None = None,
-            device: torch.device | str | None = None, progress: bool = False,
-            noise_source: Callable[[int], Tensor] | None = None,
-            sampler: Callable = samplers.ddpm) -> Iterator[dict[str, Tensor]]:
-        """Yield {"sample", "pred_xstart"}, (B, C, H, W) each, after each step.
-
-        Starts from `noise`, or a fresh draw on `device` (by default the model's). Later noise is `noise_source(step)`,
-        step counted from 0, or fresh draws. `progress` shows a bar.
-        """
-        if noise is None:
-            device = device or next(getattr(model, "__self__", model).parameters()).device
-            noise = torch.randn(shape, device=device)
-
-        def denoised(x_start: Tensor) -> Tensor:
-            x_start = denoised_fn(x_start) if denoised_fn else x_start
-            return x_start.clamp(-1, 1) if clip_denoised else x_start
-
-        steps = sampler(self, partial(model, **(model_kwargs or {})), noise.to(device),
-                        noise_source or (lambda step: torch.randn_like(noise)), denoised_fn=denoised)
-        with torch.no_grad():
-            yield from tqdm(steps, total=self.num_timesteps, disable=not progress)
-
-
-def last(steps: Iterator[dict[str, Tensor]]) -> Tensor:
-    """The sample of the last step."""
-    for step in steps:
-        sample = step["sample"]
-    return sample
 
 
 def mean_flat(x: Tensor) -> Tensor:

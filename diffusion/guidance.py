@@ -32,5 +32,5 @@ def guide(model: Callable, y: Tensor, null_label: int, scale: float, channels: i
 
 
 def check_scale(scale: float) -> None:
-    if not (math.isfinite(scale) and scale >= 0):
+    if not (isinstance(scale, int | float) and math.isfinite(scale) and scale >= 0):
         raise ValueError(f"--cfg-scale {scale} is not a finite number of at least 0 (1 = no guidance)")

@@ -17,6 +17,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 NoiseSource = Callable[[int], Tensor]
 DenoisedFn = Callable[[Tensor], Tensor] | None
@@ -100,3 +101,54 @@ def get_sampler(name: str, process, eta: float = 0.0) -> Callable[..., Steps]:
     if eta and name != "ddim":
         raise ValueError(f"--eta {eta} has a meaning for --sampler ddim only, not for {name}")
     return partial(ddim, eta=eta) if eta else SAMPLERS[name]
+
+
+# --- loops, by the names that DiT's users know -----------------------------------------------------
+
+
+class SamplingLoops:
+    """DiT's entry points, for any process. The generators above do the work."""
+
+    def p_sample_loop(self, model: Callable, shape: tuple[int, ...], noise: Tensor | None = None, **options) -> Tensor:
+        """Samples of `shape` (B, C, H, W) after ancestral steps. Options: those of p_sample_loop_progressive."""
+        return last(self.p_sample_loop_progressive(model, shape, noise, **options))
+
+    def ddim_sample_loop(self, model: Callable, shape: tuple[int, ...], noise: Tensor | None = None, **options) -> Tensor:
+        """Samples of `shape` (B, C, H, W) after DDIM's steps. Options: those of p_sample_loop_progressive, and eta."""
+        return last(self.ddim_sample_loop_progressive(model, shape, noise, **options))
+
+    def ddim_sample_loop_progressive(self, model: Callable, shape: tuple[int, ...], noise: Tensor | None = None,
+                                     eta: float = 0.0, **options) -> Steps:
+        """p_sample_loop_progressive with DDIM's steps; eta 0 is deterministic, eta 1 as noisy as DDPM."""
+        return self.p_sample_loop_progressive(model, shape, noise, sampler="ddim", eta=eta, **options)
+
+    @torch.no_grad()
+    def p_sample_loop_progressive(
+            self, model: Callable, shape: tuple[int, ...], noise: Tensor | None = None, clip_denoised: bool = True,
+            denoised_fn: DenoisedFn = None, model_kwargs: dict | None = None, device: torch.device | str | None = None,
+            progress: bool = False, noise_source: NoiseSource | None = None, sampler: str = "ddpm", eta: float = 0.0) -> Steps:
+        """Yield {"sample", "pred_xstart"}, (B, C, H, W) each, after each step.
+
+        Starts from `noise`, or a fresh draw, on `device` (by default that of the noise, or the model's). Later noise is
+        `noise_source(step)`, step counted from 0, or fresh draws. `progress` shows a bar.
+        """
+        if noise is None:
+            device = device or next(getattr(model, "__self__", model).parameters()).device
+            noise = torch.randn(shape, device=device)
+        noise = noise.to(device)
+
+        def denoised(x_start: Tensor) -> Tensor:
+            x_start = denoised_fn(x_start) if denoised_fn else x_start
+            return x_start.clamp(-1, 1) if clip_denoised else x_start
+
+        steps = get_sampler(sampler, self, eta)(
+            self, partial(model, **(model_kwargs or {})), noise,
+            noise_source or (lambda step: torch.randn_like(noise)), denoised)
+        yield from tqdm(steps, total=self.num_timesteps, disable=not progress)
+
+
+def last(steps: Steps) -> Tensor:
+    """The sample of the last step."""
+    for step in steps:
+        sample = step["sample"]
+    return sample

@@ -26,8 +26,8 @@ def named_betas(name: str, num_timesteps: int) -> np.ndarray:
     if name not in SCHEDULES:
         raise ValueError(f"noise_schedule {name!r} is unknown; allowed: {', '.join(SCHEDULES)}")
     betas = SCHEDULES[name](num_timesteps)
-    if betas.max() > 1:
-        raise ValueError(f"noise_schedule {name!r} needs more steps than {num_timesteps}: a beta would exceed 1")
+    if betas.max() >= 1:
+        raise ValueError(f"noise_schedule {name!r} needs more than {num_timesteps} diffusion_steps: a beta would reach 1")
     return betas
 
 

@@ -1,3 +1,5 @@
+import pathlib
+
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,9 @@ def gaussian_run(tmp_path_factory):
 
 def draw(path, indices, labels=None, **overrides):
     restored = checkpoint.restore(path)
-    settings = sample.settings_for(restored.spec, **overrides)
+    eta = overrides.pop("eta", 0.0)
+    restored.spec["sampling"] = restored.spec["sampling"] | overrides
+    settings = sample.settings_for(restored.spec, eta)
     return sample.generate(restored.model, Pixels(), labels or [i % 5 for i in indices], indices, 0, **settings)
 
 
@@ -119,7 +123,7 @@ def test_the_picture_tells_how_it_was_made(tiny_run, tmp_path):
                tmp_path / "x.png", "--num-sampling-steps", 3, cwd=tmp_path)
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.size == (2 * (64 + 8) + 8, 2 * (64 + 8) + 8)
-        assert picture.text == {"checkpoint": str(tiny_run), "seed": "5", "labels": "[3, 7]",
+        assert picture.text == {"checkpoint": str(tiny_run / "checkpoints" / "0000006.pt"), "seed": "5", "labels": "[3, 7]",
                                 "classes": "['three', 'seven']", "cfg_scale": "1.0", "cfg_channels": "1", "sampler": "heun",
                                 "eta": "0.0", "steps": "3"}
 
@@ -134,7 +138,10 @@ def test_more_rows_leave_the_first_as_they_are(tiny_run, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--ckpt", "nowhere.pt"], ["nowhere.pt does not exist"]),
+    (["--ckpt", "nowhere.pt"], ["--ckpt nowhere.pt does not exist"]),
+    (["--class-labels", ""], ["--class-labels is empty"]),
+    (["--out", "."], ["--out . is a folder"]),
+    (["--out", "new/x.png", "--cfg-scale", "-1"], ["--cfg-scale -1"]),
     (["--model", "DiT-XXL/2"], ["--model", "DiT-XXL/2"]),
     (["--model", "DiT-S/2"], ["--model DiT-S/2 contradicts"]),
     (["--num-classes", "1000"], ["--num-classes 1000 contradicts"]),
@@ -159,12 +166,26 @@ def test_wrong_input_is_one_line_and_writes_nothing(tiny_run, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_damaged_foreign_and_malicious_checkpoints_are_one_line(tiny_run, gaussian_run, tmp_path, run_here):
+    whole, state = gaussian_run.read_bytes(), torch.load(gaussian_run, weights_only=True)
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"ema": 3}, tmp_path / "three.pt")
+    torch.save(state | {"spec": {}}, tmp_path / "spec.pt")
+    other = {key: value for key, value in state["ema"].items() if "blocks.1" not in key}
+    torch.save(state | {"ema": other}, tmp_path / "other.pt")
+    torch.save({"ema": pathlib.PurePosixPath("x")}, tmp_path / "foreign.pt")
+    for name, words in (("cut", "truncated"), ("three", "holds no state dict"), ("spec", "its description lacks"),
+                        ("other", "another architecture"), ("foreign", "objects other than weights")):
+        assert_one_line(run_here(sample, "--ckpt", tmp_path / f"{name}.pt", "--out", tmp_path / "x.png"), words)
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_a_vae_of_other_latents_is_refused(gaussian_run, tiny_vae, run_here):
     assert_one_line(run_here(sample, "--ckpt", gaussian_run, "--vae", tiny_vae), "--vae", "latents of shape (4, 1, 1)")
 
 
-def test_bf16_and_compile_draw_nearly_the_same(gaussian_run):
-    exact, rounded = draw(gaussian_run, [1, 2]), draw(gaussian_run, [1, 2])
+def test_bf16_draws_nearly_the_same(gaussian_run):
+    exact = draw(gaussian_run, [1, 2])
     restored = checkpoint.restore(gaussian_run)
     settings = sample.settings_for(restored.spec) | {"precision": "bf16"}
     rounded = sample.generate(restored.model, Pixels(), [1, 2], [1, 2], 0, **settings)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -54,7 +55,7 @@ def test_a_run_leaves_log_metrics_config_checkpoints_and_previews(tiny_run):
 
 def test_a_checkpoint_describes_itself(tiny_run):
     state = final(tiny_run)
-    assert set(state) == {"model", "ema", "opt", "args", "step", "loss_sum", "spec"}
+    assert set(state) == {"model", "ema", "opt", "args", "step", "loss_sum", "loss_count", "spec"}
     restored = checkpoint.restore(tiny_run)
     assert restored.spec["classes"][3] == "three"
     assert restored.spec["model"]["args"] == {"input_size": (8, 8), "in_channels": 1, "num_classes": 10,
@@ -86,15 +87,26 @@ def test_a_finished_run_says_so_and_writes_nothing(tiny_run):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tiny_run, tmp_path, workers):
-    """Stopped after steps 2 and 5 by --max-steps, in the middle of a log window."""
-    flags = ["--num-workers", workers, "--log-every", 3]
-    unbroken = run(tmp_path, "unbroken", *flags, "--max-steps", 7)
-    for stop in (2, 5, 7):
-        folder = run(tmp_path, "broken", *flags, "--max-steps", stop)
-        for line in folder.glob("metrics.jsonl"):  # the early ends logged lines that an unbroken run does not have
-            kept = [entry for entry in line.read_text().splitlines(True) if json.loads(entry)["step"] in (3, 6, 7)]
-            line.write_text("".join(kept))
-    assert_same(final(unbroken), final(folder))
+    """As after a kill between steps 5 and 6, with the last checkpoint after step 2 and the log further on."""
+    flags = ["--num-workers", workers, "--log-every", 3, "--ckpt-every", 2, "--max-steps", 7]
+    unbroken = run(tmp_path, "unbroken", *flags)
+    broken = tmp_path / "results" / "broken"
+    shutil.copytree(unbroken, broken)
+    for path in sorted((broken / "checkpoints").iterdir())[1:]:
+        path.unlink()
+    run(tmp_path, "broken", *flags)
+    assert_same(final(unbroken), final(broken))
+    assert metrics(unbroken, "step", "loss", "grad_norm", "lr") == metrics(broken, "step", "loss", "grad_norm", "lr")
+    assert [step for (step,) in metrics(broken, "step")] == [3, 6, 7]
+
+
+def test_an_extended_run_logs_means_over_the_steps_since_the_last_line(tiny_run, tmp_path):
+    """tiny_run logged every loss; a run stopped after step 2 and extended logs (1, 2), then 3 alone, then (4, 5, 6)."""
+    for stop in (2, 6):
+        folder = run(tmp_path, "extended", "--log-every", 3, "--max-steps", stop)
+    single = [loss for (loss,) in metrics(tiny_run, "loss")]
+    expected = [sum(single[:2]) / 2, single[2], sum(single[3:]) / 3]
+    assert [loss for (loss,) in metrics(folder, "loss")] == pytest.approx(expected, rel=1e-5)
 
 
 def test_one_process_and_two_with_accumulation_agree_to_rounding(tmp_path):
@@ -190,6 +202,17 @@ def test_gradients_are_clipped(tmp_path):
     assert norms.norm().item() == pytest.approx(0.001, rel=1e-3)
 
 
+def test_a_picture_that_a_worker_of_one_process_cannot_read_is_named_in_one_line(photographs, tmp_path):
+    shutil.copytree(photographs / "train", tmp_path / "train")
+    for path in (tmp_path / "train" / "tabby cat").iterdir():
+        path.write_bytes(b"no picture")
+    result = run_script("train.py", "--data-path", "train", "--image-size", 8, *TINY_RUN[2:], "--num-workers", 1,
+                        "--max-steps", 5, cwd=tmp_path, nproc=2, check=False)
+    lines = [line for line in result.stderr.splitlines() if "train.py: error" in line]
+    assert lines
+    assert all("cannot read the image" in line and ".jpg" in line and "Traceback" not in line for line in lines)
+
+
 @pytest.mark.parametrize("tracker", ["tensorboard"])
 def test_a_tracker_mirrors_scalars_and_previews(tmp_path, tracker):
     pytest.importorskip("tensorboard")
@@ -208,7 +231,12 @@ def test_a_tracker_mirrors_scalars_and_previews(tmp_path, tracker):
     (["--model", "DiT-XXL/2"], ["--model", "DiT-XXL/2", "DiT-XL/2"]),
     (["--data-path", "/nowhere"], ["--data-path /nowhere"]),
     (["--data-path", "."], ["--data-path .", "sub-folder"]),
-    (["--image-size", "9"], ["input_size (9, 9)", "multiples of 2"]),
+    (["--image-size", "9"], ["--image-size", "(9, 9)", "multiples of 2"]),
+    (["--image-size", "0"], ["--image-size 0"]),
+    (["--num-workers", "-1"], ["--num-workers -1"]),
+    (["--global-seed", "-1"], ["--global-seed -1"]),
+    (["--keep-last", "-1"], ["--keep-last -1"]),
+    (["--run-name", "a/b"], ["--run-name", "a/b"]),
     (["--global-batch-size", "0"], ["--global-batch-size 0"]),
     (["--grad-accum", "5"], ["--global-batch-size 12", "--grad-accum 5"]),
     (["--num-classes", "1000"], ["--num-classes 1000", "10 classes"]),
@@ -218,7 +246,12 @@ def test_a_tracker_mirrors_scalars_and_previews(tmp_path, tracker):
     (["--ema-decay", "1"], ["--ema-decay 1"]),
     (["--model-args", '{"dept": 3}'], ["--model-args", "'dept'", "depth"]),
     (["--model-args", '{"depth": "deep"}'], ["--model-args", "depth", "deep"]),
-    (["--diffusion-args", '{"objective": "flaw"}'], ["flaw", "flow"]),
+    (["--model-args", '{"depth": 0}'], ["--model-args", "depth 0"]),
+    (["--model-args", '{"hidden_size": -4}'], ["--model-args"]),
+    (["--diffusion-args", '{"objective": "flaw"}'], ["--diffusion-args", "flaw", "flow"]),
+    (["--diffusion-args", '{"sampling": {"cfg_scale": -1}}'], ["--diffusion-args: sampling", "-1"]),
+    (["--optimizer-args", '{"betas": [2, 3]}'], ["--optimizer-args", "betas"]),
+    (["--optimizer-args", '{"clip_norm": -1}'], ["--optimizer-args", "clip_norm -1"]),
     (["--diffusion-args", '{"label_drop": 2}'], ["label_drop 2"]),
     (["--diffusion-args", '{"sampling": {"sampler": "ddpm"}, "objective": "flow"}'], ["ddpm", "flow"]),
     (["--optimizer-args", '{"schedule": "linear"}'], ["--optimizer-args", "schedule", "linear"]),
@@ -252,7 +285,8 @@ def test_as_a_script_too_a_wrong_input_is_one_line(tmp_path):
 def test_a_run_of_another_model_batch_or_seed_is_not_continued(tiny_run, monkeypatch, run_here):
     monkeypatch.chdir(tiny_run.parent.parent)
     for flags, word in ((["--model", "DiNext-S/4"], "model"), (["--global-batch-size", "24"], "global_batch_size"),
-                        (["--global-seed", "1"], "global_seed")):
+                        (["--global-seed", "1"], "global_seed"),
+                        (["--optimizer-args", '{"weight_decay": 0.5}'], "optimizer_args")):
         lock = tiny_run / "lock"  # this process holds what it opens until it ends
         lock.unlink()
         result = run_here(train, *TINY_RUN, *FLOW, "--max-steps", 9, "--run-name", "tiny", *flags)
