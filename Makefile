@@ -10,7 +10,9 @@ export PYTHONDONTWRITEBYTECODE = 1
 
 .PHONY: demo test test-slow lint clean
 
+demo: export TMPDIR = $(CURDIR)/.venv/tmp
 demo: .venv/installed
+	@mkdir -p $(TMPDIR)
 	$(BIN)/torchrun --standalone --nproc_per_node=1 train.py --config configs/digits.yaml --run-name digits
 	$(BIN)/python sample.py --ckpt results/digits --num-samples 5 --out sample.png
 	$(BIN)/python benchmarks/digits.py --ckpt results/digits

@@ -239,7 +239,7 @@ def init_from(network: nn.Module, source: str) -> str:
 # --- the folder of a run -------------------------------------------------------------------------
 
 
-def open_run(results_dir: str, run_name: str | None, model: str) -> Path:
+def open_run(results: Path, run_name: str | None, model: str) -> Path:
     """The folder of this run: `run_name`, made or found again, or a new `NNN-model`; held until this process ends.
 
     A torchrun restart finds the folder that its launch opened, by the launch's run id.
@@ -247,19 +247,16 @@ def open_run(results_dir: str, run_name: str | None, model: str) -> Path:
     Raises:
         ValueError: another process holds it.
     """
-    results, launch = Path(results_dir), os.environ.get("TORCHELASTIC_RUN_ID", "")
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
     if launch == "none":  # torchrun's default, the same for every launch: its agent's process tells them apart
         launch = f"{socket.gethostname()}-{os.getppid()}"
     folder = results / run_name if run_name else None
     if folder is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         folder = next((file.parent for file in sorted(results.glob("[0-9][0-9][0-9]-*/launch"), reverse=True)
                        if file.read_text() == launch), None)
-    try:
-        folder = folder or new_folder(results, model.replace("/", "-"))
-        for part in ("checkpoints", "previews"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot write to the run's folder {folder}: {error.strerror}") from None
+    folder = folder or new_folder(results, model.replace("/", "-"))
+    for part in ("checkpoints", "previews"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers would inherit it and outlive us

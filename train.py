@@ -288,7 +288,8 @@ def main(args) -> None:
     flags = {name: value for name, value in args.as_dict().items() if name != "config"}
     source = args.resume
     state = checkpoint.load_same_run(source, spec, flags) if source else None
-    folder = world.on_main(lambda: checkpoint.open_run(args.results_dir, args.run_name, args.model))
+    folder = world.on_main(lambda: checkpoint.open_run(
+        runtime.check_writable(args.results_dir), args.run_name, args.model))
     if newest := world.on_main(lambda: checkpoint.latest(folder)):
         source, state = newest, checkpoint.load_same_run(newest, spec, flags)
     if state:

@@ -24,7 +24,8 @@ TINY_RUN = ["--data-path", "digits", "--vae", "pixels", "--model", "DiNext-S/2",
 
 def run_script(script, *flags, cwd, nproc=None, check=True, **env):
     """Start a script as its users do, as plain python or under torchrun; returns the finished process."""
-    launcher = [] if nproc is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    launcher = [] if nproc is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}",
+                                           f"--log-dir={cwd}/torchelastic"]
     result = subprocess.run([sys.executable, *launcher, str(ROOT / script), *map(str, flags)], cwd=cwd, text=True,
                             capture_output=True, timeout=240, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | env)
     if check and result.returncode:

@@ -209,7 +209,7 @@ def test_runs_are_numbered_named_locked_and_found_again_by_a_restart(tmp_path, m
     assert [first.name, checkpoint.open_run(tmp_path, None, "DiT-XL/2").name] == ["000-DiT-XL-2", "001-DiT-XL-2"]
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import checkpoint; print(checkpoint.open_run({str(tmp_path)!r}, None, "DiT-XL/2").name)"""
+import checkpoint; print(checkpoint.open_run(checkpoint.Path({str(tmp_path)!r}), None, "DiT-XL/2").name)"""
     for lock in tmp_path.glob("*/lock"):  # as if their processes had ended
         lock.unlink()
     env = os.environ | {"TORCHELASTIC_RUN_ID": "launch-a", "TORCHELASTIC_RESTART_COUNT": "1"}
