@@ -233,9 +233,6 @@ def accumulate_gradients(network: nn.Module, objective: Objective, batches: Iter
     return loss
 
 
-# --- the run -------------------------------------------------------------------------------------
-
-
 @dataclass
 class Training:
     """All that changes from step to step: what a checkpoint holds."""
@@ -256,6 +253,22 @@ class Training:
             getattr(self, name).load_state_dict(state[name])
         self.loss_sum.copy_(state["loss_sum"])
         self.loss_count, self.step = state["loss_count"], state["step"]
+
+
+def open_run(training: Training, spec: dict, flags: dict, args, world: runtime.World) -> tuple[Path, str | Path | None]:
+    """The run's folder; and the checkpoint that `training` now continues: the folder's newest, else --resume, else None."""
+    state = checkpoint.load_same_run(args.resume, spec, flags) if args.resume else None  # refused before a folder is made
+    results = world.on_main(lambda: runtime.check_writable(args.results_dir))
+    folder = world.on_main(lambda: checkpoint.open_run(results, args.run_name, args.model))
+    newest = world.on_main(lambda: checkpoint.latest(folder))
+    if newest:
+        state = checkpoint.load_same_run(newest, spec, flags)
+    if state:
+        training.load_state_dict(state)
+    return folder, newest or args.resume
+
+
+# --- the run -------------------------------------------------------------------------------------
 
 
 def main(args) -> None:
@@ -286,16 +299,8 @@ def main(args) -> None:
         torch.optim.AdamW(parameters, args.lr, optim.betas, weight_decay=optim.weight_decay, fused=True),
         torch.zeros((), device=world.device))
     flags = {name: value for name, value in args.as_dict().items() if name != "config"}
-    source = args.resume
-    state = checkpoint.load_same_run(source, spec, flags) if source else None
-    folder = world.on_main(lambda: checkpoint.open_run(
-        runtime.check_writable(args.results_dir), args.run_name, args.model))
-    if newest := world.on_main(lambda: checkpoint.latest(folder)):
-        source, state = newest, checkpoint.load_same_run(newest, spec, flags)
-    if state:
-        training.load_state_dict(state)
-        beginning = f"Continuing {source}"
-    del state  # as large as all that is trained
+    folder, source = open_run(training, spec, flags, args, world)
+    beginning = f"Continuing {source}" if source else beginning
     log = runtime.Log(folder, world, training.step, args.tracker, flags)
     log.say(f"{folder}: {args.model}, {sum(p.numel() for p in parameters):,} parameters, {len(dataset):,} images of "
             f"{len(dataset.classes)} classes, {world.size} x {world.device.type}. {beginning}: {training.step} of "
@@ -303,14 +308,13 @@ def main(args) -> None:
 
     if args.compile:
         model.compile()
-    network = DistributedDataParallel(model) if torch.distributed.is_initialized() else model
+    network = DistributedDataParallel(model) if world.size > 1 else model
     runtime.checks_are_done()
     steps = range(training.step, max_steps)
     batches = load_batches(dataset, order, steps, args.num_workers, world.device)
     started = clock = time.perf_counter()
     clock_step = training.step
-    bar = tqdm(steps, "training", initial=training.step, total=max_steps, disable=not world.is_main)
-    for step in bar:
+    for step in (bar := tqdm(steps, "training", initial=steps.start, total=max_steps, disable=not world.is_main)):
         lr = set_learning_rate(training.opt, args.lr * optim.factor(step, max_steps))
         draws = draw(process, latent_shape, order.batch_size, ("train", order.seed, step), world.device)
         loss = accumulate_gradients(network, objective, batches, draws, order)
