@@ -106,11 +106,7 @@ def torchvision_dataset(kind: str, root: str, split: str) -> Dataset:
 
     dataset = getattr(torchvision.datasets, kind)
     try:
-        return dataset(root, train=split == "train", download=False)
-    except RuntimeError:
-        pass  # not there yet
-    try:
-        return dataset(root, train=split == "train", download=True)
+        return dataset(root, train=split == "train", download=True)  # downloads nothing that is already there
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
     raise FileNotFoundError(f"--data-root {root}: {kind} is not there and cannot be downloaded: {reason}")

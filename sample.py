@@ -119,10 +119,8 @@ def prepare(args, world: runtime.World, bare_vae: str = "mse",
 def settings_for(spec: dict, eta: float = 0.0) -> dict:
     """The keyword arguments of `generate`, as the spec's "sampling" has them, checked."""
     sampling = spec["sampling"]
-    try:
-        process = create_diffusion(sampling["num_sampling_steps"], **spec["diffusion"])
-    except ValueError as error:
-        raise ValueError(f"--num-sampling-steps {sampling['num_sampling_steps']}: {error}") from None
+    process = runtime.naming(f"--num-sampling-steps {sampling['num_sampling_steps']}",
+                             lambda: create_diffusion(sampling["num_sampling_steps"], **spec["diffusion"]))
     get_sampler(sampling["sampler"], process, eta)
     check_scale(sampling["cfg_scale"])
     channels = spec["model"]["args"].get("in_channels", 4)
