@@ -6,8 +6,12 @@ Every autoencoder has
     latent_shape(image_size, C)    (C, H, W) of the latent of a picture of `image_size` (H, W) and C channels
     encode(images, noise)          (B, C, H, W) in [-1, 1] -> latents; `noise` (of their shape) draws from the posterior
     decode(latents)                -> images (B, C, H, W) in [-1, 1]
+    identity()                     what features cached from it must have been made with
+
+Where latents are cached, `encode` falls in two: `sample(moments(images), noise)`.
 """
 
+import hashlib
 import warnings
 from pathlib import Path
 
@@ -35,6 +39,9 @@ class Pixels(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         return latents.clamp(-1, 1)
 
+    def identity(self) -> dict:
+        return {}
+
 
 class SDVAE(nn.Module):
     """Stable Diffusion's autoencoder, or any diffusers `AutoencoderKL`; scale and shift come from its config."""
@@ -60,12 +67,56 @@ class SDVAE(nn.Module):
         return (self.vae.config.latent_channels, *(size // self.factor for size in image_size))
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        posterior = self.vae.encode(images).latent_dist
-        latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
+        return self.sample(self.moments(images), noise)
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Mean and log-variance of the posterior, unscaled: (B, 2C, h, w)."""
+        return self.vae.encode(images).latent_dist.parameters
+
+    def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents (B, C, h, w) from their moments (B, 2C, h, w)."""
+        mean, log_variance = moments.chunk(2, dim=1)
+        latents = mean if noise is None else mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise
         return (latents - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents / self.scale + self.shift).sample.clamp(-1, 1)
+
+    def identity(self) -> dict:
+        """Its scale, and the sha256 of its weights, whatever file they lie in."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.vae.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
+        return {"sha256": digest.hexdigest(), "scaling_factor": self.scale, "shift_factor": self.shift}
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 -> float in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def latents_of(autoencoder: nn.Module, batch: Tensor, kind: str, noise: Tensor) -> Tensor:
+    """The latents (B, C, h, w) of a batch of a data set, whose `kind` tells what it holds (see data.py)."""
+    match kind:
+        case "images":
+            return autoencoder.encode(to_unit_range(batch), noise)
+        case "moments":
+            return autoencoder.sample(batch.float(), noise)
+        case "latents":
+            return batch
+
+
+def check_features(autoencoder: nn.Module, data) -> None:
+    """ValueError where a data set holds features that another autoencoder made."""
+    if data.kind == "images":
+        return
+    own = autoencoder.identity() | {"latent_shape": autoencoder.latent_shape(data.image_size, data.channels)}
+    for key, value in (data.made_by | {"latent_shape": data.latent_shape}).items():
+        if key != "vae" and own.get(key) != value:  # its name may differ: a folder may have moved
+            raise ValueError(f"--vae {autoencoder.spec['vae']} is not the autoencoder of the features in --data-path: "
+                             f"their {key} is {value}, its is {own.get(key)}")
 
 
 def load_autoencoder_kl(source: str) -> nn.Module:

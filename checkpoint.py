@@ -15,17 +15,24 @@ A checkpoint is a dict with DiT's keys and two more:
 """
 
 import argparse
+import copy
 import fcntl
+import hashlib
+import math
 import os
 import pickle
+import shutil
 import socket
 import warnings
 import zipfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models import DiT_models
 
@@ -37,35 +44,98 @@ PUBLISHED = {
 # --- one file ------------------------------------------------------------------------------------
 
 
+class HashingFile:
+    """A file opened for writing, with the sha256 of what went into it and the error that stopped it, if any."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256, self.error = file, hashlib.sha256(), None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:  # torch.save would report it as a failure of its own
+            self.error = error
+            raise
+        self.sha256.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def save(path: Path, state: dict) -> None:
-    """Write a checkpoint. Whoever reads `path` finds the whole of it or nothing, even after a power cut."""
+    """Write a checkpoint and, beside it, `{name}.sha256`, as sha256sum does and checks it.
+
+    Whoever reads `path` finds the whole of it or nothing, even after a power cut.
+
+    Raises:
+        OSError: the disk is full, or cannot be written to; no part of the file is left behind.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
+    file = None
+    try:
+        with open(temporary, "wb") as raw:
+            file = HashingFile(raw)
+            torch.save(state, file)
+            raw.flush()
+            os.fsync(raw.fileno())
+        replace_text(digest_file(path), f"{file.sha256.hexdigest()}  {path.name}\n")
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else file and file.error
+        if cause is None:
+            raise
+        raise OSError(f"cannot write the checkpoint {path}: {cause.strerror}") from None
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+
+
+def digest_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def verify(path: Path, flag: str) -> None:
+    """ValueError where a checkpoint is not what its sha256 says. Files without one, such as DiT's, pass."""
+    if not digest_file(path).is_file():
+        return
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest_file(path).read_text().split()[:1] != [found]:
+        raise ValueError(f"{flag} {path} is damaged: its sha256 is not that of {digest_file(path).name}")
 
 
 def load(path: str | Path, flag: str = "--ckpt") -> dict:
     """Read a `.pt` or `.safetensors` file onto the CPU. Nothing in it is executed.
 
+    Tensors of a `.pt` are mapped: only what is used takes memory, and processes of one machine share it.
+
     Raises: (`flag` is named in the message)
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, no checkpoint, or holds more than weights and plain values.
+        ValueError: it is damaged, no checkpoint, or holds more than weights and plain values.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{flag} {path} does not exist")
+    verify(path, flag)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
-            state = torch.load(path, map_location="cpu", weights_only=True)  # DiT's own trainer stores a Namespace
+            state = torch.load(path, map_location="cpu", weights_only=True,  # DiT's own trainer stores a Namespace
+                               mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         foreign = "unsupported global" in str(error).lower()
         reason = "holds objects other than weights and plain values; nothing was executed" if foreign else (
@@ -223,20 +293,135 @@ def load_weights(network: nn.Module, weights: dict, source: Path) -> None:
     network.load_state_dict(weights)
 
 
-def init_from(network: nn.Module, source: str) -> str:
+def init_from(training: "Training", source: str) -> str:
     """Take from a checkpoint the weights whose name and shape fit; says which did and which did not."""
     path = resolve(source, "--init-from")
-    weights, own = weights_of(load(path, "--init-from"), path), network.state_dict()
+    weights, own = weights_of(load(path, "--init-from"), path), training.model.state_dict()
     fitting = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
     if not fitting:
         raise ValueError(f"--init-from {source}: none of its {len(weights)} tensors fits this model")
-    network.load_state_dict(fitting, strict=False)
+    for network in (training.model, training.ema):
+        network.load_state_dict(fitting, strict=False)
     fresh = sorted(set(own) - set(fitting))
     return (f"Initialised {len(fitting)} of {len(own)} tensors from {source}; fresh: {', '.join(fresh) or 'none'}; "
             f"unused: {', '.join(sorted(set(weights) - set(fitting))) or 'none'}")
 
 
-# --- the folder of a run -------------------------------------------------------------------------
+# --- a run: its state and its folder ------------------------------------------------------------
+
+
+@dataclass
+class OptimizerArgs:
+    """train.py's --optimizer-args: AdamW, how its learning rate runs, and when a run gives up."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip_norm: float = math.inf
+    max_skipped: int = 20         # steps in a row whose loss or gradient norm is not finite
+    patience: int | None = None   # validations in a row without a better loss
+
+    def __post_init__(self):
+        for name, fine in (("betas", all(0 <= beta < 1 for beta in self.betas)), ("weight_decay", self.weight_decay >= 0),
+                           ("warmup_steps", self.warmup_steps >= 0), ("clip_norm", self.clip_norm > 0),
+                           ("max_skipped", self.max_skipped > 0), ("patience", self.patience is None or self.patience > 0)):
+            if not fine:
+                raise ValueError(f"--optimizer-args: {name} {getattr(self, name)} is out of range")
+
+    def factor(self, step: int, max_steps: int) -> float:
+        """What --lr is multiplied by in step `step`, from 0: a linear warm-up, then 1, or half a cosine to 0."""
+        cosine = 0.5 * (1 + math.cos(math.pi * step / max_steps)) if self.schedule == "cosine" else 1.0
+        return cosine * min(1.0, (step + 1) / (self.warmup_steps + 1))
+
+
+@dataclass
+class Training:
+    """All that changes from step to step: what a training checkpoint holds beside what describes it."""
+
+    model: nn.Module
+    ema: nn.Module
+    opt: torch.optim.Optimizer
+    meter: nn.Module                      # losses since the last line of the log
+    step: int = 0                         # optimizer steps taken
+    validated: int = 0                    # the step of the last validation
+    best: float = math.inf                # the lowest validation loss of the EMA
+    validations_since_best: int = 0
+    saved: int = 0                        # the step of the newest checkpoint in the run's folder, not part of one
+
+    @classmethod
+    def begin(cls, model: nn.Module, meter: nn.Module, lr: float, args: OptimizerArgs) -> "Training":
+        trained = [p for p in model.parameters() if p.requires_grad]
+        opt = torch.optim.AdamW(trained, lr, args.betas, weight_decay=args.weight_decay, fused=True)
+        return cls(model, copy.deepcopy(model).eval().requires_grad_(False), opt, meter)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are trained."""
+        return self.opt.param_groups[0]["params"]
+
+    @cached_property
+    def averaged(self) -> tuple[list, list]:
+        """The weights of the EMA, and those that they follow."""
+        return list(self.ema.parameters()), list(self.model.parameters())
+
+    def set_lr(self, lr: float) -> float:
+        self.opt.param_groups[0]["lr"] = lr
+        return lr
+
+    def update_ema(self, decay: float) -> None:
+        """ema <- decay * ema + (1 - decay) * model, with a smaller decay in the first steps."""
+        decay = min(decay, (1 + self.step) / (10 + self.step))
+        get_ema_multi_avg_fn(decay)(*self.averaged, None)
+
+    def validated_at(self, loss: float) -> bool:
+        """Note a validation loss; whether it is the lowest so far."""
+        self.validated = self.step
+        better = loss < self.best
+        self.validations_since_best = 0 if better else self.validations_since_best + 1
+        self.best = loss if better else self.best
+        return better
+
+    def state_dict(self) -> dict:
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "ema", "opt", "meter")}
+        return parts | {name: getattr(self, name) for name in ("step", "validated", "best", "validations_since_best")}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in ("model", "ema", "opt", "meter"):
+            getattr(self, name).load_state_dict(state[name])
+        for name in ("step", "validated", "best", "validations_since_best"):
+            setattr(self, name, state[name])
+
+    @property
+    def size(self) -> int:
+        """Bytes of a checkpoint: the weights twice, and AdamW's two moments of what is trained."""
+        weights = [*self.model.state_dict().values(), *self.ema.state_dict().values()]
+        return sum(tensor.nbytes for tensor in weights + 2 * self.parameters)
+
+
+def begin_or_continue(training: Training, spec: dict, args, world) -> tuple[Path, list[str]]:
+    """Open the run's folder; `training` continues its newest checkpoint, else --resume, else takes --init-from's weights.
+
+    Returns: the folder, and sentences for the log.
+    """
+    results, remarks = Path(args.results_dir), ["Fresh weights"]
+    if not (args.run_name and latest(results / args.run_name)):  # what is wrong is refused before a folder is made
+        if args.resume:
+            remarks = continue_from(training, args.resume, spec, args)
+        elif args.init_from:
+            remarks = [world.main_first(lambda: init_from(training, args.init_from))]
+    folder = world.on_main(lambda: open_run(results, args.run_name, args.model))
+    newest, damaged = world.on_main(lambda: latest_intact(folder))
+    if newest:
+        remarks = continue_from(training, newest, spec, args)
+        training.saved = training.step
+    world.on_main(lambda: check_space(folder, training.size))
+    return folder, [*damaged, *remarks]
+
+
+def flags_of(args) -> dict:
+    """The flags of a run, as a checkpoint and a config hold them."""
+    return {name: value for name, value in args.as_dict().items() if name != "config"}
 
 
 def open_run(results: Path, run_name: str | None, model: str) -> Path:
@@ -247,6 +432,8 @@ def open_run(results: Path, run_name: str | None, model: str) -> Path:
     Raises:
         ValueError: another process holds it.
     """
+    if run_name is not None and Path(run_name).name != run_name:
+        raise ValueError(f"--run-name {run_name!r} is not the name of a folder in --results-dir")
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
     if launch == "none":  # torchrun's default, the same for every launch: its agent's process tells them apart
         launch = f"{socket.gethostname()}-{os.getppid()}"
@@ -262,7 +449,7 @@ def open_run(results: Path, run_name: str | None, model: str) -> Path:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers would inherit it and outlive us
     except (BlockingIOError, PermissionError):
         raise ValueError(f"another process is training in {folder}; choose another --run-name") from None
-    (folder / "launch").write_text(launch)
+    replace_text(folder / "launch", launch)
     return folder
 
 
@@ -278,28 +465,78 @@ def new_folder(results: Path, model: str) -> Path:
         return folder
 
 
-def save_step(folder: Path, state: dict, keep_last: int) -> None:
-    """Write `checkpoints/{step:07d}.pt` and delete all but the newest `keep_last` (0 keeps all)."""
+def check_space(folder: Path, size: int) -> None:
+    """OSError where the next checkpoint will not fit; `size` in bytes."""
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise OSError(f"--results-dir: a checkpoint takes {size / 1e9:.3g} GB, {folder} has {free / 1e9:.3g} GB left")
+
+
+def save_run(folder: Path, training: Training, spec: dict, args, name: str = "") -> None:
+    """Write `checkpoints/{name}`, or else this step's checkpoint, unless the folder has it, and delete what is too old."""
+    state = training.state_dict() | {"args": flags_of(args), "spec": spec}
+    if name:
+        save(folder / "checkpoints" / name, state)
+    elif training.saved != training.step:
+        keep_last, every = args.keep_last if isinstance(args.keep_last, tuple) else (args.keep_last, 0)
+        save_step(folder, state, keep_last, every * args.ckpt_every)
+        training.saved = training.step
+
+
+def save_step(folder: Path, state: dict, keep_last: int, every: int) -> None:
+    """Write `checkpoints/{step:07d}.pt`, then delete the numbered ones that are no longer wanted.
+
+    Args:
+        keep_last: how many of the newest to keep, 0 for all.
+        every: multiples of this step are kept too; 0 for none.
+    """
     save(folder / "checkpoints" / f"{state['step']:07d}.pt", state)
-    for path in sorted((folder / "checkpoints").glob("[0-9]*.pt"))[: -keep_last if keep_last else 0]:
-        path.unlink()
+    for path in steps_of(folder)[: -keep_last if keep_last else 0]:
+        if not every or int(path.stem) % every:
+            path.unlink()
+            digest_file(path).unlink(missing_ok=True)
+
+
+def steps_of(folder: Path) -> list[Path]:
+    """The numbered checkpoints of a run's folder, oldest first."""
+    return sorted((folder / "checkpoints").glob("[0-9]*.pt"))
 
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint of a run's folder."""
-    return max((folder / "checkpoints").glob("[0-9]*.pt"), default=None)
+    return max(steps_of(folder), default=None)
 
 
-def load_same_run(path: str | Path, spec: dict, args: dict) -> dict:
-    """A checkpoint to continue; ValueError where it is of another run."""
-    state = load(path, "--resume")
+def latest_intact(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that can be read; and a sentence on each newer one, which is renamed `*.damaged`."""
+    remarks = []
+    for path in reversed(steps_of(folder)):
+        try:
+            load(path, "checkpoint")
+        except ValueError as error:
+            path.rename(f"{path}.damaged")
+            remarks.append(f"{error}; it is now {path.name}.damaged, and the one before is used")
+        else:
+            return path, remarks
+    return None, remarks
+
+
+def continue_from(training: Training, path: str | Path, spec: dict, args) -> list[str]:
+    """Load a checkpoint of this run; returns sentences for the log, on each flag that has changed.
+
+    Raises:
+        ValueError: it is of another run.
+    """
+    state, args = load(path, "--resume"), flags_of(args)
     if "spec" not in state or "opt" not in state:
         raise ValueError(f"{path} is not a training checkpoint; --init-from takes weights alone")
-    fixed = ("global_batch_size", "global_seed", "diffusion_args", "optimizer_args")
+    fixed = ("global_batch_size", "global_seed", "diffusion_args")
     stored, wanted = (described | {key: flags[key] for key in fixed}
                       for described, flags in ((state["spec"], state["args"]), (spec, args)))
     for key, value in wanted.items():
         if stored[key] != value:
             raise ValueError(f"{path} was trained with {key} {stored[key]}, not {value}: choose another --run-name, or "
                              "take its weights alone with --init-from")
-    return state
+    training.load_state_dict(state)
+    free = ("data_path", "lr", "ema_decay", "optimizer_args", "precision")
+    return [f"Continuing {path}", *(f"--{key.replace('_', '-')} was {state['args'][key]}, is now {args[key]}"
+                                    for key in free if state["args"][key] != args[key])]

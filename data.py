@@ -1,11 +1,22 @@
-"""Data sets by name or path, and the order in which training reads them.
+"""Data sets by name or path, features cached from them, and the order in which training reads them.
 
-A data set answers `dataset.__getitems__(indices)` with a whole batch, images (B, C, H, W) uint8 and labels (B,) int64,
-and has `classes` (names), `image_size` (H, W), `channels`, and `flip`: whether a mirror image is as good a picture.
+A data set answers `dataset.__getitems__(rows)` with a whole batch, (B, ...) and labels (B,) int64. It has
+    kind                    what the batch holds:
+        "images"            (B, C, H, W) uint8
+        "moments"           (B, 2C, h, w) fp16: mean and log-variance of an autoencoder's posterior
+        "latents"           (B, C, h, w) fp32, ready to be noised
+    classes                 names
+    image_size, channels    (H, W) and C of the images, cached or not
+    flip                    whether a mirror image is as good a picture, and at hand
+    made_by                 what is known of the autoencoder of cached features; they have `latent_shape` (C, h, w) too
 """
 
+import json
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +29,21 @@ DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "e
 FOLDER_IMAGE_SIZE = 256
 
 
+class Rows(NamedTuple):
+    """Which samples to read, (B,) int64, and which of them as mirror images, (B,) bool."""
+
+    indices: np.ndarray
+    mirrored: np.ndarray
+
+    @classmethod
+    def plain(cls, indices: np.ndarray) -> "Rows":
+        return cls(np.asarray(indices), np.zeros(len(indices), dtype=bool))
+
+
 class ArrayImages(Dataset):
     """Images in memory: uint8 (N, H, W) or (N, H, W, C), labels (N,)."""
+
+    kind, made_by = "images", {}
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, classes: list[str], flip: bool, image_size: int | None):
         images = images[..., None] if images.ndim == 3 else images
@@ -33,13 +57,14 @@ class ArrayImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.images[indices], self.labels[indices]
+    def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        return mirror(self.images[rows.indices], rows.mirrored), self.labels[rows.indices]
 
 
 class FolderImages(Dataset):
     """A folder of classes, one sub-folder of pictures each; read, made RGB and cropped as they are asked for."""
 
+    kind, made_by = "images", {}
     channels = 3
     flip = True
 
@@ -50,29 +75,112 @@ class FolderImages(Dataset):
         except FileNotFoundError as error:
             raise FileNotFoundError(f"--data-path {path} is not a folder of classes, one sub-folder of images each: "
                                     f"{error}") from None
-        self.samples, self.classes = folder.samples, readable_names(folder.classes)
+        self.paths = np.array([path for path, _ in folder.samples])  # arrays: worker processes share their memory
+        self.labels = torch.tensor([label for _, label in folder.samples])
+        self.classes = readable_names(folder.classes)
         self.image_size = (image_size or FOLDER_IMAGE_SIZE,) * 2
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.paths)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        pictures = [center_crop(open_rgb(self.samples[i][0]), self.image_size[0]) for i in indices]
+    def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        pictures = [center_crop(open_rgb(path), self.image_size[0]) for path in self.paths[rows.indices]]
         images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-        return images, torch.tensor([self.samples[i][1] for i in indices])
+        return mirror(images, rows.mirrored), self.labels[rows.indices]
 
 
-def load_dataset(name: str, image_size: int | None = None, data_root: str = "data", split: str = "train") -> Dataset:
-    """A data set by `--data-path`: a name in NAMED, or a folder of classes.
+class Features(Dataset):
+    """What extract_features.py wrote: `moments.npy` (N, 2, 2C, h, w) fp16, of each image and of its mirror image;
+    `labels.npy` (N,); and `meta.json`, written last. Read where it lies: memory does not grow with N.
+    """
+
+    kind = "moments"
+    flip = True
+
+    def __init__(self, folder: Path, image_size: int | None):
+        if not (folder / "meta.json").is_file():
+            raise FileNotFoundError(f"--data-path {folder}: the extraction of its features is not finished; the same "
+                                    "extract_features.py command goes on with it")
+        meta = json.loads((folder / "meta.json").read_text())
+        self.moments = np.load(folder / "moments.npy", mmap_mode="r")
+        self.labels = np.load(folder / "labels.npy", mmap_mode="r")
+        self.classes, self.channels, self.latent_shape = meta["classes"], meta["channels"], tuple(meta["latent_shape"])
+        self.image_size, self.made_by = tuple(meta["image_size"]), meta["autoencoder"]
+        if image_size not in (None, self.image_size[0]):
+            raise ValueError(f"--image-size {image_size}: the features in {folder} are of images of {self.image_size[0]}")
+        if len(self.moments) != meta["rows"] or self.moments.shape[2:] != (2 * self.latent_shape[0], *self.latent_shape[1:]):
+            raise ValueError(f"--data-path {folder}: moments.npy has the shape {self.moments.shape}, meta.json tells otherwise")
+        self.skipped = np.array(meta["skipped"], dtype=np.int64)  # ascending rows that hold no image
+
+    def __len__(self) -> int:
+        return len(self.moments) - len(self.skipped)
+
+    def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        passed = np.searchsorted(self.skipped - np.arange(len(self.skipped)), rows.indices, side="right")
+        lines = rows.indices + passed
+        return (torch.from_numpy(self.moments[lines, rows.mirrored.astype(np.int64)]),
+                torch.from_numpy(self.labels[lines].astype(np.int64)))
+
+
+class FastDiTFeatures(Dataset):
+    """One file a sample, as fast-DiT's extract_features.py writes them: `imagenet256_features/{i}.npy` (1, C, h, w),
+    sampled and scaled already, and `imagenet256_labels/{i}.npy` (1,). There are no mirror images.
+    """
+
+    kind = "latents"
+    flip = False
+    channels = 3
+    made_by = {"scaling_factor": 0.18215, "shift_factor": 0.0}
+    FACTOR = 8  # of the images' size, in Stable Diffusion's autoencoder
+
+    def __init__(self, folder: Path, image_size: int | None, num_classes: int | None):
+        self.folder = folder
+        self.stems = np.array(sorted(path.stem for path in (folder / "imagenet256_features").glob("*.npy")))
+        if not len(self.stems):
+            raise FileNotFoundError(f"--data-path {folder}: imagenet256_features holds no .npy files")
+        self.latent_shape = self.read("features", self.stems[0]).shape[1:]
+        self.image_size = tuple(self.FACTOR * size for size in self.latent_shape[1:])
+        if image_size not in (None, self.image_size[0]):
+            raise ValueError(f"--image-size {image_size}: the features in {folder} are of images of {self.image_size[0]}")
+        self.classes = imagenet_names() if num_classes in (None, 1000) else [str(i) for i in range(num_classes)]
+
+    def __len__(self) -> int:
+        return len(self.stems)
+
+    def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        stems = self.stems[rows.indices]
+        latents = np.concatenate([self.read("features", stem) for stem in stems])
+        labels = np.concatenate([self.read("labels", stem) for stem in stems]).astype(np.int64)
+        if labels.min() < 0 or labels.max() >= len(self.classes):
+            raise ValueError(f"--num-classes {len(self.classes)}: {self.folder} has the label {labels.max()}")
+        return torch.from_numpy(latents).float(), torch.from_numpy(labels)
+
+    def read(self, part: str, stem: str) -> np.ndarray:
+        path = self.folder / f"imagenet256_{part}" / f"{stem}.npy"
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise OSError(f"cannot read {path}: {error}") from None
+
+
+def load_dataset(name: str, image_size: int | None = None, data_root: str = "data", split: str = "train",
+                 num_classes: int | None = None) -> Dataset:
+    """A data set by `--data-path`: a name in NAMED, a folder of classes, or of features cached from one.
 
     Args:
         image_size: H = W; None keeps the size of a named set, and crops a folder's pictures to 256.
         data_root: where named sets lie, or are downloaded to.
         split: "train" or "val", the held-out part: the test part of a named set, the folder `val` or `test` beside a
             folder `train`.
+        num_classes: must be the data's; only fast-DiT's features do not tell (1,000 by default).
     """
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"--image-size {image_size} is not positive")
+    dataset = open_dataset(name, image_size, data_root, split, num_classes)
+    if num_classes not in (None, len(dataset.classes)):
+        raise ValueError(f"--num-classes {num_classes}: {name} has {len(dataset.classes)} classes")
+    return dataset
+
+
+def open_dataset(name: str, image_size: int | None, data_root: str, split: str, num_classes: int | None) -> Dataset:
     match name:
         case "digits":
             return digits(split, image_size)
@@ -85,7 +193,12 @@ def load_dataset(name: str, image_size: int | None = None, data_root: str = "dat
     path = Path(name)
     if not path.is_dir():
         raise FileNotFoundError(f"--data-path {name} is neither a folder nor one of {', '.join(NAMED)}")
-    return FolderImages(path if split == "train" else held_out_folder(path), image_size)
+    folder = path if split == "train" else held_out_folder(path)
+    if (folder / "moments.npy").exists():
+        return Features(folder, image_size)
+    if (folder / "imagenet256_features").is_dir():
+        return FastDiTFeatures(folder, image_size, num_classes)
+    return FolderImages(folder, image_size)
 
 
 def digits(split: str, image_size: int | None) -> ArrayImages:
@@ -130,6 +243,18 @@ def readable_names(folders: list[str]) -> list[str]:
     return [imagenet.label_name_to_description(name) if name in known else name for name in folders]
 
 
+def imagenet_names() -> list[str]:
+    from timm.data import ImageNetInfo
+    return readable_names(ImageNetInfo().label_names())
+
+
+def mirror(images: Tensor, mirrored: np.ndarray) -> Tensor:
+    """Mirror those of the images (B, C, H, W) that are to be."""
+    if not mirrored.any():
+        return images
+    return torch.where(torch.from_numpy(mirrored).view(-1, 1, 1, 1), images.flip(-1), images)
+
+
 def open_rgb(path: str) -> Image.Image:
     """A picture as RGB; greyscale, CMYK and transparent files become RGB."""
     try:
@@ -164,22 +289,26 @@ class GlobalOrder:
         length: samples of the data set.
         batch_size: of the global batch, over all processes.
         rank, world_size, grad_accum: of this process; `rows` are the rows of a global batch that its micro-batches take.
+        flip: whether half of the samples, drawn from (seed, step), are read as mirror images.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, grad_accum: int = 1):
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, grad_accum: int = 1,
+                 flip: bool = False):
         if batch_size % (world_size * grad_accum):
             raise ValueError(f"--global-batch-size {batch_size} is not divisible by {world_size} processes * "
                              f"--grad-accum {grad_accum}")
-        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.length, self.batch_size, self.seed, self.flip = length, batch_size, seed, flip
         size = batch_size // (world_size * grad_accum)
         starts = [(micro * world_size + rank) * size for micro in range(grad_accum)]
         self.rows = [slice(start, start + size) for start in starts]
         self._permutations: dict[int, np.ndarray] = {}
 
-    def batch(self, step: int) -> np.ndarray:
-        """The samples of step `step`, from 0: (batch_size,)."""
+    def batch(self, step: int) -> Rows:
+        """The global batch of step `step`, from 0."""
         epochs, positions = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), self.length)
-        return np.concatenate([self._permutation(epoch)[positions[epochs == epoch]] for epoch in np.unique(epochs)])
+        indices = [self._permutation(epoch)[positions[epochs == epoch]] for epoch in np.unique(epochs)]
+        mirrored = np.random.default_rng((self.seed, step, 1)).random(self.batch_size) < (0.5 if self.flip else 0.0)
+        return Rows(np.concatenate(indices), mirrored)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:
@@ -197,42 +326,69 @@ class MicroBatches:
     def __len__(self) -> int:
         return len(self.steps) * len(self.order.rows)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Rows]:
         for step in self.steps:
             batch = self.order.batch(step)
             for rows in self.order.rows:
-                yield batch[rows].tolist()
+                yield Rows(*(part[rows] for part in batch))
 
 
-def load_batches(dataset: Dataset, order: GlobalOrder, steps: range, num_workers: int,
-                 device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's micro-batches, on `device`: images (B, C, H, W) uint8, labels (B,).
+class Batches:
+    """Iterator over this process's micro-batches, on `device`; the next one is on its way while one is used.
 
-    The next one is on its way while one is used.
+    `waited` counts the seconds that the reader spent waiting for data.
     """
-    loader = DataLoader(dataset, batch_sampler=MicroBatches(order, steps), num_workers=num_workers, collate_fn=as_is,
-                        pin_memory=device.type == "cuda")
-    upcoming = None
-    for images, labels in without_worker_traceback(loader):
-        ready, upcoming = upcoming, (images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
-        if ready is not None:
-            yield ready
-    if upcoming is not None:
-        yield upcoming
+
+    def __init__(self, dataset: Dataset, order: GlobalOrder, steps: range, num_workers: int, device: torch.device):
+        self.device, self.waited = device, 0.0
+        self.loader = read_ahead(dataset, MicroBatches(order, steps), num_workers, pin_memory=device.type == "cuda")
+        self.upcoming = None
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        start = time.perf_counter()
+        ready = self.upcoming or self._fetch()
+        self.upcoming = self._fetch()
+        self.waited += time.perf_counter() - start
+        if ready is None:
+            raise StopIteration
+        return ready
+
+    def read_waited(self) -> float:
+        """The seconds since the last reading."""
+        waited, self.waited = self.waited, 0.0
+        return waited
+
+    def _fetch(self) -> tuple[Tensor, Tensor] | None:
+        batch = next(self.loader, None)
+        return batch and tuple(part.to(self.device, non_blocking=True) for part in batch)
 
 
-def without_worker_traceback(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches; an unreadable file that a worker met is told in the words of `open_rgb`."""
+def read_ahead(dataset: Dataset, batches: object, num_workers: int, pin_memory: bool = False) -> Iterator:
+    """What the data set answers to each element of `batches`, in order, read by worker processes.
+
+    Raises: what a worker raised, in one line.
+        OSError: a file cannot be read, or a worker died.
+    """
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=as_is, pin_memory=pin_memory,
+                        worker_init_fn=leave_signals_to_the_parent)
     try:
         yield from loader
-    except OSError as error:
-        raise OSError(str(error).strip().splitlines()[-1].removeprefix("OSError: ")) from None
+    except (OSError, ValueError) as error:
+        raise type(error)(str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(f"a data worker died ({error}); was it killed for lack of memory? Try fewer --num-workers") from None
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and torchrun's SIGTERM reach the whole process group; the parent shall still get its batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return batch
-
-
-def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 -> float in [-1, 1]."""
-    return images.float() / 127.5 - 1

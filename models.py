@@ -68,7 +68,7 @@ class LabelEmbedder(nn.Module):
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x * (1 + scale) + shift, with x (B, ..., D) and one (B, D) vector of each a sample."""
-    return x * (1 + over_positions(scale, x)) + over_positions(shift, x)
+    return torch.addcmul(over_positions(shift, x), x, over_positions(1 + scale, x))  # one pass over x
 
 
 def over_positions(vector: Tensor, x: Tensor) -> Tensor:
@@ -302,7 +302,7 @@ class DiT(Isotropic):
         initialize(self)
 
     def embed(self, x: Tensor) -> Tensor:
-        return self.x_embedder(x) + self.pos_embed
+        return self.x_embedder(x).contiguous() + self.pos_embed  # a transposed view; the sum would stay so in all blocks
 
 
 class DiNext(Isotropic):

@@ -1,11 +1,14 @@
-"""What every script stands on: processes, addressed randomness, the command line with one-line errors, log and tracker."""
+"""What every script stands on: processes, signals, addressed randomness, one-line errors, the log of a run and trackers."""
 
 import hashlib
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
+import resource
+import signal
 import sys
 import tempfile
 import time
@@ -19,10 +22,11 @@ import jsonargparse
 import torch
 import torch.distributed as dist
 import yaml
+from torch import Tensor, nn
 
 # --- processes -----------------------------------------------------------------------------------
 
-PATIENCE = timedelta(hours=2)  # of the other processes, while the main one downloads, or draws previews
+PATIENCE = timedelta(hours=2)  # of the other processes, while the main one downloads or counts a folder's images
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def mean(self, value: torch.Tensor) -> torch.Tensor:
+    def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over all processes."""
         total = value.clone()
         if self.size > 1:
@@ -49,17 +53,17 @@ class World:
         return total / self.size
 
     def on_main(self, function: Callable):
-        """The main process's result of a function, on every process; what it raises is raised on all."""
-        outcome = [None, None]
+        """The main process's result of a function, on every process; what it raises there ends them all."""
+        outcome, failure = [None, None], None
         if self.is_main:
             try:
                 outcome[0] = function()
             except Exception as error:
-                outcome[1] = error
+                outcome[1], failure = str(error), error
         if self.size > 1:
             dist.broadcast_object_list(outcome)
         if outcome[1] is not None:
-            raise outcome[1]
+            raise failure or CommonError(outcome[1])
         return outcome[0]
 
     def main_first(self, function: Callable):
@@ -67,6 +71,13 @@ class World:
         results = []
         self.on_main(lambda: results.append(function()))
         return results[0] if results else function()
+
+    def gather(self, part: Tensor) -> list[Tensor]:
+        """The part of each process, in the order of ranks; on the main process alone, empty on the others."""
+        parts = [None] * self.size if self.is_main else None
+        if self.size > 1:
+            dist.gather_object(part, parts)
+        return [part] if self.size == 1 else parts or []
 
 
 def start_world(device: str | None) -> World:
@@ -88,6 +99,34 @@ def start_world(device: str | None) -> World:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=target if kind == "cuda" else None,
                                 timeout=PATIENCE)
     return World(dist.get_rank(), dist.get_world_size(), target)
+
+
+class Stopped(Exception):
+    """All processes agreed to stop."""
+
+
+class StopSignal:
+    """SIGTERM and SIGINT, heard by any process and answered by all of them at the same moment.
+
+    The processes agree over gloo, host to host: no process waits for its GPU.
+    """
+
+    def __init__(self, world: World):
+        self.name = ""
+        self.group = dist.new_group(backend="gloo") if world.size > 1 else None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame) -> None:
+        self.name = signal.Signals(number).name
+
+    def check(self) -> None:
+        """To be called by all processes together: raises Stopped on all if any of them heard a signal."""
+        heard = torch.tensor(float(bool(self.name)))
+        if self.group is not None:
+            dist.all_reduce(heard, dist.ReduceOp.MAX, group=self.group)
+        if heard:
+            raise Stopped(self.name or "a signal to another process")
 
 
 # --- addressed randomness ------------------------------------------------------------------------
@@ -115,6 +154,15 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         self.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one, else cpu")
         self.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast, fp32 weights")
         self.add_argument("--compile", action="store_true", help="torch.compile the model")
+
+    def add_data_arguments(self) -> None:
+        """The flags of the scripts that read images."""
+        self.add_argument("--data-path", required=True, help="digits, mnist, cifar10, a folder of classes, or cached features")
+        self.add_argument("--data-root", default="data", help="where named data sets lie")
+        self.add_argument("--vae", type=str | None, help="ema (default), mse, pixels, a folder or a hub id")
+        self.add_argument("--image-size", type=int | None, help="default: the data's own, 256 for a folder of classes")
+        self.add_argument("--num-classes", type=int | None, help="default: the data's, with which it must agree")
+        self.add_argument("--num-workers", type=int, default=4, help="of each process, to read data")
 
     def parse_args(self, args=None, *rest, **options):
         args = list(sys.argv[1:] if args is None else args)
@@ -158,6 +206,20 @@ def check_arguments(function: Callable, arguments: dict, flag: str, skip: set[st
     return {name: checked[name] for name in arguments}
 
 
+def check_numbers(args, names: list[str], allowed: str, fine: Callable[[float], bool]) -> None:
+    """ValueError that names the first flag whose number (or one of whose numbers) is not fine; None is left alone."""
+    for name in names:
+        given = getattr(args, name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if value is not None and not fine(value):
+                raise ValueError(f"--{name.replace('_', '-')} {value} is not {allowed}")
+
+
+def check_data_arguments(args) -> None:
+    check_numbers(args, ["image_size", "num_classes"], "at least 1", lambda n: n >= 1)
+    check_numbers(args, ["num_workers"], "at least 0", lambda n: n >= 0)
+
+
 def naming(flag: str, function: Callable):
     """The function's result; a ValueError, or what a wrong number breaks inside a library, names the flag it came from."""
     try:
@@ -167,32 +229,56 @@ def naming(flag: str, function: Callable):
 
 
 def run(main: Callable, parser: ArgumentParser) -> None:
-    """Run a script's main on the command line's flags. A wrong input is one line on stderr and exit code 2.
+    """Run a script's main on the command line's flags. What a user can mend is one line on stderr and exit code 2.
 
-    Wrong input means an OSError, or a ValueError raised in this project's own code: one from inside a library is a bug
-    here, and keeps its traceback. After a failure the process group is not destroyed, which would wait for the others.
+    That is an OSError, a ValueError raised in this project's own code (one from inside a library is a bug here, and keeps
+    its traceback), and the loss of another process. After a failure the process group is not destroyed, which would wait
+    for the others.
     """
     args = parser.parse_args()
     try:
         main(args)
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, CommonError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         ours = raised_in.is_relative_to(Path(__file__).parent) and ".venv" not in raised_in.parts
-        if isinstance(error, OSError) or ours:
-            fail(error)
+        if not isinstance(error, ValueError) or ours:
+            fail(error, common=isinstance(error, CommonError) or not _checked)
+        raise
+    except RuntimeError as error:
+        if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)):
+            fail(f"lost another process of this run; the same command continues it from its last checkpoint ({error})")
         raise
 
 
-def fail(message: object) -> None:
-    """Say it in one line and exit with code 2. What is wrong for all processes is said by the main one alone."""
+class CommonError(Exception):
+    """What is wrong for all processes at once; the main one says it."""
+
+
+def fail(message: object, common: bool = False) -> None:
+    """Say it in one line and exit with code 2: the main process what is common to all, else the first one to fail."""
     rank = int(os.environ.get("RANK", 0))
-    if rank == 0:
-        print(f"{Path(sys.argv[0]).name}: error: {one_line(message)}", file=sys.stderr)
-    elif _checked:
-        print(f"{Path(sys.argv[0]).name}: error on rank {rank}: {one_line(message)}", file=sys.stderr)
+    if rank == 0 if common else first_to_fail():
+        where = "" if common or rank == 0 else f" on rank {rank}"
+        print(f"{Path(sys.argv[0]).name}: error{where}: {one_line(message)}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(2)  # the collectives under way never end, nor would an orderly exit
     sys.exit(2)
+
+
+def first_to_fail() -> bool:
+    """Whether no other process has told a failure yet: a lost process is missed by all the others at once."""
+    if not dist.is_initialized():
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+    except RuntimeError:  # the store is gone with the machine that held it
+        return True
 
 
 def checks_are_done() -> None:
@@ -220,6 +306,76 @@ def check_writable(folder: str | Path) -> Path:
 # --- log and tracker -----------------------------------------------------------------------------
 
 
+class LossMeter(nn.Module):
+    """The training loss and how many steps were skipped, counted on the device and read only where a line is logged.
+
+    A step whose loss or gradient norm is not finite on any process is skipped by all. The buffers belong to a checkpoint.
+    """
+
+    HORIZON = 100  # steps of the moving mean
+
+    def __init__(self):
+        super().__init__()
+        for name in ("total", "count", "seen", "moving_mean", "skipped", "row", "longest_row"):
+            self.register_buffer(name, torch.zeros(()))
+
+    def update(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Count a step; 1.0 if it must be skipped, else 0.0, as AdamW's `found_inf` takes it. Both arguments are means."""
+        skip = (~(loss.isfinite() & grad_norm.isfinite())).float()
+        loss = torch.where(skip > 0, 0.0, loss)
+        self.total += loss
+        self.count += 1 - skip
+        self.seen += 1 - skip
+        self.moving_mean += (1 - skip) * (loss - self.moving_mean) / self.seen.clamp(1, self.HORIZON)
+        self.skipped += skip
+        self.row.add_(skip).mul_(skip)
+        self.longest_row.copy_(torch.maximum(self.longest_row, self.row))
+        return skip
+
+    def read(self, max_skipped: int) -> dict[str, float]:
+        """The mean loss since the last reading (nan if every step was skipped), its moving mean, all steps ever skipped.
+
+        Raises:
+            CommonError: so many steps in a row were skipped that the run has gone wrong.
+        """
+        if (row := int(self.longest_row)) >= max_skipped:
+            raise CommonError(f"{row} steps in a row had a loss or gradient norm that is not finite. They were skipped: the "
+                              "last checkpoint is good. Try a lower --lr, or clip_norm in --optimizer-args")
+        values = {"loss": (self.total / self.count).item(), "loss_moving_mean": self.moving_mean.item(),
+                  "skipped_steps": int(self.skipped)}
+        for buffer in (self.total, self.count, self.longest_row):
+            buffer.zero_()
+        return values
+
+
+class Stopwatch:
+    """The time that steps took since the last reading: `with stopwatch: step()`."""
+
+    def __init__(self):
+        self.seconds, self.steps = 0.0, 0
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *error) -> None:
+        self.seconds += time.perf_counter() - self.start
+        self.steps += 1
+
+    def read(self, batch_size: int, waited: float) -> dict[str, float]:
+        """Images a second, and the share of the time that was `waited` for data."""
+        values = {"images_per_second": self.steps * batch_size / self.seconds, "data_wait": waited / self.seconds}
+        self.seconds, self.steps = 0.0, 0
+        return values
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory in use so far, in GiB: of tensors on a GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on a Mac
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
 class Log:
     """A run's `log.txt`, `metrics.jsonl` and `config.yaml`, mirrored to a tracker. Silent but on the main process."""
 
@@ -235,7 +391,7 @@ class Log:
             temporary = self.metrics.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             temporary.replace(self.metrics)
-        self.tracker = TRACKERS[tracker](folder, config)
+        self.tracker = TRACKERS[tracker](folder, config, step)
 
     def say(self, text: str) -> None:
         if self.active:
@@ -244,10 +400,13 @@ class Log:
                 file.write(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n")
 
     def record(self, step: int, **scalars: float) -> None:
-        """One line of metrics.jsonl."""
+        """One line of metrics.jsonl; what is not finite is null there."""
         if self.active:
+            line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in scalars.items()}
             with open(self.metrics, "a") as file:
-                file.write(json.dumps({"step": step, **scalars}) + "\n")
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint that survives a power cut shall find its log
             self.tracker.scalars(step, scalars)
 
     def image(self, step: int, path: Path) -> None:
@@ -260,9 +419,9 @@ class Log:
 
 
 class NoTracker:
-    """What a tracker is asked; this one does nothing."""
+    """What a tracker is asked; this one does nothing. `step`: of the checkpoint that is continued."""
 
-    def __init__(self, folder: Path, config: dict): ...
+    def __init__(self, folder: Path, config: dict, step: int): ...
     def scalars(self, step: int, values: dict[str, float]) -> None: ...
     def image(self, step: int, path: Path) -> None: ...
     def close(self) -> None: ...
@@ -271,9 +430,9 @@ class NoTracker:
 class TensorBoardTracker(NoTracker):
     """Event files under the run's folder."""
 
-    def __init__(self, folder: Path, config: dict):
+    def __init__(self, folder: Path, config: dict, step: int):
         from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(folder / "tensorboard")
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
         self.writer.add_text("config", f"```\n{json.dumps(config, indent=2, default=str)}\n```")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -292,7 +451,7 @@ class TensorBoardTracker(NoTracker):
 class MLflowTracker(NoTracker):
     """A run named as its folder, on the server of MLFLOW_TRACKING_URI; the run's id lies in the folder, to continue it."""
 
-    def __init__(self, folder: Path, config: dict):
+    def __init__(self, folder: Path, config: dict, step: int):
         import mlflow
         self.mlflow, id_file = mlflow, folder / "mlflow_run_id"
         run = mlflow.start_run(run_id=id_file.read_text() if id_file.exists() else None, run_name=folder.name)

@@ -30,6 +30,7 @@ from models import DiT_models
 
 DIT_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # the eight classes of DiT's figures
 MAX_COLUMNS = 10
+PREVIEW_ROWS = 4
 LEGIBLE = 64  # pixels: smaller pictures are enlarged by a whole factor
 BATCH = 64  # images drawn at once
 DECODE_BATCH = 16  # a VAE's decoder takes far more memory an image than the network
@@ -170,6 +171,68 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def to_uint8(images: Tensor) -> Tensor:
     """Images (B, C, H, W) in [-1, 1] -> (B, H, W, C) uint8 on the CPU, rounded to the nearest level."""
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+# --- for train.py: what a checkpoint will say of itself, and pictures of a run -------------------
+
+
+def describe(args, data, autoencoder: nn.Module) -> tuple[dict, float]:
+    """The `spec` of train.py's flags (see checkpoint.py), every one of them checked, and the share of labels to drop."""
+    given = {"label_drop": 0.1, "sampling": {}} | args.diffusion_args
+    label_drop, sampling = given.pop("label_drop"), given.pop("sampling")
+    if not isinstance(label_drop, int | float) or not 0 <= label_drop <= 1:
+        raise ValueError(f"--diffusion-args: label_drop {label_drop} is not a share, 0..1")
+    diffusion = runtime.check_arguments(create_diffusion, given, "--diffusion-args", {"timestep_respacing"})
+    process = runtime.naming("--diffusion-args", lambda: create_diffusion("", **diffusion))
+    channels, *size = autoencoder.latent_shape(data.image_size, data.channels)
+    from_data = dict(input_size=tuple(size), in_channels=channels, num_classes=len(data.classes),
+                     learn_sigma=process.learn_sigma)
+    chosen = runtime.check_arguments(DiT_models[args.model].func, args.model_args, "--model-args", set(from_data))
+    spec = {
+        "model": {"name": args.model, "args": from_data | chosen},
+        "diffusion": diffusion,
+        "vae": autoencoder.spec["vae"],
+        "image_size": tuple(data.image_size),
+        "channels": data.channels,
+        "classes": list(data.classes),
+        "sampling": recommend(process, label_drop, sampling),
+    }
+    runtime.naming("--diffusion-args: sampling", lambda: settings_for(spec))
+    with torch.device("meta"):
+        runtime.naming("--image-size, --model-args", lambda: checkpoint.build_model(spec["model"]))
+    return spec, label_drop
+
+
+def recommend(process, label_drop: float, given: dict) -> dict:
+    """The spec's "sampling": what its process recommends, with what was given to --diffusion-args as `sampling` above it."""
+    sampling = process.recommended | {"cfg_channels": None}
+    sampling["num_sampling_steps"] = min(sampling["num_sampling_steps"], process.num_timesteps)
+    if label_drop == 0:  # there is no unconditional half to guide by
+        sampling["cfg_scale"] = 1.0
+    if not isinstance(given, dict) or set(given) - set(sampling):
+        raise ValueError(f"--diffusion-args: sampling {given} is not a dictionary with the keys {', '.join(sampling)}")
+    return sampling | given
+
+
+def preview(ema: nn.Module, autoencoder: nn.Module, spec: dict, path: Path, world: runtime.World, seed: int, precision: str,
+            progress: Callable[[], object]) -> None:
+    """Write a grid of samples, a class a column, always from the same noise; the processes share the work."""
+    count = len(spec["classes"])
+    labels = (DIT_LABELS if count == 1000 else list(range(min(count, MAX_COLUMNS)))) * PREVIEW_ROWS
+    mine = range(world.rank, len(labels), world.size) or range(1)  # all take part, for `progress` waits for all
+    drawn = generate(ema, autoencoder, [labels[i] for i in mine], mine, seed, **settings_for(spec), precision=precision,
+                     progress=progress)
+    if parts := world.gather(drawn):
+        images = drawn.new_empty(len(labels), *drawn.shape[1:])
+        for rank, part in enumerate(parts[: len(labels)]):
+            images[rank :: world.size] = part
+        save_grid(images, path, columns=len(labels) // PREVIEW_ROWS)
+
+
+def save_gif(folder: Path) -> None:
+    """`previews.gif`, of all `previews/*.png` of a run's folder, in the order of their steps."""
+    first, *rest = [Image.open(path) for path in sorted((folder / "previews").glob("*.png"))]
+    first.save(folder / "previews.gif", save_all=True, append_images=rest, duration=400, loop=0)
 
 
 # --- labels and pictures -------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What the tests share: the real scripts as sub-processes, small pictures, a small autoencoder, a small trained run."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ def run_here(monkeypatch, capfd):
     def run(script, *flags):
         monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, flags)])
         grad, code = torch.is_grad_enabled(), 0
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         capfd.readouterr()
         try:
             runtime.run(script.main, script.build_parser())
@@ -46,6 +48,8 @@ def run_here(monkeypatch, capfd):
             code = exit.code
         finally:
             torch.set_grad_enabled(grad)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         out, err = capfd.readouterr()
         return subprocess.CompletedProcess(script.__name__, code, out, err)
     return run

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from autoencoders import load_autoencoder
+from autoencoders import load_autoencoder, to_unit_range
 
 
 def test_pixels_are_the_image():
@@ -10,6 +10,10 @@ def test_pixels_are_the_image():
     assert pixels.latent_shape((8, 6), 1) == (1, 8, 6)
     assert torch.equal(pixels.decode(pixels.encode(x, torch.randn_like(x))), x)
     assert pixels.decode(torch.tensor([2.0])).item() == 1
+
+
+def test_unit_range_reaches_both_ends():
+    assert to_unit_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
 
 
 def test_sd_vae_scales_as_its_config_says(tiny_vae, capfd):

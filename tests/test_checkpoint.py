@@ -14,6 +14,7 @@ from conftest import ROOT
 from safetensors.torch import save_file
 
 import checkpoint
+import runtime
 from models import DiT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -178,28 +179,38 @@ def test_a_broken_download_leaves_nothing_behind(tmp_path, monkeypatch):
 # --- runs ----------------------------------------------------------------------------------------
 
 
+def begun(network):
+    return checkpoint.Training.begin(network, runtime.LossMeter(), 1e-3, checkpoint.OptimizerArgs())
+
+
 def test_init_from_takes_what_fits_and_says_so(tmp_path, tiny_preset):
     torch.save(tiny_preset, tmp_path / "w.pt")
     kwargs, _ = golden_dit()
-    network = DiT(**{**kwargs, "num_classes": 3})
-    fresh = network.y_embedder.embedding_table.weight.clone()
-    message = checkpoint.init_from(network, tmp_path / "w.pt")
+    training = begun(DiT(**{**kwargs, "num_classes": 3}))
+    fresh = training.model.y_embedder.embedding_table.weight.clone()
+    message = checkpoint.init_from(training, tmp_path / "w.pt")
     assert "41 of 42 tensors" in message
     assert "fresh: y_embedder.embedding_table.weight" in message
-    assert torch.equal(network.y_embedder.embedding_table.weight, fresh)
-    assert torch.equal(network.blocks[0].attn.qkv.weight, tiny_preset["blocks.0.attn.qkv.weight"])
+    for network in (training.model, training.ema):
+        assert torch.equal(network.y_embedder.embedding_table.weight, fresh)
+        assert torch.equal(network.blocks[0].attn.qkv.weight, tiny_preset["blocks.0.attn.qkv.weight"])
     with pytest.raises(ValueError, match="none of its"):
-        checkpoint.init_from(torch.nn.Linear(2, 2), tmp_path / "w.pt")
+        checkpoint.init_from(begun(torch.nn.Linear(2, 2)), tmp_path / "w.pt")
 
 
-def test_keep_last_deletes_the_oldest(tmp_path):
+def test_the_newest_and_every_mth_checkpoint_are_kept(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    for step in (5, 10, 15):
-        checkpoint.save_step(tmp_path, {"step": step}, keep_last=2)
-    assert checkpoint.latest(tmp_path).name == "0000015.pt"
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0000010.pt", "0000015.pt"]
-    checkpoint.save_step(tmp_path, {"step": 20}, keep_last=0)
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+    def names():
+        return sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+
+    checkpoint.save(tmp_path / "checkpoints" / "best.pt", {"step": 5})
+    for step in (5, 10, 13, 15, 20, 25):  # 13: a run that was stopped there
+        checkpoint.save_step(tmp_path, {"step": step}, keep_last=2, every=10)
+    kept = [f"{name}.pt" for name in ("0000010", "0000020", "0000025", "best")]
+    assert names() == sorted(kept + [f"{name}.sha256" for name in kept])
+    assert checkpoint.latest(tmp_path).name == "0000025.pt"
+    checkpoint.save_step(tmp_path, {"step": 30}, keep_last=0, every=0)
+    assert len(names()) == 10
 
 
 def test_runs_are_numbered_named_locked_and_found_again_by_a_restart(tmp_path, monkeypatch):

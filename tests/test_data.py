@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from data import GlobalOrder, MicroBatches, center_crop, load_batches, load_dataset, to_unit_range
+from data import Batches, GlobalOrder, MicroBatches, Rows, center_crop, load_dataset
 
 
 def test_digits_are_sklearns_with_its_split():
@@ -35,7 +35,7 @@ def test_mnist_reads_the_original_files_and_resizes(tmp_path):
             with gzip.open(f"{file}.gz", "wb") as zipped:
                 zipped.write(file.read_bytes())
     dataset = load_dataset("mnist", data_root=str(tmp_path))
-    images, labels = dataset.__getitems__([2, 0])
+    images, labels = dataset.__getitems__(Rows.plain([2, 0]))
     assert torch.equal(images[:, 0], torch.from_numpy(pixels[[2, 0]]))
     assert labels.tolist() == [9, 5]
     assert load_dataset("mnist", 32, str(tmp_path)).images.shape == (3, 1, 32, 32)
@@ -43,14 +43,14 @@ def test_mnist_reads_the_original_files_and_resizes(tmp_path):
 
 def test_a_folder_of_photographs_becomes_rgb_of_one_size_with_english_names(photographs):
     dataset = load_dataset(str(photographs / "train"), 32)
-    images, labels = dataset.__getitems__(range(len(dataset)))
+    images, labels = dataset.__getitems__(Rows.plain(range(len(dataset))))
     assert images.shape == (6, 3, 32, 32)
     assert images.dtype == torch.uint8
     assert labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert dataset.classes == ["golden retriever", "tabby cat"]
     assert torch.equal(images[1, 0], images[1, 2])  # the greyscale file
     assert (images[2, 0, :, -1].float() - images[2, 0, :, 0].float()).mean() > 100  # CMYK: red still grows to the right
-    assert load_dataset(str(photographs / "train"), 32, split="val").samples[0][0].startswith(str(photographs / "val"))
+    assert load_dataset(str(photographs / "train"), 32, split="val").paths[0].startswith(str(photographs / "val"))
 
 
 def test_the_crop_is_the_middle_of_the_shorter_side_resized():
@@ -63,31 +63,27 @@ def test_the_crop_is_the_middle_of_the_shorter_side_resized():
     assert np.array_equal(center_crop(Image.fromarray(image), 32), image)
 
 
-def test_unit_range_reaches_both_ends():
-    assert to_unit_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
-
-
 # --- order ---------------------------------------------------------------------------------------
 
 
 def test_every_epoch_is_another_permutation_across_batches():
     order = GlobalOrder(length=10, batch_size=4, seed=0)
-    stream = np.concatenate([order.batch(step) for step in range(5)])
+    stream = np.concatenate([order.batch(step).indices for step in range(5)])
     first, second = stream[:10].tolist(), stream[10:].tolist()
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
-    assert GlobalOrder(10, 4, seed=1).batch(0).tolist() != order.batch(0).tolist()
+    assert GlobalOrder(10, 4, seed=1).batch(0).indices.tolist() != order.batch(0).indices.tolist()
 
 
 def test_a_batch_larger_than_the_data_repeats_them_equally():
-    assert np.bincount(GlobalOrder(length=3, batch_size=9, seed=0).batch(2)).tolist() == [3, 3, 3]
+    assert np.bincount(GlobalOrder(length=3, batch_size=9, seed=0).batch(2).indices).tolist() == [3, 3, 3]
 
 
 def test_order_is_addressed_not_carried():
     fresh, used = GlobalOrder(10, 4, 0), GlobalOrder(10, 4, 0)
     for step in range(30):
         used.batch(step)
-    assert fresh.batch(7).tolist() == used.batch(7).tolist() == used.batch(7).tolist()
+    assert fresh.batch(7).indices.tolist() == used.batch(7).indices.tolist() == used.batch(7).indices.tolist()
 
 
 @pytest.mark.parametrize(("world_size", "grad_accum"), [(1, 1), (2, 1), (1, 3), (2, 3)])
@@ -105,10 +101,10 @@ def test_an_indivisible_batch_is_refused():
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_come_in_order_from_any_step(num_workers):
     dataset, order = load_dataset("digits"), GlobalOrder(1347, 6, 0, 1, 2, 1)
-    batches = list(load_batches(dataset, order, range(3, 6), num_workers, torch.device("cpu")))
+    batches = list(Batches(dataset, order, range(3, 6), num_workers, torch.device("cpu")))
     assert len(batches) == 3
     for step, (images, labels) in zip(range(3, 6), batches):
-        indices = order.batch(step)[3:]
+        indices = order.batch(step).indices[3:]
         assert torch.equal(images, dataset.images[indices])
         assert torch.equal(labels, dataset.labels[indices])
     assert len(MicroBatches(order, range(3, 6))) == 3
@@ -135,7 +131,7 @@ def test_an_unreadable_picture_is_named(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     with pytest.raises(OSError, match=r"broken\.jpg"):
-        load_dataset(str(tmp_path), 8).__getitems__([0])
+        load_dataset(str(tmp_path), 8).__getitems__(Rows.plain([0]))
 
 
 def test_validation_without_a_held_out_folder_is_refused(photographs):

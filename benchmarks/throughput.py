@@ -1,0 +1,276 @@
+"""Training steps and forward passes side by side: images/s, multiply-accumulates, share of the matmul rate, memory.
+
+    python benchmarks/throughput.py --models DiT-XL/2 DiNext-XL/2 diffusers/DiT-XL/2 --precision bf16 --compile true \\
+        --batch-size 8 32 128
+
+Of each setting (what, precision, compile, batch size) all models are loaded at once, and timed in turn: a round is one
+call of each, so that whatever else the machine does disturbs all alike. Figures are medians over --repeats rounds; the
+ratios at the end too, each of two calls of the same round, which makes them surer than images/s.
+
+- train: forward, loss of `create_diffusion("")`, backward, fused AdamW. forward: under no_grad. Nothing else is timed:
+  no data, clipping or EMA. All weights are drawn from N(0, 0.02): zeros would let a GPU run cool, and faster.
+- FLOP/s: 2 a multiply-accumulate of the forward pass; a training step counts as three forward passes.
+- of matmul: the share of the FLOP/s of one large square matmul at the same precision, timed in the same rounds.
+- memory: the most that the model's weights, AdamW and a step take together, without the other models; CUDA only, as
+  CPU allocators keep no such figure. A setting too large for the GPU, beside the other models, is recorded as such.
+- diffusers/NAME: diffusers' DiTTransformer2DModel with the sizes of preset NAME, as the outside reference. It embeds t
+  and y anew in each block, with weights of its own (XL/2: 750 M parameters, not 675 M), and draws its label drop.
+"""
+
+import gc
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import runtime
+from diffusion import create_diffusion
+from models import DiT_models
+from sample import autocast
+
+REFERENCE = "diffusers/"
+MATMUL_SIZE = {"cuda": 8192, "mps": 4096, "cpu": 1024}  # large enough for the full rate
+WARM_UP = 3  # calls of each candidate before the rounds; the first ones compile
+
+
+def build_parser() -> runtime.ArgumentParser:
+    parser = runtime.ArgumentParser("Measure the speed and memory of models, side by side.")
+    references = [f"{REFERENCE}{name}" for name in DiT_models if name.startswith("DiT-")]
+    parser.add_argument("--models", nargs="+", required=True, choices=[*DiT_models, *references],
+                        help="names of presets, diffusers/NAME for the reference; ratios are to the first one")
+    parser.add_argument("--what", nargs="+", default=["train", "forward"], choices=["train", "forward"])
+    parser.add_argument("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16"], help="as of train.py")
+    parser.add_argument("--compile", type=bool, nargs="+", default=[False], help="false, true, or both")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[8])
+    parser.add_argument("--image-size", type=int, default=256, help="of 8 x 8 pixels a latent position")
+    parser.add_argument("--repeats", type=int, default=20, help="rounds")
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one, else cpu")
+    parser.add_argument("--out", type=str | None, help="JSON file for the figures")
+    return parser
+
+
+# --- what is timed -------------------------------------------------------------------------------
+
+
+class Setting(NamedTuple):
+    """What all candidates of a round have in common."""
+
+    what: str  # "train" or "forward"
+    precision: str
+    compile: bool
+    batch_size: int
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.precision} {'compiled' if self.compile else 'eager'} batch {self.batch_size}"
+
+
+class DiffusersDiT(nn.Module):
+    """diffusers' DiT of a preset's sizes, called as our models are."""
+
+    def __init__(self, name: str, input_size: int):
+        from diffusers import DiTTransformer2DModel
+
+        super().__init__()
+        preset = DiT_models[name].keywords
+        self.transformer = DiTTransformer2DModel(
+            num_attention_heads=preset["num_heads"], attention_head_dim=preset["hidden_size"] // preset["num_heads"],
+            num_layers=preset["depth"], patch_size=preset["patch_size"], sample_size=input_size,
+            in_channels=4, out_channels=8, num_embeds_ada_norm=1000)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.transformer(x, t, y, return_dict=False)[0]
+
+
+def build(name: str, input_size: int) -> nn.Module:
+    if name.startswith(REFERENCE):
+        return DiffusersDiT(name.removeprefix(REFERENCE), input_size)
+    return DiT_models[name](input_size=input_size)
+
+
+def count_macs(name: str, input_size: int) -> int:
+    """Multiply-accumulates of one image's forward pass, counted without computing it."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        build(name, input_size)(torch.empty(1, 4, input_size, input_size), torch.empty(1), torch.empty(1, dtype=torch.long))
+    return counter.get_total_flops() // 2
+
+
+def make_call(name: str, setting: Setting, input_size: int, device: torch.device) -> Callable[[], None]:
+    """One training step or forward pass of a new model, as a function without arguments."""
+    with device:
+        model = build(name, input_size).train(setting.what == "train")
+        x, noise = torch.randn(2, setting.batch_size, 4, input_size, input_size)
+        t, y = torch.randint(1000, (2, setting.batch_size))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        nn.init.normal_(parameter, std=0.02)
+    if setting.compile:
+        model.compile()
+    process, optimizer = create_diffusion(""), torch.optim.AdamW(parameters, 1e-4, fused=True)
+
+    def train() -> None:
+        with autocast(device, setting.precision):
+            loss = process.training_losses(model, x, t, dict(y=y), noise)["loss"].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def forward() -> None:
+        with autocast(device, setting.precision):
+            model(x, t.float(), y)
+
+    return train if setting.what == "train" else forward
+
+
+def make_matmul(precision: str, device: torch.device) -> Callable[[], None]:
+    matrix = torch.randn(2 * [MATMUL_SIZE[device.type]], device=device)
+    return partial(torch.mm, *2 * [matrix.bfloat16() if precision == "bf16" else matrix])
+
+
+# --- the rounds ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Candidate:
+    """One function of a round, the time of each call, and the memory it takes. Without `call` it was out of memory."""
+
+    device: torch.device
+    call: Callable[[], None] | None = None
+    memory: int | None = None
+    seconds: list[float] = field(default_factory=list)
+
+    def prepare(self, make: Callable[[], Callable[[], None]]) -> None:
+        """Make the call and warm it up. The last call's peak, over what was there before, is the memory."""
+        cuda = self.device.type == "cuda"
+        before = torch.cuda.memory_allocated() if cuda else 0
+        self.call = make()
+        for _ in range(WARM_UP):
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            self.call()
+        self.memory = torch.cuda.max_memory_allocated() - before if cuda else None
+
+    def time(self) -> None:
+        synchronize(self.device)
+        start = time.perf_counter()
+        self.call()
+        synchronize(self.device)
+        self.seconds.append(time.perf_counter() - start)
+
+    def attempt(self, function: Callable[[], None]) -> None:
+        """Call one of the above; out of memory, give the candidate up and free what it held."""
+        try:
+            function()
+        except torch.cuda.OutOfMemoryError:
+            self.call = None
+        if self.call is None:
+            free(self.device)  # here, and not above, as an exception keeps what its functions held
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure(setting: Setting, args, macs: dict[str, int], device: torch.device) -> list[dict]:
+    """The figures of all models at one setting."""
+    torch.compiler.reset()  # else a new batch size would compile to code for any size
+    free(device)
+    input_size = args.image_size // 8
+    matmul, models = Candidate(device), {name: Candidate(device) for name in macs}
+    matmul.prepare(partial(make_matmul, setting.precision, device))
+    for name, candidate in models.items():
+        candidate.attempt(partial(candidate.prepare, partial(make_call, name, setting, input_size, device)))
+    for _ in tqdm(range(args.repeats), f"{setting}", leave=False):
+        for candidate in (matmul, *models.values()):
+            if candidate.call:
+                candidate.attempt(candidate.time)
+    matmul_rate = 2 * MATMUL_SIZE[device.type] ** 3 / statistics.median(matmul.seconds)
+    first = next(iter(models.values()))
+    return [{"model": name, **setting._asdict(), "gmacs": macs[name] / 1e9, "matmul_flops_per_second": matmul_rate,
+             **figures(candidate, first, setting, macs[name], matmul_rate)} for name, candidate in models.items()]
+
+
+def figures(candidate: Candidate, first: Candidate, setting: Setting, macs: int, matmul_rate: float) -> dict:
+    """What is reported of one candidate; "ratio" is of its images/s to the first one's."""
+    if candidate.call is None:
+        return {"out_of_memory": True, "ratio": None}
+    pairs = zip(first.seconds, candidate.seconds)
+    images_per_second = [setting.batch_size / seconds for seconds in candidate.seconds]
+    median = statistics.median(images_per_second)
+    flops = median * 2 * macs * (3 if setting.what == "train" else 1)
+    return {"out_of_memory": False, "images_per_second": median, "images_per_second_min": min(images_per_second),
+            "images_per_second_max": max(images_per_second), "seconds": candidate.seconds, "flops_per_second": flops,
+            "of_matmul": flops / matmul_rate, "peak_memory_bytes": candidate.memory,
+            "ratio": statistics.median(theirs / own for theirs, own in pairs) if first.call else None}
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def line(result: dict) -> str:
+    if result["out_of_memory"]:
+        return f"  {result['model']:24} out of memory"
+    memory = result["peak_memory_bytes"]
+    spread = f"({result['images_per_second_min']:.2f} to {result['images_per_second_max']:.2f})"
+    return (f"  {result['model']:24} {result['images_per_second']:9.2f} images/s {spread:20} "
+            f"{result['gmacs']:6.1f} GMAC  {result['flops_per_second'] / 1e12:8.3f} TFLOP/s  "
+            f"{result['of_matmul']:4.0%} of matmul  {'-' if memory is None else f'{memory / 2**30:.2f} GiB'}")
+
+
+def ratios(results: list[dict]) -> str:
+    return ", ".join(f"{result['model']} {'-' if result['ratio'] is None else format(result['ratio'], '.2f')}"
+                     for result in results)
+
+
+def main(args) -> None:
+    for flag in ("image_size", "repeats"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not at least 1")
+    if min(args.batch_size) < 1 or args.image_size % 8:
+        raise ValueError(f"--batch-size {args.batch_size} must be positive, --image-size {args.image_size} a multiple of 8")
+    if args.out:
+        runtime.check_writable(Path(args.out).parent)
+    device = runtime.start_world(args.device).device
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    macs = runtime.naming("--image-size", lambda: {name: count_macs(name, args.image_size // 8) for name in args.models})
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    print(f"{machine}, torch {torch.__version__}")
+
+    settings = [Setting(*values) for values in itertools.product(args.what, args.precision, args.compile, args.batch_size)]
+    results = {}
+    for setting in settings:
+        results[setting] = measure(setting, args, macs, device)
+        print(f"{setting}, matmul {results[setting][0]['matmul_flops_per_second'] / 1e12:.3f} TFLOP/s", flush=True)
+        print("\n".join(map(line, results[setting])), flush=True)
+    if args.out:
+        report = {"device": machine, "torch": torch.__version__, "date": f"{date.today()}",
+                  "settings": {name: value for name, value in args.as_dict().items() if name != "config"},
+                  "results": list(itertools.chain(*results.values()))}
+        Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
+    print(f"images/s over {args.models[0]}'s:")
+    for setting in settings:
+        print(f"  {setting}: {ratios(results[setting])}")
+
+
+if __name__ == "__main__":
+    runtime.run(main, build_parser())
