@@ -21,7 +21,6 @@ import hashlib
 import math
 import os
 import pickle
-import shutil
 import socket
 import warnings
 import zipfile
@@ -415,8 +414,7 @@ def begin_or_continue(training: Training, spec: dict, args, world) -> tuple[Path
     if newest:
         remarks = continue_from(training, newest, spec, args)
         training.saved = training.step
-    world.on_main(lambda: check_space(folder, training.size))
-    return folder, [*damaged, *remarks]
+    return folder, [f"{args.model}, {sum(p.numel() for p in training.parameters):,} parameters", *damaged, *remarks]
 
 
 def flags_of(args) -> dict:
@@ -463,12 +461,6 @@ def new_folder(results: Path, model: str) -> Path:
         except FileExistsError:
             continue
         return folder
-
-
-def check_space(folder: Path, size: int) -> None:
-    """OSError where the next checkpoint will not fit; `size` in bytes."""
-    if (free := shutil.disk_usage(folder).free) < size:
-        raise OSError(f"--results-dir: a checkpoint takes {size / 1e9:.3g} GB, {folder} has {free / 1e9:.3g} GB left")
 
 
 def save_run(folder: Path, training: Training, spec: dict, args, name: str = "") -> None:

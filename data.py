@@ -11,6 +11,7 @@ A data set answers `dataset.__getitems__(rows)` with a whole batch, (B, ...) and
     made_by                 what is known of the autoencoder of cached features; they have `latent_shape` (C, h, w) too
 """
 
+import atexit
 import json
 import signal
 import time
@@ -367,13 +368,20 @@ class Batches:
 
 
 def read_ahead(dataset: Dataset, batches: object, num_workers: int, pin_memory: bool = False) -> Iterator:
-    """What the data set answers to each element of `batches`, in order, read by worker processes.
-
-    Raises: what a worker raised, in one line.
-        OSError: a file cannot be read, or a worker died.
-    """
+    """What the data set answers to each element of `batches`, in order, read by worker processes."""
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=as_is, pin_memory=pin_memory,
                         worker_init_fn=leave_signals_to_the_parent)
+    reader = in_one_line(loader)
+    atexit.register(reader.close)  # ends the workers, who do not hear the signal that Python would end them with
+    return reader
+
+
+def in_one_line(loader: DataLoader) -> Iterator:
+    """The batches; what a worker raised is told without the worker's traceback.
+
+    Raises:
+        OSError: a file cannot be read, or a worker died.
+    """
     try:
         yield from loader
     except (OSError, ValueError) as error:

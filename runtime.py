@@ -8,11 +8,13 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -96,9 +98,34 @@ def start_world(device: str | None) -> World:
     if "RANK" not in os.environ:
         return World(0, 1, target)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=target if kind == "cuda" else None,
-                                timeout=PATIENCE)
+        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=own_part(store, rank, size), rank=rank,
+                                world_size=size, device_id=target if kind == "cuda" else None, timeout=PATIENCE)
     return World(dist.get_rank(), dist.get_world_size(), target)
+
+
+def own_part(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of torchrun's store that the processes of this start alone know.
+
+    torchrun keeps one store over restarts, with the addresses of dead processes in it, to which the new ones would
+    connect; nor do its restart counts agree between machines (pytorch issue 135712). So rank 0 invents a name, and tells
+    it to every process that asks under a name of its own.
+    """
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks/{rank}", name)
+        answer = store.get(f"answer/{name}").decode()
+        store.set(f"{answer}/{rank}", "knows")
+        return dist.PrefixStore(answer, store)
+    asking = set(range(1, size))
+    while asking:
+        for other in asking.copy():
+            if store.check([f"{name}/{other}"]):
+                asking.remove(other)
+            elif store.check([f"asks/{other}"]):  # a dead process may have asked: then the living one will ask anew
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 class Stopped(Exception):
@@ -251,7 +278,8 @@ def run(main: Callable, parser: ArgumentParser) -> None:
         raise
     except RuntimeError as error:
         if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)):
-            fail(f"lost another process of this run; the same command continues it from its last checkpoint ({error})")
+            reason = str(error).split(". ")[0]
+            fail(f"lost another process of this run; the same command continues it from its last checkpoint ({reason})")
         raise
 
 
@@ -291,8 +319,8 @@ def one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
-def check_writable(folder: str | Path) -> Path:
-    """Create a folder if need be; OSError that names it where nothing can be written to it."""
+def check_writable(folder: str | Path, size: int = 0) -> Path:
+    """Create a folder if need be; OSError that names it where nothing can be written to it, or not `size` bytes."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -300,6 +328,8 @@ def check_writable(folder: str | Path) -> Path:
             pass
     except OSError as error:
         raise OSError(f"cannot write to the folder {folder}: {error.strerror}") from None
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise OSError(f"no space in the folder {folder}: {size / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free")
     return folder
 
 

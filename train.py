@@ -38,8 +38,7 @@ def build_parser() -> runtime.ArgumentParser:
     parser.add_argument("--run-name", type=str | None, help="begin or continue this run; default: a new NNN-model")
     parser.add_argument("--model", default="DiT-XL/2", choices=list(DiT_models))
     parser.add_argument("--model-args", type=dict, default={}, help="arguments of the network, over its preset's")
-    parser.add_argument("--diffusion-args", type=dict, default={},
-                        help="arguments of create_diffusion; label_drop (0.1); sampling, what sample.py shall do")
+    parser.add_argument("--diffusion-args", type=dict, default={}, help="of create_diffusion; label_drop (0.1); sampling")
     parser.add_argument("--optimizer-args", type=dict, default={}, help="checkpoint.OptimizerArgs: betas, schedule, …")
     parser.add_argument("--epochs", type=int, default=1400)
     parser.add_argument("--max-steps", type=int | None, help="optimizer steps, in place of --epochs")
@@ -52,7 +51,7 @@ def build_parser() -> runtime.ArgumentParser:
     parser.add_argument("--resume", type=str | None, help="checkpoint of which to take everything")
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--ckpt-every", type=int, default=50_000)
-    parser.add_argument("--keep-last", type=int | tuple[int, int], default=0, help="the newest K (0: all); [K, M]: and every M-th")
+    parser.add_argument("--keep-last", type=int | tuple[int, int], default=0, help="K (0: all), or [K, M]: every M-th too")
     parser.add_argument("--preview-every", type=int, default=50_000, help="steps between EMA samples; 0: only at the end")
     parser.add_argument("--val-every", type=int, default=0, help="steps between validation losses; 0: none")
     parser.add_argument("--tracker", default="none", choices=list(runtime.TRACKERS))
@@ -122,12 +121,12 @@ class Trainer:
     def begin(self) -> None:
         """Open the run, continue what lies there, and start to read."""
         args, world, state = self.args, self.world, self.state
-        world.on_main(lambda: runtime.check_writable(args.results_dir))
+        world.on_main(lambda: runtime.check_writable(args.results_dir, state.size))
         self.folder, remarks = checkpoint.begin_or_continue(state, self.spec, args, world)
         self.first = state.step
         self.log = runtime.Log(self.folder, world, self.first, args.tracker, checkpoint.flags_of(args))
-        self.log.say(f"{self.folder}: {args.model}, {sum(p.numel() for p in state.parameters):,} parameters, {len(self.data):,} "
-                     f"samples, {world.size} x {world.device.type}. {'; '.join(remarks)}. {self.first} of {self.max_steps} steps done")
+        self.log.say(f"{self.folder}: {len(self.data):,} samples, {world.size} x {world.device.type}; {'; '.join(remarks)}; "
+                     f"{self.first} of {self.max_steps} steps done")
         if args.compile:
             state.model.compile()
         self.network = DistributedDataParallel(state.model, gradient_as_bucket_view=True) if world.size > 1 else state.model
@@ -169,7 +168,6 @@ class Trainer:
     def finish_step(self) -> None:
         """Do what is due after this step, but what was done before an interruption; Stopped where a signal was heard."""
         args, state, world = self.args, self.state, self.world
-        self.stop.check()
         if self.held_out and self.due(args.val_every) and state.validated < state.step:
             self.validate()
         picture = self.folder / "previews" / f"{state.step:07d}.png"
@@ -178,6 +176,8 @@ class Trainer:
             self.log.image(state.step, picture)
         if self.due(args.ckpt_every):
             self.save()
+        if not self.over:
+            self.stop.check()
 
     @torch.no_grad()
     def validate(self) -> None:
@@ -193,10 +193,9 @@ class Trainer:
                 totals += torch.stack([*sums, torch.full_like(sums[0], len(rows))])
             if (k + 1) % world.size == 0:
                 self.stop.check()
-        totals = world.mean(totals)
-        raw, ema = (totals[:2] / totals[2]).tolist()
-        self.log.record(state.step, val_loss=raw, val_loss_ema=ema)
-        if state.validated_at(ema):
+        raw, ema, count = world.mean(totals).tolist()
+        self.log.record(state.step, val_loss=raw / count, val_loss_ema=ema / count)
+        if state.validated_at(ema / count):
             self.save("best.pt")
 
     def save(self, name: str = "") -> None:

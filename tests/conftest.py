@@ -34,6 +34,30 @@ def run_script(script, *flags, cwd, nproc=None, check=True, **env):
     return result
 
 
+def patched(cwd, code):
+    """train.py with lines of Python run before its main, to break it at a chosen point: the path of a script."""
+    path = cwd / "patched_train.py"
+    path.write_text(f"""import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import checkpoint, data, runtime, train
+RANK, LAUNCH = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+def kill(number=signal.SIGKILL):
+    os.kill(os.getpid(), number)
+def before(owner, name, action):
+    original = getattr(owner, name)
+    def function(*args, **kwargs):
+        action(*args)
+        return original(*args, **kwargs)
+    setattr(owner, name, function)
+{code}
+if __name__ == "__main__":
+    sys.argv[0] = "train.py"
+    runtime.run(train.main, train.build_parser())
+""")
+    return path
+
+
 @pytest.fixture
 def run_here(monkeypatch, capfd):
     """Run a script's main in this process, as its `__main__` does: (main module, flags) -> finished process."""

@@ -1,0 +1,198 @@
+"""Encode images once, for training to read latents in their place: images -> cached latents.
+
+    torchrun --nproc_per_node=8 extract_features.py --data-path /imagenet/train --features-path features/train
+    torchrun --nproc_per_node=8 train.py --data-path features/train
+
+The folder holds `moments.npy` (N, 2, 2C, h, w) fp16: mean and log-variance of the posterior of each image and of its
+mirror image, for an autoencoder is not equivariant to flips; `labels.npy` (N,) int64; `skipped.txt`, the images that
+could not be read; and, once all is done, `meta.json`. Row i is image i, whoever writes it: the same command goes on
+after a kill, on any number of processes.
+"""
+
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+import runtime
+from autoencoders import load_autoencoder, to_unit_range
+from data import Rows, load_dataset, read_ahead
+from sample import autocast
+
+TODO, SKIPPED = -2, -1  # in labels.npy, of rows that hold no image (yet)
+
+
+def build_parser() -> runtime.ArgumentParser:
+    parser = runtime.ArgumentParser("Encode a data set into a folder of features, which train.py --data-path takes.")
+    parser.add_data_arguments()
+    parser.add_shared_arguments()
+    parser.add_argument("--features-path", required=True, help="the folder to write")
+    parser.add_argument("--per-proc-batch-size", type=int, default=32, help="images that a process encodes at once")
+    parser.add_argument("--max-skipped", type=float, default=0.001, help="share of images that may be unreadable")
+    return parser
+
+
+def main(args) -> None:
+    torch.set_grad_enabled(False)
+    world = runtime.start_world(args.device)
+    runtime.check_data_arguments(args)
+    runtime.check_numbers(args, ["per_proc_batch_size"], "at least 1", lambda n: n >= 1)
+    runtime.check_numbers(args, ["max_skipped"], "a share, 0..1", lambda x: 0 <= x <= 1)
+    data = world.main_first(lambda: load_dataset(args.data_path, args.image_size, args.data_root, num_classes=args.num_classes))
+    autoencoder = world.main_first(lambda: load_autoencoder(args.vae or "ema", world.device))
+    meta = describe(data, autoencoder, args)
+    folder = world.on_main(lambda: runtime.check_writable(args.features_path))
+    todo = world.on_main(lambda: prepare(folder, meta))
+    if args.compile:
+        autoencoder.vae.encoder.compile()
+    runtime.checks_are_done()
+
+    start = time.perf_counter()
+    batches = torch.from_numpy(todo).split(args.per_proc_batch_size)[world.rank :: world.size] if len(todo) else ()
+    moments, labels = (RowFile(folder / name) for name in ("moments.npy", "labels.npy"))
+    writing = None
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        reader = read_ahead(Readable(data), batches, args.num_workers, pin_memory=world.device.type == "cuda")
+        for rows, images, found in tqdm(reader, "encoding", len(batches), unit="batch", disable=not world.is_main):
+            encoded = encode(autoencoder, images.to(world.device, non_blocking=True), args.precision)
+            if writing:
+                writing.result()  # one batch is written while the next one is encoded
+            writing = writer.submit(write, moments, labels, rows, encoded, found)
+        if writing:
+            writing.result()
+    world.barrier()
+    world.on_main(lambda: finish(folder, data, meta, args.max_skipped * len(data)))
+    if world.is_main:
+        print(f"{folder} is complete: {len(todo):,} of {len(data):,} images encoded in {time.perf_counter() - start:.1f} s")
+
+
+def describe(data: Dataset, autoencoder: nn.Module, args) -> dict:
+    """What meta.json will say, but for the rows that were skipped."""
+    if data.kind != "images":
+        raise ValueError(f"--data-path {args.data_path} holds features already")
+    if args.vae == "pixels":
+        raise ValueError("--vae pixels: pixels need no features, train.py reads them as they are")
+    return {
+        "autoencoder": autoencoder.spec | autoencoder.identity(),
+        "latent_shape": autoencoder.latent_shape(data.image_size, data.channels),
+        "image_size": data.image_size, "channels": data.channels, "classes": data.classes,
+        "rows": len(data), "dtype": "float16", "data_path": args.data_path,
+    }
+
+
+def prepare(folder: Path, meta: dict) -> np.ndarray:
+    """Lay the files out, or find them as a run that was killed left them; the rows still to be encoded.
+
+    Raises:
+        ValueError: the folder holds features of other images, or of another autoencoder.
+        OSError: the disk has no space for them.
+    """
+    meta = json.loads(json.dumps(meta))
+    done, begun = folder / "meta.json", folder / "unfinished.json"
+    for path in (done, begun):
+        if path.exists():
+            stored = json.loads(path.read_text())
+            if different := [key for key in meta if stored[key] != meta[key]]:
+                raise ValueError(f"--features-path {folder} holds other features: their {different[0]} is "
+                                 f"{stored[different[0]]}, not {meta[different[0]]}")
+            return np.flatnonzero(np.load(folder / "labels.npy", mmap_mode="r") < 0) if path == begun else np.array([], int)
+    channels, *size = meta["latent_shape"]
+    shape = (meta["rows"], 2, 2 * channels, *size)
+    runtime.check_writable(folder, 2 * int(np.prod(shape)) + 8 * meta["rows"])
+    open_memmap(folder / "moments.npy", "w+", np.float16, shape)
+    open_memmap(folder / "labels.npy", "w+", np.int64, (meta["rows"],))[:] = TODO
+    write_json(begun, meta)
+    return np.arange(meta["rows"])
+
+
+class Readable(Dataset):
+    """The rows asked for (B,); the images of those that can be read; and the labels (B,), SKIPPED for the others."""
+
+    def __init__(self, data: Dataset):
+        self.data = data
+
+    def __getitems__(self, rows: Tensor) -> tuple[np.ndarray, Tensor, np.ndarray]:
+        images, labels = [], []
+        for row in rows.tolist():
+            try:
+                image, label = self.data.__getitems__(Rows.plain([row]))
+            except OSError:
+                labels.append(SKIPPED)
+            else:
+                images.append(image)
+                labels.append(int(label))
+        return rows.numpy(), torch.cat(images) if images else torch.empty(0), np.array(labels)
+
+
+def encode(autoencoder: nn.Module, images: Tensor, precision: str) -> Tensor:
+    """images (B, C, H, W) uint8 -> moments of them and of their mirror images, (B, 2, 2C, h, w) fp16."""
+    if not len(images):
+        return images
+    x = to_unit_range(images)
+    with autocast(x.device, precision):
+        return torch.stack([autoencoder.moments(x), autoencoder.moments(x.flip(-1))], dim=1).half()
+
+
+class RowFile:
+    """A `.npy` file of which any number of processes write rows.
+
+    Not through a map of the file: that writes whole pages, over NFS with old rows of another machine in them.
+    """
+
+    def __init__(self, path: Path):
+        array = np.load(path, mmap_mode="r")
+        self.path, self.dtype, self.start, self.stride = path, array.dtype, array.offset, array.strides[0]
+        self.file = os.open(path, os.O_RDWR)
+
+    def write(self, indices: np.ndarray, rows: np.ndarray) -> None:
+        try:
+            for index, row in zip(indices, rows):
+                os.pwrite(self.file, row.astype(self.dtype).tobytes(), self.start + int(index) * self.stride)
+            os.fsync(self.file)
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error.strerror}") from None
+
+
+def write(moments: RowFile, labels: RowFile, rows: np.ndarray, encoded: Tensor, found: np.ndarray) -> None:
+    """Write a batch; its labels come last, and say that the rest is there."""
+    moments.write(rows[found != SKIPPED], encoded.cpu().numpy())
+    labels.write(rows, found)
+
+
+def finish(folder: Path, data: Dataset, meta: dict, limit: float) -> None:
+    """List what was skipped, and declare the features complete; ValueError where too much was skipped."""
+    if (folder / "meta.json").exists():
+        return
+    skipped = np.flatnonzero(np.load(folder / "labels.npy", mmap_mode="r") == SKIPPED)
+    (folder / "skipped.txt").write_text("".join(f"{why_unreadable(data, row)}\n" for row in skipped))
+    if len(skipped) > limit:
+        raise ValueError(f"{len(skipped)} of {len(data)} images cannot be read, more than --max-skipped allows; they are "
+                         f"listed in {folder / 'skipped.txt'}. Mend or remove them, and start the same command again")
+    write_json(folder / "meta.json", meta | {"images": len(data) - len(skipped), "skipped": skipped.tolist()})
+    (folder / "unfinished.json").unlink()
+
+
+def why_unreadable(data: Dataset, row: int) -> str:
+    try:
+        data.__getitems__(Rows.plain([row]))
+    except OSError as error:
+        return runtime.one_line(error)
+    return f"row {row} could not be read at first"
+
+
+def write_json(path: Path, content: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    runtime.run(main, build_parser())

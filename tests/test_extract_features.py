@@ -1,0 +1,248 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_RUN, assert_one_line, run_script
+
+import checkpoint
+import extract_features
+import train
+from autoencoders import load_autoencoder, to_unit_range
+from data import Rows, load_dataset
+
+
+def flags(photographs, tiny_vae, features, *more):
+    return ["--data-path", photographs / "train", "--vae", tiny_vae, "--image-size", 32, "--features-path", features,
+            "--num-workers", 1, "--per-proc-batch-size", 2, "--device", "cpu", *more]
+
+
+@pytest.fixture(scope="module")
+def features(photographs, tiny_vae, tmp_path_factory):
+    """Made by two processes."""
+    folder = tmp_path_factory.mktemp("features")
+    run_script("extract_features.py", *flags(photographs, tiny_vae, folder / "train"), cwd=folder, nproc=2)
+    return folder / "train"
+
+
+def test_features_are_the_moments_of_each_image_and_its_mirror_image(features, photographs, tiny_vae):
+    meta = json.loads((features / "meta.json").read_text())
+    assert (meta["rows"], meta["images"], meta["skipped"], meta["image_size"]) == (6, 6, [], [32, 32])
+    assert (meta["autoencoder"]["scaling_factor"], meta["dtype"]) == (0.18215, "float16")
+    assert len(meta["autoencoder"]["sha256"]) == 64
+    images, labels = load_dataset(str(photographs / "train"), 32).__getitems__(Rows.plain(range(6)))
+    cached, vae = load_dataset(str(features)), load_autoencoder(str(tiny_vae))
+    mirrored = np.array([False, True, False, True, True, False])
+    moments, cached_labels = cached.__getitems__(Rows(np.arange(6), mirrored))
+    for i, flip in enumerate(mirrored):
+        x = to_unit_range(images[i : i + 1].flip(-1) if flip else images[i : i + 1])
+        posterior = vae.vae.encode(x).latent_dist
+        assert torch.allclose(moments[i].float(), torch.cat([posterior.mean, posterior.logvar], 1)[0], atol=2e-3, rtol=2e-3)
+        noise = torch.randn(1, 4, 4, 4)
+        assert torch.allclose(vae.sample(moments[i : i + 1].float(), noise), vae.encode(x, noise), atol=2e-3)
+    assert torch.equal(cached_labels, labels)
+    assert not torch.allclose(moments[1].float().flip(-1), cached.__getitems__(Rows.plain([1]))[0][0].float(), atol=1e-3)
+
+
+def test_training_finds_features_by_itself_and_samples_of_it_decode(features, tmp_path):
+    run_script("train.py", "--data-path", features, "--model", "DiT-S/2", "--model-args",
+               '{"hidden_size": 32, "depth": 1, "num_heads": 2}', "--global-batch-size", 4, "--max-steps", 3, "--run-name", "f",
+               "--num-workers", 1, "--diffusion-args", '{"sampling": {"num_sampling_steps": "2"}}', cwd=tmp_path)
+    spec = checkpoint.load(checkpoint.latest(tmp_path / "results" / "f"))["spec"]
+    assert spec["image_size"] == (32, 32)
+    assert spec["classes"] == ["golden retriever", "tabby cat"]
+    run_script("sample.py", "--ckpt", "results/f", "--out", "f.png", cwd=tmp_path)
+
+
+def test_a_finished_extraction_says_so_and_writes_nothing(features, photographs, tiny_vae, tmp_path, run_here):
+    before = (features / "moments.npy").stat().st_mtime_ns
+    assert "complete" in run_here(extract_features, *flags(photographs, tiny_vae, features)).stdout
+    assert (features / "moments.npy").stat().st_mtime_ns == before
+
+
+def test_a_killed_extraction_is_refused_by_training_and_goes_on(features, photographs, tiny_vae, tmp_path, run_here):
+    """Killed at the first sight of a written row; what it wrote is not encoded again."""
+    out = tmp_path / "out"
+    slow = f"""
+import sys, time; sys.path.insert(0, {str(ROOT)!r})
+import extract_features, runtime
+encode = extract_features.encode
+extract_features.encode = lambda *a: (time.sleep(1), encode(*a))[1]
+runtime.run(extract_features.main, extract_features.build_parser())"""
+    process = subprocess.Popen([sys.executable, "-c", slow, *map(str, flags(photographs, tiny_vae, out))],
+                               stderr=subprocess.DEVNULL)
+    while not (out / "unfinished.json").exists() or (np.load(out / "labels.npy") < 0).all():
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    written = np.flatnonzero(np.load(out / "labels.npy") >= 0)
+    assert 0 < len(written) < 6
+    assert_one_line(run_here(train, "--data-path", out, *TINY_RUN[2:]), "not finished")
+    moments = np.load(out / "moments.npy", mmap_mode="r+")
+    moments[written] += 1  # to be seen again if these rows are left alone
+    moments.flush()
+    result = run_here(extract_features, *flags(photographs, tiny_vae, out))
+    assert f"{6 - len(written)} of 6 images encoded" in result.stdout
+    expected = np.load(features / "moments.npy").astype(np.float32)
+    expected[written] += 1
+    assert np.abs(np.load(out / "moments.npy") - expected).max() < 5e-3
+
+
+def test_unreadable_images_are_listed_left_out_and_too_many_are_an_error(photographs, tiny_vae, tmp_path, run_here):
+    shutil.copytree(photographs, tmp_path / "p")
+    bad = tmp_path / "p" / "train" / "n02099601" / "1.jpg"
+    bad.write_bytes(bad.read_bytes()[:100])
+    out = tmp_path / "out"
+    result = run_here(extract_features, *flags(tmp_path / "p", tiny_vae, out))
+    assert result.returncode == 2
+    assert "error: 1 of 6 images cannot be read, more than --max-skipped allows; they are listed" in result.stderr
+    result = run_here(extract_features, *flags(tmp_path / "p", tiny_vae, out), "--max-skipped", 0.2)
+    assert result.returncode == 0
+    assert str(bad) in (out / "skipped.txt").read_text()
+    data = load_dataset(str(out))
+    assert len(data) == 5
+    assert data.__getitems__(Rows.plain(range(5)))[1].tolist() == [0, 0, 1, 1, 1]
+    whole = np.load(out / "moments.npy")
+    assert np.array_equal(data.__getitems__(Rows.plain([1]))[0][0].numpy(), whole[2, 0])
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (["--image-size", 64], ["--image-size 64", "of images of 32"]),
+    (["--vae", "other"], ["--vae", "sha256"]),
+    (["--vae", "pixels"], ["--vae pixels", "sha256"]),
+    (["--num-classes", 3], ["--num-classes 3", "2 classes"]),
+])
+def test_features_of_another_autoencoder_size_or_scale_are_refused(features, tiny_vae, tmp_path, monkeypatch, run_here, change,
+                                                                    words):
+    monkeypatch.chdir(tmp_path)
+    vae = load_autoencoder(str(tiny_vae)).vae
+    vae.encoder.conv_in.bias.data += 1
+    vae.save_pretrained("other")
+    assert_one_line(run_here(train, "--data-path", features, *TINY_RUN[4:], *change), *words)
+
+
+def test_features_of_another_scale_are_refused(features, tiny_vae, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    vae = load_autoencoder(str(tiny_vae)).vae
+    vae.register_to_config(scaling_factor=0.3)
+    vae.save_pretrained("other")
+    assert_one_line(run_here(train, "--data-path", features, *TINY_RUN[4:], "--vae", "other"), "scaling_factor is 0.18215",
+                    "0.3")
+
+
+def test_wrong_input_is_one_line(features, photographs, tiny_vae, tmp_path, run_here):
+    assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, tmp_path), "--vae", "pixels"), "--vae pixels")
+    assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, tmp_path), "--data-path", features),
+                    "holds features already")
+    assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, features), "--image-size", 64),
+                    "latent_shape", "[4, 4, 4]")
+    assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, "/proc/x")), "/proc/x")
+
+
+# --- features made by others ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def fast_dit(tmp_path):
+    """As fast-DiT's extract_features.py leaves them; written out of order."""
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((12, 1, 4, 32, 32)).astype(np.float32)
+    for name in ("imagenet256_features", "imagenet256_labels"):
+        (tmp_path / "fast" / name).mkdir(parents=True)
+    for i in (3, 11, 0, 7, 1, 2, 4, 5, 6, 8, 9, 10):
+        np.save(tmp_path / "fast" / "imagenet256_features" / f"{i}.npy", latents[i])
+        np.save(tmp_path / "fast" / "imagenet256_labels" / f"{i}.npy", np.array([i * 90]))
+    return tmp_path / "fast", latents
+
+
+def test_fast_dit_features_are_read_with_their_labels_and_never_scaled_again(fast_dit, tiny_vae):
+    folder, latents = fast_dit
+    data = load_dataset(str(folder))
+    x, y = data.__getitems__(Rows.plain(range(12)))
+    order = (y // 90).tolist()
+    assert sorted(order) == list(range(12))
+    assert np.array_equal(x.numpy(), latents[order, 0])
+    assert (data.classes[207], data.image_size, data.kind) == ("golden retriever", (256, 256), "latents")
+    objective = train.Objective(Capture(), load_autoencoder(str(tiny_vae)), data.kind, 1000, 0.0, "fp32")
+    draws = train.Draws(*(torch.zeros(12, *shape) for shape in ((4, 32, 32), (4, 32, 32), (), ())))
+    objective.losses(None, x, y, draws)
+    assert torch.equal(objective.process.x, x)
+
+
+class Capture:
+    def training_losses(self, model, x, t, model_kwargs, noise):
+        self.x = x
+        return {"loss": t}
+
+
+def test_fast_dit_features_train_and_wrong_ones_are_refused(fast_dit, tiny_vae, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    folder, _ = fast_dit
+    tiny = ["--data-path", folder, "--model", "DiT-S/8", "--model-args", '{"hidden_size": 16, "depth": 1, "num_heads": 2}',
+            "--global-batch-size", 4, "--max-steps", 2, "--num-workers", 0, "--device", "cpu", "--vae", tiny_vae,
+            "--diffusion-args", '{"sampling": {"num_sampling_steps": "1"}}']
+    assert run_here(train, *tiny).returncode == 0
+    assert_one_line(run_here(train, *tiny, "--image-size", 512), "--image-size 512", "256")
+    assert "train.py: error: --num-classes 20:" in run_here(train, *tiny, "--num-classes", 20).stderr
+    vae = load_autoencoder(str(tiny_vae)).vae
+    vae.register_to_config(scaling_factor=0.13025)  # SDXL's
+    vae.save_pretrained("sdxl")
+    assert_one_line(run_here(train, *tiny, "--vae", "sdxl"), "scaling_factor", "0.13025")
+
+
+# --- memory and speed ----------------------------------------------------------------------------
+
+
+def write_features(folder, rows):
+    """Features of 32x32x4 latents, sparse on disk."""
+    folder.mkdir()
+    np.lib.format.open_memmap(folder / "moments.npy", "w+", np.float16, (rows, 2, 8, 32, 32))
+    np.save(folder / "labels.npy", np.arange(rows) % 10)
+    (folder / "meta.json").write_text(json.dumps({
+        "autoencoder": {}, "latent_shape": [4, 32, 32], "image_size": [256, 256], "channels": 3, "rows": rows, "skipped": [],
+        "classes": [str(i) for i in range(10)]}))
+
+
+LOAD = """
+import sys, time; sys.path.insert(0, {root!r})
+import torch
+from data import Batches, GlobalOrder, load_dataset
+data = load_dataset({folder!r})
+order = GlobalOrder(len(data), 256, 0, flip=data.flip)
+batches = Batches(data, order, range({steps}), {workers}, torch.device("cpu"))
+for _ in range(20):
+    next(batches)
+start = time.perf_counter()
+for batch, labels in batches:
+    pass
+rate = 256 * ({steps} - 20) / (time.perf_counter() - start)
+anonymous = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+print(rate, anonymous)
+"""
+
+
+def load_rate_and_memory(folder, steps, workers=0):
+    code = LOAD.format(root=str(ROOT), folder=str(folder), steps=steps, workers=workers)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    return float(out[0]), int(out[1]) * 1024
+
+
+def test_anonymous_memory_does_not_grow_with_the_data_set(tmp_path):
+    """500 MB and 5 GB of moments: a copy would show, and so would 40 bytes a sample beside the permutation's 8."""
+    for name, rows in (("small", 15_000), ("large", 150_000)):
+        write_features(tmp_path / name, rows)
+    _, small = load_rate_and_memory(tmp_path / "small", 120)
+    _, large = load_rate_and_memory(tmp_path / "large", 120)
+    assert large - small < 135_000 * 48
+
+
+def test_loading_alone_exceeds_20000_samples_a_second(tmp_path):
+    write_features(tmp_path / "f", 20_000)
+    rate, _ = load_rate_and_memory(tmp_path / "f", 400)
+    assert rate > 20_000
