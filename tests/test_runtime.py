@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -98,6 +99,18 @@ def test_a_world_of_one_needs_no_torchrun(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="--device cuda: this machine has none; available: cpu"):
             runtime.start_world("cuda")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_processes_of_one_start_share_a_part_of_the_store_that_dead_ones_do_not_know(size):
+    store = torch.distributed.HashStore()
+    store.set("asks/1", "a dead process")
+    for _ in range(2):  # a start, and a restart with the first one's answers still there
+        with ThreadPoolExecutor(size) as pool:
+            parts = list(pool.map(lambda rank: runtime.own_part(store, rank, size), range(size)))
+        assert not parts[0].check(["address"])
+        parts[0].set("address", "here")
+        assert [part.get("address") for part in parts] == [b"here"] * size
 
 
 def test_a_library_s_value_error_keeps_its_traceback(monkeypatch, capsys):

@@ -1,16 +1,25 @@
+import contextlib
+import itertools
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
+import sys
+import time
+import urllib.request
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY_RUN, assert_one_line, run_script
+from conftest import ROOT, TINY_RUN, assert_one_line, patched, run_script
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
+import runtime
 import train
 from autoencoders import Pixels
 from diffusion import create_diffusion
@@ -217,15 +226,122 @@ def test_a_picture_that_a_worker_of_one_process_cannot_read_is_named_in_one_line
     assert all("cannot read the image" in line and ".jpg" in line and "Traceback" not in line for line in lines)
 
 
-@pytest.mark.parametrize("tracker", ["tensorboard"])
-def test_a_tracker_mirrors_scalars_and_previews(tmp_path, tracker):
+def test_tensorboard_mirrors_scalars_config_and_previews_also_of_a_continued_run(tmp_path):
     pytest.importorskip("tensorboard")
-    folder = run(tmp_path, "t", "--max-steps", 2, "--tracker", tracker)
+    flags = ["--tracker", "tensorboard", "--preview-every", 2]
+    folder = run(tmp_path, "t", "--max-steps", 4, "--ckpt-every", 2, *flags)
+    checkpoint.latest(folder).unlink()  # as after a kill: steps 3 and 4 are done again
+    run(tmp_path, "t", "--max-steps", 4, *flags)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == pytest.approx(metrics(folder, "step", "loss"))
-    assert events.Tags()["images"] == ["preview"]
+    assert {e.step: e.value for e in events.Scalars("loss")} == pytest.approx(dict(metrics(folder, "step", "loss")))
+    assert len(events.Scalars("loss")) == 4
+    assert [e.step for e in events.Images("preview")] == [2, 4]
+    assert events.Images("preview")[0].width == 728
+    assert b"global_batch_size" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_mlflow_mirrors_scalars_config_and_previews_on_its_server(tmp_path):
+    pytest.importorskip("mlflow")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    server = subprocess.Popen([sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", uri.split(":")[-1],
+                               "--backend-store-uri", f"sqlite:///{tmp_path}/db", "--artifacts-destination", tmp_path / "a"],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        for _ in range(300):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{uri}/health"):
+                break
+            time.sleep(0.2)
+        for stop in (2, 4):
+            folder = run(tmp_path, "m", "--max-steps", stop, "--tracker", "mlflow", MLFLOW_TRACKING_URI=uri)
+
+        def get(path):
+            with urllib.request.urlopen(f"{uri}/api/2.0/mlflow/{path}") as answer:
+                return json.load(answer)
+
+        run_id = (folder / "mlflow_run_id").read_text()
+        info = get(f"runs/get?run_id={run_id}")["run"]
+        assert info["info"]["run_name"] == "m"
+        assert {"key": "global_batch_size", "value": "12"} in info["data"]["params"]
+        losses = get(f"metrics/get-history?run_id={run_id}&metric_key=loss")["metrics"]
+        assert {m["step"]: m["value"] for m in losses} == pytest.approx(dict(metrics(folder, "step", "loss")))
+        assert [f["path"] for f in get(f"artifacts/list?run_id={run_id}&path=previews")["files"]] == [
+            "previews/0000002.png", "previews/0000004.png"]
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+# --- speed: combinations train to the same losses ------------------------------------------------
+
+
+PLAIN = [*TINY_RUN, *FLOW, "--max-steps", 4]
+SWITCHES = {
+    "checkpointing": ["--model-args", '{"hidden_size": 32, "depth": 2, "gradient_checkpointing": true}'],
+    "compile": ["--compile"],
+    "accumulation": ["--grad-accum", 2],
+    "bf16": ["--precision", "bf16"],
+    "2 processes": [],
+}
+AOT_EAGER = """
+compile = torch.nn.Module.compile
+patch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend="aot_eager"))"""
+
+
+@pytest.fixture(scope="module")
+def plain_losses(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("plain")
+    run_script("train.py", *PLAIN, "--run-name", "r", cwd=cwd)
+    return [loss for (loss,) in metrics(cwd / "results" / "r", "loss")]
+
+
+@pytest.mark.parametrize("pair", [
+    pytest.param(pair, id=" and ".join(pair), marks=[pytest.mark.slow] if "2 processes" in pair else [])
+    for pair in itertools.combinations(SWITCHES, 2)])
+def test_switches_that_make_training_faster_train_to_the_same_losses(plain_losses, tmp_path, run_patched, pair):
+    """To rounding: of sums in another order, or of bf16, whose unit is 2^-8."""
+    flags = [*PLAIN, "--run-name", "r", *(flag for name in pair for flag in SWITCHES[name])]
+    if "2 processes" in pair:
+        run_script(patched(tmp_path, AOT_EAGER), *flags, cwd=tmp_path, nproc=2)
+    else:
+        assert run_patched(AOT_EAGER, *flags).returncode == 0
+    losses = [loss for (loss,) in metrics(tmp_path / "results" / "r", "loss")]
+    assert losses == pytest.approx(plain_losses, rel=2**-8 if "bf16" in pair else 1e-5)
+    if "bf16" in pair:
+        assert losses != pytest.approx(plain_losses, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_trains_to_the_same_losses(plain_losses, tmp_path):
+    run_script("train.py", *PLAIN, "--run-name", "r", "--compile", cwd=tmp_path)
+    losses = [loss for (loss,) in metrics(tmp_path / "results" / "r", "loss")]
+    assert losses == pytest.approx(plain_losses, rel=1e-5)
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: reading a number, or a shape that depends on numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "unique"), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_the_device(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = train.build_parser().parse_args(list(map(str, [
+        *TINY_RUN, "--log-every", 3, "--max-steps", 9, "--grad-accum", 2, "--optimizer-args", '{"clip_norm": 1.0}'])))
+    trainer = train.Trainer(args, runtime.start_world("cpu"))
+    monkeypatch.setattr(runtime.signal, "signal", lambda *_: None)
+    trainer.begin()
+    trainer.step()  # starts to read
+    with NoSynchronisation():
+        trainer.step()
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):  # the third one logs
+            trainer.step()
 
 
 # --- wrong input: one line, exit code 2, nothing written -----------------------------------------
@@ -297,7 +413,6 @@ def test_a_run_of_another_model_batch_or_seed_is_not_continued(tiny_run, monkeyp
 
 
 def test_a_second_writer_is_refused(tmp_path):
-    import sys
     command = [sys.executable, str(ROOT / "train.py"), *TINY_RUN, *FLOW, "--run-name", "r", "--max-steps", "100000"]
     first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                              env=os.environ | {"PYTHONUNBUFFERED": "1"})
