@@ -211,7 +211,7 @@ def plain_words(message: object, is_flag: bool = True) -> str:
     def name(key: re.Match) -> str:
         return f"--{key[1].replace('_', '-')}:" if is_flag else f"{key[1]}:"
 
-    text = re.sub(r'Parser key "([\w.]+)":', name, one_line(message))
+    text = re.sub(r'Parser key "([\w.]+)"(?: element \d+)?:', name, one_line(message))
     text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* Given value: (.*)",
                   r"Expected one of \1. Got value: \2", text)
     return re.sub(r"<class '(\w+)'>", r"\1", text).replace("NoneType", "null")

@@ -243,9 +243,7 @@ def ratios(results: list[dict]) -> str:
 
 
 def main(args) -> None:
-    for flag in ("image_size", "repeats"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not at least 1")
+    runtime.check_numbers(args, ["image_size", "repeats"], "at least 1", lambda n: n >= 1)
     if min(args.batch_size) < 1 or args.image_size % 8:
         raise ValueError(f"--batch-size {args.batch_size} must be positive, --image-size {args.image_size} a multiple of 8")
     if args.out:
