@@ -108,15 +108,18 @@ def latents_of(autoencoder: nn.Module, batch: Tensor, kind: str, noise: Tensor) 
             return batch
 
 
-def check_features(autoencoder: nn.Module, data) -> None:
-    """ValueError where a data set holds features that another autoencoder made."""
-    if data.kind == "images":
-        return
-    own = autoencoder.identity() | {"latent_shape": autoencoder.latent_shape(data.image_size, data.channels)}
-    for key, value in (data.made_by | {"latent_shape": data.latent_shape}).items():
-        if key != "vae" and own.get(key) != value:  # its name may differ: a folder may have moved
-            raise ValueError(f"--vae {autoencoder.spec['vae']} is not the autoencoder of the features in --data-path: "
-                             f"their {key} is {value}, its is {own.get(key)}")
+def check_features(autoencoder: nn.Module, *datasets) -> None:
+    """ValueError where one of the data sets (or None) holds features that another autoencoder made."""
+    for data in datasets:
+        if data is None or data.kind == "images":
+            continue
+        if isinstance(autoencoder, Pixels):
+            raise ValueError("--vae pixels: --data-path holds features, which only the autoencoder that made them can decode")
+        own = autoencoder.identity() | {"latent_shape": autoencoder.latent_shape(data.image_size, data.channels)}
+        for key, value in (data.made_by | {"latent_shape": data.latent_shape}).items():
+            if key != "vae" and own.get(key) != value:  # its name may differ: a folder may have moved
+                raise ValueError(f"--vae {autoencoder.spec['vae']} is not the autoencoder of the features in --data-path: "
+                                 f"their {key} is {value}, its is {own.get(key)}")
 
 
 def load_autoencoder_kl(source: str) -> nn.Module:

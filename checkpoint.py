@@ -1,10 +1,10 @@
 """Checkpoints: written whole or not at all, read without trusting a pickle, and describing themselves.
 
-A checkpoint is a dict with DiT's keys and two more:
+A checkpoint is a dict with DiT's keys and more:
     model, ema      state dicts of the trained network and of its moving average
     opt             the optimizer's state
     args            the flags of the run
-    step            how many optimizer steps were taken
+    step, …         how many optimizer steps were taken, and the rest of `Training`
     spec            plain dict of how to rebuild what sampling needs:
         model           {"name", "args"}: DiT_models[name](**args)
         diffusion       arguments of create_diffusion
@@ -16,14 +16,18 @@ A checkpoint is a dict with DiT's keys and two more:
 
 import argparse
 import copy
+import errno
 import fcntl
 import hashlib
 import math
 import os
 import pickle
 import socket
+import sys
+import time
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +44,8 @@ PUBLISHED = {
     name: f"https://dl.fbaipublicfiles.com/DiT/models/{name}" for name in ("DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt")
 }
 
+LOCK_PATIENCE = 180  # seconds, of a restart
+
 # --- one file ------------------------------------------------------------------------------------
 
 
@@ -48,14 +54,17 @@ class HashingFile:
 
     def __init__(self, file: BinaryIO):
         self.file, self.sha256, self.error = file, hashlib.sha256(), None
+        self.hasher = ThreadPoolExecutor(max_workers=1)
 
     def write(self, data: bytes) -> int:
+        hashing = self.hasher.submit(self.sha256.update, data)  # while the disk is busy
         try:
             self.file.write(data)
         except OSError as error:  # torch.save would report it as a failure of its own
             self.error = error
             raise
-        self.sha256.update(data)
+        finally:
+            hashing.result()
         return len(data)
 
     def flush(self) -> None:
@@ -78,11 +87,12 @@ def save(path: Path, state: dict) -> None:
             torch.save(state, file)
             raw.flush()
             os.fsync(raw.fileno())
-        replace_text(digest_file(path), f"{file.sha256.hexdigest()}  {path.name}\n")
+        digest_file(path).unlink(missing_ok=True)  # of the file that is replaced: better none than a wrong one
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+        replace_text(digest_file(path), f"{file.sha256.hexdigest()}  {path.name}\n")
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else file and file.error
@@ -105,14 +115,18 @@ def digest_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
+class DamagedError(ValueError):
+    """A file is not the checkpoint that was written."""
+
+
 def verify(path: Path, flag: str) -> None:
-    """ValueError where a checkpoint is not what its sha256 says. Files without one, such as DiT's, pass."""
+    """DamagedError where a checkpoint is not what its sha256 says. Files without one, such as DiT's, pass."""
     if not digest_file(path).is_file():
         return
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if digest_file(path).read_text().split()[:1] != [found]:
-        raise ValueError(f"{flag} {path} is damaged: its sha256 is not that of {digest_file(path).name}")
+        raise DamagedError(f"{flag} {path} is damaged: its sha256 is not that of {digest_file(path).name}")
 
 
 def load(path: str | Path, flag: str = "--ckpt") -> dict:
@@ -122,7 +136,8 @@ def load(path: str | Path, flag: str = "--ckpt") -> dict:
 
     Raises: (`flag` is named in the message)
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, no checkpoint, or holds more than weights and plain values.
+        DamagedError: it is no checkpoint, or no longer the one that was written.
+        ValueError: it holds more than weights and plain values.
     """
     path = Path(path)
     if not path.is_file():
@@ -136,12 +151,13 @@ def load(path: str | Path, flag: str = "--ckpt") -> dict:
             state = torch.load(path, map_location="cpu", weights_only=True,  # DiT's own trainer stores a Namespace
                                mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        foreign = "unsupported global" in str(error).lower()
-        reason = "holds objects other than weights and plain values; nothing was executed" if foreign else (
-            "is truncated or no checkpoint")
-        raise ValueError(f"{flag} {path} {reason}") from None
+        if "unsupported global" in str(error).lower():
+            raise ValueError(f"{flag} {path} holds objects other than weights and plain values; nothing was executed") from None
+        raise DamagedError(f"{flag} {path} is truncated or no checkpoint") from None
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
-        raise ValueError(f"{flag} {path} is truncated or no checkpoint ({type(error).__name__})") from None
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
+            raise  # the file may be good
+        raise DamagedError(f"{flag} {path} is truncated or no checkpoint ({type(error).__name__})") from None
     if not isinstance(state, dict):
         raise ValueError(f"{flag} {path} holds a {type(state).__name__}, not a dict of weights")
     return state
@@ -386,8 +402,11 @@ class Training:
         return parts | {name: getattr(self, name) for name in ("step", "validated", "best", "validations_since_best")}
 
     def load_state_dict(self, state: dict) -> None:
+        group = {name: self.opt.param_groups[0][name] for name in ("betas", "weight_decay")}
         for name in ("model", "ema", "opt", "meter"):
             getattr(self, name).load_state_dict(state[name])
+        self.opt.param_groups[0].update(group)  # as --optimizer-args now has them
+        self.meter.forgive()
         for name in ("step", "validated", "best", "validations_since_best"):
             setattr(self, name, state[name])
 
@@ -404,9 +423,9 @@ def begin_or_continue(training: Training, spec: dict, args, world) -> tuple[Path
     Returns: the folder, and sentences for the log.
     """
     results, remarks = Path(args.results_dir), ["Fresh weights"]
-    if not (args.run_name and latest(results / args.run_name)):  # what is wrong is refused before a folder is made
+    if not world.on_main(lambda: args.run_name and latest(results / args.run_name)):  # else neither flag is needed any more
         if args.resume:
-            remarks = continue_from(training, args.resume, spec, args)
+            remarks = continue_from(training, resolve(args.resume, "--resume"), spec, args)
         elif args.init_from:
             remarks = [world.main_first(lambda: init_from(training, args.init_from))]
     folder = world.on_main(lambda: open_run(results, args.run_name, args.model))
@@ -420,6 +439,14 @@ def begin_or_continue(training: Training, spec: dict, args, world) -> tuple[Path
 def flags_of(args) -> dict:
     """The flags of a run, as a checkpoint and a config hold them."""
     return {name: value for name, value in args.as_dict().items() if name != "config"}
+
+
+def identity(spec: dict, flags: dict) -> dict:
+    """What must not change while a run is continued."""
+    fixed = {key: flags[key] for key in ("global_batch_size", "global_seed", "diffusion_args")}
+    model = {"model": spec["model"]["name"], **{f"model argument {key}": value for key, value in spec["model"]["args"].items()}}
+    model.pop("model argument gradient_checkpointing", None)
+    return {key: value for key, value in spec.items() if key != "model"} | fixed | model
 
 
 def open_run(results: Path, run_name: str | None, model: str) -> Path:
@@ -442,19 +469,32 @@ def open_run(results: Path, run_name: str | None, model: str) -> Path:
     folder = folder or new_folder(results, model.replace("/", "-"))
     for part in ("checkpoints", "previews"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers would inherit it and outlive us
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"another process is training in {folder}; choose another --run-name") from None
+    hold(folder, launch)
     replace_text(folder / "launch", launch)
     return folder
+
+
+def hold(folder: Path, launch: str) -> None:
+    """Lock a run's folder until this process ends; ValueError where another process holds it.
+
+    A restart waits a while: the server of a network file system is slow to miss a machine that is gone.
+    """
+    handle, path = os.open(folder / "lock", os.O_CREAT | os.O_RDWR), folder / "launch"
+    ours = path.is_file() and path.read_text() == launch != ""
+    for _ in range(LOCK_PATIENCE if ours else 1):
+        try:
+            return fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers would inherit and outlive it
+        except (BlockingIOError, PermissionError):
+            time.sleep(1 if ours else 0)
+        except OSError as error:
+            return print(f"{folder} cannot be locked ({error.strerror}): do not start this run twice at once", file=sys.stderr)
+    raise ValueError(f"another process is training in {folder}; choose another --run-name")
 
 
 def new_folder(results: Path, model: str) -> Path:
     """Make the next `NNN-model`; two launches at once get two."""
     while True:
-        numbers = [int(path.name[:3]) for path in results.glob("[0-9][0-9][0-9]-*")]
+        numbers = [int(path.name.split("-")[0]) for path in results.glob("[0-9][0-9][0-9]*-*")]
         folder = results / f"{max(numbers, default=-1) + 1:03d}-{model}"
         try:
             folder.mkdir(parents=True)
@@ -490,25 +530,31 @@ def save_step(folder: Path, state: dict, keep_last: int, every: int) -> None:
 
 def steps_of(folder: Path) -> list[Path]:
     """The numbered checkpoints of a run's folder, oldest first."""
-    return sorted((folder / "checkpoints").glob("[0-9]*.pt"))
+    return sorted((folder / "checkpoints").glob("[0-9]*.pt"), key=lambda path: int(path.stem))
 
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint of a run's folder."""
-    return max(steps_of(folder), default=None)
+    return next(reversed(steps_of(folder)), None)
 
 
 def latest_intact(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that can be read; and a sentence on each newer one, which is renamed `*.damaged`."""
+    """The newest undamaged checkpoint, None where there is none at all; and a sentence on each newer one, set aside.
+
+    Raises:
+        ValueError: all of them are damaged.
+    """
     remarks = []
     for path in reversed(steps_of(folder)):
         try:
             load(path, "checkpoint")
-        except ValueError as error:
+        except DamagedError as error:
             path.rename(f"{path}.damaged")
             remarks.append(f"{error}; it is now {path.name}.damaged, and the one before is used")
         else:
             return path, remarks
+    if damaged := list((folder / "checkpoints").glob("[0-9]*.pt.damaged")):
+        raise ValueError(f"{folder} has only damaged checkpoints, such as {damaged[0].name}; another --run-name begins anew")
     return None, remarks
 
 
@@ -518,17 +564,16 @@ def continue_from(training: Training, path: str | Path, spec: dict, args) -> lis
     Raises:
         ValueError: it is of another run.
     """
-    state, args = load(path, "--resume"), flags_of(args)
-    if "spec" not in state or "opt" not in state:
-        raise ValueError(f"{path} is not a training checkpoint; --init-from takes weights alone")
-    fixed = ("global_batch_size", "global_seed", "diffusion_args")
-    stored, wanted = (described | {key: flags[key] for key in fixed}
-                      for described, flags in ((state["spec"], state["args"]), (spec, args)))
-    for key, value in wanted.items():
-        if stored[key] != value:
-            raise ValueError(f"{path} was trained with {key} {stored[key]}, not {value}: choose another --run-name, or "
-                             "take its weights alone with --init-from")
+    state, args = load(path, "checkpoint"), flags_of(args)
+    if missing := {"args", "spec", *training.state_dict()} - set(state):
+        raise ValueError(f"{path} is no checkpoint to continue, it lacks {', '.join(sorted(missing))}; --init-from takes its "
+                         "weights alone")
+    stored, wanted = identity(state["spec"], state["args"]), identity(spec, args)
+    for key in wanted.keys() | stored.keys():
+        if stored.get(key) != wanted.get(key):
+            raise ValueError(f"{path} was trained with {key} {stored.get(key)}, not {wanted.get(key)}: choose another "
+                             "--run-name, or take its weights alone with --init-from")
     training.load_state_dict(state)
-    free = ("data_path", "lr", "ema_decay", "optimizer_args", "precision")
+    free = ("data_path", "max_steps", "epochs", "lr", "ema_decay", "optimizer_args", "precision")
     return [f"Continuing {path}", *(f"--{key.replace('_', '-')} was {state['args'][key]}, is now {args[key]}"
                                     for key in free if state["args"][key] != args[key])]

@@ -96,22 +96,34 @@ class Features(Dataset):
     """
 
     kind = "moments"
-    flip = True
 
     def __init__(self, folder: Path, image_size: int | None):
         if not (folder / "meta.json").is_file():
             raise FileNotFoundError(f"--data-path {folder}: the extraction of its features is not finished; the same "
                                     "extract_features.py command goes on with it")
-        meta = json.loads((folder / "meta.json").read_text())
-        self.moments = np.load(folder / "moments.npy", mmap_mode="r")
-        self.labels = np.load(folder / "labels.npy", mmap_mode="r")
-        self.classes, self.channels, self.latent_shape = meta["classes"], meta["channels"], tuple(meta["latent_shape"])
-        self.image_size, self.made_by = tuple(meta["image_size"]), meta["autoencoder"]
+        self.folder, meta = folder, json.loads((folder / "meta.json").read_text())
+        self.classes, self.channels, self.flip = meta["classes"], meta["channels"], meta["flip"]
+        self.image_size, self.latent_shape = tuple(meta["image_size"]), tuple(meta["latent_shape"])
+        self.made_by = meta["autoencoder"]
+        self.map_files()
         if image_size not in (None, self.image_size[0]):
             raise ValueError(f"--image-size {image_size}: the features in {folder} are of images of {self.image_size[0]}")
         if len(self.moments) != meta["rows"] or self.moments.shape[2:] != (2 * self.latent_shape[0], *self.latent_shape[1:]):
             raise ValueError(f"--data-path {folder}: moments.npy has the shape {self.moments.shape}, meta.json tells otherwise")
         self.skipped = np.array(meta["skipped"], dtype=np.int64)  # ascending rows that hold no image
+
+    def map_files(self) -> None:
+        try:
+            self.moments, self.labels = (np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("moments", "labels"))
+        except ValueError as error:
+            raise OSError(f"--data-path {self.folder}: a file of features is damaged: {error}") from None
+
+    def __getstate__(self) -> dict:  # a map would be sent to a worker process as all that is in it
+        return {name: value for name, value in vars(self).items() if name not in ("moments", "labels")}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.map_files()
 
     def __len__(self) -> int:
         return len(self.moments) - len(self.skipped)
@@ -342,6 +354,7 @@ class Batches:
 
     def __init__(self, dataset: Dataset, order: GlobalOrder, steps: range, num_workers: int, device: torch.device):
         self.device, self.waited = device, 0.0
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # beside the stream that computes
         self.loader = read_ahead(dataset, MicroBatches(order, steps), num_workers, pin_memory=device.type == "cuda")
         self.upcoming = None
 
@@ -351,6 +364,10 @@ class Batches:
     def __next__(self) -> tuple[Tensor, Tensor]:
         start = time.perf_counter()
         ready = self.upcoming or self._fetch()
+        if self.copies and ready:
+            torch.cuda.current_stream().wait_stream(self.copies)
+            for part in ready:
+                part.record_stream(torch.cuda.current_stream())
         self.upcoming = self._fetch()
         self.waited += time.perf_counter() - start
         if ready is None:
@@ -364,7 +381,8 @@ class Batches:
 
     def _fetch(self) -> tuple[Tensor, Tensor] | None:
         batch = next(self.loader, None)
-        return batch and tuple(part.to(self.device, non_blocking=True) for part in batch)
+        with torch.cuda.stream(self.copies):  # no stream is the current one
+            return batch and tuple(part.to(self.device, non_blocking=True) for part in batch)
 
 
 def read_ahead(dataset: Dataset, batches: object, num_workers: int, pin_memory: bool = False) -> Iterator:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import checkpoint
 import runtime
 from autoencoders import load_autoencoder, to_unit_range
 from data import Rows, load_dataset, read_ahead
@@ -48,12 +49,11 @@ def main(args) -> None:
     runtime.check_numbers(args, ["max_skipped"], "a share, 0..1", lambda x: 0 <= x <= 1)
     data = world.main_first(lambda: load_dataset(args.data_path, args.image_size, args.data_root, num_classes=args.num_classes))
     autoencoder = world.main_first(lambda: load_autoencoder(args.vae or "ema", world.device))
-    meta = describe(data, autoencoder, args)
+    meta = describe_features(data, autoencoder, args)
     folder = world.on_main(lambda: runtime.check_writable(args.features_path))
-    todo = world.on_main(lambda: prepare(folder, meta))
+    todo = world.on_main(lambda: lay_out(folder, meta))
     if args.compile:
         autoencoder.vae.encoder.compile()
-    runtime.checks_are_done()
 
     start = time.perf_counter()
     batches = torch.from_numpy(todo).split(args.per_proc_batch_size)[world.rank :: world.size] if len(todo) else ()
@@ -74,7 +74,7 @@ def main(args) -> None:
         print(f"{folder} is complete: {len(todo):,} of {len(data):,} images encoded in {time.perf_counter() - start:.1f} s")
 
 
-def describe(data: Dataset, autoencoder: nn.Module, args) -> dict:
+def describe_features(data: Dataset, autoencoder: nn.Module, args) -> dict:
     """What meta.json will say, but for the rows that were skipped."""
     if data.kind != "images":
         raise ValueError(f"--data-path {args.data_path} holds features already")
@@ -83,12 +83,12 @@ def describe(data: Dataset, autoencoder: nn.Module, args) -> dict:
     return {
         "autoencoder": autoencoder.spec | autoencoder.identity(),
         "latent_shape": autoencoder.latent_shape(data.image_size, data.channels),
-        "image_size": data.image_size, "channels": data.channels, "classes": data.classes,
+        "image_size": data.image_size, "channels": data.channels, "classes": data.classes, "flip": data.flip,
         "rows": len(data), "dtype": "float16", "data_path": args.data_path,
     }
 
 
-def prepare(folder: Path, meta: dict) -> np.ndarray:
+def lay_out(folder: Path, meta: dict) -> np.ndarray:
     """Lay the files out, or find them as a run that was killed left them; the rows still to be encoded.
 
     Raises:
@@ -108,7 +108,9 @@ def prepare(folder: Path, meta: dict) -> np.ndarray:
     shape = (meta["rows"], 2, 2 * channels, *size)
     runtime.check_writable(folder, 2 * int(np.prod(shape)) + 8 * meta["rows"])
     open_memmap(folder / "moments.npy", "w+", np.float16, shape)
-    open_memmap(folder / "labels.npy", "w+", np.int64, (meta["rows"],))[:] = TODO
+    labels = open_memmap(folder / "labels.npy", "w+", np.int64, (meta["rows"],))
+    labels[:] = TODO
+    labels.flush()
     write_json(begun, meta)
     return np.arange(meta["rows"])
 
@@ -171,13 +173,16 @@ def finish(folder: Path, data: Dataset, meta: dict, limit: float) -> None:
     """List what was skipped, and declare the features complete; ValueError where too much was skipped."""
     if (folder / "meta.json").exists():
         return
-    skipped = np.flatnonzero(np.load(folder / "labels.npy", mmap_mode="r") == SKIPPED)
+    labels = np.load(folder / "labels.npy", mmap_mode="r")
+    if (labels == TODO).any():
+        raise ValueError(f"--features-path {folder} lacks {(labels == TODO).sum()} images; the same command goes on with them")
+    skipped = np.flatnonzero(labels == SKIPPED)
     (folder / "skipped.txt").write_text("".join(f"{why_unreadable(data, row)}\n" for row in skipped))
     if len(skipped) > limit:
         raise ValueError(f"{len(skipped)} of {len(data)} images cannot be read, more than --max-skipped allows; they are "
                          f"listed in {folder / 'skipped.txt'}. Mend or remove them, and start the same command again")
     write_json(folder / "meta.json", meta | {"images": len(data) - len(skipped), "skipped": skipped.tolist()})
-    (folder / "unfinished.json").unlink()
+    (folder / "unfinished.json").unlink(missing_ok=True)
 
 
 def why_unreadable(data: Dataset, row: int) -> str:
@@ -189,9 +194,7 @@ def why_unreadable(data: Dataset, row: int) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(path)
+    checkpoint.replace_text(path, json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

@@ -25,10 +25,12 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 # --- processes -----------------------------------------------------------------------------------
 
-PATIENCE = timedelta(hours=2)  # of the other processes, while the main one downloads or counts a folder's images
+TIMEOUT = timedelta(hours=2)  # of the other processes, while the main one downloads or counts a folder's images
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,13 @@ def start_world(device: str | None) -> World:
     if "RANK" not in os.environ:
         return World(0, 1, target)
     if not dist.is_initialized():
-        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=own_part(store, rank, size), rank=rank,
-                                world_size=size, device_id=target if kind == "cuda" else None, timeout=PATIENCE)
+        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=fresh_store(store, rank, size), rank=rank,
+                                world_size=size, device_id=target if kind == "cuda" else None, timeout=TIMEOUT)
     return World(dist.get_rank(), dist.get_world_size(), target)
 
 
-def own_part(store: dist.Store, rank: int, size: int) -> dist.Store:
+def fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:
     """A part of torchrun's store that the processes of this start alone know.
 
     torchrun keeps one store over restarts, with the addresses of dead processes in it, to which the new ones would
@@ -126,6 +128,22 @@ def own_part(store: dist.Store, rank: int, size: int) -> dist.Store:
                 store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)
         time.sleep(0.01)
     return dist.PrefixStore(name, store)
+
+
+def distribute(model: nn.Module, world: World) -> nn.Module:
+    """A network `model(x, t, y)` under DDP, where there are processes to share the work with.
+
+    DDP sorts its buckets after the first backward pass, by when gradients came, and so sums in another order from then
+    on. That pass is made here, with gradients thrown away, for a continued run to sum as one that was never stopped.
+    """
+    if world.size == 1:
+        return model
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    x, t = (torch.zeros(1, *shape, device=world.device) for shape in ((model.in_channels, *model.input_size), ()))
+    for _ in range(2):  # they are sorted at the beginning of the second pass
+        network(x, t, t.long()).sum().backward()
+        model.zero_grad(set_to_none=True)
+    return network
 
 
 class Stopped(Exception):
@@ -166,8 +184,6 @@ def generator(*address: str | int, device: torch.device | str = "cpu") -> torch.
 
 
 # --- command line --------------------------------------------------------------------------------
-
-_checked = False  # see checks_are_done
 
 class ArgumentParser(jsonargparse.ArgumentParser):
     """Flags over a YAML `--config`, whichever comes first on the command line; an error is one line and exit code 2."""
@@ -274,7 +290,7 @@ def run(main: Callable, parser: ArgumentParser) -> None:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         ours = raised_in.is_relative_to(Path(__file__).parent) and ".venv" not in raised_in.parts
         if not isinstance(error, ValueError) or ours:
-            fail(error, common=isinstance(error, CommonError) or not _checked)
+            fail(error, common=isinstance(error, CommonError))
         raise
     except RuntimeError as error:
         if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)):
@@ -289,10 +305,10 @@ class CommonError(Exception):
 
 def fail(message: object, common: bool = False) -> None:
     """Say it in one line and exit with code 2: the main process what is common to all, else the first one to fail."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank == 0 if common else first_to_fail():
-        where = "" if common or rank == 0 else f" on rank {rank}"
-        print(f"{Path(sys.argv[0]).name}: error{where}: {one_line(message)}", file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" if common else first_to_fail():
+        where = "" if rank == "0" else f" (rank {rank})"
+        print(f"{Path(sys.argv[0]).name}: error: {one_line(message)}{where}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         sys.stdout.flush()
         os._exit(2)  # the collectives under way never end, nor would an orderly exit
@@ -302,17 +318,11 @@ def fail(message: object, common: bool = False) -> None:
 def first_to_fail() -> bool:
     """Whether no other process has told a failure yet: a lost process is missed by all the others at once."""
     if not dist.is_initialized():
-        return True
+        return os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
     except RuntimeError:  # the store is gone with the machine that held it
         return True
-
-
-def checks_are_done() -> None:
-    """Said once all processes have checked the same input: from here on each one reports what fails on it."""
-    global _checked
-    _checked = True
 
 
 def one_line(message: object) -> str:
@@ -350,7 +360,7 @@ class LossMeter(nn.Module):
             self.register_buffer(name, torch.zeros(()))
 
     def update(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Count a step; 1.0 if it must be skipped, else 0.0, as AdamW's `found_inf` takes it. Both arguments are means."""
+        """Count a step; 1.0 if it must be skipped, else 0.0, as AdamW's `found_inf` takes it. The loss is all processes'."""
         skip = (~(loss.isfinite() & grad_norm.isfinite())).float()
         loss = torch.where(skip > 0, 0.0, loss)
         self.total += loss
@@ -361,6 +371,11 @@ class LossMeter(nn.Module):
         self.row.add_(skip).mul_(skip)
         self.longest_row.copy_(torch.maximum(self.longest_row, self.row))
         return skip
+
+    def forgive(self) -> None:
+        """Begin a new row: what was skipped before a restart shall not end the run after it."""
+        self.row.zero_()
+        self.longest_row.zero_()
 
     def read(self, max_skipped: int) -> dict[str, float]:
         """The mean loss since the last reading (nan if every step was skipped), its moving mean, all steps ever skipped.
@@ -379,16 +394,16 @@ class LossMeter(nn.Module):
 
 
 class Stopwatch:
-    """The time that steps took since the last reading: `with stopwatch: step()`."""
+    """The time that steps took since the last reading, from each `start` to its `stop`."""
 
     def __init__(self):
         self.seconds, self.steps = 0.0, 0
 
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
+    def start(self) -> None:
+        self.started = time.perf_counter()
 
-    def __exit__(self, *error) -> None:
-        self.seconds += time.perf_counter() - self.start
+    def stop(self) -> None:
+        self.seconds += time.perf_counter() - self.started
         self.steps += 1
 
     def read(self, batch_size: int, waited: float) -> dict[str, float]:
@@ -421,11 +436,15 @@ class Log:
             temporary = self.metrics.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             temporary.replace(self.metrics)
-        self.tracker = TRACKERS[tracker](folder, config, step)
+        try:
+            self.tracker = TRACKERS[tracker](folder, config, step)
+        except Exception as error:  # whatever its server answers
+            raise ValueError(f"--tracker {tracker} does not start: {error}") from None
 
     def say(self, text: str) -> None:
         if self.active:
-            print(text, flush=True)
+            tqdm.write(text)
+            sys.stdout.flush()
             with open(self.folder / "log.txt", "a") as file:
                 file.write(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n")
 
@@ -437,15 +456,24 @@ class Log:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # a checkpoint that survives a power cut shall find its log
-            self.tracker.scalars(step, scalars)
+            self.say(", ".join(f"{name} {value:.5g}" for name, value in ({"step": step} | scalars).items()))
+            self._track("scalars", step, scalars)
 
     def image(self, step: int, path: Path) -> None:
         if self.active:
-            self.tracker.image(step, path)
+            self._track("image", step, path)
 
     def close(self) -> None:
         if self.active:
-            self.tracker.close()
+            self._track("close")
+
+    def _track(self, method: str, *values) -> None:
+        """Tell the tracker. A run is worth more than its mirror: when that fails, the run goes on without it."""
+        try:
+            getattr(self.tracker, method)(*values)
+        except Exception as error:
+            self.tracker = NoTracker(self.folder, {}, 0)
+            self.say(f"The tracker failed, and is told no more: {one_line(error)}")
 
 
 class NoTracker:

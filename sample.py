@@ -275,7 +275,9 @@ def save_grid(images: Tensor, path: Path, columns: int, description: dict | None
     info = PngImagePlugin.PngInfo()
     for key, value in (description or {}).items():
         info.add_text(key, str(value))
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path, format="PNG", pnginfo=info)
+    temporary = path.with_name(f".{path.name}.tmp")
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, format="PNG", pnginfo=info)
+    temporary.replace(path)
 
 
 if __name__ == "__main__":

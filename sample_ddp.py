@@ -42,7 +42,6 @@ def main(args) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     restored, autoencoder, settings = prepare(args, world, bare_vae="ema", bare_cfg_scale=1.5)  # DiT's
     folder = world.on_main(lambda: runtime.check_writable(args.sample_dir))
-    runtime.checks_are_done()
     out = folder / f"{describe(restored, settings, args)}.npz"
 
     start, count = time.perf_counter(), args.num_fid_samples

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
@@ -104,13 +103,13 @@ class Trainer:
         self.data = world.main_first(load)
         self.held_out = load(split="val") if args.val_every else None
         if self.held_out and (self.held_out.classes, self.held_out.kind) != (self.data.classes, self.data.kind):
-            raise ValueError(f"--val-every: the held-out part of --data-path {args.data_path} has other classes than it")
+            raise ValueError(f"--val-every: the held-out part of --data-path {args.data_path} holds other classes or kinds")
         self.order = GlobalOrder(len(self.data), args.global_batch_size, args.global_seed, world.rank, world.size,
                                  args.grad_accum, self.data.flip)
         self.max_steps = args.max_steps or math.ceil(args.epochs * len(self.data) / args.global_batch_size)
         vae = args.vae or self.data.made_by.get("vae", "ema")
         self.autoencoder = world.main_first(lambda: load_autoencoder(vae, world.device))
-        check_features(self.autoencoder, self.data)
+        check_features(self.autoencoder, self.data, self.held_out)
         self.spec, label_drop = describe(args, self.data, self.autoencoder)
         self.objective = Objective(create_diffusion("", **self.spec["diffusion"]), self.autoencoder, self.data.kind,
                                    len(self.data.classes), label_drop, args.precision)
@@ -127,30 +126,31 @@ class Trainer:
         self.log = runtime.Log(self.folder, world, self.first, args.tracker, checkpoint.flags_of(args))
         self.log.say(f"{self.folder}: {len(self.data):,} samples, {world.size} x {world.device.type}; {'; '.join(remarks)}; "
                      f"{self.first} of {self.max_steps} steps done")
+        self.network = runtime.distribute(state.model, world)
         if args.compile:
             state.model.compile()
-        self.network = DistributedDataParallel(state.model, gradient_as_bucket_view=True) if world.size > 1 else state.model
         self.batches = Batches(self.data, self.order, range(self.first, self.max_steps), args.num_workers, world.device)
         self.stop, self.stopwatch = runtime.StopSignal(world), runtime.Stopwatch()
 
     def step(self) -> None:
         """One optimizer step. Nothing waits for the device but a line of the log."""
         args, state = self.args, self.state
-        with self.stopwatch:
-            lr = state.set_lr(args.lr * self.optim.factor(state.step, self.max_steps))
-            loss = self.accumulate_gradients()
-            grad_norm = nn.utils.clip_grad_norm_(state.parameters, self.optim.clip_norm)
-            state.opt.found_inf = state.meter.update(self.world.mean(loss), grad_norm)  # 1 makes AdamW skip the step
-            state.opt.step()
-            state.opt.zero_grad(set_to_none=True)
-            state.update_ema(args.ema_decay)
-            state.step += 1
-        if self.due(args.log_every):
+        self.stopwatch.start()
+        lr = state.set_lr(args.lr * self.optim.factor(state.step, self.max_steps))
+        loss = self.accumulate_gradients()
+        grad_norm = nn.utils.clip_grad_norm_(state.parameters, self.optim.clip_norm)
+        state.opt.found_inf = state.meter.update(self.world.mean(loss), grad_norm)  # 1 makes AdamW skip the step
+        state.opt.step()
+        state.opt.zero_grad(set_to_none=True)
+        state.update_ema(args.ema_decay)
+        state.step += 1
+        losses = state.meter.read(self.optim.max_skipped) if self.due(args.log_every) else None
+        self.stopwatch.stop()
+        if losses:
             samples = state.step * self.order.batch_size
-            self.log.record(state.step, epoch=samples / len(self.data), samples=samples,
-                            **state.meter.read(self.optim.max_skipped), lr=lr, grad_norm=grad_norm.item(),
-                            **self.stopwatch.read(self.order.batch_size, self.batches.read_waited()),
-                            memory_gib=runtime.peak_memory(self.world.device))
+            self.log.record(state.step, epoch=samples / len(self.data), samples=samples, **losses, lr=lr,
+                            grad_norm=grad_norm.item(), memory_gib=runtime.peak_memory(self.world.device),
+                            **self.stopwatch.read(self.order.batch_size, self.batches.read_waited()))
 
     def accumulate_gradients(self) -> Tensor:
         """Backward through this process's micro-batches of one step; their mean loss."""
@@ -226,7 +226,6 @@ def main(args) -> None:
     runtime.check_tracker(args.tracker)
     run = Trainer(args, world)
     run.begin()
-    runtime.checks_are_done()
     start = time.perf_counter()
     try:
         with tqdm(desc="training", initial=run.first, total=run.max_steps, disable=not world.is_main) as bar:

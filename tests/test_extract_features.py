@@ -1,4 +1,5 @@
 import json
+import pickle
 import shutil
 import signal
 import subprocess
@@ -115,7 +116,7 @@ def test_unreadable_images_are_listed_left_out_and_too_many_are_an_error(photogr
 @pytest.mark.parametrize(("change", "words"), [
     (["--image-size", 64], ["--image-size 64", "of images of 32"]),
     (["--vae", "other"], ["--vae", "sha256"]),
-    (["--vae", "pixels"], ["--vae pixels", "sha256"]),
+    (["--vae", "pixels"], ["--vae pixels", "decode"]),
     (["--num-classes", 3], ["--num-classes 3", "2 classes"]),
 ])
 def test_features_of_another_autoencoder_size_or_scale_are_refused(features, tiny_vae, tmp_path, monkeypatch, run_here, change,
@@ -134,6 +135,23 @@ def test_features_of_another_scale_are_refused(features, tiny_vae, tmp_path, mon
     vae.save_pretrained("other")
     assert_one_line(run_here(train, "--data-path", features, *TINY_RUN[4:], "--vae", "other"), "scaling_factor is 0.18215",
                     "0.3")
+
+
+def test_rows_that_nobody_wrote_are_missed(features, photographs, tiny_vae, tmp_path):
+    shutil.copytree(features, tmp_path / "f")
+    (tmp_path / "f" / "meta.json").unlink()
+    labels = np.load(tmp_path / "f" / "labels.npy", mmap_mode="r+")
+    labels[2] = extract_features.TODO
+    labels.flush()
+    with pytest.raises(ValueError, match="lacks 1 images"):
+        extract_features.finish(tmp_path / "f", None, {}, 0)
+
+
+def test_features_sent_to_a_worker_process_are_mapped_there(features):
+    data = load_dataset(str(features))
+    sent = pickle.dumps(data)
+    assert len(sent) < 2000
+    assert torch.equal(pickle.loads(sent).__getitems__(Rows.plain([3]))[0], data.__getitems__(Rows.plain([3]))[0])
 
 
 def test_wrong_input_is_one_line(features, photographs, tiny_vae, tmp_path, run_here):
@@ -206,7 +224,7 @@ def write_features(folder, rows):
     np.save(folder / "labels.npy", np.arange(rows) % 10)
     (folder / "meta.json").write_text(json.dumps({
         "autoencoder": {}, "latent_shape": [4, 32, 32], "image_size": [256, 256], "channels": 3, "rows": rows, "skipped": [],
-        "classes": [str(i) for i in range(10)]}))
+        "flip": True, "classes": [str(i) for i in range(10)]}))
 
 
 LOAD = """

@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, assert_one_line, patched, run_script
+from PIL import Image
 
 import checkpoint
 import runtime
@@ -92,9 +93,12 @@ def test_a_signal_saves_exits_0_and_the_same_command_goes_on_exactly(unbroken, t
     assert run_patched("", *FLAGS, *STOPPABLE).returncode == 0
     assert_as_unbroken(tmp_path, unbroken)
     assert {path.name for path in (folder(tmp_path) / "previews").iterdir()} == {"0000003.png", "0000006.png", "0000009.png"}
+    with Image.open(folder(tmp_path) / "previews.gif") as gif:
+        assert gif.n_frames == 3
 
 
-@pytest.mark.parametrize("point", ["a step", "validation", "a preview"])
+@pytest.mark.parametrize("point", [pytest.param("a step", marks=pytest.mark.slow), "validation",
+                                   pytest.param("a preview", marks=pytest.mark.slow)])
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, point):
     code, step = POINTS[point]
     result = start(tmp_path, f"if RANK == 1: {code}", *STOPPABLE, "--grad-accum", 2, nproc=2)
@@ -190,6 +194,7 @@ def test_a_killed_rank_ends_the_run_with_one_line_and_the_last_checkpoint_intact
     assert checkpoint.load(checkpoint.latest(folder(tmp_path)))["step"] == 4
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_whose_rank_was_killed(tmp_path):
     """Also without --run-name: the restart finds the folder of its launch."""
     (tmp_path / "unbroken").mkdir()
@@ -204,7 +209,32 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(tmp_path):
     assert_as_unbroken(tmp_path, tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("nproc", [None, 2])
+@pytest.mark.slow
+def test_three_processes_with_all_switches_resume_bit_for_bit(tmp_path):
+    """Of three, sums depend on their order: DDP must keep the same over an interruption."""
+    flags = ["--max-steps", 6, "--ckpt-every", 3, "--grad-accum", 2, "--compile", "--precision", "bf16", "--num-workers", 1,
+             "--model-args", '{"hidden_size": 32, "depth": 2, "gradient_checkpointing": true}']
+    eager = """
+compile = torch.nn.Module.compile
+patch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend="aot_eager"))"""
+    (tmp_path / "unbroken").mkdir()
+    start(tmp_path / "unbroken", eager, *flags, nproc=3)
+    shutil.copytree(tmp_path / "unbroken" / "results", tmp_path / "results")
+    checkpoint.latest(folder(tmp_path)).unlink()
+    start(tmp_path, eager, *flags, nproc=3)
+    assert_as_unbroken(tmp_path, tmp_path / "unbroken")
+
+
+def test_what_fails_on_one_process_alone_is_told(tmp_path):
+    code = """
+def fails(*args, **kwargs):
+    raise FileNotFoundError("only machine 2 lacks the data")
+if RANK == 1: train.load_dataset = fails"""
+    result = start(tmp_path, code, "--max-steps", 2, nproc=2, check=False)
+    assert errors(result) == ["train.py: error: only machine 2 lacks the data (rank 1)"]
+
+
+@pytest.mark.parametrize("nproc", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_dead_data_worker_ends_the_run_with_one_line(tmp_path, nproc):
     code = "before(data.ArrayImages, '__getitems__', lambda *_: RANK == (os.environ.get('WORLD_SIZE') == '2') and kill())"
     result = start(tmp_path, code, "--max-steps", 9, "--num-workers", 1, nproc=nproc, check=False)
@@ -233,6 +263,26 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(unbroke
     assert_as_unbroken(tmp_path, unbroken)
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(unbroken, tmp_path, run_patched):
+    shutil.copytree(unbroken / "results", tmp_path / "results")
+    before = log(tmp_path)
+    for path in checkpoint.steps_of(folder(tmp_path)):
+        path.write_bytes(b"no checkpoint")
+    for _ in range(2):
+        assert_one_line(run_patched("", *FLAGS, *STOPPABLE), "has only damaged checkpoints")
+    assert log(tmp_path) == before
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(unbroken, tmp_path, run_patched):
+    shutil.copytree(unbroken / "results", tmp_path / "results")
+    code = """
+def fails(*args, **kwargs):
+    raise OSError(5, "Input/output error")
+patch.setattr(torch, "load", fails)"""
+    assert_one_line(run_patched(code, *FLAGS, *STOPPABLE), "Input/output error")
+    assert checkpoints(tmp_path) == checkpoints(unbroken)
+
+
 def test_a_checkpoint_carries_the_sha256_that_sha256sum_checks(unbroken):
     names = [f"{path.name}.sha256" for path in (folder(unbroken) / "checkpoints").glob("*.pt")]
     assert "best.pt.sha256" in names
@@ -247,7 +297,7 @@ def test_best_is_the_checkpoint_of_the_lowest_validation_loss(unbroken):
     assert best["best"] == min(losses.values())
 
 
-@pytest.mark.parametrize("nproc", [None, 2])
+@pytest.mark.parametrize("nproc", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(tmp_path, nproc):
     """A limit on the size of files, from the second checkpoint on."""
     code = """
@@ -330,6 +380,17 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_with_one_line(tmp_path):
     assert all(value.isfinite().all() for part in ("model", "ema") for value in state[part].values())
     start(tmp_path, "", *flags, nproc=2)  # as after a lower --lr
     assert checkpoints(tmp_path)[-1] == 9
+
+
+def test_after_too_many_skipped_steps_a_checkpoint_between_lines_of_the_log_goes_on(tmp_path, run_patched):
+    flags = [*FLAGS, "--max-steps", 8, "--log-every", 6, "--ckpt-every", 5, "--optimizer-args", '{"max_skipped": 3}']
+    code = """
+losses = train.Objective.losses
+patch.setattr(train.Objective, "losses", lambda *args: losses(*args) * float("nan"))"""
+    assert "steps in a row" in run_patched(code, *flags).stderr
+    assert checkpoints(tmp_path) == [5]
+    assert run_patched("", *flags).returncode == 0
+    assert checkpoints(tmp_path) == [5, 8]
 
 
 def test_patience_ends_a_run_that_no_longer_improves(tmp_path, run_patched):

@@ -107,7 +107,7 @@ def test_processes_of_one_start_share_a_part_of_the_store_that_dead_ones_do_not_
     store.set("asks/1", "a dead process")
     for _ in range(2):  # a start, and a restart with the first one's answers still there
         with ThreadPoolExecutor(size) as pool:
-            parts = list(pool.map(lambda rank: runtime.own_part(store, rank, size), range(size)))
+            parts = list(pool.map(lambda rank: runtime.fresh_store(store, rank, size), range(size)))
         assert not parts[0].check(["address"])
         parts[0].set("address", "here")
         assert [part.get("address") for part in parts] == [b"here"] * size
