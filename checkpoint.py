@@ -463,7 +463,7 @@ def open_run(results: Path, run_name: str | None, model: str) -> Path:
     if launch == "none":  # torchrun's default, the same for every launch: its agent's process tells them apart
         launch = f"{socket.gethostname()}-{os.getppid()}"
     folder = results / run_name if run_name else None
-    if folder is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+    if folder is None and is_restart():
         folder = next((file.parent for file in sorted(results.glob("[0-9][0-9][0-9]-*/launch"), reverse=True)
                        if file.read_text() == launch), None)
     folder = folder or new_folder(results, model.replace("/", "-"))
@@ -474,18 +474,23 @@ def open_run(results: Path, run_name: str | None, model: str) -> Path:
     return folder
 
 
+def is_restart() -> bool:
+    """Whether torchrun started this process anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 def hold(folder: Path, launch: str) -> None:
     """Lock a run's folder until this process ends; ValueError where another process holds it.
 
     A restart waits a while: the server of a network file system is slow to miss a machine that is gone.
     """
     handle, path = os.open(folder / "lock", os.O_CREAT | os.O_RDWR), folder / "launch"
-    ours = path.is_file() and path.read_text() == launch != ""
-    for _ in range(LOCK_PATIENCE if ours else 1):
+    restart = is_restart() and path.is_file() and path.read_text() == launch
+    for _ in range(LOCK_PATIENCE if restart else 1):
         try:
             return fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers would inherit and outlive it
         except (BlockingIOError, PermissionError):
-            time.sleep(1 if ours else 0)
+            time.sleep(1 if restart else 0)
         except OSError as error:
             return print(f"{folder} cannot be locked ({error.strerror}): do not start this run twice at once", file=sys.stderr)
     raise ValueError(f"another process is training in {folder}; choose another --run-name")
