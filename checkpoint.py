@@ -443,10 +443,10 @@ def flags_of(args) -> dict:
 
 def identity(spec: dict, flags: dict) -> dict:
     """What must not change while a run is continued."""
-    fixed = {key: flags[key] for key in ("global_batch_size", "global_seed", "diffusion_args")}
+    fixed = {f"--{key.replace('_', '-')}": flags[key] for key in ("global_batch_size", "global_seed", "diffusion_args")}
     model = {"model": spec["model"]["name"], **{f"model argument {key}": value for key, value in spec["model"]["args"].items()}}
     model.pop("model argument gradient_checkpointing", None)
-    return {key: value for key, value in spec.items() if key != "model"} | fixed | model
+    return model | fixed | {key: spec[key] for key in ("vae", "image_size", "channels", "classes")}
 
 
 def open_run(results: Path, run_name: str | None, model: str) -> Path:
@@ -457,12 +457,12 @@ def open_run(results: Path, run_name: str | None, model: str) -> Path:
     Raises:
         ValueError: another process holds it.
     """
-    if run_name is not None and Path(run_name).name != run_name:
+    if run_name is not None and (not run_name or Path(run_name).name != run_name):
         raise ValueError(f"--run-name {run_name!r} is not the name of a folder in --results-dir")
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
     if launch == "none":  # torchrun's default, the same for every launch: its agent's process tells them apart
         launch = f"{socket.gethostname()}-{os.getppid()}"
-    folder = results / run_name if run_name else None
+    folder = None if run_name is None else results / run_name
     if folder is None and is_restart():
         folder = next((file.parent for file in sorted(results.glob("[0-9][0-9][0-9]-*/launch"), reverse=True)
                        if file.read_text() == launch), None)
@@ -574,7 +574,7 @@ def continue_from(training: Training, path: str | Path, spec: dict, args) -> lis
         raise ValueError(f"{path} is no checkpoint to continue, it lacks {', '.join(sorted(missing))}; --init-from takes its "
                          "weights alone")
     stored, wanted = identity(state["spec"], state["args"]), identity(spec, args)
-    for key in wanted.keys() | stored.keys():
+    for key in sorted(wanted | stored, key=lambda key: (key.startswith("model argument"), key != "model")):  # the model first
         if stored.get(key) != wanted.get(key):
             raise ValueError(f"{path} was trained with {key} {stored.get(key)}, not {wanted.get(key)}: choose another "
                              "--run-name, or take its weights alone with --init-from")

@@ -71,7 +71,7 @@ def main(args) -> None:
     world.barrier()
     world.on_main(lambda: finish(folder, data, meta, args.max_skipped * len(data)))
     if world.is_main:
-        print(f"{folder} is complete: {len(todo):,} of {len(data):,} images encoded in {time.perf_counter() - start:.1f} s")
+        print(f"{folder} is complete: {len(todo):,} of {len(data):,} images encoded now, {time.perf_counter() - start:.0f} s")
 
 
 def describe_features(data: Dataset, autoencoder: nn.Module, args) -> dict:

@@ -205,7 +205,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         self.add_argument("--vae", type=str | None, help="ema (default), mse, pixels, a folder or a hub id")
         self.add_argument("--image-size", type=int | None, help="default: the data's own, 256 for a folder of classes")
         self.add_argument("--num-classes", type=int | None, help="default: the data's, with which it must agree")
-        self.add_argument("--num-workers", type=int, default=4, help="of each process, to read data")
+        self.add_argument("--num-workers", type=int, default=min(4, os.cpu_count()), help="of each process, to read data")
 
     def parse_args(self, args=None, *rest, **options):
         args = list(sys.argv[1:] if args is None else args)
@@ -408,7 +408,7 @@ class Stopwatch:
 
     def read(self, batch_size: int, waited: float) -> dict[str, float]:
         """Images a second, and the share of the time that was `waited` for data."""
-        values = {"images_per_second": self.steps * batch_size / self.seconds, "data_wait": waited / self.seconds}
+        values = {"images_per_second": self.steps * batch_size / self.seconds, "data_wait_share": waited / self.seconds}
         self.seconds, self.steps = 0.0, 0
         return values
 
@@ -451,7 +451,8 @@ class Log:
     def record(self, step: int, **scalars: float) -> None:
         """One line of metrics.jsonl; what is not finite is null there."""
         if self.active:
-            line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+            finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+            line = {"step": step, "time": round(time.time(), 1)} | finite
             with open(self.metrics, "a") as file:
                 file.write(json.dumps(line) + "\n")
                 file.flush()

@@ -41,7 +41,7 @@ def build_parser() -> runtime.ArgumentParser:
     add_sampling_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) and its label alone")
     parser.add_argument("--class-labels", type=str | int, nargs="+", help="ids and names, mixed; default: all classes")
-    parser.add_argument("--num-samples", type=int, default=1, help="pictures of each label, one row each")
+    parser.add_argument("--num-samples", type=int, default=1, help="pictures of each label, one below the other")
     parser.add_argument("--out", default="sample.png", help="the PNG to write")
     return parser
 
@@ -243,17 +243,21 @@ def parse_labels(words: list[str | int] | None, classes: list[str]) -> list[int]
     if words is None:
         return DIT_LABELS if len(classes) == 1000 else list(range(len(classes)))
     ids = {}
-    for i, name in reversed(list(enumerate(classes))):
-        ids |= {normalise(synonym): i for synonym in [name, *name.split(",")]}
+    for i, name in enumerate(classes):
+        for synonym in {normalise(name), *map(normalise, name.split(","))}:
+            ids.setdefault(synonym, []).append(i)
     labels = [parse_label(word, ids, len(classes)) for word in re.split(r"[\s,]+", " ".join(map(str, words))) if word]
     if not labels:
         raise ValueError("--class-labels is empty; give ids or names, or leave the flag out")
     return labels
 
 
-def parse_label(word: str, ids: dict[str, int], count: int) -> int:
-    if normalise(word) in ids and not word.isdecimal():
-        return ids[normalise(word)]
+def parse_label(word: str, ids: dict[str, list[int]], count: int) -> int:
+    found = [] if word.isdecimal() else ids.get(normalise(word), [])
+    if len(found) > 1:
+        raise ValueError(f"--class-labels {word} names several classes; their ids are {', '.join(map(str, found))}")
+    if found:
+        return found[0]
     if re.fullmatch(r"-?\d+", word):
         if 0 <= int(word) < count:
             return int(word)

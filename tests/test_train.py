@@ -404,8 +404,9 @@ def test_as_a_script_too_a_wrong_input_is_one_line(tmp_path):
 
 def test_a_run_of_another_model_batch_or_seed_is_not_continued(tiny_run, monkeypatch, run_here):
     monkeypatch.chdir(tiny_run.parent.parent)
-    for flags, word in ((["--model", "DiNext-S/4"], "model"), (["--global-batch-size", "24"], "global_batch_size"),
-                        (["--global-seed", "1"], "global_seed")):
+    for flags, word in ((["--model", "DiNext-S/4"], "model DiNext-S/2, not DiNext-S/4"),
+                        (["--global-batch-size", "24"], "--global-batch-size 12, not 24"),
+                        (["--global-seed", "1"], "--global-seed 0, not 1")):
         lock = tiny_run / "lock"  # this process holds what it opens until it ends
         lock.unlink()
         result = run_here(train, *TINY_RUN, *FLOW, "--max-steps", 9, "--run-name", "tiny", *flags)
