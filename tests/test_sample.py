@@ -105,8 +105,8 @@ def test_labels_are_ids_and_names_mixed(words, ids):
 def test_a_name_of_two_classes_is_not_guessed():
     classes = ["crane", "lemon", "crane, a machine"]
     with pytest.raises(ValueError, match="--class-labels Crane names several classes; their ids are 0, 2"):
-        parse_labels(["Crane"], classes)
-    assert parse_labels(["2", "lemon"], classes) == [2, 1]
+        sample.parse_labels(["Crane"], classes)
+    assert sample.parse_labels(["2", "lemon"], classes) == [2, 1]
 
 
 def test_a_thousand_classes_default_to_dits_eight():
