@@ -18,7 +18,8 @@ from sklearn.svm import SVC
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import runtime
-from data import load_dataset, to_unit_range
+from autoencoders import to_unit_range
+from data import load_dataset
 from metrics import frechet_distance
 from sample import add_sampling_arguments, generate, prepare
 
