@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 from conftest import ROOT, run_script
 
 
+@pytest.mark.slow  # .ci/run makes the demo itself
 def test_the_demo_draws_digits_that_a_classifier_reads(tmp_path):
     threads = {"OMP_NUM_THREADS": "2"}
     run_script("train.py", "--config", ROOT / "configs" / "digits.yaml", "--run-name", "digits", cwd=tmp_path, **threads)
