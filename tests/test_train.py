@@ -27,9 +27,18 @@ from diffusion import create_diffusion
 FLOW = ["--diffusion-args", '{"objective": "flow"}']
 
 
-def run(cwd, name, *flags, quiet=False, **options):
-    result = run_script("train.py", *TINY_RUN, *FLOW, "--run-name", name, *flags, cwd=cwd, **options)
-    assert not quiet or "warn" not in result.stderr.lower()
+def run(cwd, name, *flags, **options):
+    """A run in this process, or with options of `run_script`; its folder."""
+    flags = [*TINY_RUN, *FLOW, "--run-name", name, *flags]
+    if options:
+        result = run_script("train.py", *flags, cwd=cwd, **options)
+        assert "warn" not in result.stderr.lower()
+    else:
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        with contextlib.chdir(cwd):
+            train.main(train.build_parser().parse_args(list(map(str, flags))))
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return cwd / "results" / name
 
 
@@ -122,7 +131,7 @@ def test_an_extended_run_logs_means_over_the_steps_since_the_last_line(tiny_run,
 
 def test_one_process_and_two_with_accumulation_agree_to_rounding(tmp_path):
     one = run(tmp_path, "one", "--max-steps", 4)
-    two = run(tmp_path, "two", "--max-steps", 4, "--grad-accum", 2, nproc=2, quiet=True)
+    two = run(tmp_path, "two", "--max-steps", 4, "--grad-accum", 2, nproc=2)
     assert_same(final(one), final(two), tolerance=2e-5)
     for (a, b), (c, d) in zip(metrics(one, "loss", "grad_norm"), metrics(two, "loss", "grad_norm")):
         assert a == pytest.approx(c, rel=1e-4)
