@@ -110,12 +110,12 @@ def latents_of(autoencoder: nn.Module, batch: Tensor, kind: str, noise: Tensor) 
 
 def check_features(autoencoder: nn.Module, *datasets) -> None:
     """ValueError where one of the data sets (or None) holds features that another autoencoder made."""
-    for data in datasets:
-        if data is None or data.kind == "images":
-            continue
-        if isinstance(autoencoder, Pixels):
-            raise ValueError("--vae pixels: --data-path holds features, which only the autoencoder that made them can decode")
-        own = autoencoder.identity() | {"latent_shape": autoencoder.latent_shape(data.image_size, data.channels)}
+    features = [data for data in datasets if data is not None and data.kind != "images"]
+    if features and isinstance(autoencoder, Pixels):
+        raise ValueError("--vae pixels: --data-path holds features, which only the autoencoder that made them can decode")
+    identity = autoencoder.identity() if features else {}
+    for data in features:
+        own = identity | {"latent_shape": autoencoder.latent_shape(data.image_size, data.channels)}
         for key, value in (data.made_by | {"latent_shape": data.latent_shape}).items():
             if key != "vae" and own.get(key) != value:  # its name may differ: a folder may have moved
                 raise ValueError(f"--vae {autoencoder.spec['vae']} is not the autoencoder of the features in --data-path: "

@@ -28,7 +28,7 @@ from autoencoders import load_autoencoder, to_unit_range
 from data import Rows, load_dataset, read_ahead
 from sample import autocast
 
-TODO, SKIPPED = -2, -1  # in labels.npy, of rows that hold no image (yet)
+PENDING, SKIPPED = -2, -1  # in labels.npy, of rows that hold no image (yet)
 
 
 def build_parser() -> runtime.ArgumentParser:
@@ -109,7 +109,7 @@ def lay_out(folder: Path, meta: dict) -> np.ndarray:
     runtime.check_writable(folder, 2 * int(np.prod(shape)) + 8 * meta["rows"])
     open_memmap(folder / "moments.npy", "w+", np.float16, shape)
     labels = open_memmap(folder / "labels.npy", "w+", np.int64, (meta["rows"],))
-    labels[:] = TODO
+    labels[:] = PENDING
     labels.flush()
     write_json(begun, meta)
     return np.arange(meta["rows"])
@@ -174,8 +174,8 @@ def finish(folder: Path, data: Dataset, meta: dict, limit: float) -> None:
     if (folder / "meta.json").exists():
         return
     labels = np.load(folder / "labels.npy", mmap_mode="r")
-    if (labels == TODO).any():
-        raise ValueError(f"--features-path {folder} lacks {(labels == TODO).sum()} images; the same command goes on with them")
+    if pending := int((labels == PENDING).sum()):
+        raise ValueError(f"--features-path {folder} lacks {pending} images; the same command goes on with them")
     skipped = np.flatnonzero(labels == SKIPPED)
     (folder / "skipped.txt").write_text("".join(f"{why_unreadable(data, row)}\n" for row in skipped))
     if len(skipped) > limit:

@@ -68,8 +68,7 @@ def main(args) -> None:
     out = Path(args.out)
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; name the PNG to write")
-    if args.num_samples < 1:
-        raise ValueError(f"--num-samples {args.num_samples} is not at least 1")
+    runtime.check_numbers(args, ["num_samples"], "at least 1", lambda n: n >= 1)
     restored, autoencoder, settings = prepare(args, world)
     labels = parse_labels(args.class_labels, restored.spec["classes"])
     runtime.check_writable(out.parent)

@@ -35,9 +35,7 @@ def build_parser() -> runtime.ArgumentParser:
 
 def main(args) -> None:
     torch.set_grad_enabled(False)
-    for flag, value in (("--num-fid-samples", args.num_fid_samples), ("--per-proc-batch-size", args.per_proc_batch_size)):
-        if value < 1:
-            raise ValueError(f"{flag} {value} is not at least 1")
+    runtime.check_numbers(args, ["num_fid_samples", "per_proc_batch_size"], "at least 1", lambda n: n >= 1)
     world = runtime.start_world(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     restored, autoencoder, settings = prepare(args, world, bare_vae="ema", bare_cfg_scale=1.5)  # DiT's

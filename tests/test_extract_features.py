@@ -141,7 +141,7 @@ def test_rows_that_nobody_wrote_are_missed(features, photographs, tiny_vae, tmp_
     shutil.copytree(features, tmp_path / "f")
     (tmp_path / "f" / "meta.json").unlink()
     labels = np.load(tmp_path / "f" / "labels.npy", mmap_mode="r+")
-    labels[2] = extract_features.TODO
+    labels[2] = extract_features.PENDING
     labels.flush()
     with pytest.raises(ValueError, match="lacks 1 images"):
         extract_features.finish(tmp_path / "f", None, {}, 0)
