@@ -11,7 +11,8 @@ A checkpoint is a dict with DiT's keys and more:
         vae             of load_autoencoder
         image_size      (H, W);  channels: of an image
         classes         names, in the order of their ids
-        sampling        recommended {"sampler", "num_sampling_steps", "cfg_scale", "cfg_channels"}
+        sampling        recommended {"sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "guidance_interval",
+                        "dynamic_thresholding"}; the last two may be missing
 """
 
 import argparse
@@ -115,6 +116,12 @@ def digest_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
+def digest(path: Path) -> str:
+    """The sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class DamagedError(ValueError):
     """A file is not the checkpoint that was written."""
 
@@ -123,9 +130,7 @@ def verify(path: Path, flag: str) -> None:
     """DamagedError where a checkpoint is not what its sha256 says. Files without one, such as DiT's, pass."""
     if not digest_file(path).is_file():
         return
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest_file(path).read_text().split()[:1] != [found]:
+    if digest_file(path).read_text().split()[:1] != [digest(path)]:
         raise DamagedError(f"{flag} {path} is damaged: its sha256 is not that of {digest_file(path).name}")
 
 
@@ -479,8 +484,8 @@ def is_restart() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def hold(folder: Path, launch: str) -> None:
-    """Lock a run's folder until this process ends; ValueError where another process holds it.
+def hold(folder: Path, launch: str, advice: str = "choose another --run-name") -> None:
+    """Lock a folder until this process ends; ValueError where another process holds it.
 
     A restart waits a while: the server of a network file system is slow to miss a machine that is gone.
     """
@@ -493,7 +498,7 @@ def hold(folder: Path, launch: str) -> None:
             time.sleep(1 if restart else 0)
         except OSError as error:
             return print(f"{folder} cannot be locked ({error.strerror}): do not start this run twice at once", file=sys.stderr)
-    raise ValueError(f"another process is training in {folder}; choose another --run-name")
+    raise ValueError(f"another process is at work in {folder}; {advice}")
 
 
 def new_folder(results: Path, model: str) -> Path:

@@ -15,8 +15,9 @@ import tempfile
 import time
 import traceback
 import uuid
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    counts: Counter = field(default_factory=Counter, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -48,6 +50,13 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+    def add(self, name: str, amount: int) -> int:
+        """Add to a count that all processes share; its new value."""
+        if self.size > 1:
+            return dist.distributed_c10d._get_default_store().add(name, amount)
+        self.counts[name] += amount
+        return self.counts[name]
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over all processes."""
@@ -172,6 +181,12 @@ class StopSignal:
             dist.all_reduce(heard, dist.ReduceOp.MAX, group=self.group)
         if heard:
             raise Stopped(self.name or "a signal to another process")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 # --- addressed randomness ------------------------------------------------------------------------

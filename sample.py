@@ -12,6 +12,8 @@ import math
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,9 +25,10 @@ from tqdm import tqdm
 import checkpoint
 import runtime
 from autoencoders import load_autoencoder
-from diffusion import create_diffusion
-from diffusion.guidance import check_scale, guide
-from diffusion.samplers import SAMPLERS, get_sampler
+from diffusion import FlowMatching, GaussianDiffusion, create_diffusion
+from diffusion.guidance import check_interval, check_scale, dynamic_threshold, guide, in_interval
+from diffusion.reuse import DEFAULTS, Plan, Reuse, add_prior_noise, plan
+from diffusion.samplers import SAMPLERS, evaluation_times, get_sampler
 from models import DiT_models
 
 DIT_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # the eight classes of DiT's figures
@@ -34,6 +37,10 @@ PREVIEW_ROWS = 4
 LEGIBLE = 64  # pixels: smaller pictures are enlarged by a whole factor
 BATCH = 64  # images drawn at once
 DECODE_BATCH = 16  # a VAE's decoder takes far more memory an image than the network
+MOMENTS = 10  # of a trajectory
+
+FIXED = {"kind", "times", "guided", "depth", "default_split", "key_steps"}  # of reuse.plan: not for --reuse-args
+RECOMMENDED = ("sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "guidance_interval", "dynamic_thresholding")
 
 
 def build_parser() -> runtime.ArgumentParser:
@@ -42,6 +49,7 @@ def build_parser() -> runtime.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) and its label alone")
     parser.add_argument("--class-labels", type=str | int, nargs="+", help="ids and names, mixed; default: all classes")
     parser.add_argument("--num-samples", type=int, default=1, help="pictures of each label, one below the other")
+    parser.add_argument("--trajectory", action="store_true", help="also OUT-trajectory.png and .gif: states, predicted x_0")
     parser.add_argument("--out", default="sample.png", help="the PNG to write")
     return parser
 
@@ -60,6 +68,14 @@ def add_sampling_arguments(parser: runtime.ArgumentParser) -> None:
                         help="steps, or a respacing string such as ddim50; default: the checkpoint's")
     parser.add_argument("--sampler", choices=list(SAMPLERS), help="default: the checkpoint's")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0..1")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"),
+                        help="timesteps, 0..1000, with guidance; elsewhere the unconditional half is not computed")
+    parser.add_argument("--dynamic-thresholding", type=bool | None,
+                        help="true, false: Imagen's bound of predicted pixels; default: the checkpoint's")
+    parser.add_argument("--reuse", choices=["none", *DEFAULTS], default="none",
+                        help="run most blocks on key steps only, and reuse or forecast their features elsewhere")
+    parser.add_argument("--key-steps", type=str | None, help="paper (for encoder), every:N (every:4 for forecast), or 0,3,6")
+    parser.add_argument("--reuse-args", type=dict, default={}, help="split, order, warm_up, parallel, prior_noise")
 
 
 def main(args) -> None:
@@ -69,98 +85,173 @@ def main(args) -> None:
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; name the PNG to write")
     runtime.check_numbers(args, ["num_samples"], "at least 1", lambda n: n >= 1)
-    restored, autoencoder, settings = prepare(args, world)
+    restored, autoencoder, sampling = prepare(args, world)
     labels = parse_labels(args.class_labels, restored.spec["classes"])
     runtime.check_writable(out.parent)
+    if sampling.reuse:
+        print(sampling.reuse)
 
-    start = time.perf_counter()
     order = torch.tensor(labels * args.num_samples)  # row by row: more rows leave the first ones as they are
     batches = torch.arange(len(order)).split(BATCH)
-    with tqdm(total=settings["process"].num_timesteps * len(batches), desc="sampling") as bar:
-        images = torch.cat([
-            generate(restored.model, autoencoder, order[batch].tolist(), batch.tolist(), args.seed, **settings,
-                     progress=bar.update)
-            for batch in batches])
-    seconds = time.perf_counter() - start
+    watch, images = Watch(sampling, len(batches), world.device, args.trajectory), []
+    for batch in batches:
+        watch.begin()
+        images.append(generate(restored.model, autoencoder, order[batch].tolist(), batch.tolist(), args.seed, sampling,
+                               watch.step).cpu())
+        watch.end()
+    images = torch.cat(images)
 
     names = [restored.spec["classes"][label] for label in labels]
-    save_grid(images, out, columns=min(len(labels), MAX_COLUMNS), description={
-        "checkpoint": restored.path, "seed": args.seed, "labels": labels, "classes": names,
-        "cfg_scale": settings["cfg_scale"], "cfg_channels": settings["cfg_channels"],
-        "sampler": settings["sampler"], "eta": settings["eta"], "steps": restored.spec["sampling"]["num_sampling_steps"]})
-    print(f"Wrote {out}: {len(images)} images of {', '.join(names)} in {seconds:.1f} s")
+    columns = min(len(labels), MAX_COLUMNS)
+    description = {"checkpoint": restored.path, "seed": args.seed, "labels": labels, "classes": names} | sampling.describe()
+    save_grid(images, out, columns, description)
+    written = [out]
+    if args.trajectory:
+        written += save_trajectory(watch.states, autoencoder, out, description)
+    model_calls, block_calls = sampling.calls(len(restored.model.blocks))
+    print(f"{watch.sampling_seconds / len(images):.3g} s an image, for {model_calls} calls of the model and {block_calls} of "
+          f"its blocks; decoding {watch.decoding_seconds / len(images):.3g} s an image")
+    print(f"Wrote {', '.join(map(str, written))}: {len(images)} images of {', '.join(names)} in "
+          f"{watch.sampling_seconds + watch.decoding_seconds:.1f} s")
 
 
 def prepare(args, world: runtime.World, bare_vae: str = "mse",
-            bare_cfg_scale: float = 4.0) -> tuple[checkpoint.Restored, nn.Module, dict]:
+            bare_cfg_scale: float = 4.0) -> tuple[checkpoint.Restored, nn.Module, "Sampling"]:
     """Network, autoencoder and settings of `generate`, from a checkpoint and the flags that override it.
 
     `bare_vae` and `bare_cfg_scale` are the defaults for bare weights, those of DiT's sample.py.
     """
     if args.cfg_scale is not None:
         check_scale(args.cfg_scale)
+    if args.reuse == "none" and (args.key_steps or args.reuse_args):
+        raise ValueError("--key-steps and --reuse-args have a meaning beside --reuse encoder or forecast only")
+    reuse_args = runtime.check_arguments(plan, args.reuse_args, "--reuse-args", skip=FIXED)
     restored = world.main_first(lambda: checkpoint.restore(
         args.ckpt, args.model, args.image_size, args.num_classes, args.vae, bare_vae, bare_cfg_scale))
-    given = {"sampler": args.sampler, "num_sampling_steps": args.num_sampling_steps, "cfg_scale": args.cfg_scale,
-             "cfg_channels": args.cfg_channels}
-    restored.spec["sampling"] = restored.spec["sampling"] | {key: value for key, value in given.items() if value is not None}
-    settings = settings_for(restored.spec, args.eta)
+    given = {name: getattr(args, name) for name in RECOMMENDED if getattr(args, name) is not None}
+    restored.spec["sampling"] = restored.spec["sampling"] | given
+    sampling = settings_for(restored.spec, args.eta, args.precision)
     autoencoder = world.main_first(lambda: load_autoencoder(restored.spec["vae"], world.device))
     latent_shape = autoencoder.latent_shape(tuple(restored.spec["image_size"]), restored.spec["channels"])
     model = restored.model.to(world.device)
     if latent_shape != (model.in_channels, *model.input_size):
         raise ValueError(f"--vae {restored.spec['vae']} has latents of shape {latent_shape}, the model takes "
                          f"{(model.in_channels, *model.input_size)}")
-    if args.compile:
+    check_thresholding(sampling, autoencoder)
+    if args.reuse != "none":
+        sampling = replace(sampling, reuse=plan(args.reuse, sampling.times, sampling.guided, len(model.blocks),
+                                                model.default_split, args.key_steps, **reuse_args))
+    if args.compile and sampling.reuse:
+        model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
+    elif args.compile:
         model.compile()
-    return restored, autoencoder, settings | {"precision": args.precision}
-
-
-def settings_for(spec: dict, eta: float = 0.0) -> dict:
-    """The keyword arguments of `generate`, as the spec's "sampling" has them, checked."""
-    sampling = spec["sampling"]
-    process = runtime.naming(f"--num-sampling-steps {sampling['num_sampling_steps']}",
-                             lambda: create_diffusion(sampling["num_sampling_steps"], **spec["diffusion"]))
-    get_sampler(sampling["sampler"], process, eta)
-    check_scale(sampling["cfg_scale"])
-    channels = spec["model"]["args"].get("in_channels", 4)
-    guided = channels if sampling["cfg_channels"] is None else sampling["cfg_channels"]
-    if not isinstance(guided, int) or not 1 <= guided <= channels:
-        raise ValueError(f"--cfg-channels {guided} is not in 1..{channels}, the channels of this model")
-    return {"process": process, "sampler": sampling["sampler"], "eta": eta, "cfg_scale": sampling["cfg_scale"],
-            "cfg_channels": guided}
+    return restored, autoencoder, sampling
 
 
 # --- noise -> image ------------------------------------------------------------------------------
 
 
-def generate(model: nn.Module, autoencoder: nn.Module, labels: list[int], indices: range | list[int], seed: int, *,
-             process, sampler: str, cfg_scale: float, cfg_channels: int, eta: float = 0.0, precision: str = "fp32",
-             progress: Callable[[], object] = lambda: None) -> Tensor:
-    """Images (B, H, W, C) uint8 on the CPU, one for each label and index: (seed, index, label) -> image.
+@dataclass(frozen=True)
+class Sampling:
+    """How `generate` samples. Checked when made, with the flags' names in the errors."""
+
+    process: GaussianDiffusion | FlowMatching
+    num_sampling_steps: str | int  # the respacing that the process has
+    sampler: str
+    cfg_scale: float
+    cfg_channels: int
+    guidance_interval: tuple[float, float] | None = None
+    dynamic_thresholding: bool = False
+    eta: float = 0.0
+    reuse: Plan | None = None
+    precision: str = "fp32"
+
+    def __post_init__(self):
+        self.solver()
+        check_scale(self.cfg_scale)
+        check_interval(self.guidance_interval)
+
+    def solver(self) -> Callable:
+        return get_sampler(self.sampler, self.process, self.eta)
+
+    @cached_property
+    def times(self) -> tuple[float, ...]:
+        """t, 0..1000, at each evaluation of the model."""
+        return evaluation_times(self.solver(), self.process)
+
+    @property
+    def guided(self) -> tuple[bool, ...]:
+        """Whether there is guidance, at each evaluation of the model."""
+        return in_interval(self.times, self.cfg_scale, self.guidance_interval)
+
+    def calls(self, depth: int) -> tuple[int, int]:
+        """How often an image goes through a model of so many blocks, and through one of its blocks."""
+        model_calls = len(self.times) + sum(self.guided)
+        return model_calls, self.reuse.block_calls() if self.reuse else depth * model_calls
+
+    def describe(self) -> dict:
+        """What every output records."""
+        named = ("sampler", "eta", "cfg_scale", "cfg_channels", "guidance_interval", "dynamic_thresholding", "precision")
+        return {"steps": self.num_sampling_steps} | {name: getattr(self, name) for name in named} | {
+            "reuse": str(self.reuse or "none")}
+
+
+def settings_for(spec: dict, eta: float = 0.0, precision: str = "fp32") -> Sampling:
+    """The settings that the spec's "sampling" has, checked."""
+    given = spec["sampling"]
+    process = runtime.naming(f"--num-sampling-steps {given['num_sampling_steps']}",
+                             lambda: create_diffusion(given["num_sampling_steps"], **spec["diffusion"]))
+    channels = spec["model"]["args"].get("in_channels", 4)
+    guided = channels if given["cfg_channels"] is None else given["cfg_channels"]
+    if not isinstance(guided, int) or not 1 <= guided <= channels:
+        raise ValueError(f"--cfg-channels {guided} is not in 1..{channels}, the channels of this model")
+    return Sampling(process, **given | {"cfg_channels": guided}, eta=eta, precision=precision)
+
+
+def check_thresholding(sampling: Sampling, autoencoder: nn.Module) -> None:
+    if sampling.dynamic_thresholding and not autoencoder.bounded:
+        raise ValueError(f"--dynamic-thresholding is for pixels in [-1, 1]; --vae {autoencoder.spec['vae']} has latents")
+
+
+def generate(model: nn.Module, autoencoder: nn.Module, labels: list[int], indices: range | list[int], seed: int,
+             sampling: Sampling, on_step: Callable[[dict[str, Tensor]], object] = lambda step: None) -> Tensor:
+    """Images (B, H, W, C) uint8 on the model's device, one for each label and index: (seed, index, label) -> image.
 
     Start noise is addressed by (seed, index), later noise by (seed, index, step): an image does not depend on the batch
-    that it is drawn in, nor on the device. `process` has the sampler's steps; `progress` is called after each.
+    that it is drawn in, nor on the device. `on_step` is called with {"sample", "pred_xstart"} after each step.
     """
     device = next(model.parameters()).device
     y = torch.tensor(labels, device=device)
-    with torch.no_grad(), autocast(device, precision):
-        network = guide(model, y, model.num_classes, cfg_scale, cfg_channels)
-        x = addressed_noise(model, seed, indices).to(device)
-        denoised_fn = (lambda x_0: x_0.clamp(-1, 1)) if autoencoder.bounded else None
-        steps = get_sampler(sampler, process, eta)(
-            process, network, x, lambda step: addressed_noise(model, seed, indices, step).to(device), denoised_fn)
-        for step in steps:
+    with torch.no_grad(), autocast(device, sampling.precision):
+        network = Reuse(model, sampling.reuse, len(labels)) if sampling.reuse else model
+        network = guide(network, y, model.num_classes, sampling.cfg_scale, sampling.cfg_channels, sampling.guided)
+        noise = addressed_noise(model, seed, indices)
+        steps = sampling.solver()(sampling.process, network, noise, lambda step: addressed_noise(model, seed, indices, step),
+                                  bound(sampling, autoencoder))
+        for step in add_prior_noise(steps, noise, sampling.reuse) if sampling.reuse else steps:
             x = step["sample"]
-            progress()
+            on_step(step)
+    return decode(autoencoder, x)
+
+
+def bound(sampling: Sampling, autoencoder: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What keeps predicted pixels in [-1, 1]; latents have no such bound."""
+    if sampling.dynamic_thresholding:
+        return dynamic_threshold
+    return (lambda x_0: x_0.clamp(-1, 1)) if autoencoder.bounded else None
+
+
+def decode(autoencoder: nn.Module, latents: Tensor) -> Tensor:
+    """(B, C, H, W) -> images (B, H, W, C) uint8, in fp32."""
     with torch.no_grad():
-        return torch.cat([to_uint8(autoencoder.decode(latents)) for latents in x.split(DECODE_BATCH)])
+        return torch.cat([to_uint8(autoencoder.decode(part)) for part in latents.split(DECODE_BATCH)])
 
 
 def addressed_noise(model: nn.Module, seed: int, indices: range | list[int], *step: int) -> Tensor:
     """N(0, 1), (B, C, H, W): one draw for each image index, drawn on the CPU to be the same everywhere."""
-    shape = (model.in_channels, *model.input_size)
-    return torch.stack([torch.randn(shape, generator=runtime.generator("sample", seed, i, *step)) for i in indices])
+    shape, device = (model.in_channels, *model.input_size), next(model.parameters()).device
+    noise = torch.stack([torch.randn(shape, generator=runtime.generator("sample", seed, i, *step)) for i in indices])
+    return noise.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else noise.to(device)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
@@ -168,8 +259,8 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images (B, C, H, W) in [-1, 1] -> (B, H, W, C) uint8 on the CPU, rounded to the nearest level."""
-    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    """Images (B, C, H, W) in [-1, 1] -> (B, H, W, C) uint8, rounded to the nearest level."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 # --- for train.py: what a checkpoint will say of itself, and pictures of a run -------------------
@@ -196,7 +287,7 @@ def describe(args, data, autoencoder: nn.Module) -> tuple[dict, float]:
         "classes": list(data.classes),
         "sampling": recommend(process, label_drop, sampling),
     }
-    runtime.naming("--diffusion-args: sampling", lambda: settings_for(spec))
+    runtime.naming("--diffusion-args: sampling", lambda: check_thresholding(settings_for(spec), autoencoder))
     with torch.device("meta"):
         runtime.naming("--image-size, --model-args", lambda: checkpoint.build_model(spec["model"]))
     return spec, label_drop
@@ -204,7 +295,7 @@ def describe(args, data, autoencoder: nn.Module) -> tuple[dict, float]:
 
 def recommend(process, label_drop: float, given: dict) -> dict:
     """The spec's "sampling": what its process recommends, with what was given to --diffusion-args as `sampling` above it."""
-    sampling = process.recommended | {"cfg_channels": None}
+    sampling = process.recommended | {"cfg_channels": None, "guidance_interval": None, "dynamic_thresholding": False}
     sampling["num_sampling_steps"] = min(sampling["num_sampling_steps"], process.num_timesteps)
     if label_drop == 0:  # there is no unconditional half to guide by
         sampling["cfg_scale"] = 1.0
@@ -219,8 +310,8 @@ def preview(ema: nn.Module, autoencoder: nn.Module, spec: dict, path: Path, worl
     count = len(spec["classes"])
     labels = (DIT_LABELS if count == 1000 else list(range(min(count, MAX_COLUMNS)))) * PREVIEW_ROWS
     mine = range(world.rank, len(labels), world.size) or range(1)  # all take part, for `progress` waits for all
-    drawn = generate(ema, autoencoder, [labels[i] for i in mine], mine, seed, **settings_for(spec), precision=precision,
-                     progress=progress)
+    drawn = generate(ema, autoencoder, [labels[i] for i in mine], mine, seed, settings_for(spec, precision=precision),
+                     lambda step: progress()).cpu()
     if parts := world.gather(drawn):
         images = drawn.new_empty(len(labels), *drawn.shape[1:])
         for rank, part in enumerate(parts[: len(labels)]):
@@ -228,10 +319,9 @@ def preview(ema: nn.Module, autoencoder: nn.Module, spec: dict, path: Path, worl
         save_grid(images, path, columns=len(labels) // PREVIEW_ROWS)
 
 
-def save_gif(folder: Path) -> None:
+def save_previews_gif(folder: Path) -> None:
     """`previews.gif`, of all `previews/*.png` of a run's folder, in the order of their steps."""
-    first, *rest = [Image.open(path) for path in sorted((folder / "previews").glob("*.png"))]
-    first.save(folder / "previews.gif", save_all=True, append_images=rest, duration=400, loop=0)
+    save_gif([Image.open(path) for path in sorted((folder / "previews").glob("*.png"))], folder / "previews.gif")
 
 
 # --- labels and pictures -------------------------------------------------------------------------
@@ -271,16 +361,68 @@ def normalise(name: str) -> str:
 
 
 def save_grid(images: Tensor, path: Path, columns: int, description: dict | None = None) -> None:
-    """Write images (B, H, W, C) uint8 as one PNG, small ones enlarged, with the description as its text chunks."""
-    factor = max(1, math.ceil(LEGIBLE / min(images.shape[1:3])))
-    grid = make_grid(images.permute(0, 3, 1, 2), nrow=columns, padding=max(1, 2 // factor), pad_value=255)
-    grid = grid.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+    """Write images (B, H, W, C) uint8 as one PNG, with the description as its text chunks."""
     info = PngImagePlugin.PngInfo()
     for key, value in (description or {}).items():
         info.add_text(key, str(value))
     temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, format="PNG", pnginfo=info)
+    grid(images, columns).save(temporary, format="PNG", pnginfo=info)
     temporary.replace(path)
+
+
+def grid(images: Tensor, columns: int) -> Image.Image:
+    """Images (B, H, W, C) uint8 beside and below each other, small ones enlarged."""
+    factor = max(1, math.ceil(LEGIBLE / min(images.shape[1:3])))
+    pixels = make_grid(images.permute(0, 3, 1, 2), nrow=columns, padding=max(1, 2 // factor), pad_value=255)
+    return Image.fromarray(pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(1, 2, 0).numpy())
+
+
+def save_gif(frames: list[Image.Image], path: Path) -> None:
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=400, loop=0)
+
+
+# --- watching ------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Listens to `generate`: shows progress, times sampling and decoding apart, keeps states of the first pictures."""
+
+    def __init__(self, sampling: Sampling, batches: int, device: torch.device, keep_states: bool):
+        self.steps, self.device = sampling.process.num_timesteps, device
+        self.moments = {round(i * (self.steps - 1) / (MOMENTS - 1)) for i in range(MOMENTS)} if keep_states else set()
+        self.states: list[dict[str, Tensor]] = []  # {"sample", "pred_xstart"}, (up to MAX_COLUMNS, C, H, W) each
+        self.sampling_seconds = self.decoding_seconds = 0.0
+        self.bar = tqdm(total=self.steps * batches, desc="sampling")
+
+    def begin(self) -> None:
+        self.mark = time.perf_counter()
+
+    def step(self, state: dict[str, Tensor]) -> None:
+        if self.bar.n in self.moments:  # of the first batch
+            self.states.append({name: tensor[:MAX_COLUMNS].clone() for name, tensor in state.items()})
+        self.bar.update()
+        if self.bar.n % self.steps == 0:
+            self.sampling_seconds += self.lap()
+
+    def end(self) -> None:
+        self.decoding_seconds += self.lap()
+        if self.bar.n == self.bar.total:
+            self.bar.close()
+
+    def lap(self) -> float:
+        runtime.synchronize(self.device)
+        previous, self.mark = self.mark, time.perf_counter()
+        return self.mark - previous
+
+
+def save_trajectory(states: list[dict[str, Tensor]], autoencoder: nn.Module, out: Path, description: dict) -> list[Path]:
+    """A strip (PNG) and a film (GIF) of the first pictures on their way: x_t above, or left of, the x_0 predicted from it."""
+    x_t, x_0 = (torch.stack([decode(autoencoder, state[name]) for state in states]) for name in ("sample", "pred_xstart"))
+    rows = torch.stack([x_t, x_0]).permute(2, 0, 1, 3, 4, 5)  # (pictures, 2, moments, H, W, C)
+    strip, film = (out.with_name(f"{out.stem}-trajectory.{kind}") for kind in ("png", "gif"))
+    save_grid(rows.flatten(0, 2), strip, len(states), description)
+    save_gif([grid(rows[:, :, moment].flatten(0, 1), 2) for moment in range(len(states))], film)
+    return [strip, film]
 
 
 if __name__ == "__main__":

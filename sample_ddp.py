@@ -2,23 +2,38 @@
 
     torchrun --nproc_per_node=8 sample_ddp.py --ckpt results/X --num-fid-samples 50000
 
-Image i and its label depend on (seed, i) alone: neither the number of processes nor the batch size changes them.
-The `.npz` is ADM's: `arr_0` images (N, H, W, 3) uint8, `arr_1` labels (N,) int64.
+Image i and its label depend on (seed, i) alone: neither the number of processes nor the batch size changes them. Killed at
+any moment, the same command goes on, on any number of processes: each batch is a file in NAME.parts until all are there.
+
+- NAME.npz is ADM's: `arr_0` images (N, H, W, 3) uint8, `arr_1` labels (N,) int64.
+- NAME.json tells the settings. An output that exists from other settings is refused, or with --overwrite deleted.
 """
 
+import json
+import os
+import shutil
 import time
 import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from jsonargparse import ActionYesNo
-from numpy.lib.format import open_memmap
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import checkpoint
 import runtime
 from sample import add_sampling_arguments, generate, prepare
+
+WAITING = 2  # batches of a process that may wait to be written
+PNG_BLOCK = 256  # images in memory at once while PNGs are written
 
 
 def build_parser() -> runtime.ArgumentParser:
@@ -28,6 +43,9 @@ def build_parser() -> runtime.ArgumentParser:
     parser.add_argument("--per-proc-batch-size", type=int, default=32, help="images that a process draws at once")
     parser.add_argument("--num-fid-samples", type=int, default=50_000, help="exactly so many images")
     parser.add_argument("--global-seed", type=int, default=0)
+    parser.add_argument("--balanced", action="store_true", help="all classes in turn, instead of labels drawn at random")
+    parser.add_argument("--png", action="store_true", help="also NAME/000000.png, …")
+    parser.add_argument("--overwrite", action="store_true", help="delete an output that exists from other settings")
     parser.add_argument("--tf32", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True,
                         help="TF32 matrix products on CUDA: faster, less exact")
     return parser
@@ -38,60 +56,231 @@ def main(args) -> None:
     runtime.check_numbers(args, ["num_fid_samples", "per_proc_batch_size"], "at least 1", lambda n: n >= 1)
     world = runtime.start_world(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    restored, autoencoder, settings = prepare(args, world, bare_vae="ema", bare_cfg_scale=1.5)  # DiT's
-    folder = world.on_main(lambda: runtime.check_writable(args.sample_dir))
-    out = folder / f"{describe(restored, settings, args)}.npz"
+    restored, autoencoder, sampling = prepare(args, world, bare_vae="ema", bare_cfg_scale=1.5)  # DiT's
+    count, (height, width) = args.num_fid_samples, restored.spec["image_size"]
+    label = label_rule(args, restored.model.num_classes)
+    out = Path(args.sample_dir) / f"{name_of(restored, sampling, args)}.npz"
+    world.on_main(lambda: runtime.check_writable(out.parent, 2 * count * height * width * 3))  # the parts and the .npz
+    todo = world.on_main(lambda: open_output(out, settings_of(restored, autoencoder, sampling, args), args))
 
-    start, count = time.perf_counter(), args.num_fid_samples
-    images_path, labels_path = (out.with_name(f".{out.stem}.{name}.npy") for name in ("arr_0", "arr_1"))
+    start = time.perf_counter()
+    waited = draw(todo, lambda indices: generate(restored.model, autoencoder, [label(i) for i in indices], indices,
+                                                 args.global_seed, sampling), parts_of(out), count, world)
+    world.barrier()
+    seconds, drawn = time.perf_counter() - start, sum(map(len, todo))
+    world.on_main(lambda: finish(out, count, (height, width), label, args.png))
     if world.is_main:
-        open_memmap(images_path, "w+", np.uint8, (count, *restored.spec["image_size"], 3))
-        open_memmap(labels_path, "w+", np.int64, (count,))
-    world.barrier()
-    images, labels = open_memmap(images_path, "r+"), open_memmap(labels_path, "r+")
-    batches = list(torch.arange(count).split(args.per_proc_batch_size))[world.rank :: world.size]
-    for batch in tqdm(batches, desc="sampling", unit="batch", disable=not world.is_main):
-        indices = batch.tolist()
-        labels[indices] = [random_label(args.global_seed, i, restored.model.num_classes) for i in indices]
-        drawn = generate(restored.model, autoencoder, labels[indices].tolist(), indices, args.global_seed, **settings)
-        images[indices] = three_channels(drawn)
-    images.flush()
-    labels.flush()
-    world.barrier()
-
-    if world.is_main:
-        write_npz(out, arr_0=images_path, arr_1=labels_path)
-        print(f"Wrote {out}: {count} images in {time.perf_counter() - start:.1f} s")
-    world.barrier()
+        said = "there already" if not drawn else (
+            f"{drawn} drawn now, in {seconds:.1f} s ({drawn / seconds:.3g} images/s); the device waited {waited:.2%} of the time")
+        print(f"Wrote {out}: {count} images, {said}")
 
 
-def describe(restored, settings: dict, args) -> str:
-    """A file name that tells the settings."""
-    spec, autoencoder = restored.spec, Path(restored.spec["vae"]).name
-    return (f"{spec['model']['name'].replace('/', '-')}-{restored.name}-size-{spec['image_size'][0]}-vae-{autoencoder}-"
-            f"cfg-{settings['cfg_scale']}-{settings['cfg_channels']}-{settings['sampler']}-{spec['sampling']['num_sampling_steps']}-"
-            f"eta-{settings['eta']}-{args.precision}-seed-{args.global_seed}-{args.num_fid_samples}")
+def name_of(restored: checkpoint.Restored, sampling, args) -> str:
+    """A file name that tells the settings, those that are out of the ordinary only where they are."""
+    spec = restored.spec
+    return "-".join([
+        spec["model"]["name"].replace("/", "-"), restored.name, f"size-{spec['image_size'][0]}",
+        f"vae-{Path(spec['vae']).name}",
+        f"cfg-{sampling.cfg_scale}-{sampling.cfg_channels}",
+        *(["interval-{:g}-{:g}".format(*sampling.guidance_interval)] if sampling.guidance_interval else []),
+        *(["thresholded"] if sampling.dynamic_thresholding else []),
+        f"{sampling.sampler}-{sampling.num_sampling_steps}",
+        *([f"eta-{sampling.eta}"] if sampling.eta else []),
+        *([f"{args.reuse}-{sum(sampling.reuse.keys)}-keys"] if sampling.reuse else []),
+        sampling.precision, f"seed-{args.global_seed}",
+        *(["balanced"] if args.balanced else []),
+        str(args.num_fid_samples)])
 
 
-def random_label(seed: int, index: int, num_classes: int) -> int:
-    """The label of image `index`, uniform over the classes."""
-    return int(torch.randint(num_classes, (), generator=runtime.generator("label", seed, index)))
+def settings_of(restored: checkpoint.Restored, autoencoder, sampling, args) -> dict:
+    """All that the images depend on, as NAME.json tells it."""
+    spec = restored.spec
+    settings = {
+        "checkpoint": str(restored.path), "checkpoint_sha256": checkpoint.digest(restored.path),
+        "model": spec["model"]["name"],
+        "image_size": spec["image_size"], "vae": spec["vae"], "vae_identity": autoencoder.identity(),
+        "images": args.num_fid_samples, "seed": args.global_seed, "labels": "balanced" if args.balanced else "random"}
+    return json.loads(json.dumps(settings | sampling.describe()))  # as it will be read
 
 
-def three_channels(images: Tensor) -> np.ndarray:
-    """(B, H, W, 1 or 3) -> (B, H, W, 3)."""
-    return images.expand(*images.shape[:3], 3).numpy()
+def label_rule(args, num_classes: int) -> Callable[[int], int]:
+    """The label of image i: uniform over the classes, addressed by (seed, i), or the classes in turn."""
+    if args.balanced:
+        return lambda i: i % num_classes
+    return lambda i: int(torch.randint(num_classes, (), generator=runtime.generator("label", args.global_seed, i)))
 
 
-def write_npz(path: Path, **arrays: Path) -> None:
-    """Move `.npy` files into one `.npz`, without reading them into memory; the file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
-        for name, source in arrays.items():
-            file.write(source, f"{name}.npy")
+# --- the output, from its first part to the whole -------------------------------------------------
+
+
+def parts_of(out: Path) -> Path:
+    return out.with_suffix(".parts")
+
+
+def open_output(out: Path, settings: dict, args) -> list[range]:
+    """Begin or continue an output, locked for this process: the batches that are missing."""
+    record, parts, pictures = out.with_suffix(".json"), parts_of(out), out.with_suffix("")
+    found = json.loads(record.read_text()) if record.is_file() else {}
+    stale = found != settings and (record.exists() or out.exists() or any(parts.glob("*.npy")))
+    if stale and not args.overwrite:
+        differ = [f"{key} was {found.get(key)!r}" for key in settings if found.get(key) != settings[key]]
+        raise ValueError(f"--sample-dir: {out} exists from other settings ({', '.join(differ)}); --overwrite deletes it")
+    if out.exists() and not stale:
+        return []
+    parts.mkdir(exist_ok=True)
+    checkpoint.hold(parts, "", "wait for it to end")
+    if stale:
+        shutil.rmtree(pictures, ignore_errors=True)
+        for file in (*parts.glob("*.npy"), out, record):  # the record last: a kill between them shall not mix two outputs
+            file.unlink(missing_ok=True)
+    checkpoint.replace_text(record, json.dumps(settings, indent=2) + "\n")
+    return missing(list(map(range_of, parts.glob("*.npy"))), args.num_fid_samples, args.per_proc_batch_size)
+
+
+def part_path(parts: Path, indices: range) -> Path:
+    return parts / f"{indices.start:08d}-{indices.stop:08d}.npy"
+
+
+def range_of(path: Path) -> range:
+    return range(*map(int, path.stem.split("-")))
+
+
+def missing(done: list[range], count: int, batch_size: int) -> list[range]:
+    """What is left of 0..count-1, in batches; those that are done may have been of other sizes."""
+    batches, start = [], 0
+    for part in [*sorted(done, key=lambda part: part.start), range(count, count)]:
+        batches += [range(i, min(i + batch_size, part.start)) for i in range(start, part.start, batch_size)]
+        start = part.stop
+    return batches
+
+
+def finish(out: Path, count: int, size: tuple[int, int], label: Callable[[int], int], png: bool) -> None:
+    """Join the parts to the `.npz`, which appears whole or not at all, and delete them; write PNGs that are missing."""
+    parts = parts_of(out)
+    if not out.exists():
+        temporary = out.with_name(f".{out.name}.tmp")
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
+            with file.open("arr_0.npy", "w", force_zip64=True) as array:
+                np.lib.format.write_array_header_1_0(
+                    array, {"descr": "|u1", "fortran_order": False, "shape": (count, *size, 3)})
+                for path in sorted(parts.glob("*.npy")):
+                    array.write(np.load(path, allow_pickle=False).tobytes())
+            with file.open("arr_1.npy", "w") as array:
+                np.lib.format.write_array(array, np.array([label(i) for i in range(count)], dtype=np.int64))
+        sync(temporary)
+        temporary.replace(out)
+    shutil.rmtree(parts, ignore_errors=True)
+    if png:
+        write_pngs(out)
+
+
+def write_pngs(out: Path) -> None:
+    """NAME/000000.png, …: those that are not there yet."""
+    folder = out.with_suffix("")
+    folder.mkdir(exist_ok=True)
+
+    def write(i: int, image: np.ndarray) -> None:
+        path = folder / f"{i:06d}.png"
+        if not path.exists():
+            temporary = path.with_suffix(".tmp")
+            Image.fromarray(image).save(temporary, format="PNG")
+            temporary.replace(path)
+
+    with zipfile.ZipFile(out) as file, file.open("arr_0.npy") as array, ThreadPoolExecutor() as threads:
+        for start, block in blocks(array):
+            list(threads.map(write, range(start, start + len(block)), block))
+
+
+def blocks(array: BinaryIO) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the first image, images) of a `.npy`, a block at a time."""
+    np.lib.format.read_magic(array)
+    (count, *shape), _, dtype = np.lib.format.read_array_header_1_0(array)
+    for start in range(0, count, PNG_BLOCK):
+        size = min(PNG_BLOCK, count - start)
+        yield start, np.frombuffer(array.read(size * int(np.prod(shape))), dtype).reshape(size, *shape)
+
+
+def sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+# --- drawing ---------------------------------------------------------------------------------------
+
+
+def draw(todo: list[range], generate: Callable[[range], Tensor], parts: Path, count: int, world: runtime.World) -> float:
+    """Draw all batches of `todo`, each by the process that is free first; the share of the time that the device waited.
+
+    While a batch is drawn, the ones before it travel to the host and are written, by another thread.
+    """
+    idle, waiting = IdleTime(world), deque()
+    with ThreadPoolExecutor(1) as writer, tqdm(total=count, initial=count - sum(map(len, todo)), desc="sampling", unit="image",
+                                               disable=not world.is_main) as bar:
+        def written() -> None:
+            bar.update(bar.initial + world.add("written", waiting.popleft().result()) - bar.n)
+
+        while (turn := world.add("turns", 1) - 1) < len(todo):
+            idle.mark()
+            arrived = fetch(generate(todo[turn]))
+            idle.mark()
+            waiting.append(writer.submit(write_part, parts, todo[turn], arrived))
+            if len(waiting) > WAITING:
+                written()
+        while waiting:
+            written()
+        world.barrier()
+        bar.update(count - bar.n)
+    return idle.share()
+
+
+def fetch(images: Tensor) -> Callable[[], Tensor]:
+    """Start to copy images to the host; what is returned waits until they are there."""
+    if images.device.type != "cuda":
+        images = images.cpu()
+        return lambda: images
+    host, done = images.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record()
+
+    def arrived() -> Tensor:
+        done.synchronize()
+        return host
+
+    return arrived
+
+
+def write_part(parts: Path, indices: range, arrived: Callable[[], Tensor]) -> int:
+    """Write a batch, (B, H, W, 1 or 3) -> (B, H, W, 3), whole or not at all; how many images it has."""
+    images, path = arrived(), part_path(parts, indices)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, images.expand(*images.shape[:3], 3).numpy())
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
-    for source in arrays.values():
-        source.unlink()
+    return len(indices)
+
+
+class IdleTime:
+    """The share of its time that the device waits for the next batch: `mark` the beginning and end of each in turn."""
+
+    def __init__(self, world: runtime.World):
+        self.world, self.marks = world, []
+
+    def mark(self) -> None:
+        if self.world.device.type == "cuda":  # on the device's own clock: it works while the host goes on
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def share(self) -> float:
+        """Of all processes on average."""
+        runtime.synchronize(self.world.device)
+        cuda = self.world.device.type == "cuda"
+        spans = [a.elapsed_time(b) if cuda else b - a for a, b in pairwise(self.marks)]  # busy, idle, busy, …, busy
+        share = sum(spans[1::2]) / sum(spans) if spans else 0.0
+        return self.world.mean(torch.tensor(share, device=self.world.device)).item()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from checkpoint import OptimizerArgs, Training
 from data import Batches, GlobalOrder, Rows, load_dataset
 from diffusion import create_diffusion
 from models import DiT_models
-from sample import autocast, describe, preview, save_gif
+from sample import autocast, describe, preview, save_previews_gif
 
 VAL_IMAGES, VAL_BATCH = 4096, 64
 
@@ -239,7 +239,7 @@ def main(args) -> None:
         run.save()
         ending = f"Stopped by {signal}; the same command with --run-name {run.folder.name} goes on"
     else:
-        world.on_main(lambda: save_gif(run.folder))
+        world.on_main(lambda: save_previews_gif(run.folder))
         ending = f"Finished: {run.folder}"
     run.log.say(f"{ending}. Step {run.state.step} of {run.max_steps}; {run.state.step - run.first} steps in "
                 f"{time.perf_counter() - start:.0f} s")

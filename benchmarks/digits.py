@@ -38,12 +38,12 @@ def build_parser() -> runtime.ArgumentParser:
 def main(args) -> None:
     world = runtime.start_world(args.device)
     args.cfg_scale = 1.0 if args.cfg_scale is None else args.cfg_scale
-    restored, autoencoder, settings = prepare(args, world)
+    restored, autoencoder, sampling = prepare(args, world)
     start, count = time.perf_counter(), args.num_samples
     labels = np.arange(count) % len(restored.spec["classes"])
     images = torch.cat([
         generate(restored.model, autoencoder, labels[i : i + BATCH].tolist(), range(i, min(i + BATCH, count)), args.seed,
-                 **settings)
+                 sampling).cpu()
         for i in range(0, count, BATCH)])
     seconds = time.perf_counter() - start
 
@@ -52,8 +52,7 @@ def main(args) -> None:
     classifier = SVC(gamma="scale").fit(train_pixels, train.labels)
     redrawn = train_pixels[np.random.default_rng(args.seed).integers(len(train_pixels), size=count)]
     figures = {
-        "samples": count, "sampler": settings["sampler"], "steps": settings["process"].num_timesteps,
-        "cfg_scale": settings["cfg_scale"], "seconds": round(seconds, 2),
+        "samples": count, "seconds": round(seconds, 2), **sampling.describe(),
         "label_accuracy": round(float(classifier.score(pixels, labels)), 4),
         "label_accuracy_held_out": round(float(classifier.score(held_out_pixels, held_out.labels)), 4),
         "frechet_distance": round(frechet_distance(pixels, held_out_pixels), 4),

@@ -1,36 +1,63 @@
-"""Classifier-free guidance (Ho & Salimans, arXiv:2207.12598), around a model and its labels."""
+"""Classifier-free guidance (Ho & Salimans, arXiv:2207.12598), around a model and its labels, and what tames it."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+MODEL_TIME = 1000  # models take t on the scale 0..1000
 
-def guide(model: Callable, y: Tensor, null_label: int, scale: float, channels: int) -> Callable[[Tensor, Tensor], Tensor]:
+
+def guide(model: Callable, y: Tensor, null_label: int, scale: float, channels: int,
+          guided: Iterable[bool] | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """Bind labels and guidance to a model: the result is called as (x, t) -> prediction.
 
     Args:
-        model: (x, t, y) -> (B, C or 2C, H, W).
+        model: (x, t, y) -> (B, C or 2C, H, W); its batch is [conditional, unconditional] where there is guidance.
         y: labels (B,).
         null_label: the label that stands for "none".
         scale: unconditional + scale * (conditional - unconditional); 1 is the conditional model, one evaluation of it.
         channels: how many of the first channels are guided (DiT's published figures guide 3 of 4); the others, and a
             learned variance, are the conditional model's.
+        guided: for each call to come, whether it is guided (`in_interval`); the unconditional half of one that is not is
+            not computed. All by default.
     """
     check_scale(scale)
-    if scale == 1:
-        return lambda x, t: model(x, t, y)
+    calls = iter([] if scale == 1 else itertools.repeat(True) if guided is None else guided)
     both = torch.cat([y, torch.full_like(y, null_label)])
 
-    def guided(x: Tensor, t: Tensor) -> Tensor:
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        if scale == 1 or not next(calls):
+            return model(x, t, y)
         conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         eps = torch.lerp(unconditional[:, :channels].float(), conditional[:, :channels].float(), scale)
         return torch.cat([eps, conditional[:, channels:].float()], dim=1)
 
-    return guided
+    return predict
+
+
+def in_interval(times: Iterable[float], scale: float, interval: tuple[float, float] | None) -> tuple[bool, ...]:
+    """For each t whether it is guided: LO <= t <= HI (Kynkäänniemi et al., arXiv:2404.07724). None is everywhere."""
+    low, high = interval or (0, MODEL_TIME)
+    return tuple(scale != 1 and low <= t <= high for t in times)
+
+
+def dynamic_threshold(x_start: Tensor, percentile: float = 0.99, maximum: float = 1.7) -> Tensor:
+    """Bring predicted pixels (B, C, H, W) back to [-1, 1], as Imagen does (Saharia et al., arXiv:2205.11487, section 2.3).
+
+    A sample is clipped at that percentile of its |x_0|, kept within 1..maximum, and divided by it.
+    """
+    limit = torch.quantile(x_start.flatten(1).abs(), percentile, dim=1).clamp(1, maximum).view(-1, 1, 1, 1)
+    return x_start.clamp(-limit, limit) / limit
 
 
 def check_scale(scale: float) -> None:
     if not (isinstance(scale, int | float) and math.isfinite(scale) and scale >= 0):
         raise ValueError(f"--cfg-scale {scale} is not a finite number of at least 0 (1 = no guidance)")
+
+
+def check_interval(interval: tuple[float, float] | None) -> None:
+    if interval is not None and not 0 <= interval[0] <= interval[1] <= MODEL_TIME:
+        raise ValueError(f"--guidance-interval {interval[0]:g} {interval[1]:g} is not LO HI with 0 <= LO <= HI <= {MODEL_TIME}")

@@ -8,6 +8,7 @@
 - x: the start noise (B, C, H, W). The state keeps its dtype, fp32, whatever the model computes in.
 - noise_source: step number, from 0 -> fresh noise (B, C, H, W), for the samplers that need some.
 - denoised_fn: applied to every predicted x_0, to clip or threshold it.
+- what is yielded as "sample" is the state itself: what a caller adds to it in place, the next step starts from.
 """
 
 import math
@@ -78,6 +79,30 @@ def heun(process, model: Callable, x: Tensor, noise_source: NoiseSource, denoise
         yield {"sample": x, "pred_xstart": x_0}
 
 
+def dpmpp(process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None) -> Steps:
+    """DPM-Solver++(2M) (Lu et al., arXiv:2211.01095, Algorithm 2): second order with one evaluation of the model a step.
+
+    x_0 is extrapolated from the last two predictions, linearly in lambda = log(alpha / sigma), and held over the step. The
+    first step, and the last one to sigma 0, are of first order, as is one after a start from pure noise (alpha 0).
+    """
+    x_0_last, h_last = None, math.inf
+    for t, t_next in pairwise(process.grid):
+        (alpha, sigma), (alpha_next, sigma_next) = process.alpha_sigma(t), process.alpha_sigma(t_next)
+        h = half_log_snr(alpha_next, sigma_next) - half_log_snr(alpha, sigma)
+        x_0, _ = process.predict(model, x, t, denoised_fn)
+        second_order = math.isfinite(h) and math.isfinite(h_last)
+        held = x_0 + h / (2 * h_last) * (x_0 - x_0_last) if second_order else x_0
+        ratio = sigma_next / sigma
+        x = ratio * x + (alpha_next - ratio * alpha) * held  # alpha_next (1 - e^-h) = alpha_next - ratio alpha
+        x_0_last, h_last = x_0, h
+        yield {"sample": x, "pred_xstart": x_0}
+
+
+def half_log_snr(alpha: float, sigma: float) -> float:
+    """lambda = log(alpha / sigma); infinite at the ends of a path."""
+    return math.inf if sigma == 0 else -math.inf if alpha == 0 else math.log(alpha / sigma)
+
+
 def straighten(process, t: float) -> tuple[float, float]:
     """The scale and position that make any path the straight one: x_t / scale = (1 - s) x_0 + s eps, with slope eps - x_0.
 
@@ -87,7 +112,7 @@ def straighten(process, t: float) -> tuple[float, float]:
     return alpha + sigma, sigma / (alpha + sigma)
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "heun": heun}
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp, "euler": euler, "heun": heun}
 
 
 def get_sampler(name: str, process, eta: float = 0.0) -> Callable[..., Steps]:
@@ -95,12 +120,24 @@ def get_sampler(name: str, process, eta: float = 0.0) -> Callable[..., Steps]:
     if name not in SAMPLERS:
         raise ValueError(f"--sampler {name!r} is unknown; allowed: {', '.join(SAMPLERS)}")
     if name == "ddpm" and not hasattr(process, "p_mean_variance"):
-        raise ValueError("--sampler ddpm needs a Gaussian process; for a flow checkpoint use ddim, euler or heun")
+        raise ValueError(f"--sampler ddpm needs a Gaussian process; for a flow checkpoint use {', '.join(list(SAMPLERS)[1:])}")
     if not 0 <= eta <= 1:
         raise ValueError(f"--eta {eta} is not in 0..1")
     if eta and name != "ddim":
         raise ValueError(f"--eta {eta} has a meaning for --sampler ddim only, not for {name}")
     return partial(ddim, eta=eta) if eta else SAMPLERS[name]
+
+
+def evaluation_times(sampler: Callable[..., Steps], process) -> tuple[float, ...]:
+    """The t, 0..1000, of every call that a sampler makes to its model, in order: listened to while it samples one number."""
+    times = []
+
+    def listen(x: Tensor, t: Tensor) -> Tensor:
+        times.append(t.item())
+        return torch.zeros(1, 2 if process.learn_sigma else 1, 1, 1)
+
+    last(sampler(process, listen, torch.zeros(1, 1, 1, 1), lambda step: torch.zeros(1, 1, 1, 1)))
+    return tuple(times)
 
 
 # --- loops, by the names that DiT's users know -----------------------------------------------------

@@ -228,4 +228,4 @@ import checkpoint; print(checkpoint.open_run(checkpoint.Path({str(tmp_path)!r}),
     assert again.stdout.strip() == first.name
     checkpoint.open_run(tmp_path, "mine", "DiT-XL/2")
     second = subprocess.run([sys.executable, "-c", code.replace("None", "'mine'")], capture_output=True, text=True, check=False)
-    assert "ValueError: another process is training in" in second.stderr
+    assert "ValueError: another process is at work in" in second.stderr

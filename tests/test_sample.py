@@ -1,4 +1,5 @@
 import pathlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import checkpoint
 import sample
 from autoencoders import Pixels
 from diffusion import create_diffusion
+from diffusion.reuse import plan
 from models import DiT_models
 
 CLASSES = ["tench, Tinca tinca", "golden retriever", "zero", "tiger cat", "cat"]
@@ -31,12 +33,14 @@ def gaussian_run(tmp_path_factory):
     return folder / "g.pt"
 
 
-def draw(path, indices, labels=None, **overrides):
+def draw(path, indices, labels=None, reuse=None, eta=0.0, precision="fp32", on_step=lambda step: None, **overrides):
     restored = checkpoint.restore(path)
-    eta = overrides.pop("eta", 0.0)
     restored.spec["sampling"] = restored.spec["sampling"] | overrides
-    settings = sample.settings_for(restored.spec, eta)
-    return sample.generate(restored.model, Pixels(), labels or [i % 5 for i in indices], indices, 0, **settings)
+    sampling = sample.settings_for(restored.spec, eta, precision)
+    if reuse:
+        sampling = replace(sampling, reuse=plan(times=sampling.times, guided=sampling.guided, depth=2, default_split=1,
+                                                **reuse))
+    return sample.generate(restored.model, Pixels(), labels or [i % 5 for i in indices], indices, 0, sampling, on_step)
 
 
 def assert_same_images(a, b):
@@ -132,7 +136,8 @@ def test_the_picture_tells_how_it_was_made(tiny_run, tmp_path):
         assert picture.size == (2 * (64 + 8) + 8, 2 * (64 + 8) + 8)
         assert picture.text == {"checkpoint": str(tiny_run / "checkpoints" / "0000006.pt"), "seed": "5", "labels": "[3, 7]",
                                 "classes": "['three', 'seven']", "cfg_scale": "1.0", "cfg_channels": "1", "sampler": "heun",
-                                "eta": "0.0", "steps": "3"}
+                                "eta": "0.0", "steps": "3", "guidance_interval": "None",
+                                "dynamic_thresholding": "False", "precision": "fp32", "reuse": "none"}
 
 
 def test_more_rows_leave_the_first_as_they_are(tiny_run, tmp_path, monkeypatch, run_here):
@@ -193,8 +198,6 @@ def test_a_vae_of_other_latents_is_refused(gaussian_run, tiny_vae, run_here):
 
 def test_bf16_draws_nearly_the_same(gaussian_run):
     exact = draw(gaussian_run, [1, 2])
-    restored = checkpoint.restore(gaussian_run)
-    settings = sample.settings_for(restored.spec) | {"precision": "bf16"}
-    rounded = sample.generate(restored.model, Pixels(), [1, 2], [1, 2], 0, **settings)
+    rounded = draw(gaussian_run, [1, 2], precision="bf16")
     assert not torch.equal(exact, rounded)
     assert (exact.float() - rounded.float()).abs().mean() < 4

@@ -429,7 +429,7 @@ def test_a_second_writer_is_refused(tmp_path):
     try:
         assert "results/r" in first.stdout.readline()  # it has the lock
         assert_one_line(run_script("train.py", *TINY_RUN, *FLOW, "--run-name", "r", cwd=tmp_path, check=False),
-                        "another process is training in results/r")
+                        "another process is at work in results/r")
     finally:
         first.kill()
         first.communicate()
