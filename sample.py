@@ -123,7 +123,7 @@ def prepare(args, world: runtime.World, bare_vae: str = "mse",
     """
     if args.cfg_scale is not None:
         check_scale(args.cfg_scale)
-    if args.reuse == "none" and (args.key_steps or args.reuse_args):
+    if args.reuse == "none" and (args.key_steps is not None or args.reuse_args):
         raise ValueError("--key-steps and --reuse-args have a meaning beside --reuse encoder or forecast only")
     reuse_args = runtime.check_arguments(plan, args.reuse_args, "--reuse-args", skip=FIXED)
     restored = world.main_first(lambda: checkpoint.restore(

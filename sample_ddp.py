@@ -70,8 +70,8 @@ def main(args) -> None:
     seconds, drawn = time.perf_counter() - start, sum(map(len, todo))
     world.on_main(lambda: finish(out, count, (height, width), label, args.png))
     if world.is_main:
-        said = "there already" if not drawn else (
-            f"{drawn} drawn now, in {seconds:.1f} s ({drawn / seconds:.3g} images/s); the device waited {waited:.2%} of the time")
+        said = "there already" if not drawn else (f"{drawn} drawn now, in {seconds:.1f} s ({drawn / seconds:.3g} images/s); "
+                                                  f"the device waited {waited:.2%} of the time")
         print(f"Wrote {out}: {count} images, {said}")
 
 
@@ -213,11 +213,11 @@ def draw(todo: list[range], generate: Callable[[range], Tensor], parts: Path, co
 
     While a batch is drawn, the ones before it travel to the host and are written, by another thread.
     """
-    idle, waiting = IdleTime(world), deque()
-    with ThreadPoolExecutor(1) as writer, tqdm(total=count, initial=count - sum(map(len, todo)), desc="sampling", unit="image",
+    idle, waiting, before = IdleTime(world), deque(), count - sum(map(len, todo))
+    with ThreadPoolExecutor(1) as writer, tqdm(total=count, initial=before, desc="sampling", unit="image",
                                                disable=not world.is_main) as bar:
         def written() -> None:
-            bar.update(bar.initial + world.add("written", waiting.popleft().result()) - bar.n)
+            bar.update(before + world.add("written", waiting.popleft().result()) - bar.n)
 
         while (turn := world.add("turns", 1) - 1) < len(todo):
             idle.mark()

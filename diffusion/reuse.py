@@ -93,7 +93,7 @@ def plan(kind: str, times: Iterable[float], guided: Iterable[bool], depth: int, 
     if parallel < 1:
         raise ValueError(f"--reuse-args: parallel {parallel} is not at least 1")
     times, branches = tuple(times), tuple(1 + on for on in guided)
-    rule = key_steps or default["key_steps"]
+    rule = default["key_steps"] if key_steps is None else key_steps
     keys = key_evaluations(rule, len(times))
     comes_back = [before < after for before, after in pairwise((branches[0], *branches))]
     keys = tuple(k < warm_up or keys[k] or comes_back[k] for k in range(len(times)))

@@ -73,7 +73,7 @@ def heun(process, model: Callable, x: Tensor, noise_source: NoiseSource, denoise
         x_0, eps = process.predict(model, x, t, denoised_fn)
         straight, slope = x / scale, eps - x_0
         x = scale_next * (straight + (s_next - s) * slope)
-        if t_next != process.grid[-1]:
+        if s_next > 0:
             x_0, eps = process.predict(model, x, t_next, denoised_fn)
             x = scale_next * (straight + (s_next - s) * (slope + eps - x_0) / 2)
         yield {"sample": x, "pred_xstart": x_0}
@@ -83,7 +83,8 @@ def dpmpp(process, model: Callable, x: Tensor, noise_source: NoiseSource, denois
     """DPM-Solver++(2M) (Lu et al., arXiv:2211.01095, Algorithm 2): second order with one evaluation of the model a step.
 
     x_0 is extrapolated from the last two predictions, linearly in lambda = log(alpha / sigma), and held over the step. The
-    first step, and the last one to sigma 0, are of first order, as is one after a start from pure noise (alpha 0).
+    first step, and the last one to sigma 0, are of first order, as is the second from pure noise (alpha 0). The order is 2
+    where lambda is bounded, and 2 but for a logarithm on the flow from noise to data.
     """
     x_0_last, h_last = None, math.inf
     for t, t_next in pairwise(process.grid):

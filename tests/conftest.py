@@ -101,6 +101,19 @@ def run_here(monkeypatch, capfd):
     return run
 
 
+def analytic_model(x, t, learned=True):
+    """The model of tests/golden/README.md."""
+    u = t.view(-1, 1, 1, 1) / 1000
+    out = 0.8 * x + 0.1 * torch.sin(3 * x) + 0.05 * u
+    return torch.cat([out, torch.tanh(0.5 * x - u)], dim=1) if learned else out
+
+
+def assert_close(a, b, tolerance=1e-5):
+    b = torch.as_tensor(b)
+    error = (a - b).abs() / (1 + b.abs())
+    assert error.max() <= tolerance, f"off by {error.max():.2e}"
+
+
 def assert_one_line(result, *words):
     """A wrong input: exit code 2 and exactly one line on stderr, with these words in it."""
     assert result.returncode == 2, result.stderr

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from conftest import analytic_model, assert_close
+from diffusers import DDPMScheduler
 
 from diffusion import create_diffusion
-from diffusion.guidance import guide
-from diffusion.samplers import SAMPLERS, get_sampler
+from diffusion.samplers import SAMPLERS
 from diffusion.schedules import named_betas, space_timesteps
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -24,25 +24,12 @@ VARIANTS = {
 }
 
 
-def analytic_model(x, t, learned=True):
-    """The model of tests/golden/README.md."""
-    u = t.view(-1, 1, 1, 1) / 1000
-    out = 0.8 * x + 0.1 * torch.sin(3 * x) + 0.05 * u
-    return torch.cat([out, torch.tanh(0.5 * x - u)], dim=1) if learned else out
-
-
 def model_of(diffusion):
     return partial(analytic_model, learned=diffusion.learn_sigma)
 
 
 def tensors(*keys):
     return [torch.from_numpy(golden[key]) for key in keys]
-
-
-def assert_close(a, b, tolerance=1e-5):
-    b = torch.as_tensor(b)
-    error = (a - b).abs() / (1 + b.abs())
-    assert error.max() <= tolerance, f"off by {error.max():.2e}"
 
 
 def matches(prefix):
@@ -124,20 +111,7 @@ def test_progressive_loops_yield_every_state_and_end_as_the_loop():
     assert steps[-1]["pred_xstart"].abs().max() <= 1  # clipped by default, as in DiT
 
 
-# --- against diffusers ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("objective", ["epsilon", "v", "x0"])
-def test_ddim_equals_diffusers(objective):
-    kind = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[objective]
-    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type=kind, clip_sample=False)
-    scheduler.set_timesteps(20)
-    (x,) = tensors("noise")
-    diffusion = create_diffusion("ddim20", objective=objective, learn_sigma=False)
-    ours = diffusion.ddim_sample_loop(partial(analytic_model, learned=False), x.shape, x, clip_denoised=False)
-    for t in scheduler.timesteps:
-        x = scheduler.step(analytic_model(x, t.expand(len(x)), learned=False), t, x).prev_sample
-    assert_close(ours, x)
+# --- closed forms and diffusers ----------------------------------------------------------------
 
 
 def test_v_prediction_mean_equals_diffusers_ddpm():
@@ -153,76 +127,6 @@ def test_v_prediction_mean_equals_diffusers_ddpm():
         expected = scheduler.step(model(x, step[None]), step, x, generator=torch.Generator().manual_seed(0))
         z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) if step > 0 else 0
         assert_close(out["mean"][i : i + 1] + out["variance"][i : i + 1].sqrt() * z, expected.prev_sample)
-
-
-# --- closed forms --------------------------------------------------------------------------------
-
-
-def gaussian_model(process, mean, std, objective):
-    """The exact prediction for data N(mean, std^2): E[x_0 | x_t] is linear in x_t."""
-    def model(x, t):
-        time = t[0].item() / 1000 if objective == "flow" else process.timestep_map.index(int(t[0]))
-        alpha, sigma = process.alpha_sigma(time)
-        x_0 = mean + std**2 * alpha / (alpha**2 * std**2 + sigma**2) * (x - alpha * mean)
-        eps = (x - alpha * x_0) / sigma if sigma else torch.zeros_like(x)
-        return {"flow": eps - x_0, "epsilon": eps, "v": alpha * eps - sigma * x_0, "x0": x_0}[objective]
-    return model
-
-
-@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("euler", 1), ("heun", 2)])
-@pytest.mark.parametrize("objective", ["flow", "v"])
-def test_solvers_have_their_order_on_gaussian_data(sampler, order, objective):
-    """Exactly, (x_t - alpha_t mean) / sqrt(alpha_t^2 std^2 + sigma_t^2) is constant along the ODE.
-
-    Read before the last step, whose length the discrete process fixes (from sigma 0.01 to 0).
-    """
-    mean, std, errors = 0.3, 0.5, []
-    for steps in (40, 80, 160):
-        process = create_diffusion(steps, objective=objective, learn_sigma=False)
-        x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
-        *_, before_last, _ = SAMPLERS[sampler](process, gaussian_model(process, mean, std, objective), x, None)
-        z = [(state - alpha * mean) / (alpha**2 * std**2 + sigma**2) ** 0.5 for state, (alpha, sigma) in (
-            (x, process.alpha_sigma(process.grid[0])),
-            (before_last["sample"], process.alpha_sigma(process.grid[-2])))]
-        errors.append((z[1] - z[0]).abs().max().item())
-    slope = np.polyfit(np.log([40, 80, 160]), np.log(errors), 1)[0]
-    assert -slope == pytest.approx(order, abs=0.25), errors
-
-
-@pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 1.0)])
-def test_stochastic_samplers_reach_the_data_distribution(sampler, eta):
-    process = create_diffusion("250", objective="epsilon", learn_sigma=False, sigma_small=True)
-    x = torch.randn(40_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(1)
-    model = gaussian_model(process, 0.3, 0.5, "epsilon")
-    *_, final = get_sampler(sampler, process, eta)(process, model, x, lambda step: torch.randn(x.shape, generator=generator))
-    assert final["sample"].mean().item() == pytest.approx(0.3, abs=4 * 0.5 / 200 + 0.005)
-    assert final["sample"].std().item() == pytest.approx(0.5, rel=0.02)
-
-
-def test_ddim_eta_1_is_ddpm_with_the_posterior_variance():
-    (noise,) = tensors("noise")
-    process = create_diffusion("50", learn_sigma=False, sigma_small=True)
-    finals = []
-    for sampler, eta in (("ddpm", 0.0), ("ddim", 1.0)):
-        generator = torch.Generator().manual_seed(1)
-        source = lambda step: torch.randn(noise.shape, generator=generator)  # noqa: E731, B023
-        model = partial(analytic_model, learned=False)
-        finals.append([step["sample"] for step in get_sampler(sampler, process, eta)(process, model, noise, source)][-1])
-    assert_close(*finals, tolerance=1e-4)
-
-
-def test_euler_equals_ddim_on_the_flow_and_takes_the_velocity():
-    (noise,) = tensors("noise")
-    process = create_diffusion("8", objective="flow")
-    model = partial(analytic_model, learned=False)
-    x = noise
-    for step in range(8):
-        t = 1 - step / 8
-        x = x - model(x, torch.full((len(x),), 1000 * t)) / 8
-    for name in ("euler", "ddim"):
-        *_, final = SAMPLERS[name](process, model, noise, None)
-        assert_close(final["sample"], x)
 
 
 @pytest.mark.parametrize("objective", ["epsilon", "x0", "v", "flow"])
@@ -272,32 +176,6 @@ def test_one_step_respacing_is_finite():
     assert diffusion.p_sample_loop(analytic_model, noise.shape, noise, noise_source=torch.zeros).isfinite().all()
 
 
-# --- guidance ------------------------------------------------------------------------------------
-
-
-def label_model(x, t, y):
-    """Answers the label in each channel of the prediction, and 10 times the label in the variance's."""
-    return torch.cat([y.view(-1, 1, 1, 1).expand_as(x), 10.0 * y.view(-1, 1, 1, 1).expand_as(x)], dim=1).float()
-
-
-@pytest.mark.parametrize("channels", [3, 4])
-def test_guidance_acts_on_the_named_channels_only(channels):
-    x, t, y = torch.zeros(2, 4, 1, 1), torch.zeros(2), torch.tensor([1, 2])
-    out = guide(label_model, y, null_label=5, scale=4.0, channels=channels)(x, t).flatten(1)
-    expected = torch.tensor([[5 + 4.0 * (1 - 5)] * channels + [1.0] * (4 - channels) + [10.0] * 4,
-                             [5 + 4.0 * (2 - 5)] * channels + [2.0] * (4 - channels) + [20.0] * 4])
-    assert torch.equal(out, expected)
-
-
-def test_guidance_of_1_is_the_conditional_model_in_one_call():
-    sizes = []
-    model = lambda x, t, y: sizes.append(len(x)) or label_model(x, t, y)  # noqa: E731
-    x, t, y = torch.zeros(2, 4, 1, 1), torch.zeros(2), torch.tensor([1, 2])
-    assert torch.equal(guide(model, y, 5, 1.0, 4)(x, t), label_model(x, t, y))
-    guide(model, y, 5, 1.5, 4)(x, t)
-    assert sizes == [2, 4]
-
-
 # --- wrong arguments -----------------------------------------------------------------------------
 
 
@@ -329,21 +207,6 @@ def test_create_diffusion_takes_a_number_of_steps():
 def test_a_model_without_variance_channels_is_named():
     with pytest.raises(ValueError, match="learn_sigma"):
         create_diffusion("2").p_sample_loop(partial(analytic_model, learned=False), (1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
-
-
-@pytest.mark.parametrize(("name", "eta", "words"), [
-    ("ddpm", 0.0, "Gaussian"), ("plms", 0.0, "allowed: ddpm"), ("euler", 0.5, "--eta"), ("ddim", 1.5, "0..1"),
-    ("ddim", float("nan"), "0..1"),
-])
-def test_samplers_that_cannot_serve_say_so(name, eta, words):
-    with pytest.raises(ValueError, match=words):
-        get_sampler(name, create_diffusion("2", objective="flow"), eta)
-
-
-@pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
-def test_guidance_scales_that_mean_nothing_are_refused(scale):
-    with pytest.raises(ValueError, match="cfg-scale"):
-        guide(label_model, torch.zeros(1, dtype=torch.long), 1, scale, 4)
 
 
 def test_linear_schedule_of_few_steps_is_refused():

@@ -1,63 +1,327 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line, run_script
+from conftest import ROOT, assert_one_line, run_script
+from PIL import Image
 
+import checkpoint
+import runtime
 import sample_ddp
+from models import DiT_models
 
 FLAGS = ["--num-fid-samples", "11", "--num-sampling-steps", "3", "--device", "cpu"]
 
 
-def draw(cwd, ckpt, *flags, nproc=None):
-    run_script("sample_ddp.py", "--ckpt", ckpt, *FLAGS, *flags, cwd=cwd, nproc=nproc)
-    (file,) = (cwd / "samples").iterdir()
-    return np.load(file, allow_pickle=False)
+@pytest.fixture
+def draw(tiny_run, tmp_path, monkeypatch, run_here):
+    """sample_ddp.py in this process and in tmp_path: (finished process, number of images it drew)."""
+    monkeypatch.chdir(tmp_path)
+    drawn, original = [], sample_ddp.generate
+
+    def counting(model, autoencoder, labels, indices, *rest):
+        drawn.extend(indices)
+        return original(model, autoencoder, labels, indices, *rest)
+
+    def run(*flags, ckpt=tiny_run):
+        monkeypatch.setattr(sample_ddp, "generate", counting)
+        drawn.clear()
+        return run_here(sample_ddp, "--ckpt", ckpt, *FLAGS, *flags), sorted(drawn)
+    return run
+
+
+def output(cwd):
+    (path,) = (cwd / "samples").glob("*.npz")
+    return path
+
+
+def arrays(cwd):
+    with np.load(output(cwd), allow_pickle=False) as file:
+        return file["arr_0"], file["arr_1"]
+
+
+def assert_same(a, b):
+    """Labels the same; images at most one grey level apart, in at most 0.1 % of the pixels."""
+    assert np.array_equal(a[1], b[1])
+    difference = np.abs(a[0].astype(int) - b[0])
+    assert difference.max() <= 1
+    assert (difference > 0).mean() <= 0.001
 
 
 @pytest.fixture(scope="module")
 def one_process(tiny_run, tmp_path_factory):
-    return draw(tmp_path_factory.mktemp("one"), tiny_run, "--per-proc-batch-size", 11)
+    cwd = tmp_path_factory.mktemp("one")
+    run_script("sample_ddp.py", "--ckpt", tiny_run, *FLAGS, "--per-proc-batch-size", 11, cwd=cwd)
+    return cwd
 
 
-def test_the_npz_is_adms(one_process):
-    assert sorted(one_process.files) == ["arr_0", "arr_1"]
-    images, labels = one_process["arr_0"], one_process["arr_1"]
+# --- what it writes ------------------------------------------------------------------------------
+
+
+def test_the_npz_is_adms_and_the_json_beside_it_tells_the_settings(one_process):
+    images, labels = arrays(one_process)
     assert (images.shape, images.dtype) == ((11, 8, 8, 3), np.uint8)
     assert (labels.shape, labels.dtype) == ((11,), np.int64)
     assert len(set(labels)) > 3
     assert images.std() > 10
     assert np.array_equal(images[..., 0], images[..., 2])
+    assert sorted(path.suffix for path in (one_process / "samples").iterdir()) == [".json", ".npz"]
+    settings = json.loads(output(one_process).with_suffix(".json").read_text())
+    assert {key: settings[key] for key in ("cfg_scale", "cfg_channels", "sampler", "steps", "labels", "seed", "images", "reuse")
+            } == {"cfg_scale": 1.0, "cfg_channels": 1, "sampler": "heun", "steps": "3", "labels": "random", "seed": 0,
+                  "images": 11, "reuse": "none"}
 
 
 @pytest.mark.parametrize(("nproc", "batch"), [(2, 3), (3, 2)])
 def test_images_do_not_depend_on_processes_nor_batches(one_process, tiny_run, tmp_path, nproc, batch):
-    other = draw(tmp_path, tiny_run, "--per-proc-batch-size", batch, nproc=nproc)
-    assert np.array_equal(one_process["arr_1"], other["arr_1"])
-    difference = np.abs(one_process["arr_0"].astype(int) - other["arr_0"])
-    assert difference.max() <= 1
-    assert (difference > 0).mean() <= 0.001
+    run_script("sample_ddp.py", "--ckpt", tiny_run, *FLAGS, "--per-proc-batch-size", batch, cwd=tmp_path, nproc=nproc)
+    assert_same(arrays(one_process), arrays(tmp_path))
 
 
-def test_labels_are_uniform_and_addressed():
-    labels = [sample_ddp.random_label(0, i, 4) for i in range(2000)]
+def test_labels_are_uniform_and_addressed_or_all_in_turn():
+    rule = sample_ddp.label_rule(SimpleNamespace(balanced=False, global_seed=0), 4)
+    labels = [rule(i) for i in range(2000)]
     assert np.abs(np.bincount(labels) / 500 - 1).max() < 0.2
-    assert sample_ddp.random_label(0, 1234, 4) == labels[1234]
-    assert [sample_ddp.random_label(1, i, 4) for i in range(50)] != labels[:50]
+    assert rule(1234) == labels[1234]
+    other = sample_ddp.label_rule(SimpleNamespace(balanced=False, global_seed=1), 4)
+    assert [other(i) for i in range(50)] != labels[:50]
+    balanced = sample_ddp.label_rule(SimpleNamespace(balanced=True, global_seed=0), 4)
+    assert [balanced(i) for i in range(6)] == [0, 1, 2, 3, 0, 1]
 
 
-def test_npz_members_are_moved_and_read_back(tmp_path):
-    for name, array in (("a", np.arange(6).reshape(2, 3)), ("b", np.zeros(0, np.uint8))):
-        np.save(tmp_path / f"{name}.npy", array)
-    sample_ddp.write_npz(tmp_path / "x.npz", arr_0=tmp_path / "a.npy", arr_1=tmp_path / "b.npy")
-    with np.load(tmp_path / "x.npz") as file:
-        assert file["arr_0"].tolist() == [[0, 1, 2], [3, 4, 5]]
-        assert file["arr_1"].dtype == np.uint8
-    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+def test_balanced_labels_and_pngs(draw, tmp_path):
+    result, drawn = draw("--balanced", "--per-proc-batch-size", 4)
+    assert result.returncode == 0
+    images, labels = arrays(tmp_path)
+    assert labels.tolist() == [*range(10), 0]
+    result, drawn = draw("--balanced", "--per-proc-batch-size", 4, "--png")  # of what is finished, drawing nothing
+    assert (result.returncode, drawn) == (0, [])
+    pictures = sorted(output(tmp_path).with_suffix("").iterdir())
+    assert [path.name for path in pictures] == [f"{i:06d}.png" for i in range(11)]
+    for path, image in zip(pictures, images):
+        with Image.open(path) as picture:
+            assert np.array_equal(np.asarray(picture), image)
 
 
-def test_grey_becomes_three_channels():
-    grey = torch.arange(4, dtype=torch.uint8).view(1, 2, 2, 1)
-    assert np.array_equal(sample_ddp.three_channels(grey), np.repeat(grey.numpy(), 3, axis=-1))
+def test_pngs_beyond_one_block(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (sample_ddp.PNG_BLOCK + 3, 2, 4, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", arr_0=images)
+    sample_ddp.write_pngs(tmp_path / "x.npz")
+    for i in (0, sample_ddp.PNG_BLOCK - 1, sample_ddp.PNG_BLOCK, sample_ddp.PNG_BLOCK + 2):
+        with Image.open(tmp_path / "x" / f"{i:06d}.png") as picture:
+            assert np.array_equal(np.asarray(picture), images[i])
+
+
+def test_a_finished_output_is_left_alone(draw, tmp_path):
+    assert draw()[1] == list(range(11))
+    before = output(tmp_path).stat().st_mtime_ns
+    result, drawn = draw("--per-proc-batch-size", 5)
+    assert (result.returncode, drawn, output(tmp_path).stat().st_mtime_ns) == (0, [], before)
+    assert "there already" in result.stdout
+
+
+def test_every_switch_has_its_own_name(draw, tmp_path):
+    for flags in ([], ["--guidance-interval", 100, 900], ["--reuse", "encoder"], ["--sampler", "dpm++"], ["--balanced"],
+                  ["--sampler", "ddim", "--eta", 0.5], ["--precision", "bf16"], ["--dynamic-thresholding", "true"],
+                  ["--cfg-scale", 2], ["--global-seed", 1]):
+        assert draw(*flags, "--num-fid-samples", 2)[0].returncode == 0
+    assert len(list((tmp_path / "samples").glob("*.npz"))) == 10
+
+
+# --- killed and started again --------------------------------------------------------------------
+
+
+def stop_after(monkeypatch, batches, error):
+    """Let `generate` fail after so many batches."""
+    original, left = sample_ddp.generate, [batches]
+
+    def generate(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return original(*args)
+    monkeypatch.setattr(sample_ddp, "generate", generate)
+
+
+def test_a_stopped_output_is_continued_with_other_batches_no_image_lost_or_twice(
+        draw, one_process, tiny_run, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    for batches, size in ((2, 2), (1, 3)):
+        stop_after(monkeypatch, batches, KeyboardInterrupt())
+        assert run_here(sample_ddp, "--ckpt", tiny_run, *FLAGS, "--per-proc-batch-size", size).returncode == 130
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+    parts = output_parts(tmp_path)
+    assert [path.name for path in parts] == ["00000000-00000002.npy", "00000002-00000004.npy", "00000004-00000007.npy"]
+    parts[1].unlink()  # as if another process had been drawing it
+    result, drawn = draw("--per-proc-batch-size", 3)
+    assert (result.returncode, drawn) == (0, [2, 3, 7, 8, 9, 10])
+    assert_same(arrays(one_process), arrays(tmp_path))
+    assert not list((tmp_path / "samples").glob("*.parts"))
+
+
+def output_parts(cwd):
+    return sorted((cwd / "samples").glob("*.parts/*.npy"))
+
+
+@pytest.mark.parametrize("where", [(np.lib.format, "write_array_header_1_0"), (sample_ddp, "sync")], ids=lambda w: w[1])
+def test_stopped_while_it_joins_the_parts_it_draws_nothing_again(draw, tmp_path, monkeypatch, where):
+    def fail(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, fail)
+        result, drawn = draw()
+        assert (result.returncode, drawn) == (130, list(range(11)))
+    assert not list((tmp_path / "samples").glob("*.npz"))
+    result, drawn = draw()
+    assert (result.returncode, drawn) == (0, [])
+    assert arrays(tmp_path)[0].shape == (11, 8, 8, 3)
+
+
+def test_a_full_disk_is_one_line(draw, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(sample_ddp.np, "save", fail)
+    assert_one_line_last(draw()[0], "No space left on device")
+    assert output_parts(tmp_path) == []
+
+
+def assert_one_line_last(result, words):
+    """Exit 2, and one line after the progress bar's."""
+    assert result.returncode == 2
+    assert words in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_other_settings_are_refused_unless_overwritten(draw, tiny_run, tmp_path):
+    state = checkpoint.load(checkpoint.resolve(tiny_run))
+    (tmp_path / "a").mkdir()
+    checkpoint.save(tmp_path / "a" / "c.pt", state)
+    assert draw(ckpt="a/c.pt")[1] == list(range(11))
+    before = arrays(tmp_path)
+    state["ema"] = {name: 1.1 * weight for name, weight in state["ema"].items()}
+    checkpoint.save(tmp_path / "a" / "c.pt", state)
+    result, drawn = draw(ckpt="a/c.pt")
+    assert_one_line(result, "exists from other settings (checkpoint_sha256 was", "--overwrite")
+    assert np.array_equal(arrays(tmp_path)[0], before[0])
+    result, drawn = draw("--overwrite", ckpt="a/c.pt")
+    assert (result.returncode, drawn) == (0, list(range(11)))
+    assert not np.array_equal(arrays(tmp_path)[0], before[0])
+    assert draw("--overwrite", ckpt="a/c.pt")[1] == []  # from these settings: the same command would draw the same
+    output(tmp_path).with_suffix(".json").unlink()
+    assert_one_line(draw(ckpt="a/c.pt")[0], "exists from other settings")
+
+
+def test_a_second_writer_is_refused(draw, tmp_path):
+    assert draw()[0].returncode == 0
+    parts = sample_ddp.parts_of(output(tmp_path))
+    output(tmp_path).unlink()
+    parts.mkdir()
+    code = f"import pathlib, sys, time; sys.path.insert(0, {str(ROOT)!r}); import checkpoint\n" \
+           f"checkpoint.hold(pathlib.Path({str(parts)!r}), '', ''); print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        assert_one_line(draw()[0], "another process is at work in", "wait for it to end")
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert draw()[1] == list(range(11))
+
+
+PATCHED = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+import runtime, sample_ddp
+rank, original, turns = os.environ["RANK"], sample_ddp.generate, []
+def generate(*args):
+    turns.append(1)
+    {action}
+    return original(*args)
+sample_ddp.generate = generate
+if __name__ == "__main__":
+    sys.argv[0] = "sample_ddp.py"
+    runtime.run(sample_ddp.main, sample_ddp.build_parser())
+    print("rank", rank, "drew", len(turns))
+"""
+
+
+def test_a_slow_process_draws_less_and_delays_none(one_process, tiny_run, tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text(PATCHED.format(root=str(ROOT), action="time.sleep(2.0 if rank == '1' else 0.1)"))
+    out = run_script(script, "--ckpt", tiny_run, *FLAGS, "--per-proc-batch-size", 1, cwd=tmp_path, nproc=2).stdout
+    drew = {line.split()[1]: int(line.split()[3]) for line in out.splitlines() if line.startswith("rank")}
+    assert sum(drew.values()) == 11
+    assert drew["1"] < drew["0"]
+    assert_same(arrays(one_process), arrays(tmp_path))
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_same_command_ends_the_same(one_process, tiny_run, tmp_path):
+    """SIGKILL to one process of two, then to the launcher and all, then an unbroken end on one."""
+    script = tmp_path / "killed.py"
+    script.write_text(PATCHED.format(root=str(ROOT), action="time.sleep(0.3); "
+                                     "rank == '1' and len(turns) == 2 and os.kill(os.getpid(), signal.SIGKILL)"))
+    flags = ["--ckpt", tiny_run, *FLAGS, "--per-proc-batch-size", 1]
+    assert run_script(script, *flags, cwd=tmp_path, nproc=2, check=False).returncode != 0
+    done = len(output_parts(tmp_path))
+    assert 1 <= done < 11
+    script.write_text(PATCHED.format(root=str(ROOT), action="time.sleep(0.5)"))
+    launched = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                                 str(script), *map(str, flags)], cwd=tmp_path, start_new_session=True,
+                                stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while len(output_parts(tmp_path)) <= done and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(launched.pid, signal.SIGKILL)
+    launched.wait()
+    assert done < len(output_parts(tmp_path)) < 11
+    run_script("sample_ddp.py", *flags, cwd=tmp_path)
+    assert_same(arrays(one_process), arrays(tmp_path))
+
+
+# --- time and memory -----------------------------------------------------------------------------
+
+
+def test_the_time_that_the_device_waits(monkeypatch):
+    clock = iter([0.0, 3.0, 4.0, 8.0, 8.0, 10.0])  # busy 3, idle 1, busy 4, idle 0, busy 2
+    monkeypatch.setattr(sample_ddp.time, "perf_counter", lambda: next(clock))
+    idle = sample_ddp.IdleTime(runtime.World(0, 1, torch.device("cpu")))
+    for _ in range(6):
+        idle.mark()
+    assert idle.share() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("done", "batches"), [
+    ([], [(0, 4), (4, 8), (8, 10)]), ([(0, 10)], []), ([(4, 6)], [(0, 4), (6, 10)]), ([(8, 10), (0, 3)], [(3, 7), (7, 8)]),
+])
+def test_what_is_missing(done, batches):
+    assert sample_ddp.missing([range(*part) for part in done], 10, 4) == [range(*batch) for batch in batches]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    kwargs = dict(input_size=64, in_channels=3, num_classes=3, hidden_size=8, depth=1, num_heads=1)
+    spec = {"model": {"name": "DiT-S/8", "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (64, 64),
+            "channels": 3, "classes": ["a", "b", "c"],
+            "sampling": {"sampler": "ddim", "num_sampling_steps": "1", "cfg_scale": 1.0, "cfg_channels": None}}
+    checkpoint.save(tmp_path / "c.pt", {"ema": DiT_models["DiT-S/8"](**kwargs).state_dict(), "spec": spec})
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport runtime, sample_ddp, torch\n" \
+           "runtime.run(sample_ddp.main, sample_ddp.build_parser())\nprint('GiB', runtime.peak_memory(torch.device('cpu')))"
+    peaks = []
+    for count in (2000, 20_000):
+        out = subprocess.run([sys.executable, "-c", code, "--ckpt", "c.pt", "--num-fid-samples", str(count), "--device", "cpu",
+                              "--per-proc-batch-size", "100"], cwd=tmp_path, check=True, text=True, capture_output=True).stdout
+        peaks.append(float(out.split("GiB ")[1]))
+    print("peak GiB of 2,000 and 20,000 images:", peaks)
+    assert peaks[1] - peaks[0] < 0.05  # 20,000 images are 0.23 GiB
 
 
 @pytest.mark.parametrize(("flags", "words"), [

@@ -1,0 +1,436 @@
+"""Ways to sample from one checkpoint, side by side: calls, s/image, RMSE to the exact solution, Fréchet distance.
+
+    python benchmarks/sampling.py --ckpt results/mnist --data-path mnist --samples 5000 --out sampling.json
+    python benchmarks/sampling.py --ckpt results/mnist --sampler ddpm --num-sampling-steps 250 --cfg-scale 1.5 \\
+        --reuse encoder --rows plain flags           # Faster Diffusion's comparison: key steps, s/image without and with
+
+A row is a way to sample, told as a difference from the reference: DDPM with 250 steps, or Heun with 50 of a flow
+checkpoint (which has no DDPM). Guidance, its channels, thresholding and precision are the checkpoint's or the flags' in all
+rows; sampler, steps, eta and reuse of the flags are those of the rows `flags` and, without the reuse, `plain`. Ratios and
+equality are to the first row.
+
+- calls: of the model, and of its blocks, by one image, both branches of guidance counted.
+- s/image: sampling and decoding, synchronised; the median over --repeats rounds after one to warm up. A round is one batch
+  of each row in turn, so that whatever else the machine does disturbs all alike; a ratio is the median of the rounds' own.
+- RMSE: of the last states (latents, or pixels without an autoencoder) of the same labels and start noise; to the first row
+  where a row has its solver and times (and so the later noise too), else to dpm++ with 250 steps, guided everywhere, which
+  stands for the exact solution. A stochastic row of other times has nothing to be compared with.
+- FD-pixel32: the Fréchet distance of raw pixels in [-1, 1], large images averaged to 32x32, of --samples images, their
+  labels in turn, from the held-out images; mean and standard deviation over --seeds. Equal: a mean of at most the
+  reference's and one standard deviation of it.
+
+With --out the figures lie in a JSON from the first one on, and the same command goes on where it was stopped; beside it a
+PNG shows distance over time. Without it nothing is written.
+"""
+
+import gc
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import checkpoint
+import runtime
+from autoencoders import to_unit_range
+from data import Rows, load_dataset
+from diffusion import FlowMatching
+from diffusion.reuse import plan
+from metrics import frechet_distance
+from sample import BATCH, Sampling, add_sampling_arguments, generate, prepare, settings_for
+
+INTERVAL = (100.0, 600.0)  # timesteps with guidance, unless --guidance-interval says otherwise
+FAST = dict(sampler="dpm++", num_sampling_steps=20)
+REFERENCES = {  # the default first row, of a Gaussian process and of flow
+    "ddpm-250": dict(sampler="ddpm", num_sampling_steps=250),
+    "heun-50": dict(sampler="heun", num_sampling_steps=50),
+}
+ROWS = {  # differences from the reference
+    "interval": dict(guidance_interval=INTERVAL),
+    "encoder": dict(reuse="encoder"),
+    "forecast": dict(reuse="forecast"),
+    "bf16": dict(precision="bf16"),
+    "ddim-50": dict(sampler="ddim", num_sampling_steps=50),
+    "euler-50": dict(sampler="euler", num_sampling_steps=50),
+    "heun-10": dict(sampler="heun", num_sampling_steps=10),
+    "dpm++-20": FAST,
+    "dpm++-15": FAST | dict(num_sampling_steps=15),
+    "all-no-reuse": FAST | dict(guidance_interval=INTERVAL),
+    "all-encoder": FAST | dict(guidance_interval=INTERVAL, reuse="encoder", key_steps="every:2"),
+    "all-forecast": FAST | dict(guidance_interval=INTERVAL, reuse="forecast", key_steps="every:2"),
+}
+EXACT = dict(sampler="dpm++", num_sampling_steps=250)
+RMSE_IMAGES = 16
+FEATURE_SIZE = 32  # pixels
+
+
+def build_parser() -> runtime.ArgumentParser:
+    parser = runtime.ArgumentParser("Measure the speed and quality of ways to sample from a checkpoint, side by side.")
+    add_sampling_arguments(parser)
+    parser.add_argument("--rows", type=str, nargs="+", choices=[*REFERENCES, *ROWS, "plain", "flags"],
+                        help="the first is the reference; default: all that apply, plain and flags with --reuse only")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 64], help="to be timed")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds, 0 = none")
+    parser.add_argument("--samples", type=int, default=0, help="images for each distance, 0 = no distances")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one distance each")
+    parser.add_argument("--data-path", type=str | None, help="the real images: digits, mnist, cifar10 or a folder of classes")
+    parser.add_argument("--data-root", default="data", help="where named data sets lie")
+    parser.add_argument("--out", type=str | None, help="JSON file for the figures; the plot lies beside it")
+    return parser
+
+
+def main(args) -> None:
+    torch.set_grad_enabled(False)
+    check(args)
+    flags, compiled, args.compile = args.as_dict(), args.compile, False
+    world = runtime.start_world(args.device)
+    restored, autoencoder, sampling = prepare(args, world)
+    model = restored.model
+    if compiled:  # a plain call of the model consists of these two, as one with reuse does
+        model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
+    rows = make_rows(args, restored, sampling, world.device)
+    first, real = next(iter(rows)), real_features(args, restored.spec) if args.samples else None
+    report = open_report(args.out, settings_of(flags, rows, restored, world.device))
+    for name, row in rows.items():
+        if row.reuse:
+            print(f"{name}: {row.reuse}", flush=True)
+
+    def fill(cells: dict, key: object, measure: Callable, *given) -> None:
+        """Measure a cell of the report that is not there yet."""
+        if str(key) not in cells:
+            cells[str(key)] = measure(*given)
+            save(args.out, report)
+
+    draw = partial(draw_in_turn, model, autoencoder)
+    for batch_size in args.batch_sizes if args.repeats else []:
+        fill(report["times"], batch_size, time_rows, draw, rows, batch_size, args.repeats, world.device)
+    exact = make_sampling(restored, args.precision, EXACT)
+    states = cache(lambda name: final_states(draw, rows.get(name, exact), args.seeds[0]))
+    for name, row in rows.items():
+        fill(report["rmse"], name, rmse, states, name, nearest(row, first, rows[first]))
+    for seed, (name, row) in itertools.product(args.seeds if args.samples else [], rows.items()):
+        fill(report["distances"][name], seed, distance, draw, row, seed, args.samples, real)
+
+    report["summary"] = summarise(report["distances"])
+    save(args.out, report)
+    print(*table(report), *fastest(report), sep="\n")
+    if args.out:
+        picture = plot(report, Path(args.out).with_suffix(".png"))
+        print(f"Wrote {args.out}{f' and {picture}' if picture else ''}")
+
+
+def check(args) -> None:
+    runtime.check_numbers(args, ["repeats"], "at least 0", lambda n: n >= 0)
+    runtime.check_numbers(args, ["samples"], "0 or at least 2", lambda n: n == 0 or n >= 2)
+    if min(args.batch_sizes) < 1:
+        raise ValueError(f"--batch-sizes {' '.join(map(str, args.batch_sizes))}: each must be at least 1")
+    if args.samples and not args.data_path:
+        raise ValueError(f"--samples {args.samples} needs --data-path, the images to measure the distance from")
+    if args.reuse != "none" and args.rows and "flags" not in args.rows:
+        raise ValueError(f"--reuse {args.reuse} is measured by the row flags, which --rows lacks")
+    if args.out:
+        runtime.check_writable(Path(args.out).parent)
+
+
+# --- the rows ------------------------------------------------------------------------------------
+
+
+def make_rows(args, restored: checkpoint.Restored, flags: Sampling, device: torch.device) -> dict[str, Sampling]:
+    """The rows that were asked for, or all that apply; the first is the reference."""
+    reference = "heun-50" if isinstance(flags.process, FlowMatching) else "ddpm-250"
+    useless = {"interval": flags.cfg_scale == 1, "bf16": device.type == "cpu" or args.precision == "bf16"}
+    own = ["plain", "flags"] if args.reuse != "none" else []
+    every = [reference, *(name for name in ROWS if not useless.get(name)), *own]
+
+    def make(name: str) -> Sampling:
+        if name in ("plain", "flags"):
+            return flags if name == "flags" else replace(flags, reuse=None)
+        difference = REFERENCES[name] if name in REFERENCES else REFERENCES[reference] | ROWS[name]
+        if "guidance_interval" in difference and args.guidance_interval:
+            difference = difference | {"guidance_interval": args.guidance_interval}
+        return runtime.naming(f"--rows {name}", partial(make_sampling, restored, args.precision, difference))
+
+    return {name: make(name) for name in args.rows or every}
+
+
+def make_sampling(restored: checkpoint.Restored, precision: str, difference: dict) -> Sampling:
+    """The checkpoint's settings, without its interval, and `difference` above them."""
+    given = {"precision": precision, "reuse": None, "key_steps": None} | difference
+    precision, kind, key_steps = (given.pop(name) for name in ("precision", "reuse", "key_steps"))
+    settings = restored.spec["sampling"] | {"guidance_interval": None} | given
+    sampling, model = settings_for(restored.spec | {"sampling": settings}, precision=precision), restored.model
+    if kind is None:
+        return sampling
+    return replace(sampling, reuse=plan(kind, sampling.times, sampling.guided, len(model.blocks), model.default_split,
+                                        key_steps))
+
+
+# --- the report, a JSON that grows cell by cell --------------------------------------------------
+
+
+def settings_of(flags: dict, rows: dict[str, Sampling], restored: checkpoint.Restored, device: torch.device) -> dict:
+    """All that the figures depend on, as it will be read from the JSON."""
+    flags = {name: value for name, value in flags.items() if name not in ("config", "ckpt", "out", "device")}
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    own = {name: dict(zip(("model_calls", "block_calls"), row.calls(len(restored.model.blocks)))) | row.describe()
+           for name, row in rows.items()}
+    about = {"checkpoint": restored.name, "sha256": checkpoint.digest(restored.path), "device": machine,
+             "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return json.loads(json.dumps(about | flags | {"rows": own}))
+
+
+def open_report(out: str | None, settings: dict) -> dict:
+    """Begin a report, or go on with the one at --out; ValueError where that is of other settings."""
+    if out is None or not Path(out).exists():
+        return {"settings": settings, "times": {}, "rmse": {}, "distances": {name: {} for name in settings["rows"]}}
+    try:
+        found = json.loads(Path(out).read_text())
+        stored = dict(found["settings"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"--out {out} exists and is no report of this script; name another file") from None
+    if differ := [key for key in settings if stored.get(key) != settings[key]]:
+        raise ValueError(f"--out {out} has the figures of another {', '.join(differ)}; name another file, or delete it")
+    return found
+
+
+def save(out: str | None, report: dict) -> None:
+    if out:
+        checkpoint.replace_text(Path(out), json.dumps(report, indent=2) + "\n")
+
+
+# --- what is measured ----------------------------------------------------------------------------
+
+
+def draw_in_turn(model, autoencoder, sampling: Sampling, indices: range, seed: int,
+                 on_step: Callable[[dict[str, Tensor]], object] = lambda step: None) -> Tensor:
+    """Images (B, H, W, C) uint8; their labels are the classes in turn."""
+    return generate(model, autoencoder, [i % model.num_classes for i in indices], indices, seed, sampling, on_step)
+
+
+def time_rows(draw: Callable, rows: dict[str, Sampling], batch_size: int, repeats: int, device: torch.device) -> dict:
+    """Each row's times at one batch size, None where it is out of memory."""
+    laps = {name: [] for name in rows}  # a round's (seconds of all, of them before decoding)
+    for _, name in itertools.product(tqdm(range(1 + repeats), f"batch {batch_size}", leave=False), rows):
+        if laps[name] is not None:
+            try:
+                laps[name].append(time_batch(draw, rows[name], batch_size, device))
+            except torch.cuda.OutOfMemoryError:
+                laps[name] = None
+            if laps[name] is None:  # here, and not above, as an exception keeps what its functions held
+                tqdm.write(f"{name}: batch {batch_size} is out of memory")
+                gc.collect()
+                torch.cuda.empty_cache()
+    first = next(iter(laps.values()))
+    return {name: own and times(own[1:], first and first[1:], batch_size) for name, own in laps.items()}  # [0] warmed up
+
+
+def time_batch(draw: Callable, sampling: Sampling, batch_size: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of one batch, and those of them before decoding."""
+    marks, steps = [], itertools.count(1)
+
+    def mark() -> None:
+        runtime.synchronize(device)
+        marks.append(time.perf_counter())
+
+    mark()
+    draw(sampling, range(batch_size), 0, lambda step: mark() if next(steps) == sampling.process.num_timesteps else None)
+    mark()
+    return marks[2] - marks[0], marks[1] - marks[0]
+
+
+def times(own: list[tuple[float, float]], first: list[tuple[float, float]] | None, batch_size: int) -> dict:
+    """What is reported of a row; "ratio": how many times as fast as the first one."""
+    seconds, sampling = ([lap[part] / batch_size for lap in own] for part in (0, 1))
+    ratios = [theirs[0] / mine[0] for theirs, mine in zip(first or [], own)]
+    return {"seconds_per_image": statistics.median(seconds), "sampling_seconds_per_image": statistics.median(sampling),
+            "ratio": statistics.median(ratios) if ratios else None, "rounds": seconds}
+
+
+def nearest(row: Sampling, first_name: str, first: Sampling) -> str | None:
+    """Whose last states a row should have: those of the first, of "exact", or of none."""
+    if (row.sampler, row.eta, row.times) == (first.sampler, first.eta, first.times):
+        return first_name
+    return None if row.sampler == "ddpm" or row.eta else "exact"
+
+
+def rmse(states: Callable[[str], Tensor], name: str, to: str | None) -> dict:
+    """Root mean square difference of a row's states from those that it should have."""
+    return {"rmse": to and (states(name) - states(to)).square().mean().sqrt().item(), "rmse_to": to}
+
+
+def final_states(draw: Callable, sampling: Sampling, seed: int) -> Tensor:
+    """(RMSE_IMAGES, C, H, W)"""
+    step = {}
+    draw(sampling, range(RMSE_IMAGES), seed, step.update)
+    return step["sample"].float()
+
+
+def distance(draw: Callable, sampling: Sampling, seed: int, samples: int, real: np.ndarray) -> float:
+    """FD-pixel32 of so many images from the real ones."""
+    batches = [range(i, min(i + BATCH, samples)) for i in range(0, samples, BATCH)]
+    drawn = [features_of(draw(sampling, batch, seed).permute(0, 3, 1, 2)) for batch in tqdm(batches, "drawing", leave=False)]
+    return frechet_distance(np.concatenate(drawn), real)
+
+
+def real_features(args, spec: dict) -> np.ndarray:
+    """Features of the held-out images, or of a folder without such a part as it is."""
+    open_split = partial(load_dataset, args.data_path, spec["image_size"][0], args.data_root)
+    try:
+        dataset = open_split(split="val")
+    except FileNotFoundError:
+        dataset = open_split(split="train")
+    if dataset.kind != "images" or dataset.channels != spec["channels"] or list(dataset.classes) != list(spec["classes"]):
+        raise ValueError(f"--data-path {args.data_path} does not hold images of the checkpoint's {spec['channels']} channels "
+                         f"and {len(spec['classes'])} classes")
+    batches = np.split(np.arange(len(dataset)), range(BATCH, len(dataset), BATCH))
+    return np.concatenate([features_of(dataset.__getitems__(Rows.plain(batch))[0]) for batch in batches])
+
+
+def features_of(images: Tensor) -> np.ndarray:
+    """Images (B, C, H, W) uint8 -> their pixels in [-1, 1], (B, C H W), large ones averaged to FEATURE_SIZE."""
+    size = [min(FEATURE_SIZE, length) for length in images.shape[2:]]
+    return adaptive_avg_pool2d(to_unit_range(images.cpu()), size).flatten(1).numpy()
+
+
+# --- what is said of it --------------------------------------------------------------------------
+
+
+def summarise(distances: dict[str, dict[str, float]]) -> dict:
+    """Each row's mean distance over the seeds, and how it compares with the first row's."""
+    values = {name: list(cells.values()) for name, cells in distances.items() if cells}
+    return {name: compare(own, next(iter(values.values()))) for name, own in values.items()}
+
+
+def compare(own: list[float], first: list[float]) -> dict:
+    """"equal" is a mean of at most the first's and one standard deviation of it; "deviations": how many lie between them."""
+    std, spread = (statistics.stdev(values) if len(values) > 1 else None for values in (own, first))
+    away = statistics.mean(own) - statistics.mean(first)
+    return {"distance": statistics.mean(own), "std": std, "equal": None if spread is None else away <= spread,
+            "deviations": away / spread if spread else None}
+
+
+def table(report: dict) -> list[str]:
+    timed = [title for batch in report["times"] for title in (f"s/image at {batch}", "ratio")]
+    head = ["", "model calls", "block calls", *timed, "RMSE", "to", "FD-pixel32", "std", "deviations", "equal"]
+    lines = [head, *(list(map(figure, line(report, name))) for name in report["settings"]["rows"])]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(cells, widths)) for cells in lines]
+
+
+def line(report: dict, name: str) -> list:
+    row, summary = report["settings"]["rows"][name], report["summary"].get(name, {})
+    cells = [cells[name] or {} for cells in report["times"].values()]
+    timed = [cell.get(key) for cell in cells for key in ("seconds_per_image", "ratio")]
+    return [name, row["model_calls"], row["block_calls"], *timed, *report["rmse"][name].values(),
+            *(summary.get(key) for key in ("distance", "std", "deviations", "equal"))]
+
+
+def figure(value: str | float | bool | None) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def fastest(report: dict) -> list[str]:
+    """A sentence for each batch size."""
+    said = []
+    for batch, cells in report["times"].items():
+        equal = {name: cell["ratio"] for name, cell in cells.items()
+                 if cell and cell["ratio"] and report["summary"].get(name, {}).get("equal")}
+        if equal:
+            name = max(equal, key=equal.get)
+            said.append(f"The fastest of equal quality at batch {batch}: {name}, {equal[name]:.2f} times as fast as "
+                        f"{next(iter(cells))}")
+    return said
+
+
+# --- the plot ------------------------------------------------------------------------------------
+
+WIDTH, HEIGHT, FONT = 1500, 1000, 24
+LEFT, TOP, RIGHT, BOTTOM = 150, 70, WIDTH - 50, HEIGHT - 110  # of the frame
+INK, GREY, GREEN, BLUE = "#222222", "#dddddd", "#e4f3e4", "#1f5fae"
+
+
+def plot(report: dict, path: Path) -> Path | None:
+    """Distance over s/image at the largest batch that was timed, both logarithmic; None where there is not both."""
+    summary, batch = report["summary"], max(report["times"], key=int, default=None)
+    cells = report["times"].get(batch, {})
+    points = {name: (cells[name]["seconds_per_image"], own["distance"], own["std"] or 0.0)
+              for name, own in summary.items() if cells.get(name)}
+    if not points:
+        return None
+    x, x_ticks = log_axis([seconds for seconds, _, _ in points.values()], LEFT, RIGHT)
+    y, y_ticks = log_axis([distance for _, distance, _ in points.values()], BOTTOM, TOP)
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    pen, (first, own) = ImageDraw.Draw(image), next(iter(summary.items()))
+    write = partial(pen.text, fill=INK, font=ImageFont.load_default(FONT))
+    pen.rectangle([LEFT, y(own["distance"] + (own["std"] or 0.0)), RIGHT, BOTTOM], GREEN)
+    for tick in x_ticks:
+        pen.line([x(tick), TOP, x(tick), BOTTOM], GREY, 2)
+        write((x(tick), BOTTOM + 12), f"{tick:.4g}", anchor="mt")
+    for tick in y_ticks:
+        pen.line([LEFT, y(tick), RIGHT, y(tick)], GREY, 2)
+        write((LEFT - 12, y(tick)), f"{tick:.4g}", anchor="rm")
+    pen.rectangle([LEFT, TOP, RIGHT, BOTTOM], outline=INK, width=3)
+    write(((LEFT + RIGHT) / 2, HEIGHT - 15), f"s/image, batch {batch}, {report['settings']['device']}", anchor="md")
+    write((LEFT, TOP - 15), f"FD-pixel32, {report['settings']['checkpoint']}; green: equal to {first}, or better", anchor="ld")
+    draw_points(pen, write, [(name, x(seconds), y(mean - std), y(mean), y(mean + std))
+                             for name, (seconds, mean, std) in points.items()])
+    image.save(path)
+    return path
+
+
+def log_axis(values: list[float], start: int, stop: int) -> tuple[Callable[[float], float], list[float]]:
+    """Where a value lies between the pixels start and stop, and at least four round values, if there are so many."""
+    room = max((max(values) / min(values)) ** 0.1, 1.1)
+    low, high = min(values) / room, max(values) * room
+
+    def place(value: float) -> float:
+        share = math.log(max(value, low) / low) / math.log(high / low)
+        return start + min(share, 1.0) * (stop - start)
+
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    even = [np.arange(1, 10, step) for step in (0.5, 0.2, 0.1, 0.05, 0.02)]
+    for mantissas in ([1], [1, 2, 5], [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9], *even):
+        ticks = [m * 10.0**decade for decade in decades for m in mantissas if low <= m * 10.0**decade <= high]
+        if len(ticks) >= 4:
+            break
+    return place, ticks
+
+
+def draw_points(pen: ImageDraw.ImageDraw, write: Callable, points: list[tuple[str, float, float, float, float]]) -> None:
+    """Of (name, x, y low, y, y high) a point with its bar, and the name where nothing else is yet."""
+    taken = [(0, 0, LEFT, HEIGHT), (0, 0, WIDTH, TOP), (RIGHT, 0, WIDTH, HEIGHT), (0, BOTTOM, WIDTH, HEIGHT)]
+    for _, x, low, y, high in points:
+        pen.line([x, low, x, high], BLUE, 3)
+        pen.ellipse([x - 8, y - 8, x + 8, y + 8], BLUE)
+        taken.append((x - 9, min(high, y - 9), x + 9, max(low, y + 9)))
+    sides = [(1, 0, "lm"), (-1, 0, "rm"), (0, -1, "md"), (0, 1, "ma"),
+             (1, -1, "ld"), (1, 1, "la"), (-1, -1, "rd"), (-1, 1, "ra")]
+    for name, x, _, y, _ in points:
+        for r, (dx, dy, anchor) in itertools.product((16, 40, 70, 110, 160), sides):
+            at = (x + r * dx, y + r * dy)
+            box = pen.textbbox(at, name, ImageFont.load_default(FONT), anchor)
+            if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+                break
+        if r > 16:
+            pen.line([x, y, *at], BLUE)
+        write(at, name, anchor=anchor)
+        taken.append(box)
+
+
+if __name__ == "__main__":
+    runtime.run(main, build_parser())

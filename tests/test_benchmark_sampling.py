@@ -1,0 +1,256 @@
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, assert_one_line
+from PIL import Image, ImageColor
+
+import checkpoint
+from models import DiT_models
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import sampling
+
+TINY = ["--batch-sizes", 2, "--repeats", 1, "--device", "cpu"]
+DIGITS = ["--data-path", "digits", "--samples", 12, "--seeds", 0, 1]
+
+
+@pytest.fixture(scope="module")
+def gaussian_run(tmp_path_factory):
+    """A checkpoint of random weights with learned variance, of digits' shape, guided by 2."""
+    torch.manual_seed(0)
+    kwargs = dict(input_size=(8, 8), in_channels=1, num_classes=10, hidden_size=24, depth=2, num_heads=2)
+    model = DiT_models["DiT-S/2"](**kwargs)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    path = tmp_path_factory.mktemp("gaussian") / "g.pt"
+    checkpoint.save(path, {"ema": model.state_dict(), "spec": {
+        "model": {"name": "DiT-S/2", "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (8, 8), "channels": 1,
+        "classes": sampling.load_dataset("digits").classes,
+        "sampling": {"sampler": "ddpm", "num_sampling_steps": "4", "cfg_scale": 2.0, "cfg_channels": None}}})
+    return path
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """References, rows and the exact solution of few steps."""
+    monkeypatch.setitem(sampling.REFERENCES, "ddpm-250", dict(sampler="ddpm", num_sampling_steps=10))
+    monkeypatch.setitem(sampling.REFERENCES, "heun-50", dict(sampler="heun", num_sampling_steps=3))
+    for name in sampling.ROWS:
+        steps = {"num_sampling_steps": 4} if "num_sampling_steps" in sampling.ROWS[name] else {}
+        monkeypatch.setitem(sampling.ROWS, name, sampling.ROWS[name] | steps)
+    monkeypatch.setattr(sampling, "EXACT", dict(sampler="dpm++", num_sampling_steps=20))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The (sampler, reuse, images, seed) of each call of generate."""
+    made, generate = [], sampling.generate
+
+    def listen(model, autoencoder, labels, indices, seed, settings, on_step):
+        made.append((settings.sampler, settings.reuse is not None, len(labels), seed))
+        return generate(model, autoencoder, labels, indices, seed, settings, on_step)
+
+    monkeypatch.setattr(sampling, "generate", listen)
+    return made
+
+
+def test_the_report_has_all_figures_of_every_row(few_steps, gaussian_run, run_here, tmp_path):
+    out = tmp_path / "figures.json"
+    result = run_here(sampling, "--ckpt", gaussian_run, *TINY, *DIGITS, "--out", out)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(out.read_text())
+    settings = report["settings"]
+    assert settings["sha256"] == checkpoint.digest(gaussian_run)
+    assert (settings["checkpoint"], settings["device"], settings["threads"]) == ("g", "cpu", torch.get_num_threads())
+    counts = {name: (row["model_calls"], row["block_calls"]) for name, row in settings["rows"].items()}
+    assert counts == {
+        "ddpm-250": (20, 40),
+        "interval": (15, 30),  # of t 999, 888, ..., 0 those in 100..600: 111, ..., 555
+        "encoder": (20, 40 - 2 * 5),  # of 10 evaluations all but 1..5 are keys; the encoder is 1 block of 2
+        "forecast": (20, 2 * 2 * 5),  # keys 0, 1, 2, 4, 8; nothing elsewhere
+        "ddim-50": (8, 16), "euler-50": (8, 16), "heun-10": (14, 28), "dpm++-20": (8, 16), "dpm++-15": (8, 16),
+        "all-no-reuse": (5, 10),  # of t 999, 666, 333, 0 guided at 333
+        "all-encoder": (5, 10 - 1 - 1),  # keys 0 and 2
+        "all-forecast": (5, 10 - 2),  # keys 0, 1 and 2
+    } == {name: counts[name] for name in ["ddpm-250", *sampling.ROWS] if name != "bf16"}
+    targets = {name: cell["rmse_to"] for name, cell in report["rmse"].items()}
+    switches = ("ddpm-250", "interval", "encoder", "forecast")
+    assert targets == {name: "ddpm-250" if name in switches else "exact" for name in counts}
+    assert report["rmse"]["ddpm-250"]["rmse"] == 0
+    assert all(report["rmse"][name]["rmse"] > 0 for name in counts if name != "ddpm-250")
+    assert report["rmse"]["dpm++-20"]["rmse"] == report["rmse"]["dpm++-15"]["rmse"]
+    for name in counts:
+        cell, own = report["times"]["2"][name], report["summary"][name]
+        assert 0 < cell["sampling_seconds_per_image"] < cell["seconds_per_image"] == cell["rounds"][0]
+        assert set(report["distances"][name]) == {"0", "1"}
+        assert own["distance"] == pytest.approx(sum(report["distances"][name].values()) / 2)
+        assert f" {name}  " in result.stdout.replace("\n", "\n ")
+    assert report["times"]["2"]["ddpm-250"]["ratio"] == 1
+    with Image.open(out.with_suffix(".png")) as picture:
+        colours = {colour for _, colour in picture.getcolors(picture.width * picture.height)}
+        assert {ImageColor.getrgb(ink) for ink in (sampling.INK, sampling.GREY, sampling.GREEN, sampling.BLUE)} <= colours
+
+
+def test_a_flow_checkpoint_has_heun_for_a_reference(few_steps, tiny_run, run_here, tmp_path):
+    out = tmp_path / "figures.json"
+    result = run_here(sampling, "--ckpt", tiny_run, "--repeats", 0, "--out", out)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(out.read_text())
+    rows = list(report["settings"]["rows"])
+    assert rows[0] == "heun-50"
+    assert set(sampling.ROWS) - set(rows) == {"interval", "bf16"}  # its guidance is 1, and this is a CPU
+    assert report["rmse"]["encoder"]["rmse_to"] == "heun-50"
+    assert report["rmse"]["heun-10"]["rmse_to"] == "exact"
+    assert report["times"] == report["summary"] == {}
+    assert not out.with_suffix(".png").exists()
+
+
+def test_finer_steps_are_nearer_to_the_exact_solution(gaussian_run, run_here, tmp_path):
+    error = []
+    for steps in (10, 240):
+        out = tmp_path / f"{steps}.json"
+        run_here(sampling, "--ckpt", gaussian_run, "--repeats", 0, "--sampler", "dpm++", "--num-sampling-steps", steps,
+                 "--rows", "ddim-50", "flags", "--out", out)
+        cell = json.loads(out.read_text())["rmse"]["flags"]
+        assert cell["rmse_to"] == "exact"
+        error.append(cell["rmse"])
+    assert 0 < error[1] < error[0] / 5
+
+
+def test_with_and_without_reuse_in_one_command(gaussian_run, run_here, calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run_here(sampling, "--ckpt", gaussian_run, *TINY, "--reuse", "encoder", "--key-steps", "0,2", "--rows", "plain",
+                      "flags", "--cfg-scale", 1.5)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("flags: the first 1 of 2 blocks run on 2 of 4 evaluations (0,2; order 0): 0 2\n")
+    plain, flags = (line.split() for line in result.stdout.splitlines()[-2:])
+    assert plain[:3] == ["plain", "8", "16"]
+    assert flags[:3] == ["flags", "8", "12"]
+    a_round = [("ddpm", False, 2, 0), ("ddpm", True, 2, 0)]  # one to warm up, one timed, and the 16 images of the RMSE
+    assert calls == 2 * a_round + [(*call[:2], 16, 0) for call in a_round]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_command_does_what_is_missing(few_steps, gaussian_run, run_here, calls, tmp_path):
+    out = tmp_path / "figures.json"
+    command = ["--ckpt", gaussian_run, *TINY, *DIGITS, "--rows", "ddpm-250", "ddim-50", "--out", out]
+    assert run_here(sampling, *command).returncode == 0
+    assert len(calls) == 2 * 2 + 3 + 2 * 2  # rounds, final states with the exact ones, distances
+    whole = json.loads(out.read_text())
+    for part, key in (("times", "2"), ("rmse", "ddim-50")):
+        del whole[part][key]
+    del whole["distances"]["ddim-50"]["1"]
+    out.write_text(json.dumps(whole))
+    calls.clear()
+    assert run_here(sampling, *command).returncode == 0
+    assert calls[:4] == 2 * [("ddpm", False, 2, 0), ("ddim", False, 2, 0)]
+    assert calls[4:] == [("ddim", False, 16, 0), ("dpm++", False, 16, 0), ("ddim", False, 12, 1)]
+    assert json.loads(out.read_text())["summary"] == whole["summary"]
+    calls.clear()
+    assert run_here(sampling, *command).returncode == 0
+    assert calls == []
+
+
+def test_a_stop_keeps_the_cells_before(few_steps, gaussian_run, run_here, monkeypatch, tmp_path):
+    out = tmp_path / "figures.json"
+    monkeypatch.setattr(sampling, "frechet_distance", lambda a, b: (_ for _ in ()).throw(KeyboardInterrupt))
+    result = run_here(sampling, "--ckpt", gaussian_run, *TINY, *DIGITS, "--rows", "ddpm-250", "--out", out)
+    assert result.returncode == 130
+    report = json.loads(out.read_text())
+    assert set(report["times"]) == {"2"}
+    assert set(report["rmse"]) == {"ddpm-250"}
+    assert report["distances"] == {"ddpm-250": {}}
+
+
+def test_out_of_memory_is_a_gap(few_steps, gaussian_run, run_here, monkeypatch, tmp_path):
+    time_batch = sampling.time_batch
+
+    def refuse(draw, row, batch_size, device):
+        if batch_size == 4 and row.sampler == "ddpm":
+            raise torch.cuda.OutOfMemoryError
+        return time_batch(draw, row, batch_size, device)
+
+    monkeypatch.setattr(sampling, "time_batch", refuse)
+    out = tmp_path / "figures.json"
+    result = run_here(sampling, "--ckpt", gaussian_run, *TINY, "--batch-sizes", 4, 2, "--rows", "ddpm-250", "ddim-50",
+                      "--out", out)
+    assert result.returncode == 0, result.stderr
+    times = json.loads(out.read_text())["times"]
+    assert times["4"]["ddpm-250"] is None
+    assert times["4"]["ddim-50"]["ratio"] is None
+    assert times["2"]["ddim-50"]["ratio"] > 0
+    assert result.stdout.count("ddpm-250: batch 4 is out of memory") == 1
+
+
+def test_equal_is_within_a_standard_deviation_of_the_reference():
+    reference = [4.0, 5.0, 6.0]  # mean 5, standard deviation 1
+    for own, equal, deviations in (([5.9] * 3, True, 0.9), ([6.1] * 3, False, 1.1), ([1.0] * 3, True, -4.0)):
+        compared = sampling.compare(own, reference)
+        assert compared["equal"] is equal
+        assert compared["deviations"] == pytest.approx(deviations)
+        assert compared["std"] == 0
+    assert sampling.compare([5.0], [5.0]) == {"distance": 5.0, "std": None, "equal": None, "deviations": None}
+
+
+def test_the_fastest_is_chosen_among_equals():
+    cells = {name: {"ratio": ratio} for name, ratio in (("a", 1.0), ("b", 3.0), ("c", 9.0))} | {"d": None}
+    report = {"times": {"8": cells}, "summary": {name: {"equal": name != "c"} for name in cells}}
+    assert sampling.fastest(report) == ["The fastest of equal quality at batch 8: b, 3.00 times as fast as a"]
+
+
+def test_features_are_pixels_of_at_most_32():
+    images = torch.tensor([0, 255], dtype=torch.uint8).repeat(1, 3, 64, 32)  # 64 x 64, columns in turn black and white
+    assert sampling.features_of(images).shape == (1, 3 * 32 * 32)
+    assert sampling.features_of(images) == pytest.approx(0)
+    small = torch.tensor([[[[0, 255]]]], dtype=torch.uint8)
+    assert sampling.features_of(small).tolist() == [[-1, 1]]
+
+
+def test_ticks_are_round_and_inside():
+    for values, ticks in (([1.0, 1000.0], [1, 10, 100, 1000]), ([0.1, 2.1], [0.1, 0.2, 0.5, 1, 2])):
+        place, found = sampling.log_axis(values, 100, 0)
+        assert found == pytest.approx(ticks)
+        assert 100 > place(values[0]) > place(values[1]) > 0
+    for value in (3.0, 0.0417):
+        place, found = sampling.log_axis([value], 0, 100)
+        assert len(found) >= 4
+        assert all(0 <= place(tick) <= 100 for tick in found)
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--rows", "ddpm-251"], ["--rows", "ddpm-251"]),
+    (["--rows", "ddpm-250"], ["--rows ddpm-250", "flow"]),
+    (["--samples", 10], ["--samples 10", "--data-path"]),
+    (["--samples", 1, "--data-path", "digits"], ["--samples 1 "]),
+    (["--samples", 10, "--data-path", "nowhere"], ["--data-path nowhere"]),
+    (["--repeats", -1], ["--repeats -1"]),
+    (["--batch-sizes", 1, 0], ["--batch-sizes 1 0"]),
+    (["--reuse", "encoder", "--rows", "heun-50"], ["--reuse encoder", "flags"]),
+    (["--guidance-interval", 5, 1], ["--guidance-interval 5 1"]),
+    (["--out", "/proc/nowhere/x.json"], ["/proc/nowhere"]),
+])
+def test_wrong_input_is_one_line_and_writes_nothing(tiny_run, run_here, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    assert_one_line(run_here(sampling, "--ckpt", tiny_run, "--repeats", 0, *flags), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_of_another_kind_are_refused(gaussian_run, photographs, run_here):
+    assert_one_line(run_here(sampling, "--ckpt", gaussian_run, "--samples", 4, "--data-path", photographs / "train"),
+                    "--data-path", "1 channels and 10 classes")
+
+
+def test_another_report_is_not_overwritten(few_steps, gaussian_run, run_here, tmp_path):
+    out = tmp_path / "figures.json"
+    command = ["--ckpt", gaussian_run, "--repeats", 0, "--rows", "ddim-50", "--out", out]
+    assert run_here(sampling, *command).returncode == 0
+    text = out.read_text()
+    assert_one_line(run_here(sampling, *command, "--cfg-scale", 3), f"--out {out}", "another cfg_scale, rows;")
+    copy = tmp_path / "other.pt"
+    checkpoint.save(copy, checkpoint.load(gaussian_run) | {"step": 1})
+    assert_one_line(run_here(sampling, *command, "--ckpt", copy), "--out", "another checkpoint, sha256;")
+    assert out.read_text() == text
+    out.write_text("[]")
+    assert_one_line(run_here(sampling, *command), "--out", "no report")

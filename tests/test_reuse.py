@@ -1,0 +1,312 @@
+"""Encoder reuse and forecasts: what is computed, from what, and that batching and switches change no result."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+
+from diffusion import create_diffusion
+from diffusion.guidance import guide, in_interval
+from diffusion.reuse import Reuse, add_prior_noise, extrapolate, key_evaluations, plan
+from diffusion.samplers import SAMPLERS, evaluation_times
+from models import DiT_models
+
+MODELS = {"DiT-S/2": dict(hidden_size=24, depth=4, num_heads=2), "DiNext-S/2": dict(hidden_size=24, depth=4),
+          "DiNext-U-S": dict(hidden_size=8, depths=(1, 1, 1, 1, 1))}
+LABELS = torch.tensor([3, 0, 2])
+
+
+def tiny(name="DiT-S/2", dtype=torch.float64, seed=0, **kwargs):
+    """A network of random weights, the last layer's too."""
+    torch.manual_seed(seed)
+    model = DiT_models[name](input_size=8, in_channels=2, num_classes=5, **MODELS[name] | kwargs).to(dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return model.eval().requires_grad_(False)
+
+
+def start_noise(rows=3, dtype=torch.float64):
+    return torch.randn(rows, 2, 8, 8, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def plan_for(model, process, sampler="ddim", scale=1.5, interval=None, kind="encoder", **options):
+    times = evaluation_times(SAMPLERS[sampler], process)
+    return plan(kind, times, in_interval(times, scale, interval), len(model.blocks), model.default_split, **options)
+
+
+def sample(model, process, chosen=None, sampler="ddim", scale=1.5, interval=None, y=LABELS, x=None):
+    """The finished sample, as sample.py's generate composes it."""
+    x = start_noise(len(y), next(model.parameters()).dtype) if x is None else x
+    guided = in_interval(evaluation_times(SAMPLERS[sampler], process), scale, interval)
+    network = guide(Reuse(model, chosen, len(y)) if chosen else model, y, 5, scale, 2, guided)
+    *_, last = SAMPLERS[sampler](process, network, x, lambda step: 0.1 * step + torch.zeros_like(x))
+    return last["sample"]
+
+
+def process_of(steps, objective="epsilon"):
+    return create_diffusion(steps, objective=objective)
+
+
+# --- which evaluations are keys ------------------------------------------------------------------
+
+
+def test_the_papers_rule_at_250_steps():
+    keys = key_evaluations("paper", 250)
+    assert sum(keys) == 113
+    assert [k for k, key in enumerate(keys) if key][:10] == [0, 6, 7, 8, 9, 16, 17, 18, 19, 26]
+    assert all(keys[230:])
+
+
+@pytest.mark.parametrize(("count", "share"), [(250, 0.452), (100, 0.45), (50, 0.42), (37, 0.43), (10, 0.5)])
+def test_the_papers_rule_keeps_its_share_at_other_numbers_of_steps(count, share):
+    keys = key_evaluations("paper", count)
+    assert keys[0]
+    assert keys[-1]
+    assert sum(keys) / count == pytest.approx(share, abs=0.005)
+
+
+def test_other_rules():
+    assert key_evaluations("every:3", 7) == [True, False, False, True, False, False, True]
+    assert key_evaluations("0,2 5", 6) == [True, False, True, False, False, True]
+    assert all(key_evaluations("every:1", 5))
+
+
+def test_warm_up_and_a_branch_that_comes_back_make_keys():
+    guided = [False, True, True, False, False, True]
+    made = plan("forecast", range(1000, 994, -1), guided, 4, 2, "0", order=1, warm_up=2)
+    assert made.keys == (True, True, False, False, False, True)
+    assert made.branches == (1, 2, 2, 1, 1, 2)
+    assert made.split == 4
+
+
+@pytest.mark.parametrize(("rule", "words"), [
+    ("papers", "write paper, every:N"), ("every:0", "not understood"), ("every:x", "not understood"), ("", "not understood"),
+    ("1,2", "must begin with 0"), ("0,50", "end below 50"), ("0,-3", "not understood"),
+])
+def test_key_steps_that_mean_nothing_are_refused(rule, words):
+    with pytest.raises(ValueError, match=f"--key-steps.*{words}"):
+        key_evaluations(rule, 50)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (dict(split=5), r"split 5 is not in 0\.\.4"), (dict(split=-2), "split -2"), (dict(order=-1), "order -1"),
+    (dict(kind="forecast", order=3, warm_up=2), "order 3 and warm_up 2"), (dict(parallel=0), "parallel 0"),
+    (dict(kind="other"), "allowed: none, encoder, forecast"),
+])
+def test_wrong_plans_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        plan(**dict(kind="encoder", times=(999.0, 0.0), guided=(True, True), depth=4, default_split=2) | options)
+
+
+# --- what is computed ----------------------------------------------------------------------------
+
+
+def count_blocks(model, calls):
+    for i, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda module, inputs, i=i: calls.update({i: len(inputs[0])}))
+
+
+def test_block_calls_of_the_paper():
+    """28 blocks on 113 evaluations, the last 10 of them on the other 137."""
+    model, process, calls = tiny(dtype=torch.float32, depth=28, hidden_size=8), process_of("250"), Counter()
+    chosen = plan_for(model, process, scale=1.0)
+    count_blocks(model, calls)
+    sample(model, process, chosen, scale=1.0, y=LABELS[:1])
+    assert model.default_split == 18
+    assert sum(calls.values()) == chosen.block_calls() == 28 * 113 + 10 * 137 == 4534
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("sampler", "kind"), [("heun", "encoder"), ("dpm++", "forecast")])
+def test_block_calls_are_counted_under_guidance_in_an_interval(name, sampler, kind):
+    model, process, calls = tiny(name), process_of("20"), Counter()
+    chosen = plan_for(model, process, sampler, interval=(200, 700), kind=kind)
+    count_blocks(model, calls)
+    sample(model, process, chosen, sampler, interval=(200, 700))
+    assert sum(calls.values()) == 3 * chosen.block_calls()
+    assert chosen.block_calls() < len(model.blocks) * sum(chosen.branches)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "forecast"])
+@pytest.mark.parametrize("name", MODELS)
+def test_with_all_keys_it_is_the_plain_path_bit_for_bit(name, kind):
+    model, process = tiny(name, torch.float32), process_of("6")
+    chosen = plan_for(model, process, kind=kind, key_steps="every:1")
+    assert torch.equal(sample(model, process, chosen), sample(model, process))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_between_keys_nothing_depends_on_x(name):
+    model, process = tiny(name), process_of("10")
+    outs = []
+    for elsewhere in (0.0, float("nan")):
+        chosen = plan_for(model, process, scale=1.0, kind="forecast", key_steps="every:4")
+        network = Reuse(model, chosen, 3)
+        outs.append([network(start_noise() if key else torch.full((3, 2, 8, 8), elsewhere), torch.full((3,), t), LABELS)
+                     for t, key in zip(chosen.times, chosen.keys)])
+    for a, b in zip(*outs):
+        assert torch.equal(a, b)
+        assert a.isfinite().all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("group", [2, 3, 7])
+def test_a_group_decoded_at_once_is_each_image_alone(name, group):
+    """Against the definition, an image and a branch at a time: the last key's features, and the step's own t and label."""
+    model, process, x = tiny(name), process_of("16"), start_noise()
+    chosen = plan_for(model, process, key_steps="every:8", parallel=6 * group)
+    assert len(chosen.group(1, 6)) == group
+    network, both = Reuse(model, chosen, 3), torch.cat([LABELS, torch.full_like(LABELS, 5)])
+    for k, time in enumerate(chosen.times):
+        x_k = x + k
+        out = network(torch.cat([x_k, x_k]), torch.full((6,), time, dtype=torch.float64), both)
+        if chosen.keys[k]:
+            key_x, key_t = x_k, time
+        for row, label in enumerate(both.tolist()):
+            y, source = torch.tensor([label]), key_x[row % 3 : row % 3 + 1]
+            state = model.encode(source, model.condition(torch.tensor([key_t]), y), model.default_split)
+            expected = model.decode(state, model.condition(torch.tensor([time]), y), model.default_split)
+            assert (out[row : row + 1] - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["encoder", "forecast"])
+@pytest.mark.parametrize("sampler", ["ddim", "heun"])
+def test_parallel_equals_serial(kind, sampler):
+    model, process = tiny(), process_of("37")
+    serial, parallel = (sample(model, process, plan_for(model, process, sampler, kind=kind, interval=(100, 800), parallel=rows),
+                               sampler, interval=(100, 800)) for rows in (1, 64))
+    assert (serial - parallel).abs().max() < 1e-10
+
+
+class Recorder:
+    """A network whose features are the mean of x, and whose answer is that and the label."""
+
+    blocks = [None] * 4
+
+    def condition(self, t, y):
+        return y.double()
+
+    def encode(self, x, c, split):
+        return (x.mean(dim=(1, 2, 3)),)
+
+    def decode(self, state, c, split):
+        return torch.stack([state[0], c], dim=1)
+
+
+def test_each_branch_has_its_own_history_and_begins_anew_when_it_comes_back():
+    """Features 10 k of the conditional, 100 k of the unconditional; a straight line through the last two, where there are."""
+    guided = [True, True, True, False, False, True, True, True]
+    times = tuple(float(t) for t in range(1000, 992, -1))
+    chosen = plan("forecast", times, guided, 4, 2, "0,1,4,5", order=1, warm_up=1)
+    network, seen = Reuse(Recorder(), chosen, 1), []
+    for k, t in enumerate(times):
+        rows = torch.tensor([10.0 * k, 100.0 * k])[: chosen.branches[k]]
+        x = rows.view(-1, 1, 1, 1) if chosen.keys[k] else torch.full((len(rows), 1, 1, 1), torch.nan)
+        seen.append(network(x, torch.full((len(rows),), t), torch.arange(len(rows)))[:, 0].tolist())
+    assert seen == [[0, 0], [10, 100], [20, 200], [30], [40], [50, 500], [60, 500], [70, 500]]
+
+
+def test_heun_counts_its_evaluations_and_may_ask_twice_at_one_t():
+    process = process_of("4", "flow")
+    times = evaluation_times(SAMPLERS["heun"], process)
+    assert times == (1000, 750, 750, 500, 500, 250, 250)
+    network = Reuse(Recorder(), plan("forecast", times, [False] * 7, 4, 2, "0,1,2,5", order=1, warm_up=1), 1)
+    xs = [1000.0, -1.0, 750.0, None, None, 250.0, None]  # the second at 750 replaces the first; then features are t itself
+    outs = [network(torch.full((1, 1, 1, 1), torch.nan if x is None else x), torch.tensor([t]), torch.zeros(1))[0, 0].item()
+            for t, x in zip(times, xs)]
+    assert outs == [1000, -1, 750, 500, 500, 250, 250]
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_forecasts_are_exact_on_polynomials_also_at_unequal_spacing(degree):
+    coefficients, times = torch.tensor([2.0, -1.5, 0.7, 3.0], dtype=torch.float64)[: degree + 1], (3.0, 4.0, 6.5, 7.0)
+
+    def polynomial(t):
+        return sum(c * t**i for i, c in enumerate(coefficients)).view(1)
+
+    values = [polynomial(t) for t in times]
+    for order in range(4):
+        error = (extrapolate(times[: order + 1], values[: order + 1], 1.0) - polynomial(1.0)).abs().item()
+        assert (error < 1e-10) == (order >= degree)
+
+
+def test_forecasts_of_bf16_are_computed_in_fp32():
+    values = [torch.tensor([v], dtype=torch.bfloat16) for v in (256.0, 258.0, 262.0)]
+    out = extrapolate((1.0, 2.0, 3.0), values, 0.0)  # second difference 2: 256 - 2 + 2
+    assert out.dtype == torch.bfloat16
+    assert out.item() == 256
+
+
+# --- on the way to an image ----------------------------------------------------------------------
+
+
+def test_the_second_batch_is_a_fresh_start():
+    model, process = tiny(), process_of("20")
+    chosen = plan_for(model, process)
+    first = sample(model, process, chosen, x=10 * start_noise())
+    second = sample(model, process, chosen)
+    assert torch.equal(second, sample(tiny(), process, plan_for(model, process)))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("steps", ["250", "50", "37", "10"])
+@pytest.mark.parametrize("kind", ["encoder", "forecast"])
+def test_any_number_of_steps(kind, steps):
+    model, process = tiny(dtype=torch.float32, hidden_size=8), process_of(steps)
+    chosen = plan_for(model, process, "ddpm", kind=kind)
+    out, plain = sample(model, process, chosen, "ddpm"), sample(model, process, None, "ddpm")
+    assert out.isfinite().all()
+    assert not torch.equal(out, plain)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "heun", "ddpm"])
+def test_prior_noise_is_added_below_300_and_never_to_the_end(sampler):
+    """A model that predicts x_0 = x_t: every step from x gives the same whether noise came before by add_ or by hand."""
+    process = create_diffusion("10", learn_sigma=False, objective="x0")
+    x, drawn = start_noise(), []
+    noise_source = lambda step: drawn.append(step) or torch.zeros_like(x)  # noqa: E731
+    solver = SAMPLERS[sampler]
+    times = evaluation_times(solver, process)
+    without = plan("encoder", times, [False] * len(times), 4, 2)
+    with_noise = plan("encoder", times, [False] * len(times), 4, 2, prior_noise=0.003)
+
+    def states(chosen, seen):
+        model = lambda x, t: seen.append((t[0].item(), x.clone())) or 0.5 * x  # noqa: E731
+        return [step["sample"].clone() for step in add_prior_noise(solver(process, model, x, noise_source), x, chosen)]
+
+    plain_seen, seen = [], []
+    plain, changed = states(without, plain_seen), states(with_noise, seen)
+    first = next(i for i, (t, _) in enumerate(seen) if t < 300)
+    for (_, a), (_, b) in zip(plain_seen[:first], seen[:first]):
+        assert torch.equal(a, b)
+    if sampler != "heun":
+        assert (seen[first][1] - plain_seen[first][1] - 0.003 * x).abs().max() < 1e-12
+    (step,) = list(solver(process, lambda x, t: 0.5 * x, x, noise_source))[-1:]
+    assert torch.equal(plain[-1], step["sample"])
+    last_x = seen[-1][1]
+    assert (changed[-1] - 0.5 * last_x).abs().max() < 1e-12  # t = 0 -> the predicted x_0, and no noise of either kind
+    assert 9 not in drawn
+
+
+SLOW_GRID = [(name, sampler, objective, kind) for name, sampler, objective, kind in itertools.product(
+    MODELS, SAMPLERS, ("epsilon", "flow"), ("encoder", "forecast")) if (sampler, objective) != ("ddpm", "flow")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "sampler", "objective", "kind"), SLOW_GRID)
+def test_all_parts_work_together(name, sampler, objective, kind):
+    """Off is plain to the last bit, on is another picture; bf16 is near fp32; a batch is its images alone."""
+    model = tiny(name, torch.float32, learn_sigma=objective != "flow")
+    process, interval = process_of("12", objective), (150, 850)
+    plain = sample(model, process, None, sampler, interval=interval)
+    off = plan_for(model, process, sampler, interval=interval, kind=kind, key_steps="every:1")
+    assert torch.equal(sample(model, process, off, sampler, interval=interval), plain)
+    on = plan_for(model, process, sampler, interval=interval, kind=kind)
+    out = sample(model, process, on, sampler, interval=interval)
+    assert out.isfinite().all()
+    assert not torch.equal(out, plain)
+    alone = sample(model, process, on, sampler, interval=interval, y=LABELS[:1], x=start_noise(dtype=torch.float32)[:1])
+    assert torch.allclose(out[:1], alone, atol=1e-3, rtol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sample(model, process, on, sampler, interval=interval).isfinite().all()
