@@ -1,5 +1,6 @@
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,6 +185,35 @@ def test_out_of_memory_is_a_gap(few_steps, gaussian_run, run_here, monkeypatch, 
     assert result.stdout.count("ddpm-250: batch 4 is out of memory") == 1
 
 
+def test_the_interval_of_the_flags_is_that_of_the_interval_rows_alone(few_steps, gaussian_run, run_here, calls):
+    result = run_here(sampling, "--ckpt", gaussian_run, "--repeats", 0, "--guidance-interval", 300, 400,
+                      "--rows", "ddpm-250", "interval", "flags", "all-no-reuse")
+    made = {line.split()[0]: int(line.split()[1]) for line in result.stdout.splitlines()[1:]}
+    assert made == {"ddpm-250": 20, "interval": 11, "flags": 5, "all-no-reuse": 5}
+
+
+def test_decoding_is_timed_apart(monkeypatch):
+    clock = [10.0]
+    monkeypatch.setattr(sampling.time, "perf_counter", lambda: clock[0])
+
+    def draw(row, indices, seed, on_step):
+        for _ in range(3):
+            clock[0] += 1
+            on_step({})
+        clock[0] += 4
+
+    row = SimpleNamespace(process=SimpleNamespace(num_timesteps=3))
+    assert sampling.time_batch(draw, row, 2, torch.device("cpu")) == (7, 3)
+    cell = sampling.times([(8, 6), (2, 1), (4, 2)], [(8, 6), (8, 4), (8, 5)], 2)
+    assert cell == {"seconds_per_image": 2, "sampling_seconds_per_image": 1, "ratio": 2, "rounds": [4, 1, 2]}
+
+
+def test_rmse_is_the_root_of_the_mean_square():
+    states = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([4.0, -2.0])}
+    assert sampling.rmse(states.get, "a", "b") == {"rmse": pytest.approx(12.5**0.5), "rmse_to": "b"}
+    assert sampling.rmse(states.get, "a", None) == {"rmse": None, "rmse_to": None}
+
+
 def test_equal_is_within_a_standard_deviation_of_the_reference():
     reference = [4.0, 5.0, 6.0]  # mean 5, standard deviation 1
     for own, equal, deviations in (([5.9] * 3, True, 0.9), ([6.1] * 3, False, 1.1), ([1.0] * 3, True, -4.0)):
@@ -231,15 +261,28 @@ def test_ticks_are_round_and_inside():
     (["--guidance-interval", 5, 1], ["--guidance-interval 5 1"]),
     (["--out", "/proc/nowhere/x.json"], ["/proc/nowhere"]),
 ])
-def test_wrong_input_is_one_line_and_writes_nothing(tiny_run, run_here, tmp_path, monkeypatch, flags, words):
+def test_wrong_input_is_one_line_before_any_work(tiny_run, run_here, calls, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     assert_one_line(run_here(sampling, "--ckpt", tiny_run, "--repeats", 0, *flags), *words)
+    assert calls == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_data_of_another_kind_are_refused(gaussian_run, photographs, run_here):
-    assert_one_line(run_here(sampling, "--ckpt", gaussian_run, "--samples", 4, "--data-path", photographs / "train"),
-                    "--data-path", "1 channels and 10 classes")
+@pytest.mark.parametrize(("name", "value"), [("kind", "moments"), ("channels", 3), ("classes", ["one", "two"])])
+def test_data_of_another_kind_are_refused(gaussian_run, run_here, monkeypatch, name, value):
+    digits = sampling.load_dataset("digits", split="val")
+    monkeypatch.setattr(digits, name, value, raising=False)
+    monkeypatch.setattr(sampling, "load_dataset", lambda *_, **__: digits)
+    assert_one_line(run_here(sampling, "--ckpt", gaussian_run, *DIGITS), "--data-path digits", "1 channels and 10 classes")
+
+
+def test_a_folder_without_a_held_out_part_is_taken_as_it_is(photographs):
+    spec = {"image_size": (32, 32), "channels": 3, "classes": ["golden retriever", "tabby cat"]}
+    for folder in ("train", "val"):  # of "train" it is the folder beside it that is held out
+        args = SimpleNamespace(data_path=str(photographs / folder), data_root="data")
+        real = sampling.real_features(args, spec)
+        images, _ = sampling.load_dataset(str(photographs / "val"), 32).__getitems__(sampling.Rows.plain(range(6)))
+        assert real == pytest.approx(sampling.features_of(images))
 
 
 def test_another_report_is_not_overwritten(few_steps, gaussian_run, run_here, tmp_path):

@@ -140,6 +140,63 @@ def test_the_picture_tells_how_it_was_made(tiny_run, tmp_path):
                                 "dynamic_thresholding": "False", "precision": "fp32", "reuse": "none"}
 
 
+def test_a_trajectory_is_a_strip_and_a_film_that_end_in_the_picture(tiny_run, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    result = run_here(sample, "--ckpt", tiny_run, "--class-labels", "3 7", "--num-sampling-steps", 12, "--trajectory")
+    assert result.returncode == 0, result.stderr
+    assert "Wrote sample.png, sample-trajectory.png, sample-trajectory.gif: 2 images of three, seven" in result.stdout
+    with Image.open("sample.png") as file, Image.open("sample-trajectory.png") as strip:
+        picture, cells = np.asarray(file), np.asarray(strip)
+        assert strip.text == file.text
+    assert cells.shape == (4 * 72 + 8, 10 * 72 + 8, 3)  # states of the first, its x_0, states of the second, its x_0
+    for row, column in ((0, 0), (1, 0), (2, 1), (3, 1)):  # at the end, the state is the x_0 predicted last
+        last = cells[row * 72 : row * 72 + 72, -80:-8]
+        assert np.array_equal(last, picture[:72, column * 72 : column * 72 + 72])
+    assert not np.array_equal(cells[:72, :72], cells[72:144, :72])
+    with Image.open("sample-trajectory.gif") as film:
+        assert (film.n_frames, film.size) == (10, (2 * 72 + 8, 2 * 72 + 8))
+
+
+def test_labels_and_switches_come_from_a_yaml_too(tiny_run, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text(
+        "class_labels: [3, seven]\nguidance_interval: [100, 850]\ncfg_scale: 2\nsampler: dpm++\nnum_sampling_steps: 20\n"
+        "reuse: encoder\nkey_steps: every:2\nreuse_args: {split: 1}\n")
+    result = run_here(sample, "--ckpt", tiny_run, "--config", "my.yaml")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("the first 1 of 2 blocks run on 11 of 20 evaluations (every:2; order 0): 0 2 3 4 6")
+    with Image.open("sample.png") as picture:
+        assert (picture.text["labels"], picture.text["guidance_interval"]) == ("[3, 7]", "[100.0, 850.0]")
+        assert picture.text["reuse"].startswith("the first 1 of 2")
+
+
+def test_it_says_how_often_the_model_was_called(tiny_run, tmp_path, monkeypatch, run_here):
+    """dpm++ at t = 1000, 900, … 100, guided from 700 to 300: 15 calls. Evaluations 5 and 9 reuse one block in 2 + 1 of them."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--ckpt", tiny_run, "--class-labels", 3, "--sampler", "dpm++", "--num-sampling-steps", 10, "--cfg-scale", 2,
+             "--guidance-interval", 290, 710]
+    assert "for 15 calls of the model and 30 of its blocks" in run_here(sample, *flags).stdout
+    assert "for 15 calls of the model and 27 of its blocks" in run_here(
+        sample, *flags, "--reuse", "encoder", "--key-steps", "0,1,2,3,4,6,7,8", "--reuse-args", '{"split": 1}').stdout
+
+
+@pytest.mark.parametrize("flags", [[], ["--reuse", "forecast", "--key-steps", "every:3"]])
+def test_compiled_is_eager_but_for_rounding(tiny_run, tmp_path, monkeypatch, run_here, flags):
+    monkeypatch.chdir(tmp_path)
+    for out, compiled in (("a.png", []), ("b.png", ["--compile"])):
+        assert run_here(sample, "--ckpt", tiny_run, "--num-sampling-steps", 8, "--sampler", "ddim", *flags, *compiled, "--out",
+                        out).returncode == 0
+    a, b = (np.asarray(Image.open(name)).astype(int) for name in ("a.png", "b.png"))
+    assert np.abs(a - b).max() <= 1
+
+
+def test_thresholding_replaces_clipping(gaussian_run, monkeypatch):
+    plain, thresholded = (draw(gaussian_run, [1, 2], sampler="ddim", dynamic_thresholding=on) for on in (False, True))
+    assert not torch.equal(plain, thresholded)
+    monkeypatch.setattr(sample, "dynamic_threshold", lambda x_0: x_0.clamp(-1, 1))
+    assert torch.equal(plain, draw(gaussian_run, [1, 2], sampler="ddim", dynamic_thresholding=True))
+
+
 def test_more_rows_leave_the_first_as_they_are(tiny_run, tmp_path, monkeypatch, run_here):
     monkeypatch.chdir(tmp_path)
     for rows in (1, 3):
@@ -169,12 +226,22 @@ def test_more_rows_leave_the_first_as_they_are(tiny_run, tmp_path, monkeypatch, 
     (["--class-labels", "sevne"], ["--class-labels sevne", "seven"]),
     (["--num-samples", "0"], ["--num-samples 0"]),
     (["--vae", "/nowhere"], ["--vae /nowhere"]),
+    (["--guidance-interval", "700", "100"], ["--guidance-interval 700 100", "LO <= HI"]),
+    (["--guidance-interval", "0", "1001"], ["--guidance-interval 0 1001", "<= 1000"]),
+    (["--guidance-interval", "5"], ["--guidance-interval"]),
+    (["--reuse", "some"], ["--reuse", "forecast"]),
+    (["--key-steps", "paper"], ["--key-steps", "--reuse encoder"]),
+    (["--reuse", "encoder", "--key-steps", "0,50"], ["--key-steps 0,50", "below 23"]),
+    (["--reuse", "encoder", "--key-steps", "often"], ["--key-steps 'often'", "every:N"]),
+    (["--reuse", "encoder", "--reuse-args", '{"split": 3}'], ["--reuse-args: split 3", "0..2"]),
+    (["--reuse", "encoder", "--reuse-args", '{"spilt": 3}'], ["--reuse-args: unknown key 'spilt'", "split"]),
+    (["--reuse", "forecast", "--reuse-args", '{"order": 3, "warm_up": 2}'], ["order 3", "warm_up 2"]),
     (["--out", "/proc/nowhere/x.png"], ["/proc/nowhere"]),
     (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
 ])
 def test_wrong_input_is_one_line_and_writes_nothing(tiny_run, tmp_path, monkeypatch, run_here, flags, words):
     monkeypatch.chdir(tmp_path)
-    assert_one_line(run_here(sample, "--ckpt", tiny_run, *flags), *words)
+    assert_one_line(run_here(sample, "--ckpt", tiny_run, "--num-sampling-steps", "12", *flags), *words)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -190,6 +257,16 @@ def test_damaged_foreign_and_malicious_checkpoints_are_one_line(tiny_run, gaussi
                         ("other", "another architecture"), ("foreign", "objects other than weights")):
         assert_one_line(run_here(sample, "--ckpt", tmp_path / f"{name}.pt", "--out", tmp_path / "x.png"), words)
     assert not (tmp_path / "x.png").exists()
+
+
+def test_thresholding_latents_is_refused(tiny_vae, tmp_path, run_here):
+    kwargs = dict(input_size=(1, 1), in_channels=4, num_classes=1, hidden_size=24, depth=1, num_heads=2)
+    spec = {"model": {"name": "DiT-S/2", "args": kwargs | {"patch_size": 1}}, "diffusion": {}, "vae": str(tiny_vae),
+            "image_size": (8, 8), "channels": 3, "classes": ["a"],
+            "sampling": {"sampler": "ddpm", "num_sampling_steps": "4", "cfg_scale": 1.0, "cfg_channels": None}}
+    checkpoint.save(tmp_path / "l.pt", {"ema": DiT_models["DiT-S/2"](**spec["model"]["args"]).state_dict(), "spec": spec})
+    assert_one_line(run_here(sample, "--ckpt", tmp_path / "l.pt", "--dynamic-thresholding", "true", "--out",
+                             tmp_path / "x.png"), "--dynamic-thresholding is for pixels in [-1, 1]", "latents")
 
 
 def test_a_vae_of_other_latents_is_refused(gaussian_run, tiny_vae, run_here):
