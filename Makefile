@@ -34,7 +34,7 @@ lint: .venv/installed
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON) cannot make virtual environments: install your system's package python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) '.[dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) '.[dev,notebooks]'
 	@rm -rf build dinext.egg-info
 	@touch $@
 

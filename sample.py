@@ -141,10 +141,8 @@ def prepare(args, world: runtime.World, bare_vae: str = "mse",
     if args.reuse != "none":
         sampling = replace(sampling, reuse=plan(args.reuse, sampling.times, sampling.guided, len(model.blocks),
                                                 model.default_split, args.key_steps, **reuse_args))
-    if args.compile and sampling.reuse:
+    if args.compile:  # the two that a plain call consists of, as one with reuse does
         model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
-    elif args.compile:
-        model.compile()
     return restored, autoencoder, sampling
 
 

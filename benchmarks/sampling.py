@@ -26,7 +26,6 @@ PNG shows distance over time. Without it nothing is written.
 import gc
 import itertools
 import json
-import math
 import statistics
 import sys
 import time
@@ -35,9 +34,12 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
@@ -95,15 +97,11 @@ def build_parser() -> runtime.ArgumentParser:
 def main(args) -> None:
     torch.set_grad_enabled(False)
     check(args)
-    flags, compiled, args.compile = args.as_dict(), args.compile, False
     world = runtime.start_world(args.device)
     restored, autoencoder, sampling = prepare(args, world)
-    model = restored.model
-    if compiled:  # a plain call of the model consists of these two, as one with reuse does
-        model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
     rows = make_rows(args, restored, sampling, world.device)
     first, real = next(iter(rows)), real_features(args, restored.spec) if args.samples else None
-    report = open_report(args.out, settings_of(flags, rows, restored, world.device))
+    report = open_report(args.out, settings_of(args.as_dict(), rows, restored, world.device))
     for name, row in rows.items():
         if row.reuse:
             print(f"{name}: {row.reuse}", flush=True)
@@ -114,7 +112,7 @@ def main(args) -> None:
             cells[str(key)] = measure(*given)
             save(args.out, report)
 
-    draw = partial(draw_in_turn, model, autoencoder)
+    draw = partial(draw_in_turn, restored.model, autoencoder)
     for batch_size in args.batch_sizes if args.repeats else []:
         fill(report["times"], batch_size, time_rows, draw, rows, batch_size, args.repeats, world.device)
     exact = make_sampling(restored, args.precision, EXACT)
@@ -357,79 +355,26 @@ def fastest(report: dict) -> list[str]:
     return said
 
 
-# --- the plot ------------------------------------------------------------------------------------
-
-WIDTH, HEIGHT, FONT = 1500, 1000, 24
-LEFT, TOP, RIGHT, BOTTOM = 150, 70, WIDTH - 50, HEIGHT - 110  # of the frame
-INK, GREY, GREEN, BLUE = "#222222", "#dddddd", "#e4f3e4", "#1f5fae"
-
-
 def plot(report: dict, path: Path) -> Path | None:
     """Distance over s/image at the largest batch that was timed, both logarithmic; None where there is not both."""
     summary, batch = report["summary"], max(report["times"], key=int, default=None)
     cells = report["times"].get(batch, {})
-    points = {name: (cells[name]["seconds_per_image"], own["distance"], own["std"] or 0.0)
-              for name, own in summary.items() if cells.get(name)}
-    if not points:
+    timed = {name: cell["seconds_per_image"] for name, cell in cells.items() if cell and name in summary}
+    if not timed:
         return None
-    x, x_ticks = log_axis([seconds for seconds, _, _ in points.values()], LEFT, RIGHT)
-    y, y_ticks = log_axis([distance for _, distance, _ in points.values()], BOTTOM, TOP)
-    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    pen, (first, own) = ImageDraw.Draw(image), next(iter(summary.items()))
-    write = partial(pen.text, fill=INK, font=ImageFont.load_default(FONT))
-    pen.rectangle([LEFT, y(own["distance"] + (own["std"] or 0.0)), RIGHT, BOTTOM], GREEN)
-    for tick in x_ticks:
-        pen.line([x(tick), TOP, x(tick), BOTTOM], GREY, 2)
-        write((x(tick), BOTTOM + 12), f"{tick:.4g}", anchor="mt")
-    for tick in y_ticks:
-        pen.line([LEFT, y(tick), RIGHT, y(tick)], GREY, 2)
-        write((LEFT - 12, y(tick)), f"{tick:.4g}", anchor="rm")
-    pen.rectangle([LEFT, TOP, RIGHT, BOTTOM], outline=INK, width=3)
-    write(((LEFT + RIGHT) / 2, HEIGHT - 15), f"s/image, batch {batch}, {report['settings']['device']}", anchor="md")
-    write((LEFT, TOP - 15), f"FD-pixel32, {report['settings']['checkpoint']}; green: equal to {first}, or better", anchor="ld")
-    draw_points(pen, write, [(name, x(seconds), y(mean - std), y(mean), y(mean + std))
-                             for name, (seconds, mean, std) in points.items()])
-    image.save(path)
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    first, own = next(iter(summary.items()))
+    axes.axhspan(0, own["distance"] + (own["std"] or 0.0), color="tab:green", alpha=0.12, label=f"equal to {first}, or better")
+    for i, (name, seconds) in enumerate(sorted(timed.items(), key=lambda item: item[1])):
+        axes.errorbar(seconds, summary[name]["distance"], summary[name]["std"], fmt="o", color="tab:blue", capsize=3)
+        axes.annotate(name, (seconds, summary[name]["distance"]), (6, 14 if i % 2 else -14), textcoords="offset points",
+                      fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel=f"s/image, batch {batch}, {report['settings']['device']}", ylabel="FD-pixel32",
+             title=report["settings"]["checkpoint"])
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
     return path
-
-
-def log_axis(values: list[float], start: int, stop: int) -> tuple[Callable[[float], float], list[float]]:
-    """Where a value lies between the pixels start and stop, and at least four round values, if there are so many."""
-    room = max((max(values) / min(values)) ** 0.1, 1.1)
-    low, high = min(values) / room, max(values) * room
-
-    def place(value: float) -> float:
-        share = math.log(max(value, low) / low) / math.log(high / low)
-        return start + min(share, 1.0) * (stop - start)
-
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-    even = [np.arange(1, 10, step) for step in (0.5, 0.2, 0.1, 0.05, 0.02)]
-    for mantissas in ([1], [1, 2, 5], [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9], *even):
-        ticks = [m * 10.0**decade for decade in decades for m in mantissas if low <= m * 10.0**decade <= high]
-        if len(ticks) >= 4:
-            break
-    return place, ticks
-
-
-def draw_points(pen: ImageDraw.ImageDraw, write: Callable, points: list[tuple[str, float, float, float, float]]) -> None:
-    """Of (name, x, y low, y, y high) a point with its bar, and the name where nothing else is yet."""
-    taken = [(0, 0, LEFT, HEIGHT), (0, 0, WIDTH, TOP), (RIGHT, 0, WIDTH, HEIGHT), (0, BOTTOM, WIDTH, HEIGHT)]
-    for _, x, low, y, high in points:
-        pen.line([x, low, x, high], BLUE, 3)
-        pen.ellipse([x - 8, y - 8, x + 8, y + 8], BLUE)
-        taken.append((x - 9, min(high, y - 9), x + 9, max(low, y + 9)))
-    sides = [(1, 0, "lm"), (-1, 0, "rm"), (0, -1, "md"), (0, 1, "ma"),
-             (1, -1, "ld"), (1, 1, "la"), (-1, -1, "rd"), (-1, 1, "ra")]
-    for name, x, _, y, _ in points:
-        for r, (dx, dy, anchor) in itertools.product((16, 40, 70, 110, 160), sides):
-            at = (x + r * dx, y + r * dy)
-            box = pen.textbbox(at, name, ImageFont.load_default(FONT), anchor)
-            if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
-                break
-        if r > 16:
-            pen.line([x, y, *at], BLUE)
-        write(at, name, anchor=anchor)
-        taken.append(box)
 
 
 if __name__ == "__main__":

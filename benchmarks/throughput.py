@@ -164,10 +164,10 @@ class Candidate:
         self.memory = torch.cuda.max_memory_allocated() - before if cuda else None
 
     def time(self) -> None:
-        synchronize(self.device)
+        runtime.synchronize(self.device)
         start = time.perf_counter()
         self.call()
-        synchronize(self.device)
+        runtime.synchronize(self.device)
         self.seconds.append(time.perf_counter() - start)
 
     def attempt(self, function: Callable[[], None]) -> None:
@@ -178,11 +178,6 @@ class Candidate:
             self.call = None
         if self.call is None:
             free(self.device)  # here, and not above, as an exception keeps what its functions held
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 def free(device: torch.device) -> None:

@@ -90,8 +90,9 @@ def test_the_report_has_all_figures_of_every_row(few_steps, gaussian_run, run_he
         assert f" {name}  " in result.stdout.replace("\n", "\n ")
     assert report["times"]["2"]["ddpm-250"]["ratio"] == 1
     with Image.open(out.with_suffix(".png")) as picture:
-        colours = {colour for _, colour in picture.getcolors(picture.width * picture.height)}
-        assert {ImageColor.getrgb(ink) for ink in (sampling.INK, sampling.GREY, sampling.GREEN, sampling.BLUE)} <= colours
+        assert picture.size == (960, 600)
+        colours = [colour[:3] for _, colour in picture.getcolors(picture.width * picture.height)]
+    assert ImageColor.getrgb("#1f77b4") in colours  # the points
 
 
 def test_a_flow_checkpoint_has_heun_for_a_reference(few_steps, tiny_run, run_here, tmp_path):
@@ -236,17 +237,6 @@ def test_features_are_pixels_of_at_most_32():
     assert sampling.features_of(images) == pytest.approx(0)
     small = torch.tensor([[[[0, 255]]]], dtype=torch.uint8)
     assert sampling.features_of(small).tolist() == [[-1, 1]]
-
-
-def test_ticks_are_round_and_inside():
-    for values, ticks in (([1.0, 1000.0], [1, 10, 100, 1000]), ([0.1, 2.1], [0.1, 0.2, 0.5, 1, 2])):
-        place, found = sampling.log_axis(values, 100, 0)
-        assert found == pytest.approx(ticks)
-        assert 100 > place(values[0]) > place(values[1]) > 0
-    for value in (3.0, 0.0417):
-        place, found = sampling.log_axis([value], 0, 100)
-        assert len(found) >= 4
-        assert all(0 <= place(tick) <= 100 for tick in found)
 
 
 @pytest.mark.parametrize(("flags", "words"), [
