@@ -180,13 +180,14 @@ def make_sampling(restored: checkpoint.Restored, precision: str, difference: dic
 
 
 def settings_of(flags: dict, rows: dict[str, Sampling], restored: checkpoint.Restored, device: torch.device) -> dict:
-    """All that the figures depend on, as it will be read from the JSON."""
-    flags = {name: value for name, value in flags.items() if name not in ("config", "ckpt", "out", "device")}
+    """All that the figures depend on, as it will be read from the JSON; times of other batch sizes may be added to it."""
+    other = ("config", "ckpt", "out", "device", "batch_sizes", "repeats")
+    flags = {name: value for name, value in flags.items() if name not in other}
     machine = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     own = {name: dict(zip(("model_calls", "block_calls"), row.calls(len(restored.model.blocks)))) | row.describe()
            for name, row in rows.items()}
     about = {"checkpoint": restored.name, "sha256": checkpoint.digest(restored.path), "device": machine,
-             "threads": torch.get_num_threads(), "torch": torch.__version__}
+             "torch": torch.__version__}
     return json.loads(json.dumps(about | flags | {"rows": own}))
 
 
@@ -254,7 +255,7 @@ def times(own: list[tuple[float, float]], first: list[tuple[float, float]] | Non
     seconds, sampling = ([lap[part] / batch_size for lap in own] for part in (0, 1))
     ratios = [theirs[0] / mine[0] for theirs, mine in zip(first or [], own)]
     return {"seconds_per_image": statistics.median(seconds), "sampling_seconds_per_image": statistics.median(sampling),
-            "ratio": statistics.median(ratios) if ratios else None, "rounds": seconds}
+            "ratio": statistics.median(ratios) if ratios else None, "rounds": seconds, "threads": torch.get_num_threads()}
 
 
 def nearest(row: Sampling, first_name: str, first: Sampling) -> str | None:

@@ -131,13 +131,14 @@ class Reuse:
 
     def __init__(self, network, plan: Plan, batch_size: int):
         self.network, self.plan, self.batch_size = network, plan, batch_size
-        self.evaluation = 0
+        self.evaluation, self.times = 0, torch.tensor(plan.times)
         self.computed: list[list[tuple[float, State]]] = [[], []]  # a branch: the last order + 1, the newest first
         self.ready: list[Tensor] = []  # outputs of the evaluations to come, the next one last
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x (R, C, H, W), t (R,), y (R,) -> (R, C or 2C, H, W). x matters on key evaluations only."""
         k, self.evaluation = self.evaluation, self.evaluation + 1
+        self.times = self.times.to(y.device)
         if self.plan.keys[k]:
             self.encode(k, x, t, y)
         if not self.ready:
@@ -159,7 +160,7 @@ class Reuse:
         branches = range(self.plan.branches[group.start])
         states = [self.features(branch, self.plan.times[k]) for k in group for branch in branches]
         state = tuple(torch.cat(features) for features in zip(*states))
-        t = torch.tensor([self.plan.times[k] for k in group], device=y.device).repeat_interleave(len(y))
+        t = self.times[group.start : group.stop].repeat_interleave(len(y))
         out = self.network.decode(state, self.network.condition(t, y.repeat(len(group))), self.plan.split)
         return list(out.split(len(y)))
 

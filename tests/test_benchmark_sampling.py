@@ -64,7 +64,7 @@ def test_the_report_has_all_figures_of_every_row(few_steps, gaussian_run, run_he
     report = json.loads(out.read_text())
     settings = report["settings"]
     assert settings["sha256"] == checkpoint.digest(gaussian_run)
-    assert (settings["checkpoint"], settings["device"], settings["threads"]) == ("g", "cpu", torch.get_num_threads())
+    assert (settings["checkpoint"], settings["device"]) == ("g", "cpu")
     counts = {name: (row["model_calls"], row["block_calls"]) for name, row in settings["rows"].items()}
     assert counts == {
         "ddpm-250": (20, 40),
@@ -84,6 +84,7 @@ def test_the_report_has_all_figures_of_every_row(few_steps, gaussian_run, run_he
     assert report["rmse"]["dpm++-20"]["rmse"] == report["rmse"]["dpm++-15"]["rmse"]
     for name in counts:
         cell, own = report["times"]["2"][name], report["summary"][name]
+        assert cell["threads"] == torch.get_num_threads()
         assert 0 < cell["sampling_seconds_per_image"] < cell["seconds_per_image"] == cell["rounds"][0]
         assert set(report["distances"][name]) == {"0", "1"}
         assert own["distance"] == pytest.approx(sum(report["distances"][name].values()) / 2)
