@@ -490,7 +490,7 @@ def hold(folder: Path, launch: str, advice: str = "choose another --run-name") -
     A restart waits a while: the server of a network file system is slow to miss a machine that is gone.
     """
     handle, path = os.open(folder / "lock", os.O_CREAT | os.O_RDWR), folder / "launch"
-    restart = is_restart() and path.is_file() and path.read_text() == launch
+    restart = is_restart() and (path.read_text() if path.is_file() else launch) == launch
     for _ in range(LOCK_PATIENCE if restart else 1):
         try:
             return fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers would inherit and outlive it

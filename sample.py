@@ -126,24 +126,30 @@ def prepare(args, world: runtime.World, bare_vae: str = "mse",
     if args.reuse == "none" and (args.key_steps is not None or args.reuse_args):
         raise ValueError("--key-steps and --reuse-args have a meaning beside --reuse encoder or forecast only")
     reuse_args = runtime.check_arguments(plan, args.reuse_args, "--reuse-args", skip=FIXED)
+    ckpt = world.on_main(lambda: newest(args.ckpt))
     restored = world.main_first(lambda: checkpoint.restore(
-        args.ckpt, args.model, args.image_size, args.num_classes, args.vae, bare_vae, bare_cfg_scale))
+        ckpt, args.model, args.image_size, args.num_classes, args.vae, bare_vae, bare_cfg_scale))
     given = {name: getattr(args, name) for name in RECOMMENDED if getattr(args, name) is not None}
     restored.spec["sampling"] = restored.spec["sampling"] | given
     sampling = settings_for(restored.spec, args.eta, args.precision)
+    model = restored.model.to(world.device)
+    if args.reuse != "none":
+        sampling = replace(sampling, reuse=plan(args.reuse, sampling.times, sampling.guided, len(model.blocks),
+                                                model.default_split, args.key_steps, **reuse_args))
     autoencoder = world.main_first(lambda: load_autoencoder(restored.spec["vae"], world.device))
     latent_shape = autoencoder.latent_shape(tuple(restored.spec["image_size"]), restored.spec["channels"])
-    model = restored.model.to(world.device)
     if latent_shape != (model.in_channels, *model.input_size):
         raise ValueError(f"--vae {restored.spec['vae']} has latents of shape {latent_shape}, the model takes "
                          f"{(model.in_channels, *model.input_size)}")
     check_thresholding(sampling, autoencoder)
-    if args.reuse != "none":
-        sampling = replace(sampling, reuse=plan(args.reuse, sampling.times, sampling.guided, len(model.blocks),
-                                                model.default_split, args.key_steps, **reuse_args))
     if args.compile:  # the two that a plain call consists of, as one with reuse does
         model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
     return restored, autoencoder, sampling
+
+
+def newest(ckpt: str | None) -> str | None:
+    """A run's folder as its newest checkpoint, which for a run under way is another one a moment later."""
+    return str(checkpoint.resolve(ckpt)) if ckpt is not None and Path(ckpt).is_dir() else ckpt
 
 
 # --- noise -> image ------------------------------------------------------------------------------
@@ -168,6 +174,8 @@ class Sampling:
         self.solver()
         check_scale(self.cfg_scale)
         check_interval(self.guidance_interval)
+        if not isinstance(self.dynamic_thresholding, bool):
+            raise ValueError(f"--dynamic-thresholding {self.dynamic_thresholding!r} is neither true nor false")
 
     def solver(self) -> Callable:
         return get_sampler(self.sampler, self.process, self.eta)
@@ -219,7 +227,7 @@ def generate(model: nn.Module, autoencoder: nn.Module, labels: list[int], indice
     that it is drawn in, nor on the device. `on_step` is called with {"sample", "pred_xstart"} after each step.
     """
     device = next(model.parameters()).device
-    y = torch.tensor(labels, device=device)
+    y = to_device(torch.tensor(labels), device)
     with torch.no_grad(), autocast(device, sampling.precision):
         network = Reuse(model, sampling.reuse, len(labels)) if sampling.reuse else model
         network = guide(network, y, model.num_classes, sampling.cfg_scale, sampling.cfg_channels, sampling.guided)
@@ -247,9 +255,14 @@ def decode(autoencoder: nn.Module, latents: Tensor) -> Tensor:
 
 def addressed_noise(model: nn.Module, seed: int, indices: range | list[int], *step: int) -> Tensor:
     """N(0, 1), (B, C, H, W): one draw for each image index, drawn on the CPU to be the same everywhere."""
-    shape, device = (model.in_channels, *model.input_size), next(model.parameters()).device
+    shape = (model.in_channels, *model.input_size)
     noise = torch.stack([torch.randn(shape, generator=runtime.generator("sample", seed, i, *step)) for i in indices])
-    return noise.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else noise.to(device)
+    return to_device(noise, next(model.parameters()).device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copied without waiting for what the GPU has still to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
@@ -376,7 +389,9 @@ def grid(images: Tensor, columns: int) -> Image.Image:
 
 
 def save_gif(frames: list[Image.Image], path: Path) -> None:
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=400, loop=0)
+    temporary = path.with_name(f".{path.name}.tmp")
+    frames[0].save(temporary, format="GIF", save_all=True, append_images=frames[1:], duration=400, loop=0)
+    temporary.replace(path)
 
 
 # --- watching ------------------------------------------------------------------------------------
@@ -390,21 +405,23 @@ class Watch:
         self.moments = {round(i * (self.steps - 1) / (MOMENTS - 1)) for i in range(MOMENTS)} if keep_states else set()
         self.states: list[dict[str, Tensor]] = []  # {"sample", "pred_xstart"}, (up to MAX_COLUMNS, C, H, W) each
         self.sampling_seconds = self.decoding_seconds = 0.0
+        self.done = 0  # steps
         self.bar = tqdm(total=self.steps * batches, desc="sampling")
 
     def begin(self) -> None:
         self.mark = time.perf_counter()
 
     def step(self, state: dict[str, Tensor]) -> None:
-        if self.bar.n in self.moments:  # of the first batch
+        if self.done in self.moments:  # of the first batch
             self.states.append({name: tensor[:MAX_COLUMNS].clone() for name, tensor in state.items()})
+        self.done += 1
         self.bar.update()
-        if self.bar.n % self.steps == 0:
+        if self.done % self.steps == 0:
             self.sampling_seconds += self.lap()
 
     def end(self) -> None:
         self.decoding_seconds += self.lap()
-        if self.bar.n == self.bar.total:
+        if self.done == self.bar.total:
             self.bar.close()
 
     def lap(self) -> float:
@@ -415,7 +432,8 @@ class Watch:
 
 def save_trajectory(states: list[dict[str, Tensor]], autoencoder: nn.Module, out: Path, description: dict) -> list[Path]:
     """A strip (PNG) and a film (GIF) of the first pictures on their way: x_t above, or left of, the x_0 predicted from it."""
-    x_t, x_0 = (torch.stack([decode(autoencoder, state[name]) for state in states]) for name in ("sample", "pred_xstart"))
+    x_t, x_0 = (torch.stack([decode(autoencoder, state[name]).cpu() for state in states])
+                for name in ("sample", "pred_xstart"))
     rows = torch.stack([x_t, x_0]).permute(2, 0, 1, 3, 4, 5)  # (pictures, 2, moments, H, W, C)
     strip, film = (out.with_name(f"{out.stem}-trajectory.{kind}") for kind in ("png", "gif"))
     save_grid(rows.flatten(0, 2), strip, len(states), description)

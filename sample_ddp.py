@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 sample_ddp.py --ckpt results/X --num-fid-samples 50000
 
-Image i and its label depend on (seed, i) alone: neither the number of processes nor the batch size changes them. Killed at
+Image i and its label depend on (seed, i) alone, not on the number of processes or, but for rounding, the batch size. Killed at
 any moment, the same command goes on, on any number of processes: each batch is a file in NAME.parts until all are there.
 
 - NAME.npz is ADM's: `arr_0` images (N, H, W, 3) uint8, `arr_1` labels (N,) int64.
@@ -12,6 +12,7 @@ any moment, the same command goes on, on any number of processes: each batch is 
 import json
 import os
 import shutil
+import socket
 import time
 import zipfile
 from collections import deque
@@ -60,15 +61,17 @@ def main(args) -> None:
     count, (height, width) = args.num_fid_samples, restored.spec["image_size"]
     label = label_rule(args, restored.model.num_classes)
     out = Path(args.sample_dir) / f"{name_of(restored, sampling, args)}.npz"
-    world.on_main(lambda: runtime.check_writable(out.parent, 2 * count * height * width * 3))  # the parts and the .npz
-    todo = world.on_main(lambda: open_output(out, settings_of(restored, autoencoder, sampling, args), args))
+    world.on_main(lambda: runtime.check_writable(out.parent))
+    done, todo = world.on_main(lambda: open_output(out, settings_of(restored, autoencoder, sampling, args), args))
+    drawn = sum(map(len, todo))
+    needed = (drawn + (0 if out.exists() else count)) * height * width * 3  # parts, and the .npz beside them
+    world.on_main(lambda: runtime.check_writable(out.parent, needed))
 
     start = time.perf_counter()
     waited = draw(todo, lambda indices: generate(restored.model, autoencoder, [label(i) for i in indices], indices,
                                                  args.global_seed, sampling), parts_of(out), count, world)
-    world.barrier()
-    seconds, drawn = time.perf_counter() - start, sum(map(len, todo))
-    world.on_main(lambda: finish(out, count, (height, width), label, args.png))
+    seconds = time.perf_counter() - start
+    world.on_main(lambda: finish(out, sorted(done + todo, key=lambda part: part.start), (height, width), label, args.png))
     if world.is_main:
         said = "there already" if not drawn else (f"{drawn} drawn now, in {seconds:.1f} s ({drawn / seconds:.3g} images/s); "
                                                   f"the device waited {waited:.2%} of the time")
@@ -96,10 +99,11 @@ def settings_of(restored: checkpoint.Restored, autoencoder, sampling, args) -> d
     """All that the images depend on, as NAME.json tells it."""
     spec = restored.spec
     settings = {
-        "checkpoint": str(restored.path), "checkpoint_sha256": checkpoint.digest(restored.path),
+        "checkpoint": restored.name, "checkpoint_sha256": checkpoint.digest(restored.path),
         "model": spec["model"]["name"],
         "image_size": spec["image_size"], "vae": spec["vae"], "vae_identity": autoencoder.identity(),
-        "images": args.num_fid_samples, "seed": args.global_seed, "labels": "balanced" if args.balanced else "random"}
+        "images": args.num_fid_samples, "seed": args.global_seed, "labels": "balanced" if args.balanced else "random",
+        "tf32": args.tf32, "compile": args.compile}
     return json.loads(json.dumps(settings | sampling.describe()))  # as it will be read
 
 
@@ -117,24 +121,34 @@ def parts_of(out: Path) -> Path:
     return out.with_suffix(".parts")
 
 
-def open_output(out: Path, settings: dict, args) -> list[range]:
-    """Begin or continue an output, locked for this process: the batches that are missing."""
+def open_output(out: Path, settings: dict, args) -> tuple[list[range], list[range]]:
+    """Begin or continue an output, locked for this process: the batches that are there, and those that are missing."""
     record, parts, pictures = out.with_suffix(".json"), parts_of(out), out.with_suffix("")
-    found = json.loads(record.read_text()) if record.is_file() else {}
-    stale = found != settings and (record.exists() or out.exists() or any(parts.glob("*.npy")))
+    found = read_record(record)
+    stale = found != settings and (record.exists() or out.exists() or pictures.exists() or any(parts.glob("*.npy")))
     if stale and not args.overwrite:
-        differ = [f"{key} was {found.get(key)!r}" for key in settings if found.get(key) != settings[key]]
-        raise ValueError(f"--sample-dir: {out} exists from other settings ({', '.join(differ)}); --overwrite deletes it")
-    if out.exists() and not stale:
-        return []
+        differ = [f"{key} was {found.get(key)!r}" for key in settings | found if found.get(key) != settings.get(key)]
+        raise ValueError(f"--sample-dir: {out.with_suffix('')} exists from other settings "
+                         f"({', '.join(differ) if found else f'{record.name} does not tell them'}); --overwrite deletes it")
     parts.mkdir(exist_ok=True)
     checkpoint.hold(parts, "", "wait for it to end")
     if stale:
         shutil.rmtree(pictures, ignore_errors=True)
         for file in (*parts.glob("*.npy"), out, record):  # the record last: a kill between them shall not mix two outputs
             file.unlink(missing_ok=True)
+    if out.exists():
+        return [], []
     checkpoint.replace_text(record, json.dumps(settings, indent=2) + "\n")
-    return missing(list(map(range_of, parts.glob("*.npy"))), args.num_fid_samples, args.per_proc_batch_size)
+    return share_out(list(map(range_of, parts.glob("*.npy"))), args.num_fid_samples, args.per_proc_batch_size)
+
+
+def read_record(path: Path) -> dict:
+    """The settings in a NAME.json; none where it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def part_path(parts: Path, indices: range) -> Path:
@@ -145,33 +159,39 @@ def range_of(path: Path) -> range:
     return range(*map(int, path.stem.split("-")))
 
 
-def missing(done: list[range], count: int, batch_size: int) -> list[range]:
-    """What is left of 0..count-1, in batches; those that are done may have been of other sizes."""
-    batches, start = [], 0
-    for part in [*sorted(done, key=lambda part: part.start), range(count, count)]:
-        batches += [range(i, min(i + batch_size, part.start)) for i in range(start, part.start, batch_size)]
-        start = part.stop
-    return batches
+def share_out(found: list[range], count: int, batch_size: int) -> tuple[list[range], list[range]]:
+    """0..count-1 as the parts that are there, of any sizes, and the batches between them.
+
+    A process that outlived its launch may have written a part that overlaps others: that one is left out.
+    """
+    done, todo, start = [], [], 0
+    for part in [*sorted(found, key=lambda part: part.start), range(count, count)]:
+        if part.start >= start:
+            todo += [range(i, min(i + batch_size, part.start)) for i in range(start, part.start, batch_size)]
+            done += [part] if part else []
+            start = part.stop
+    return done, todo
 
 
-def finish(out: Path, count: int, size: tuple[int, int], label: Callable[[int], int], png: bool) -> None:
-    """Join the parts to the `.npz`, which appears whole or not at all, and delete them; write PNGs that are missing."""
+def finish(out: Path, batches: list[range], size: tuple[int, int], label: Callable[[int], int], png: bool) -> None:
+    """Join the parts to the `.npz`, which appears whole or not at all; write PNGs that are missing; delete the parts."""
     parts = parts_of(out)
     if not out.exists():
+        count = batches[-1].stop
         temporary = out.with_name(f".{out.name}.tmp")
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
             with file.open("arr_0.npy", "w", force_zip64=True) as array:
                 np.lib.format.write_array_header_1_0(
                     array, {"descr": "|u1", "fortran_order": False, "shape": (count, *size, 3)})
-                for path in sorted(parts.glob("*.npy")):
-                    array.write(np.load(path, allow_pickle=False).tobytes())
+                for batch in batches:
+                    array.write(np.load(part_path(parts, batch), allow_pickle=False).tobytes())
             with file.open("arr_1.npy", "w") as array:
                 np.lib.format.write_array(array, np.array([label(i) for i in range(count)], dtype=np.int64))
         sync(temporary)
         temporary.replace(out)
-    shutil.rmtree(parts, ignore_errors=True)
     if png:
         write_pngs(out)
+    shutil.rmtree(parts, ignore_errors=True)
 
 
 def write_pngs(out: Path) -> None:
@@ -208,7 +228,7 @@ def sync(path: Path) -> None:
 # --- drawing ---------------------------------------------------------------------------------------
 
 
-def draw(todo: list[range], generate: Callable[[range], Tensor], parts: Path, count: int, world: runtime.World) -> float:
+def draw(todo: list[range], draw_batch: Callable[[range], Tensor], parts: Path, count: int, world: runtime.World) -> float:
     """Draw all batches of `todo`, each by the process that is free first; the share of the time that the device waited.
 
     While a batch is drawn, the ones before it travel to the host and are written, by another thread.
@@ -221,14 +241,14 @@ def draw(todo: list[range], generate: Callable[[range], Tensor], parts: Path, co
 
         while (turn := world.add("turns", 1) - 1) < len(todo):
             idle.mark()
-            arrived = fetch(generate(todo[turn]))
+            arrived = fetch(draw_batch(todo[turn]))
             idle.mark()
             waiting.append(writer.submit(write_part, parts, todo[turn], arrived))
             if len(waiting) > WAITING:
                 written()
         while waiting:
             written()
-        world.barrier()
+        world.barrier()  # the others have written theirs
         bar.update(count - bar.n)
     return idle.share()
 
@@ -238,7 +258,7 @@ def fetch(images: Tensor) -> Callable[[], Tensor]:
     if images.device.type != "cuda":
         images = images.cpu()
         return lambda: images
-    host, done = images.to("cpu", non_blocking=True), torch.cuda.Event()
+    host, done = images.to("cpu", non_blocking=True), torch.cuda.Event(blocking=True)
     done.record()
 
     def arrived() -> Tensor:
@@ -251,7 +271,7 @@ def fetch(images: Tensor) -> Callable[[], Tensor]:
 def write_part(parts: Path, indices: range, arrived: Callable[[], Tensor]) -> int:
     """Write a batch, (B, H, W, 1 or 3) -> (B, H, W, 3), whole or not at all; how many images it has."""
     images, path = arrived(), part_path(parts, indices)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")  # a lost process may still be writing its own
     with open(temporary, "wb") as file:
         np.save(file, images.expand(*images.shape[:3], 3).numpy())
         file.flush()
@@ -261,7 +281,7 @@ def write_part(parts: Path, indices: range, arrived: Callable[[], Tensor]) -> in
 
 
 class IdleTime:
-    """The share of its time that the device waits for the next batch: `mark` the beginning and end of each in turn."""
+    """The share of its time that the device waits between batches: `mark` the beginning and end of each in turn."""
 
     def __init__(self, world: runtime.World):
         self.world, self.marks = world, []

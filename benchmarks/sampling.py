@@ -34,10 +34,6 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
@@ -100,8 +96,8 @@ def main(args) -> None:
     world = runtime.start_world(args.device)
     restored, autoencoder, sampling = prepare(args, world)
     rows = make_rows(args, restored, sampling, world.device)
-    first, real = next(iter(rows)), real_features(args, restored.spec) if args.samples else None
     report = open_report(args.out, settings_of(args.as_dict(), rows, restored, world.device))
+    first, real = next(iter(rows)), real_features(args, restored.spec) if args.samples else None
     for name, row in rows.items():
         if row.reuse:
             print(f"{name}: {row.reuse}", flush=True)
@@ -140,6 +136,8 @@ def check(args) -> None:
     if args.reuse != "none" and args.rows and "flags" not in args.rows:
         raise ValueError(f"--reuse {args.reuse} is measured by the row flags, which --rows lacks")
     if args.out:
+        if Path(args.out).suffix != ".json":
+            raise ValueError(f"--out {args.out} is not the name of a .json")
         runtime.check_writable(Path(args.out).parent)
 
 
@@ -363,7 +361,10 @@ def plot(report: dict, path: Path) -> Path | None:
     timed = {name: cell["seconds_per_image"] for name, cell in cells.items() if cell and name in summary}
     if not timed:
         return None
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    from matplotlib.figure import Figure  # of the extra `notebooks`
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
     first, own = next(iter(summary.items()))
     axes.axhspan(0, own["distance"] + (own["std"] or 0.0), color="tab:green", alpha=0.12, label=f"equal to {first}, or better")
     for i, (name, seconds) in enumerate(sorted(timed.items(), key=lambda item: item[1])):
@@ -374,7 +375,6 @@ def plot(report: dict, path: Path) -> Path | None:
              title=report["settings"]["checkpoint"])
     axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path
 
 

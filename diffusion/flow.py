@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .samplers import SamplingLoops
+from .schedules import MODEL_TIME
 
-MODEL_TIME = 1000  # models take t on the scale 0..1000
 TIME_SAMPLING = ("uniform", "logit-normal")
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .samplers import SamplingLoops
+from .schedules import MODEL_TIME
 
 Model = Callable[..., Tensor]  # (x (B, C, H, W), t (B,), **model_kwargs) -> (B, C or 2C, H, W)
 
-MODEL_TIME = 1000  # models take t on the scale 0..1000
 PREDICTIONS = ("epsilon", "x0", "v")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 LOSSES = ("mse", "rescaled_mse", "rescaled_kl")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-MODEL_TIME = 1000  # models take t on the scale 0..1000
+from .schedules import MODEL_TIME
 
 
 def guide(model: Callable, y: Tensor, null_label: int, scale: float, channels: int,
@@ -59,5 +59,8 @@ def check_scale(scale: float) -> None:
 
 
 def check_interval(interval: tuple[float, float] | None) -> None:
-    if interval is not None and not 0 <= interval[0] <= interval[1] <= MODEL_TIME:
-        raise ValueError(f"--guidance-interval {interval[0]:g} {interval[1]:g} is not LO HI with 0 <= LO <= HI <= {MODEL_TIME}")
+    if interval is None:
+        return
+    numbers = [value for value in interval if isinstance(value, int | float)]
+    if not (len(interval) == len(numbers) == 2 and 0 <= numbers[0] <= numbers[1] <= MODEL_TIME):
+        raise ValueError(f"--guidance-interval {' '.join(map(str, interval))} is not LO HI with 0 <= LO <= HI <= {MODEL_TIME}")

@@ -16,6 +16,7 @@ Memory: order + 1 states of R rows (a state of DiT-XL/2 at 256 pixels is 1.1 MiB
 differences of a forecast are as many again), and the decoder's activations of at most max(R, `parallel`) rows.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,7 +27,7 @@ from torch import Tensor
 State = tuple[Tensor, ...]
 
 PRIOR_NOISE_BELOW = 300  # t, from which on prior noise is added
-DEFAULTS = {  # split None: the network's own
+DEFAULTS = {  # split None: the network's own; -1: all blocks
     "encoder": {"key_steps": "paper", "split": None, "order": 0, "warm_up": 1},
     "forecast": {"key_steps": "every:4", "split": -1, "order": 2, "warm_up": 3},
 }
@@ -49,7 +50,7 @@ class Plan:
     def __str__(self) -> str:
         numbers = [k for k, key in enumerate(self.keys) if key]
         return (f"the first {self.split} of {self.depth} blocks run on {len(numbers)} of {len(self.keys)} evaluations "
-                f"({self.rule}; order {self.order}): {' '.join(map(str, numbers))}")
+                f"({self.rule}; order {self.order}; prior noise {self.prior_noise}): {' '.join(map(str, numbers))}")
 
     def block_calls(self) -> int:
         """Blocks that an image runs through, both branches counted."""
@@ -82,8 +83,8 @@ def plan(kind: str, times: Iterable[float], guided: Iterable[bool], depth: int, 
     if kind not in DEFAULTS:
         raise ValueError(f"--reuse {kind!r} is unknown; allowed: none, {', '.join(DEFAULTS)}")
     default = DEFAULTS[kind]
-    split = default["split"] if split is None else split
-    split = default_split if split is None else depth if split == -1 else split
+    if split is None:
+        split = {None: default_split, -1: depth}[default["split"]]
     order = default["order"] if order is None else order
     warm_up = max(default["warm_up"], order + 1) if warm_up is None else warm_up
     if not 0 <= split <= depth:
@@ -93,6 +94,8 @@ def plan(kind: str, times: Iterable[float], guided: Iterable[bool], depth: int, 
     if parallel < 1:
         raise ValueError(f"--reuse-args: parallel {parallel} is not at least 1")
     times, branches = tuple(times), tuple(1 + on for on in guided)
+    if not 0 <= prior_noise < math.inf:
+        raise ValueError(f"--reuse-args: prior_noise {prior_noise} is not a finite number of at least 0")
     rule = default["key_steps"] if key_steps is None else key_steps
     keys = key_evaluations(rule, len(times))
     comes_back = [before < after for before, after in pairwise((branches[0], *branches))]

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+MODEL_TIME = 1000  # models take t on the scale 0..1000, whatever the process
 
 def linear_betas(num_timesteps: int) -> np.ndarray:
     """DDPM's linear schedule (Ho et al., arXiv:2006.11239), stretched so that any number of steps ends in the same noise."""

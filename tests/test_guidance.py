@@ -63,7 +63,7 @@ def test_guidance_of_1_is_nowhere():
     assert in_interval((999.0, 0.0), 0.0, None) == (True, True)
 
 
-@pytest.mark.parametrize("interval", [(700, 100), (-1, 5), (0, 1001), (float("nan"), 5)])
+@pytest.mark.parametrize("interval", [(700, 100), (-1, 5), (0, 1001), (float("nan"), 5), (100,), (1, 2, 3), "ab"])
 def test_intervals_outside_the_schedule_are_refused(interval):
     with pytest.raises(ValueError, match=r"--guidance-interval .* 0 <= LO <= HI <= 1000"):
         check_interval(interval)

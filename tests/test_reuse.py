@@ -260,33 +260,25 @@ def test_any_number_of_steps(kind, steps):
     assert not torch.equal(out, plain)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "heun", "ddpm"])
-def test_prior_noise_is_added_below_300_and_never_to_the_end(sampler):
-    """A model that predicts x_0 = x_t: every step from x gives the same whether noise came before by add_ or by hand."""
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "ddpm"])
+def test_prior_noise_is_added_at_every_step_below_300_and_never_to_the_end(sampler):
+    """Against steps made one at a time, each on a process of two times, with the noise added by hand between them."""
     process = create_diffusion("10", learn_sigma=False, objective="x0")
-    x, drawn = start_noise(), []
-    noise_source = lambda step: drawn.append(step) or torch.zeros_like(x)  # noqa: E731
-    solver = SAMPLERS[sampler]
-    times = evaluation_times(solver, process)
-    without = plan("encoder", times, [False] * len(times), 4, 2)
-    with_noise = plan("encoder", times, [False] * len(times), 4, 2, prior_noise=0.003)
+    x_t, drawn = start_noise(), []
+    noise_source = lambda step: drawn.append(step) or torch.ones_like(x_t)  # noqa: E731
+    model, solver = lambda x, t: 0.5 * x, SAMPLERS[sampler]
+    chosen = plan("encoder", evaluation_times(solver, process), [False] * 19, 4, 2, prior_noise=0.003)
+    states = [step["sample"].clone() for step in add_prior_noise(solver(process, model, x_t, noise_source), x_t, chosen)]
+    assert len(drawn) == (9 if sampler == "ddpm" else 0)  # none in the last step
 
-    def states(chosen, seen):
-        model = lambda x, t: seen.append((t[0].item(), x.clone())) or 0.5 * x  # noqa: E731
-        return [step["sample"].clone() for step in add_prior_noise(solver(process, model, x, noise_source), x, chosen)]
-
-    plain_seen, seen = [], []
-    plain, changed = states(without, plain_seen), states(with_noise, seen)
-    first = next(i for i, (t, _) in enumerate(seen) if t < 300)
-    for (_, a), (_, b) in zip(plain_seen[:first], seen[:first]):
-        assert torch.equal(a, b)
-    if sampler != "heun":
-        assert (seen[first][1] - plain_seen[first][1] - 0.003 * x).abs().max() < 1e-12
-    (step,) = list(solver(process, lambda x, t: 0.5 * x, x, noise_source))[-1:]
-    assert torch.equal(plain[-1], step["sample"])
-    last_x = seen[-1][1]
-    assert (changed[-1] - 0.5 * last_x).abs().max() < 1e-12  # t = 0 -> the predicted x_0, and no noise of either kind
-    assert 9 not in drawn
+    x, added, grid = x_t, 0, process.grid
+    for i, state in enumerate(states):
+        process.grid = grid[i : i + 2] if i == 9 else (*grid[i : i + 2], None)  # ddpm draws no noise before the grid's end
+        x = next(solver(process, model, x, lambda step: torch.ones_like(x_t)))["sample"]
+        assert (state - x).abs().max() < 1e-12
+        if i < 9 and process.timestep_map[grid[i + 1]] < 300:
+            x, added = x + 0.003 * x_t, added + 1
+    assert added == 3
 
 
 SLOW_GRID = [(name, sampler, objective, kind) for name, sampler, objective, kind in itertools.product(
@@ -309,4 +301,6 @@ def test_all_parts_work_together(name, sampler, objective, kind):
     alone = sample(model, process, on, sampler, interval=interval, y=LABELS[:1], x=start_noise(dtype=torch.float32)[:1])
     assert torch.allclose(out[:1], alone, atol=1e-3, rtol=1e-3)
     with torch.autocast("cpu", torch.bfloat16):
-        assert sample(model, process, on, sampler, interval=interval).isfinite().all()
+        rounded = sample(model, process, on, sampler, interval=interval)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - out).norm() / out.norm() < 0.2

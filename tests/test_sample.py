@@ -164,7 +164,8 @@ def test_labels_and_switches_come_from_a_yaml_too(tiny_run, tmp_path, monkeypatc
         "reuse: encoder\nkey_steps: every:2\nreuse_args: {split: 1}\n")
     result = run_here(sample, "--ckpt", tiny_run, "--config", "my.yaml")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("the first 1 of 2 blocks run on 11 of 20 evaluations (every:2; order 0): 0 2 3 4 6")
+    assert result.stdout.startswith(
+        "the first 1 of 2 blocks run on 11 of 20 evaluations (every:2; order 0; prior noise 0.0): 0 2 3 4 6")
     with Image.open("sample.png") as picture:
         assert (picture.text["labels"], picture.text["guidance_interval"]) == ("[3, 7]", "[100.0, 850.0]")
         assert picture.text["reuse"].startswith("the first 1 of 2")
@@ -230,6 +231,7 @@ def test_more_rows_leave_the_first_as_they_are(tiny_run, tmp_path, monkeypatch, 
     (["--guidance-interval", "0", "1001"], ["--guidance-interval 0 1001", "<= 1000"]),
     (["--guidance-interval", "5"], ["--guidance-interval"]),
     (["--reuse", "some"], ["--reuse", "forecast"]),
+    (["--reuse", "encoder", "--reuse-args", '{"prior_noise": .nan}'], ["prior_noise nan"]),
     (["--key-steps", "paper"], ["--key-steps", "--reuse encoder"]),
     (["--reuse", "encoder", "--key-steps", "0,50"], ["--key-steps 0,50", "below 23"]),
     (["--reuse", "encoder", "--key-steps", "often"], ["--key-steps 'often'", "every:N"]),

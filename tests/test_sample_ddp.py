@@ -1,9 +1,11 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -215,8 +217,69 @@ def test_other_settings_are_refused_unless_overwritten(draw, tiny_run, tmp_path)
     assert (result.returncode, drawn) == (0, list(range(11)))
     assert not np.array_equal(arrays(tmp_path)[0], before[0])
     assert draw("--overwrite", ckpt="a/c.pt")[1] == []  # from these settings: the same command would draw the same
-    output(tmp_path).with_suffix(".json").unlink()
-    assert_one_line(draw(ckpt="a/c.pt")[0], "exists from other settings")
+    output(tmp_path).with_suffix(".json").write_text("{")
+    assert_one_line(draw(ckpt="a/c.pt")[0], "exists from other settings", "does not tell them")
+
+
+@pytest.mark.parametrize(("first", "second", "words"), [
+    (["--reuse-args", '{"prior_noise": 0.0}'], ["--reuse-args", '{"prior_noise": 0.003}'], "prior noise 0.0"),
+    (["--reuse-args", '{"split": 1}'], ["--reuse-args", '{"split": 2}'], "the first 1 of 2 blocks"),
+    (["--key-steps", "0,1,2"], ["--key-steps", "0,2,3"], "0 1 2"),
+    (["--tf32"], ["--no-tf32"], "tf32 was True"),
+])
+def test_settings_that_the_name_does_not_tell_are_not_mixed(draw, first, second, words):
+    assert draw("--reuse", "encoder", *first)[0].returncode == 0
+    assert_one_line(draw("--reuse", "encoder", *second)[0], "exists from other settings", words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("owner", "name"), [
+    (Path, "replace"), (Path, "unlink"), (shutil, "rmtree"), (np, "save"), (checkpoint, "replace_text"), (os, "fsync")],
+    ids=lambda value: value if isinstance(value, str) else "")
+def test_stopped_at_any_write_the_same_command_ends_the_same(draw, tiny_run, tmp_path, monkeypatch, owner, name, when):
+    """An output of older weights is overwritten, with pictures, and stopped at each call in turn until there is none left."""
+    state = checkpoint.load(checkpoint.resolve(tiny_run))
+    older = state | {"ema": {key: 1.1 * weight for key, weight in state["ema"].items()}}
+    flags = ["--overwrite", "--png", "--per-proc-batch-size", 4]
+    checkpoint.save(tmp_path / "c.pt", state)
+    assert draw(*flags, ckpt="c.pt")[0].returncode == 0
+    expected = arrays(tmp_path)
+    shutil.rmtree(tmp_path / "samples")
+    checkpoint.save(tmp_path / "c.pt", older)
+    assert draw(*flags, ckpt="c.pt")[0].returncode == 0
+    shutil.copytree(tmp_path / "samples", tmp_path / "older")
+    checkpoint.save(tmp_path / "c.pt", state)
+
+    original = getattr(owner, name)
+    for stop in range(1, 100):
+        shutil.rmtree(tmp_path / "samples")
+        shutil.copytree(tmp_path / "older", tmp_path / "samples")
+        calls = []
+
+        def stopping(*args, **kwargs):
+            calls.append(1)  # noqa: B023
+            if len(calls) == stop and when == "before":  # noqa: B023
+                raise KeyboardInterrupt
+            result = original(*args, **kwargs)
+            if len(calls) == stop:  # noqa: B023
+                raise KeyboardInterrupt
+            return result
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stopping)
+            code = draw(*flags, ckpt="c.pt")[0].returncode
+        assert draw(*flags, ckpt="c.pt")[0].returncode == 0
+        images, labels = arrays(tmp_path)
+        assert np.array_equal(images, expected[0])
+        assert np.array_equal(labels, expected[1])
+        for i, image in enumerate(images):
+            with Image.open(output(tmp_path).with_suffix("") / f"{i:06d}.png") as picture:
+                assert np.array_equal(np.asarray(picture), image)
+        assert {path.suffix for path in (tmp_path / "samples").iterdir()} == {"", ".json", ".npz"}
+        if code == 0:
+            break
+    assert code == 0
+    assert stop > 1
 
 
 def test_a_second_writer_is_refused(draw, tmp_path):
@@ -299,11 +362,36 @@ def test_the_time_that_the_device_waits(monkeypatch):
     assert idle.share() == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(("done", "batches"), [
-    ([], [(0, 4), (4, 8), (8, 10)]), ([(0, 10)], []), ([(4, 6)], [(0, 4), (6, 10)]), ([(8, 10), (0, 3)], [(3, 7), (7, 8)]),
+@pytest.mark.parametrize(("found", "done", "todo"), [
+    ([], [], [(0, 4), (4, 8), (8, 10)]), ([(0, 10)], [(0, 10)], []), ([(4, 6)], [(4, 6)], [(0, 4), (6, 10)]),
+    ([(8, 10), (0, 3)], [(0, 3), (8, 10)], [(3, 7), (7, 8)]),
+    ([(0, 4), (2, 6), (3, 5), (6, 10)], [(0, 4), (6, 10)], [(4, 6)]),  # two launches with other batch sizes
 ])
-def test_what_is_missing(done, batches):
-    assert sample_ddp.missing([range(*part) for part in done], 10, 4) == [range(*batch) for batch in batches]
+def test_what_is_there_and_what_is_missing(found, done, todo):
+    expected = [range(*part) for part in done], [range(*part) for part in todo]
+    assert sample_ddp.share_out([range(*part) for part in found], 10, 4) == expected
+
+
+def test_images_of_a_process_that_outlived_its_launch_are_not_joined_twice(draw, one_process, tmp_path, monkeypatch):
+    """It writes its part just before the parts are joined, when all others are known."""
+    original = sample_ddp.finish
+
+    def finish(out, *rest):
+        np.save(sample_ddp.part_path(sample_ddp.parts_of(out), range(1, 3)), np.zeros((2, 8, 8, 3), np.uint8))
+        original(out, *rest)
+    monkeypatch.setattr(sample_ddp, "finish", finish)
+    assert draw("--per-proc-batch-size", 4)[0].returncode == 0
+    assert_same(arrays(one_process), arrays(tmp_path))
+
+
+def test_space_is_asked_for_what_is_still_to_be_written(draw, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample_ddp.runtime, "check_writable", lambda folder, size=0: asked.append(size) or folder.mkdir(
+        exist_ok=True))
+    assert draw()[0].returncode == 0
+    assert asked == [0, 2 * 11 * 8 * 8 * 3]
+    assert draw()[0].returncode == 0
+    assert asked[2:] == [0, 0]
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ LIBRARIES = {"models", "diffusion", "autoencoders", "data", "metrics", "runtime"
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - LIBRARIES
 ALLOWED = {"checkpoint": {"models"}}
 INSIDE_DIFFUSION = {
-    "schedules": set(), "samplers": set(), "guidance": set(), "flow": {"samplers"},
-    "gaussian_diffusion": {"samplers"}, "__init__": {"flow", "gaussian_diffusion", "schedules"},
+    "schedules": set(), "samplers": set(), "reuse": set(), "guidance": {"schedules"}, "flow": {"samplers", "schedules"},
+    "gaussian_diffusion": {"samplers", "schedules"}, "__init__": {"flow", "gaussian_diffusion", "schedules"},
 }
 
 
