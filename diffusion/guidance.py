@@ -63,4 +63,5 @@ def check_interval(interval: tuple[float, float] | None) -> None:
         return
     numbers = [value for value in interval if isinstance(value, int | float)]
     if not (len(interval) == len(numbers) == 2 and 0 <= numbers[0] <= numbers[1] <= MODEL_TIME):
-        raise ValueError(f"--guidance-interval {' '.join(map(str, interval))} is not LO HI with 0 <= LO <= HI <= {MODEL_TIME}")
+        given = " ".join(f"{value:g}" if value in numbers else str(value) for value in interval)
+        raise ValueError(f"--guidance-interval {given} is not LO HI with 0 <= LO <= HI <= {MODEL_TIME}")
