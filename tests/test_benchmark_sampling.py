@@ -127,7 +127,7 @@ def test_with_and_without_reuse_in_one_command(gaussian_run, run_here, calls, tm
     result = run_here(sampling, "--ckpt", gaussian_run, *TINY, "--reuse", "encoder", "--key-steps", "0,2", "--rows", "plain",
                       "flags", "--cfg-scale", 1.5)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("flags: the first 1 of 2 blocks run on 2 of 4 evaluations (0,2; order 0): 0 2\n")
+    assert result.stdout.startswith("flags: the first 1 of 2 blocks run on 2 of 4 evaluations (0,2; order 0; prior noise 0.0): 0 2\n")
     plain, flags = (line.split() for line in result.stdout.splitlines()[-2:])
     assert plain[:3] == ["plain", "8", "16"]
     assert flags[:3] == ["flags", "8", "12"]
@@ -207,7 +207,8 @@ def test_decoding_is_timed_apart(monkeypatch):
     row = SimpleNamespace(process=SimpleNamespace(num_timesteps=3))
     assert sampling.time_batch(draw, row, 2, torch.device("cpu")) == (7, 3)
     cell = sampling.times([(8, 6), (2, 1), (4, 2)], [(8, 6), (8, 4), (8, 5)], 2)
-    assert cell == {"seconds_per_image": 2, "sampling_seconds_per_image": 1, "ratio": 2, "rounds": [4, 1, 2]}
+    assert cell == {"seconds_per_image": 2, "sampling_seconds_per_image": 1, "ratio": 2, "rounds": [4, 1, 2],
+                    "threads": torch.get_num_threads()}
 
 
 def test_rmse_is_the_root_of_the_mean_square():
