@@ -127,7 +127,8 @@ def test_with_and_without_reuse_in_one_command(gaussian_run, run_here, calls, tm
     result = run_here(sampling, "--ckpt", gaussian_run, *TINY, "--reuse", "encoder", "--key-steps", "0,2", "--rows", "plain",
                       "flags", "--cfg-scale", 1.5)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("flags: the first 1 of 2 blocks run on 2 of 4 evaluations (0,2; order 0; prior noise 0.0): 0 2\n")
+    assert result.stdout.startswith(
+        "flags: the first 1 of 2 blocks run on 2 of 4 evaluations (0,2; order 0; prior noise 0.0): 0 2\n")
     plain, flags = (line.split() for line in result.stdout.splitlines()[-2:])
     assert plain[:3] == ["plain", "8", "16"]
     assert flags[:3] == ["flags", "8", "12"]
