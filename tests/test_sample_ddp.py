@@ -81,7 +81,7 @@ def test_the_npz_is_adms_and_the_json_beside_it_tells_the_settings(one_process):
                   "images": 11, "reuse": "none"}
 
 
-@pytest.mark.parametrize(("nproc", "batch"), [(2, 3), (3, 2)])
+@pytest.mark.parametrize(("nproc", "batch"), [(2, 3), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_images_do_not_depend_on_processes_nor_batches(one_process, tiny_run, tmp_path, nproc, batch):
     run_script("sample_ddp.py", "--ckpt", tiny_run, *FLAGS, "--per-proc-batch-size", batch, cwd=tmp_path, nproc=nproc)
     assert_same(arrays(one_process), arrays(tmp_path))
@@ -316,6 +316,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_slow_process_draws_less_and_delays_none(one_process, tiny_run, tmp_path):
     script = tmp_path / "slow.py"
     script.write_text(PATCHED.format(root=str(ROOT), action="time.sleep(2.0 if rank == '1' else 0.1)"))
