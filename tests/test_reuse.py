@@ -195,16 +195,16 @@ class Recorder:
 
 
 def test_each_branch_has_its_own_history_and_begins_anew_when_it_comes_back():
-    """Features 10 k of the conditional, 100 k of the unconditional; a straight line through the last two, where there are."""
+    """Features k^2 of the conditional, 100 k^2 of the unconditional; a straight line through the last two, where there are."""
     guided = [True, True, True, False, False, True, True, True]
     times = tuple(float(t) for t in range(1000, 992, -1))
     chosen = plan("forecast", times, guided, 4, 2, "0,1,4,5", order=1, warm_up=1)
     network, seen = Reuse(Recorder(), chosen, 1), []
     for k, t in enumerate(times):
-        rows = torch.tensor([10.0 * k, 100.0 * k])[: chosen.branches[k]]
+        rows = torch.tensor([1.0 * k**2, 100.0 * k**2])[: chosen.branches[k]]
         x = rows.view(-1, 1, 1, 1) if chosen.keys[k] else torch.full((len(rows), 1, 1, 1), torch.nan)
         seen.append(network(x, torch.full((len(rows),), t), torch.arange(len(rows)))[:, 0].tolist())
-    assert seen == [[0, 0], [10, 100], [20, 200], [30], [40], [50, 500], [60, 500], [70, 500]]
+    assert seen == [[0, 0], [1, 100], [2, 200], [3], [16], [25, 2500], [34, 2500], [43, 2500]]
 
 
 def test_heun_counts_its_evaluations_and_may_ask_twice_at_one_t():
@@ -268,7 +268,10 @@ def test_prior_noise_is_added_at_every_step_below_300_and_never_to_the_end(sampl
     noise_source = lambda step: drawn.append(step) or torch.ones_like(x_t)  # noqa: E731
     model, solver = lambda x, t: 0.5 * x, SAMPLERS[sampler]
     chosen = plan("encoder", evaluation_times(solver, process), [False] * 19, 4, 2, prior_noise=0.003)
-    states = [step["sample"].clone() for step in add_prior_noise(solver(process, model, x_t, noise_source), x_t, chosen)]
+    steps = [(step["sample"], step["sample"].clone())
+             for step in add_prior_noise(solver(process, model, x_t, noise_source), x_t, chosen)]
+    states = [state for _, state in steps]
+    assert torch.equal(*steps[-1])  # the finished sample is not touched any more
     assert len(drawn) == (9 if sampler == "ddpm" else 0)  # none in the last step
 
     x, added, grid = x_t, 0, process.grid
