@@ -231,6 +231,11 @@ class Restored:
             return f"{self.path.parent.parent.resolve().name}-{self.path.stem}"
         return self.path.stem
 
+    def sha256(self) -> str:
+        """Of the file: what stands beside it, which `load` has compared with it, else counted now."""
+        beside = digest_file(self.path)
+        return beside.read_text().split()[0] if beside.is_file() else digest(self.path)
+
 
 def restore(ckpt: str | Path | None, model: str | None = None, image_size: int | None = None, num_classes: int | None = None,
             vae: str | None = None, bare_vae: str = "mse", bare_cfg_scale: float = 4.0) -> Restored:

@@ -134,8 +134,7 @@ def prepare(args, world: runtime.World, bare_vae: str = "mse",
     sampling = settings_for(restored.spec, args.eta, args.precision)
     model = restored.model.to(world.device)
     if args.reuse != "none":
-        sampling = replace(sampling, reuse=plan(args.reuse, sampling.times, sampling.guided, len(model.blocks),
-                                                model.default_split, args.key_steps, **reuse_args))
+        sampling = sampling.with_reuse(model, args.reuse, args.key_steps, **reuse_args)
     autoencoder = world.main_first(lambda: load_autoencoder(restored.spec["vae"], world.device))
     latent_shape = autoencoder.latent_shape(tuple(restored.spec["image_size"]), restored.spec["channels"])
     if latent_shape != (model.in_channels, *model.input_size):
@@ -189,6 +188,11 @@ class Sampling:
     def guided(self) -> tuple[bool, ...]:
         """Whether there is guidance, at each evaluation of the model."""
         return in_interval(self.times, self.cfg_scale, self.guidance_interval)
+
+    def with_reuse(self, model: nn.Module, kind: str, key_steps: str | None = None, **reuse_args) -> "Sampling":
+        """The same with features reused; arguments are those of reuse.plan."""
+        return replace(self, reuse=plan(kind, self.times, self.guided, len(model.blocks), model.default_split, key_steps,
+                                        **reuse_args))
 
     def calls(self, depth: int) -> tuple[int, int]:
         """How often an image goes through a model of so many blocks, and through one of its blocks."""

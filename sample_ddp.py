@@ -99,7 +99,7 @@ def settings_of(restored: checkpoint.Restored, autoencoder, sampling, args) -> d
     """All that the images depend on, as NAME.json tells it."""
     spec = restored.spec
     settings = {
-        "checkpoint": restored.name, "checkpoint_sha256": checkpoint.digest(restored.path),
+        "checkpoint": restored.name, "checkpoint_sha256": restored.sha256(),
         "model": spec["model"]["name"],
         "image_size": spec["image_size"], "vae": spec["vae"], "vae_identity": autoencoder.identity(),
         "images": args.num_fid_samples, "seed": args.global_seed, "labels": "balanced" if args.balanced else "random",

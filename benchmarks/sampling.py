@@ -46,7 +46,6 @@ import runtime
 from autoencoders import to_unit_range
 from data import Rows, load_dataset
 from diffusion import FlowMatching
-from diffusion.reuse import plan
 from metrics import frechet_distance
 from sample import BATCH, Sampling, add_sampling_arguments, generate, prepare, settings_for
 
@@ -167,11 +166,8 @@ def make_sampling(restored: checkpoint.Restored, precision: str, difference: dic
     given = {"precision": precision, "reuse": None, "key_steps": None} | difference
     precision, kind, key_steps = (given.pop(name) for name in ("precision", "reuse", "key_steps"))
     settings = restored.spec["sampling"] | {"guidance_interval": None} | given
-    sampling, model = settings_for(restored.spec | {"sampling": settings}, precision=precision), restored.model
-    if kind is None:
-        return sampling
-    return replace(sampling, reuse=plan(kind, sampling.times, sampling.guided, len(model.blocks), model.default_split,
-                                        key_steps))
+    sampling = settings_for(restored.spec | {"sampling": settings}, precision=precision)
+    return sampling.with_reuse(restored.model, kind, key_steps) if kind else sampling
 
 
 # --- the report, a JSON that grows cell by cell --------------------------------------------------
@@ -184,7 +180,7 @@ def settings_of(flags: dict, rows: dict[str, Sampling], restored: checkpoint.Res
     machine = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     own = {name: dict(zip(("model_calls", "block_calls"), row.calls(len(restored.model.blocks)))) | row.describe()
            for name, row in rows.items()}
-    about = {"checkpoint": restored.name, "sha256": checkpoint.digest(restored.path), "device": machine,
+    about = {"checkpoint": restored.name, "sha256": restored.sha256(), "device": machine,
              "torch": torch.__version__}
     return json.loads(json.dumps(about | flags | {"rows": own}))
 

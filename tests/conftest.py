@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import runtime
+from models import DiT_models
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +101,20 @@ def run_here(monkeypatch, capfd):
         out, err = capfd.readouterr()
         return subprocess.CompletedProcess(script.__name__, code, out, err)
     return run
+
+
+def save_random_checkpoint(path, channels, classes):
+    """A DiT of random weights, learned variance and 8x8 pixels, that recommends 4 steps of ddpm and guidance of 2."""
+    torch.manual_seed(0)
+    kwargs = dict(input_size=(8, 8), in_channels=channels, num_classes=len(classes), hidden_size=24, depth=2, num_heads=2)
+    model = DiT_models["DiT-S/2"](**kwargs)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    checkpoint.save(path, {"ema": model.state_dict(), "spec": {
+        "model": {"name": "DiT-S/2", "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (8, 8),
+        "channels": channels, "classes": classes,
+        "sampling": {"sampler": "ddpm", "num_sampling_steps": "4", "cfg_scale": 2.0, "cfg_channels": None}}})
+    return path
 
 
 def analytic_model(x, t, learned=True):

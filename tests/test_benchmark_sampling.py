@@ -4,11 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line
+from conftest import ROOT, assert_one_line, save_random_checkpoint
 from PIL import Image, ImageColor
 
 import checkpoint
-from models import DiT_models
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import sampling
@@ -20,17 +19,8 @@ DIGITS = ["--data-path", "digits", "--samples", 12, "--seeds", 0, 1]
 @pytest.fixture(scope="module")
 def gaussian_run(tmp_path_factory):
     """A checkpoint of random weights with learned variance, of digits' shape, guided by 2."""
-    torch.manual_seed(0)
-    kwargs = dict(input_size=(8, 8), in_channels=1, num_classes=10, hidden_size=24, depth=2, num_heads=2)
-    model = DiT_models["DiT-S/2"](**kwargs)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    path = tmp_path_factory.mktemp("gaussian") / "g.pt"
-    checkpoint.save(path, {"ema": model.state_dict(), "spec": {
-        "model": {"name": "DiT-S/2", "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (8, 8), "channels": 1,
-        "classes": sampling.load_dataset("digits").classes,
-        "sampling": {"sampler": "ddpm", "num_sampling_steps": "4", "cfg_scale": 2.0, "cfg_channels": None}}})
-    return path
+    classes = sampling.load_dataset("digits").classes
+    return save_random_checkpoint(tmp_path_factory.mktemp("gaussian") / "g.pt", 1, classes)
 
 
 @pytest.fixture

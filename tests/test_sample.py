@@ -1,17 +1,15 @@
 import pathlib
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line, run_script
+from conftest import assert_one_line, run_script, save_random_checkpoint
 from PIL import Image
 
 import checkpoint
 import sample
 from autoencoders import Pixels
 from diffusion import create_diffusion
-from diffusion.reuse import plan
 from models import DiT_models
 
 CLASSES = ["tench, Tinca tinca", "golden retriever", "zero", "tiger cat", "cat"]
@@ -19,18 +17,8 @@ CLASSES = ["tench, Tinca tinca", "golden retriever", "zero", "tiger cat", "cat"]
 
 @pytest.fixture(scope="module")
 def gaussian_run(tmp_path_factory):
-    """A checkpoint of random weights with learned variance, four channels and a random answer."""
-    torch.manual_seed(0)
-    kwargs = dict(input_size=(8, 8), in_channels=3, num_classes=5, hidden_size=24, depth=2, num_heads=2)
-    model = DiT_models["DiT-S/2"](**kwargs)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    folder = tmp_path_factory.mktemp("gaussian")
-    checkpoint.save(folder / "g.pt", {"ema": model.state_dict(), "spec": {
-        "model": {"name": "DiT-S/2", "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (8, 8), "channels": 3,
-        "classes": CLASSES,
-        "sampling": {"sampler": "ddpm", "num_sampling_steps": "4", "cfg_scale": 2.0, "cfg_channels": None}}})
-    return folder / "g.pt"
+    """A checkpoint of random weights with learned variance, three channels and a random answer."""
+    return save_random_checkpoint(tmp_path_factory.mktemp("gaussian") / "g.pt", 3, CLASSES)
 
 
 def draw(path, indices, labels=None, reuse=None, eta=0.0, precision="fp32", on_step=lambda step: None, **overrides):
@@ -38,8 +26,7 @@ def draw(path, indices, labels=None, reuse=None, eta=0.0, precision="fp32", on_s
     restored.spec["sampling"] = restored.spec["sampling"] | overrides
     sampling = sample.settings_for(restored.spec, eta, precision)
     if reuse:
-        sampling = replace(sampling, reuse=plan(times=sampling.times, guided=sampling.guided, depth=2, default_split=1,
-                                                **reuse))
+        sampling = sampling.with_reuse(restored.model, **reuse)
     return sample.generate(restored.model, Pixels(), labels or [i % 5 for i in indices], indices, 0, sampling, on_step)
 
 
