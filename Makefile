@@ -15,7 +15,11 @@ demo: .venv/installed
 	@mkdir -p $(TMPDIR)
 	$(BIN)/torchrun --standalone --nproc_per_node=1 train.py --config configs/digits.yaml --run-name digits
 	$(BIN)/python sample.py --ckpt results/digits --num-samples 5 --out sample.png
-	$(BIN)/python benchmarks/digits.py --ckpt results/digits
+	$(BIN)/python sample_ddp.py --ckpt results/digits --balanced --num-fid-samples 5000 --per-proc-batch-size 500 \
+	    --sample-dir results/digits/samples
+	$(BIN)/python benchmarks/classifier.py --data-path digits --epochs 20 --out results/digits/classifier.pt
+	$(BIN)/python evaluate.py digits results/digits/samples/*.npz --weights none --training-images digits \
+	    --classifier results/digits/classifier.pt
 	@echo "The picture: $(CURDIR)/sample.png"
 	@echo "The run:     $(CURDIR)/results/digits"
 
@@ -34,7 +38,7 @@ lint: .venv/installed
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON) cannot make virtual environments: install your system's package python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) '.[dev,notebooks]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) '.[dev,eval,notebooks]'
 	@rm -rf build dinext.egg-info
 	@touch $@
 

@@ -28,6 +28,7 @@ import sys
 import time
 import warnings
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +45,11 @@ from models import DiT_models
 PUBLISHED = {
     name: f"https://dl.fbaipublicfiles.com/DiT/models/{name}" for name in ("DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt")
 }
+
+# The network of FID, converted from TensorFlow's of 2015 by torch-fidelity.
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 LOCK_PATIENCE = 180  # seconds, of a restart
 
@@ -168,21 +174,21 @@ def load(path: str | Path, flag: str = "--ckpt") -> dict:
     return state
 
 
-def download(name: str) -> Path:
-    """The published weights of that name in torch's cache, fetched over https at the first time."""
+def download(name: str, url: str, licence: str, complete: Callable[[Path], bool]) -> Path:
+    """A file in torch's cache, fetched over https at the first time; OSError that says what else to do."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
-    print(f"Downloading {PUBLISHED[name]} (DiT's weights are licensed CC BY-NC 4.0) to {path}")
+    print(f"Downloading {url} ({licence}) to {path}")
     try:
-        torch.hub.download_url_to_file(PUBLISHED[name], str(temporary))
-        if not zipfile.is_zipfile(temporary):
+        torch.hub.download_url_to_file(url, str(temporary))
+        if not complete(temporary):
             raise OSError("the download is incomplete")
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"cannot download {PUBLISHED[name]}: {error}; fetch it by other means and pass its path") from None
+        raise OSError(f"cannot download {url}: {error}; fetch it by other means and pass its path") from None
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -196,13 +202,24 @@ def find_model(name: str | Path) -> dict:
 def resolve(name: str | Path, flag: str = "--ckpt") -> Path:
     """The file that a path, a run's folder (its newest) or the name of a published file stands for."""
     if str(name) in PUBLISHED and not Path(name).is_file():
-        return download(str(name))
+        return download(str(name), PUBLISHED[name], "DiT's weights are licensed CC BY-NC 4.0", zipfile.is_zipfile)
     if Path(name).is_dir():
         newest = latest(Path(name))
         if newest is None:
             raise FileNotFoundError(f"{flag} {name}: the folder holds no checkpoints/*.pt")
         return newest
     return Path(name)
+
+
+def inception_weights(path: str | None) -> Path:
+    """The file of FID's Inception: the given one, or that of torch's cache, or a download; ValueError where it is another."""
+    if path is not None and not Path(path).is_file():
+        raise FileNotFoundError(f"--weights {path} does not exist")
+    file = Path(path) if path is not None else download(
+        INCEPTION, INCEPTION_URL, "Apache 2.0", lambda file: digest(file) == INCEPTION_SHA256)
+    if (found := digest(file)) != INCEPTION_SHA256:
+        raise ValueError(f"--weights {file} is not {INCEPTION}: its sha256 is {found}, expected {INCEPTION_SHA256}")
+    return file
 
 
 def weights_of(state: dict, source: str | Path) -> dict:

@@ -1,4 +1,4 @@
-"""Data sets by name or path, features cached from them, and the order in which training reads them.
+"""Data sets by name or path, features cached from them, the order in which training reads them, and sets of whole images.
 
 A data set answers `dataset.__getitems__(rows)` with a whole batch, (B, ...) and labels (B,) int64. It has
     kind                    what the batch holds:
@@ -13,9 +13,14 @@ A data set answers `dataset.__getitems__(rows)` with a whole batch, (B, ...) and
 
 import atexit
 import json
+import os
 import signal
 import time
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -418,3 +423,148 @@ def leave_signals_to_the_parent(worker: int) -> None:
 
 def as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return batch
+
+
+# --- sets of whole images, to be evaluated --------------------------------------------------------
+# `len(images)`; `images.size` (H, W); `images.labels` (N,) or None; `images.read(indices)` -> (B, H, W, 3) uint8
+
+
+def open_images(source: str, flag: str, size: tuple[int, int] | None = None, data_root: str = "data", split: str = "val"):
+    """A set of images: an `.npz` as ADM's, a folder of pictures, or the part `split` of a named data set.
+
+    Args:
+        flag: what the user calls the set, for errors.
+        size: (H, W) to bring a named set to; files are taken as they are.
+    """
+    path = Path(source)
+    if source in NAMED:
+        return NamedImages(load_dataset(source, size and size[0], data_root, split))
+    if path.is_dir():
+        return PictureFolder(path, flag)
+    if not path.is_file():
+        raise FileNotFoundError(f"{flag} {source} is neither an .npz, nor a folder of images, nor one of {', '.join(NAMED)}")
+    return NpzImages(path, flag)
+
+
+class NpzImages:
+    """`arr_0` (N, H, W, 3) uint8 of an `.npz`, read as it is asked for; `arr_1`, if there, holds the labels (N,)."""
+
+    def __init__(self, path: Path, flag: str = "the file"):
+        self.name = f"{flag} {path}"
+        with told_as_damage(self.name):
+            self.file = zipfile.ZipFile(path)
+            arrays = [name.removesuffix(".npy") for name in self.file.namelist()]
+            if "arr_0" not in arrays:
+                raise ValueError(f"{self.name} has no arr_0, but {', '.join(arrays) or 'nothing'}; "
+                                 "expected images (N, H, W, 3) uint8 as arr_0")
+            self.array = self.file.open("arr_0.npy")
+            shape, fortran_order, dtype = npy_header(self.array, self.name)
+            self.start = self.array.tell()
+        if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran_order:
+            raise ValueError(f"{self.name}: arr_0 is {'object' if dtype.hasobject else dtype} {shape}"
+                             f"{' in Fortran order' if fortran_order else ''}; expected uint8 (N, H, W, 3)")
+        self.count, self.size = shape[0], shape[1:3]
+        self.labels = self.read_labels() if "arr_1" in arrays else None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Indices should ascend from call to call: a step back reads a compressed file from its beginning."""
+        images = np.empty((len(indices), *self.size, 3), dtype=np.uint8)
+        with told_as_damage(self.name):
+            for image, index in zip(images, indices):
+                self.array.seek(self.start + int(index) * image.nbytes)
+                if self.array.readinto(image.reshape(-1)) != image.nbytes:
+                    raise EOFError("arr_0 ends early")
+        return images
+
+    def read_labels(self) -> np.ndarray:
+        with told_as_damage(self.name), self.file.open("arr_1.npy") as array:
+            shape, _, dtype = npy_header(array, self.name)
+            if shape != (self.count,) or dtype.kind not in "iu":
+                raise ValueError(f"{self.name}: arr_1 is {'object' if dtype.hasobject else dtype} {shape}; "
+                                 f"expected labels, integers ({self.count},)")
+            return np.frombuffer(array.read(), dtype=dtype).astype(np.int64)
+
+
+class PictureFolder:
+    """All pictures of a folder and the folders in it, in the order of their paths, as RGB; all of one size."""
+
+    labels = None
+
+    def __init__(self, path: Path, flag: str):
+        from torchvision.datasets.folder import IMG_EXTENSIONS
+        self.paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        if not self.paths:
+            raise FileNotFoundError(f"{flag} {path}: the folder holds no images ({' '.join(IMG_EXTENSIONS)})")
+        self.threads = ThreadPoolExecutor()  # pictures are decoded without Python's lock
+        sizes = list(self.threads.map(picture_size, self.paths))
+        for file, size in zip(self.paths, sizes):
+            if size != sizes[0]:
+                raise ValueError(f"{flag} {path}: the images must be of one size; {self.paths[0].relative_to(path)} is "
+                                 f"{sizes[0][1]}x{sizes[0][0]}, {file.relative_to(path)} {size[1]}x{size[0]} (width x height)")
+        self.size = sizes[0]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        return np.stack(list(self.threads.map(lambda index: np.asarray(open_rgb(self.paths[index])), indices)))
+
+
+class NamedImages:
+    """A named data set; greyscale images become RGB, as sample_ddp.py writes them."""
+
+    def __init__(self, dataset: ArrayImages):
+        self.images, self.labels, self.size = dataset.images, dataset.labels.numpy(), dataset.image_size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        return self.images[indices].permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(H, W), without reading the pixels."""
+    try:
+        with Image.open(path) as picture:
+            return picture.size[::-1]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(f"cannot read the image {path}: {error}") from None
+
+
+@contextmanager
+def told_as_damage(name: str):
+    """What a damaged `.npz` raises while it is read, as an OSError of one line."""
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise OSError(f"{name} is truncated or no .npz: {error}") from None
+
+
+def npy_header(array: zipfile.ZipExtFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, and type of a `.npy`, of which the header is read: nothing is unpickled."""
+    try:
+        version = np.lib.format.read_magic(array)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read(array)
+    except ValueError as error:
+        raise OSError(f"{name} is damaged: {error}") from None
+
+
+def save_npz(path: Path, shape: tuple[int, ...], images: Iterable[np.ndarray], **arrays: np.ndarray) -> None:
+    """Write an `.npz`, whole or not at all: `arr_0` of that shape, uint8, which comes in blocks, and the other arrays."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
+        with file.open("arr_0.npy", "w", force_zip64=True) as array:
+            np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for block in images:
+                array.write(block.tobytes())
+        for name, values in arrays.items():
+            with file.open(f"{name}.npy", "w") as array:
+                np.lib.format.write_array(array, np.asarray(values), allow_pickle=False)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)

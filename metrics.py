@@ -1,21 +1,226 @@
-"""Distances between sets of images, on features (N, D). The mathematics only: no network, no files."""
+"""How far apart two sets of images are, on features of them: the mathematics of ADM's suite, and of figures without Inception.
+
+N, M images; D width of their features; C channels. Features arrive in batches, and what is kept of them is merged over
+processes: only precision and recall need all of them at once.
+
+- Fréchet distance (Heusel et al., arXiv:1706.08500), of Inception's features FID and sFID
+- Inception Score (Salimans et al., arXiv:1606.03498)
+- improved precision and recall (Kynkäänniemi et al., arXiv:1904.06991)
+- distance to the nearest training image
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+PIXELS = 32  # FD-pixel32: images are averaged to at most so many pixels a side
+SPLIT = 5000  # images of one Inception Score
+NEIGHBOUR = 3  # whose distance is a feature's radius
+BLOCK = 10_000  # features a side of a block of distances: ADM's, by which it chooses between fp16 and fp32
+
+# --- Fréchet distance ----------------------------------------------------------------------------
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """The Fréchet distance |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of the Gaussians fitted to two sets.
+@dataclass(frozen=True)
+class Gaussian:
+    """The Gaussian fitted to a set of features: mean (D,) and covariance (D, D) with ddof 1, float64."""
 
-    Heusel et al. (arXiv:1706.08500), covariances with ddof 1. With S = F^T F, the trace of the root is the nuclear norm of
-    F_a F_b^T: no matrix square root, no complex parts, and singular covariances need no epsilon.
+    mean: np.ndarray
+    covariance: np.ndarray
 
-    Args:
-        a, b: features (N_a, D) and (N_b, D), at least two samples each.
+    def at(self, dimensions: np.ndarray) -> "Gaussian":
+        """The same set, some dimensions of its features."""
+        return Gaussian(self.mean[dimensions], self.covariance[np.ix_(dimensions, dimensions)])
+
+    def factor(self) -> np.ndarray:
+        """F (D, D) with F F^T = covariance. Eigenvalues below the rounding error of the largest are none."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        noise = values[-1] * len(values) * np.finfo(values.dtype).eps
+        return vectors * np.sqrt(np.where(values > noise, values, 0.0))
+
+
+class Moments:
+    """Mean and scatter of features that arrive in batches: float64, about the running mean (Chan, Golub & LeVeque, 1979)."""
+
+    def __init__(self, dimensions: int):
+        self.count = 0
+        self.mean = torch.zeros(dimensions, dtype=torch.float64)
+        self.scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64)
+
+    def update(self, features: Tensor) -> "Moments":
+        """Add a batch (B, D)."""
+        x = features.to("cpu", torch.float64)
+        mean = x.mean(dim=0)
+        self._move(len(x), mean)
+        self.scatter.addmm_((x - mean).T, x - mean)
+        return self
+
+    def merge(self, other: "Moments") -> "Moments":
+        if other.count:
+            self._move(other.count, other.mean)
+            self.scatter += other.scatter
+        return self
+
+    def _move(self, count: int, mean: Tensor) -> None:
+        """Count so many more samples of that mean; the scatter between it and the mean so far."""
+        total, delta = self.count + count, mean - self.mean
+        self.scatter.addr_(delta, delta, alpha=self.count * count / total)
+        self.mean += delta * (count / total)
+        self.count = total
+
+    def gaussian(self) -> Gaussian:
+        """Of at least two samples."""
+        return Gaussian(self.mean.numpy(), self.scatter.numpy() / (self.count - 1))
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
+
+    With S = F F^T the trace of the root is the nuclear norm of F_a^T F_b: no matrix square root, no complex parts, and
+    singular covariances need no epsilon.
     """
-    def factor(x: np.ndarray) -> np.ndarray:  # (D, D), F^T F = covariance
-        return np.linalg.qr((x - x.mean(axis=0)) / np.sqrt(len(x) - 1), mode="r")
+    root = np.linalg.svd(a.factor().T @ b.factor(), compute_uv=False).sum()
+    return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * root)
 
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    f_a, f_b = factor(a), factor(b)
-    root = np.linalg.svd(f_a @ f_b.T, compute_uv=False).sum()
-    return float(((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum() + (f_a**2).sum() + (f_b**2).sum() - 2 * root)
+
+# --- Inception Score -----------------------------------------------------------------------------
+
+
+class InceptionScore:
+    """exp E[KL(p(y|x) || p(y))] over consecutive splits of SPLIT images, as ADM has it: no shuffling, and a last split that
+    is shorter counts as one."""
+
+    def __init__(self):
+        self.splits = defaultdict(float)  # number of a split -> (2 + classes,): images, sum of p log p, sums of p
+
+    def update(self, positions: np.ndarray, logits: Tensor) -> None:
+        """Add a batch: where its images stand in their set (B,), and their logits (B, classes)."""
+        log_p = logits.double().log_softmax(dim=1)
+        p = log_p.exp()
+        rows = torch.cat([torch.ones(len(p), 1), (p * log_p).sum(1, keepdim=True), p], dim=1).numpy()
+        for split in np.unique(positions // SPLIT):
+            self.splits[int(split)] = self.splits[int(split)] + rows[positions // SPLIT == split].sum(axis=0)
+
+    def merge(self, other: "InceptionScore") -> None:
+        for split, sums in other.splits.items():
+            self.splits[split] = self.splits[split] + sums
+
+    def value(self) -> float:
+        scores = []
+        for count, p_log_p, *p in self.splits.values():
+            q = np.array(p) / count
+            scores.append(np.exp(p_log_p / count - (q * np.log(q, where=q > 0, out=np.zeros_like(q))).sum()))
+        return float(np.mean(scores))
+
+
+# --- precision and recall ------------------------------------------------------------------------
+
+
+def precision_and_recall(real: Tensor, fake: Tensor, precision: str = "adm") -> tuple[float, float]:
+    """The shares of fake features (N, D) near real ones (M, D), and of real ones near fake ones.
+
+    Near: not farther from some feature of the other set than that one's third neighbour in its own. `precision` is that of
+    the squared distances, see `distance_blocks`. One block of BLOCK x BLOCK is in memory at a time, about 1 GB.
+
+    Raises:
+        ValueError: a set has fewer than four images, so that none has a third neighbour.
+    """
+    if min(len(real), len(fake)) <= NEIGHBOUR:
+        raise ValueError(f"precision and recall need at least {NEIGHBOUR + 1} images in each set, for a third neighbour")
+    real_radii, fake_radii = radii(real, precision), radii(fake, precision)
+    real_near = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    fake_near = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
+    for rows, columns, distances in distance_blocks(real, fake, precision):
+        fake_near[columns] |= (distances <= real_radii[rows, None]).any(dim=0)
+        real_near[rows] |= (distances <= fake_radii[columns]).any(dim=1)
+    return fake_near.double().mean().item(), real_near.double().mean().item()
+
+
+def radii(features: Tensor, precision: str) -> Tensor:
+    """Squared distance of each feature (N, D) to its third neighbour, (N,); the nearest of all is itself."""
+    nearest = features.new_full((len(features), NEIGHBOUR + 1), torch.inf)
+    for rows, _, distances in distance_blocks(features, features, precision):
+        candidates = torch.cat([nearest[rows], distances], dim=1)
+        nearest[rows] = candidates.topk(NEIGHBOUR + 1, largest=False).values
+    return nearest[:, -1]
+
+
+def distance_blocks(a: Tensor, b: Tensor, precision: str) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Squared distances of (M, D) from (N, D), block by block: rows, columns, float32 (R, C).
+
+    Under "adm" they are computed in fp16 with products summed in fp32, as its graph does on a GPU, and in fp32 for a block
+    in which they are not all finite; under "fp32" in fp32.
+    """
+    for rows, columns in product(blocks(len(a)), blocks(len(b))):
+        distances = None
+        if precision == "adm":
+            distances = squared_distances(a[rows].half(), b[columns].half())
+        if distances is None or not distances.isfinite().all():
+            distances = squared_distances(a[rows], b[columns])
+        yield rows, columns, distances.float()
+
+
+def blocks(count: int) -> list[slice]:
+    return [slice(start, start + BLOCK) for start in range(0, count, BLOCK)]
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """max(|a|^2 - 2 a b + |b|^2, 0), (M, D), (N, D) -> (M, N), each term rounded to the features' type."""
+    def norms(x: Tensor) -> Tensor:
+        return x.square().float().sum(dim=1).to(x.dtype)
+
+    products = (a.float() @ b.float().T).to(a.dtype)
+    return products.mul_(-2).add_(norms(a)[:, None]).add_(norms(b)).clamp_(min=0)
+
+
+# --- figures without Inception -------------------------------------------------------------------
+
+
+def pixel_features(images: Tensor) -> Tensor:
+    """(B, C, H, W) in [-1, 1] -> the same, area-averaged to at most PIXELS a side."""
+    return adaptive_avg_pool2d(images, [min(PIXELS, side) for side in images.shape[2:]])
+
+
+class Nearest:
+    """The distance of each of some features (N, D) to the nearest of those that are shown to it in batches.
+
+    It is the root mean square over D; float64, for that of a copy to be 0.
+    """
+
+    def __init__(self, features: Tensor):
+        self.features, self.squares = features, torch.full((len(features),), torch.inf, dtype=torch.float64)
+
+    def update(self, shown: Tensor) -> None:
+        shown = shown.double()
+        for rows in blocks(len(self.features)):
+            own = self.features[rows].double()
+            squares = own.square().sum(1)[:, None] - 2 * own @ shown.T + shown.square().sum(1)
+            self.squares[rows] = self.squares[rows].minimum(squares.amin(dim=1).clamp(min=0))
+
+    def distances(self) -> Tensor:
+        return (self.squares / self.features.shape[1]).sqrt()
+
+
+class Classifier(nn.Sequential):
+    """A small convolutional classifier of `pixel_features` (B, 3, h, w), whose features stand in for Inception's."""
+
+    def __init__(self, num_classes: int, width: int = 32):
+        def conv(channels: int, out_channels: int) -> list[nn.Module]:
+            return [nn.Conv2d(channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()]
+
+        super().__init__(
+            *conv(3, width),  # h x w
+            nn.MaxPool2d(2), *conv(width, 2 * width), *conv(2 * width, 2 * width),
+            nn.MaxPool2d(2), *conv(2 * width, 4 * width), *conv(4 * width, 4 * width),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(4 * width, num_classes))
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, 4 width), all but the last layer."""
+        return self[:-1](x)

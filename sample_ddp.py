@@ -14,13 +14,11 @@ import os
 import shutil
 import socket
 import time
-import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -31,6 +29,7 @@ from tqdm import tqdm
 
 import checkpoint
 import runtime
+from data import NpzImages, save_npz
 from sample import add_sampling_arguments, generate, prepare
 
 WAITING = 2  # batches of a process that may wait to be written
@@ -178,17 +177,8 @@ def finish(out: Path, batches: list[range], size: tuple[int, int], label: Callab
     parts = parts_of(out)
     if not out.exists():
         count = batches[-1].stop
-        temporary = out.with_name(f".{out.name}.tmp")
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
-            with file.open("arr_0.npy", "w", force_zip64=True) as array:
-                np.lib.format.write_array_header_1_0(
-                    array, {"descr": "|u1", "fortran_order": False, "shape": (count, *size, 3)})
-                for batch in batches:
-                    array.write(np.load(part_path(parts, batch), allow_pickle=False).tobytes())
-            with file.open("arr_1.npy", "w") as array:
-                np.lib.format.write_array(array, np.array([label(i) for i in range(count)], dtype=np.int64))
-        sync(temporary)
-        temporary.replace(out)
+        images = (np.load(part_path(parts, batch), allow_pickle=False) for batch in batches)
+        save_npz(out, (count, *size, 3), images, arr_1=np.array([label(i) for i in range(count)], dtype=np.int64))
     if png:
         write_pngs(out)
     shutil.rmtree(parts, ignore_errors=True)
@@ -206,23 +196,11 @@ def write_pngs(out: Path) -> None:
             Image.fromarray(image).save(temporary, format="PNG")
             temporary.replace(path)
 
-    with zipfile.ZipFile(out) as file, file.open("arr_0.npy") as array, ThreadPoolExecutor() as threads:
-        for start, block in blocks(array):
-            list(threads.map(write, range(start, start + len(block)), block))
-
-
-def blocks(array: BinaryIO) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of the first image, images) of a `.npy`, a block at a time."""
-    np.lib.format.read_magic(array)
-    (count, *shape), _, dtype = np.lib.format.read_array_header_1_0(array)
-    for start in range(0, count, PNG_BLOCK):
-        size = min(PNG_BLOCK, count - start)
-        yield start, np.frombuffer(array.read(size * int(np.prod(shape))), dtype).reshape(size, *shape)
-
-
-def sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    images = NpzImages(out)
+    with ThreadPoolExecutor() as threads:
+        for start in range(0, len(images), PNG_BLOCK):
+            block = range(start, min(start + PNG_BLOCK, len(images)))
+            list(threads.map(write, block, images.read(block)))
 
 
 # --- drawing ---------------------------------------------------------------------------------------

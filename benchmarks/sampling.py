@@ -29,15 +29,13 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -46,7 +44,7 @@ import runtime
 from autoencoders import to_unit_range
 from data import Rows, load_dataset
 from diffusion import FlowMatching
-from metrics import frechet_distance
+from metrics import Gaussian, Moments, frechet_distance, pixel_features
 from sample import BATCH, Sampling, add_sampling_arguments, generate, prepare, settings_for
 
 INTERVAL = (100.0, 600.0)  # timesteps with guidance, unless --guidance-interval says otherwise
@@ -71,7 +69,6 @@ ROWS = {  # differences from the reference
 }
 EXACT = dict(sampler="dpm++", num_sampling_steps=250)
 RMSE_IMAGES = 16
-FEATURE_SIZE = 32  # pixels
 
 
 def build_parser() -> runtime.ArgumentParser:
@@ -96,7 +93,7 @@ def main(args) -> None:
     restored, autoencoder, sampling = prepare(args, world)
     rows = make_rows(args, restored, sampling, world.device)
     report = open_report(args.out, settings_of(args.as_dict(), rows, restored, world.device))
-    first, real = next(iter(rows)), real_features(args, restored.spec) if args.samples else None
+    first, real = next(iter(rows)), real_gaussian(args, restored.spec) if args.samples else None
     for name, row in rows.items():
         if row.reuse:
             print(f"{name}: {row.reuse}", flush=True)
@@ -271,15 +268,14 @@ def final_states(draw: Callable, sampling: Sampling, seed: int) -> Tensor:
     return step["sample"].float()
 
 
-def distance(draw: Callable, sampling: Sampling, seed: int, samples: int, real: np.ndarray) -> float:
+def distance(draw: Callable, sampling: Sampling, seed: int, samples: int, real: Gaussian) -> float:
     """FD-pixel32 of so many images from the real ones."""
-    batches = [range(i, min(i + BATCH, samples)) for i in range(0, samples, BATCH)]
-    drawn = [features_of(draw(sampling, batch, seed).permute(0, 3, 1, 2)) for batch in tqdm(batches, "drawing", leave=False)]
-    return frechet_distance(np.concatenate(drawn), real)
+    batches = tqdm([range(i, min(i + BATCH, samples)) for i in range(0, samples, BATCH)], "drawing", leave=False)
+    return frechet_distance(gaussian_of(draw(sampling, batch, seed).permute(0, 3, 1, 2) for batch in batches), real)
 
 
-def real_features(args, spec: dict) -> np.ndarray:
-    """Features of the held-out images, or of a folder without such a part as it is."""
+def real_gaussian(args, spec: dict) -> Gaussian:
+    """That of the held-out images, or of a folder without such a part as it is."""
     open_split = partial(load_dataset, args.data_path, spec["image_size"][0], args.data_root)
     try:
         dataset = open_split(split="val")
@@ -288,14 +284,17 @@ def real_features(args, spec: dict) -> np.ndarray:
     if dataset.kind != "images" or dataset.channels != spec["channels"] or list(dataset.classes) != list(spec["classes"]):
         raise ValueError(f"--data-path {args.data_path} does not hold images of the checkpoint's {spec['channels']} channels "
                          f"and {len(spec['classes'])} classes")
-    batches = np.split(np.arange(len(dataset)), range(BATCH, len(dataset), BATCH))
-    return np.concatenate([features_of(dataset.__getitems__(Rows.plain(batch))[0]) for batch in batches])
+    batches = torch.arange(len(dataset)).split(BATCH)
+    return gaussian_of(dataset.__getitems__(Rows.plain(batch))[0] for batch in batches)
 
 
-def features_of(images: Tensor) -> np.ndarray:
-    """Images (B, C, H, W) uint8 -> their pixels in [-1, 1], (B, C H W), large ones averaged to FEATURE_SIZE."""
-    size = [min(FEATURE_SIZE, length) for length in images.shape[2:]]
-    return adaptive_avg_pool2d(to_unit_range(images.cpu()), size).flatten(1).numpy()
+def gaussian_of(batches: Iterable[Tensor]) -> Gaussian:
+    """Of the pixels of images (B, C, H, W) uint8, averaged to at most 32x32."""
+    moments = None
+    for images in batches:
+        features = pixel_features(to_unit_range(images)).flatten(1)
+        moments = (moments or Moments(features.shape[1])).update(features)
+    return moments.gaussian()
 
 
 # --- what is said of it --------------------------------------------------------------------------

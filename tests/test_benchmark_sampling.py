@@ -2,6 +2,7 @@ import json
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_one_line, save_random_checkpoint
@@ -224,12 +225,16 @@ def test_the_fastest_is_chosen_among_equals():
     assert sampling.fastest(report) == ["The fastest of equal quality at batch 8: b, 3.00 times as fast as a"]
 
 
-def test_features_are_pixels_of_at_most_32():
-    images = torch.tensor([0, 255], dtype=torch.uint8).repeat(1, 3, 64, 32)  # 64 x 64, columns in turn black and white
-    assert sampling.features_of(images).shape == (1, 3 * 32 * 32)
-    assert sampling.features_of(images) == pytest.approx(0)
-    small = torch.tensor([[[[0, 255]]]], dtype=torch.uint8)
-    assert sampling.features_of(small).tolist() == [[-1, 1]]
+def test_the_gaussian_is_of_pixels_of_at_most_32():
+    images = torch.tensor([0, 255], dtype=torch.uint8).repeat(2, 3, 64, 32)  # 64 x 64, columns in turn black and white
+    gaussian = sampling.gaussian_of([images[:1], images[1:]])
+    assert gaussian.mean.shape == (3 * 32 * 32,)
+    assert gaussian.mean == pytest.approx(0)
+    assert gaussian.covariance == pytest.approx(0)
+    small = torch.tensor([[[[0, 255]]], [[[255, 255]]]], dtype=torch.uint8)
+    gaussian = sampling.gaussian_of([small])
+    assert gaussian.mean.tolist() == [0, 1]
+    assert gaussian.covariance.tolist() == [[2, 0], [0, 0]]
 
 
 @pytest.mark.parametrize(("flags", "words"), [
@@ -263,9 +268,11 @@ def test_a_folder_without_a_held_out_part_is_taken_as_it_is(photographs):
     spec = {"image_size": (32, 32), "channels": 3, "classes": ["golden retriever", "tabby cat"]}
     for folder in ("train", "val"):  # of "train" it is the folder beside it that is held out
         args = SimpleNamespace(data_path=str(photographs / folder), data_root="data")
-        real = sampling.real_features(args, spec)
+        real = sampling.real_gaussian(args, spec)
         images, _ = sampling.load_dataset(str(photographs / "val"), 32).__getitems__(sampling.Rows.plain(range(6)))
-        assert real == pytest.approx(sampling.features_of(images))
+        pixels = images.double().flatten(1).numpy() / 127.5 - 1
+        assert real.mean == pytest.approx(pixels.mean(axis=0), abs=1e-6)
+        assert real.covariance == pytest.approx(np.cov(pixels, rowvar=False), abs=1e-6)
 
 
 def test_another_report_is_not_overwritten(few_steps, gaussian_run, run_here, tmp_path):

@@ -1,0 +1,108 @@
+"""Train the small classifier whose features and predictions stand in for Inception's, on the training part of real images.
+
+    python benchmarks/classifier.py --data-path mnist --out classifier.pt
+    python evaluate.py mnist samples/X.npz --weights none --classifier classifier.pt
+
+Its images are seen as evaluate.py sees them: RGB, averaged to at most 32x32. The test accuracy is of the held-out part.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import checkpoint
+import runtime
+from autoencoders import to_unit_range
+from data import Rows, load_dataset
+from metrics import Classifier, pixel_features
+
+BATCH = 128
+SHIFT = 8  # an image is shifted by up to one part in so many of its size
+
+
+def build_parser() -> runtime.ArgumentParser:
+    parser = runtime.ArgumentParser("Train a small classifier of real images, for evaluate.py --classifier.")
+    parser.add_argument("--data-path", required=True, help="digits, mnist, cifar10, or a folder `train` of classes")
+    parser.add_argument("--data-root", default="data", help="where named data sets lie")
+    parser.add_argument("--image-size", type=int | None, help="default: the data's own, 256 for a folder of classes")
+    parser.add_argument("--out", required=True, help="the .pt to write")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--lr", type=float, default=4e-3, help="the highest of a one-cycle schedule")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one, else cpu")
+    return parser
+
+
+def main(args) -> None:
+    world, start = runtime.start_world(args.device), time.perf_counter()
+    runtime.check_numbers(args, ["epochs"], "at least 1", lambda n: n >= 1)
+    runtime.check_writable(Path(args.out).parent)
+    data, held_out = (load_dataset(args.data_path, args.image_size, args.data_root, split) for split in ("train", "val"))
+    images, labels = read_all(data)
+    torch.manual_seed(args.seed)
+    network = {"num_classes": len(data.classes)}
+    classifier = Classifier(**network).to(world.device)
+    train(classifier, images, labels, data.flip, args, world.device)
+    accuracy = measure(classifier.eval(), *read_all(held_out), world.device)
+    checkpoint.save(Path(args.out), {
+        "classifier": classifier.cpu().state_dict(),
+        "spec": {"network": network, "size": list(images.shape[2:]), "data": args.data_path, "test_images": len(held_out),
+                 "test_accuracy": accuracy}})
+    print(f"Wrote {args.out}: {accuracy:.2%} of {len(held_out):,} held-out images read right, "
+          f"{time.perf_counter() - start:.0f} s")
+
+
+def read_all(data) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, h, w) as the classifier sees them, and labels (N,)."""
+    if data.kind != "images":
+        raise ValueError("--data-path holds features; a classifier is trained on images")
+    parts = [data.__getitems__(Rows.plain(rows)) for rows in np.array_split(np.arange(len(data)), len(data) // BATCH + 1)]
+    images = torch.cat([pixel_features(to_unit_range(images)) for images, _ in parts])
+    return images.expand(-1, 3, -1, -1).contiguous(), torch.cat([labels for _, labels in parts])
+
+
+def train(classifier: Classifier, images: Tensor, labels: Tensor, flip: bool, args, device: torch.device) -> None:
+    """AdamW under a one-cycle schedule; images shifted at random, and mirrored where a mirror image is as good."""
+    steps = len(images) // min(BATCH, len(images))
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=args.lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * steps)
+    for epoch in range(args.epochs):
+        order = torch.randperm(len(images), generator=runtime.generator("classifier", args.seed, epoch))
+        for step, rows in enumerate(tqdm(order.split(BATCH)[:steps], f"epoch {epoch + 1} of {args.epochs}")):
+            draw = runtime.generator("classifier", args.seed, epoch, step)
+            x = augment(images[rows], flip, draw).to(device)
+            loss = cross_entropy(classifier(x), labels[rows].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+def augment(x: Tensor, flip: bool, draw: torch.Generator) -> Tensor:
+    """(B, C, h, w): the batch shifted as one, over its own border's values; each image mirrored by chance."""
+    height, width = x.shape[2:]
+    most = max(1, min(height, width) // SHIFT)
+    top, left = torch.randint(2 * most + 1, (2,), generator=draw).tolist()
+    x = pad(x, (most,) * 4, mode="replicate")[:, :, top : top + height, left : left + width]
+    if flip:
+        mirrored = torch.rand(len(x), generator=draw) < 0.5
+        x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
+    return x
+
+
+@torch.no_grad()
+def measure(classifier: Classifier, images: Tensor, labels: Tensor, device: torch.device) -> float:
+    """The share of images read as their label."""
+    right = [(classifier(x.to(device)).argmax(dim=1).cpu() == y).sum() for x, y in zip(images.split(512), labels.split(512))]
+    return float(sum(right)) / len(labels)
+
+
+if __name__ == "__main__":
+    runtime.run(main, build_parser())

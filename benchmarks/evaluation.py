@@ -1,0 +1,46 @@
+"""Time and peak memory of evaluate.py, on an Inception of random weights: where the real ones are not at hand.
+
+    python benchmarks/evaluation.py REF SAMPLES --json evaluation.json          # evaluate.py's own flags, but for --weights
+
+Its five figures mean nothing; the work is that of the real network.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import checkpoint
+import evaluate
+import runtime
+
+
+def main(args) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        args.weights = str(random_weights(Path(folder)))
+        checkpoint.INCEPTION_SHA256 = checkpoint.digest(Path(args.weights))
+        evaluate.main(args)
+
+
+def random_weights(folder: Path) -> Path:
+    """A weights file of torch-fidelity's Inception; activations neither vanish nor explode."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Network
+
+    with mock.patch.object(torch, "load"), mock.patch.object(Network, "load_state_dict"):  # which its constructor would do
+        network = Network("random", ["2048"], feature_extractor_weights_path="none")
+    torch.manual_seed(0)
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 4:
+            torch.nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    path = folder / "random.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+if __name__ == "__main__":
+    runtime.run(main, evaluate.build_parser())
