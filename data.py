@@ -426,7 +426,8 @@ def as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 # --- sets of whole images, to be evaluated --------------------------------------------------------
-# `len(images)`; `images.size` (H, W); `images.labels` (N,) or None; `images.read(indices)` -> (B, H, W, 3) uint8
+# `len(images)`; `images.size` (H, W); `images.labels` (N,) or None; and
+# `images.read(batches)`, which yields (B, H, W, 3) uint8 for each of the batches (B,) of indices
 
 
 def open_images(source: str, flag: str, size: tuple[int, int] | None = None, data_root: str = "data", split: str = "val"):
@@ -450,42 +451,34 @@ class NpzImages:
     """`arr_0` (N, H, W, 3) uint8 of an `.npz`, read as it is asked for; `arr_1`, if there, holds the labels (N,)."""
 
     def __init__(self, path: Path, flag: str = "the file"):
-        self.name = f"{flag} {path}"
-        with told_as_damage(self.name):
-            self.file = zipfile.ZipFile(path)
-            arrays = [name.removesuffix(".npy") for name in self.file.namelist()]
+        self.path, self.name = path, f"{flag} {path}"
+        with told_as_damage(self.name), zipfile.ZipFile(path) as file:
+            arrays = [name.removesuffix(".npy") for name in file.namelist()]
             if "arr_0" not in arrays:
                 raise ValueError(f"{self.name} has no arr_0, but {', '.join(arrays) or 'nothing'}; "
                                  "expected images (N, H, W, 3) uint8 as arr_0")
-            self.array = self.file.open("arr_0.npy")
-            shape, fortran_order, dtype = npy_header(self.array, self.name)
-            self.start = self.array.tell()
+            with file.open("arr_0.npy") as array:
+                shape, fortran_order, dtype = npy_header(array, self.name)
+                self.start = array.tell()
+            self.labels = read_labels(file, shape[:1], self.name) if "arr_1" in arrays else None
         if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran_order:
             raise ValueError(f"{self.name}: arr_0 is {'object' if dtype.hasobject else dtype} {shape}"
                              f"{' in Fortran order' if fortran_order else ''}; expected uint8 (N, H, W, 3)")
         self.count, self.size = shape[0], shape[1:3]
-        self.labels = self.read_labels() if "arr_1" in arrays else None
 
     def __len__(self) -> int:
         return self.count
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """Indices should ascend from call to call: a step back reads a compressed file from its beginning."""
-        images = np.empty((len(indices), *self.size, 3), dtype=np.uint8)
-        with told_as_damage(self.name):
-            for image, index in zip(images, indices):
-                self.array.seek(self.start + int(index) * image.nbytes)
-                if self.array.readinto(image.reshape(-1)) != image.nbytes:
-                    raise EOFError("arr_0 ends early")
-        return images
-
-    def read_labels(self) -> np.ndarray:
-        with told_as_damage(self.name), self.file.open("arr_1.npy") as array:
-            shape, _, dtype = npy_header(array, self.name)
-            if shape != (self.count,) or dtype.kind not in "iu":
-                raise ValueError(f"{self.name}: arr_1 is {'object' if dtype.hasobject else dtype} {shape}; "
-                                 f"expected labels, integers ({self.count},)")
-            return np.frombuffer(array.read(), dtype=dtype).astype(np.int64)
+    def read(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Indices should ascend from batch to batch: a step back reads the file from its beginning."""
+        with told_as_damage(self.name), zipfile.ZipFile(self.path) as file, file.open("arr_0.npy") as array:
+            for indices in batches:
+                images = np.empty((len(indices), *self.size, 3), dtype=np.uint8)
+                for image, index in zip(images, indices):
+                    array.seek(self.start + int(index) * image.nbytes)
+                    if array.readinto(image.reshape(-1)) != image.nbytes:
+                        raise EOFError("arr_0 ends early")
+                yield images
 
 
 class PictureFolder:
@@ -509,8 +502,9 @@ class PictureFolder:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        return np.stack(list(self.threads.map(lambda index: np.asarray(open_rgb(self.paths[index])), indices)))
+    def read(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for indices in batches:
+            yield np.stack(list(self.threads.map(lambda index: np.asarray(open_rgb(self.paths[index])), indices)))
 
 
 class NamedImages:
@@ -522,8 +516,9 @@ class NamedImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        return self.images[indices].permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+    def read(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for indices in batches:
+            yield self.images[indices].permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -542,6 +537,16 @@ def told_as_damage(name: str):
         yield
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise OSError(f"{name} is truncated or no .npz: {error}") from None
+
+
+def read_labels(file: zipfile.ZipFile, count: tuple[int], name: str) -> np.ndarray:
+    """`arr_1`, integers (N,)."""
+    with file.open("arr_1.npy") as array:
+        shape, _, dtype = npy_header(array, name)
+        if shape != count or dtype.kind not in "iu":
+            raise ValueError(f"{name}: arr_1 is {'object' if dtype.hasobject else dtype} {shape}; expected labels, "
+                             f"integers {count}")
+        return np.frombuffer(array.read(), dtype=dtype).astype(np.int64)
 
 
 def npy_header(array: zipfile.ZipExtFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -197,8 +197,8 @@ def save_statistics(path: Path, ref: ImageSet, seen: "Survey") -> None:
     for name, (mu, sigma, _) in STATISTICS.items():
         gaussian = seen.moments[name].gaussian()
         statistics |= {mu: gaussian.mean, sigma: gaussian.covariance}
-    blocks = (ref.images.read(chosen[i : i + BATCH]) for i in range(0, count, BATCH))
-    save_npz(path, (count, *ref.images.size, 3), blocks, **statistics, n=np.array(ref.count))
+    images = ref.images.read(np.split(chosen, range(BATCH, count, BATCH)))
+    save_npz(path, (count, *ref.images.size, 3), images, **statistics, n=np.array(ref.count))
     print(f"Wrote {path}: statistics of {ref.count:,} images, and {count:,} of them")
 
 
@@ -259,7 +259,7 @@ class ClassifierFeatures:
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         features = self.network.features(pixels(images))
-        return {"classifier": features, "predictions": self.network[-1](features).argmax(dim=1)}
+        return {"classifier": features, "predictions": self.network.head(features).argmax(dim=1)}
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -352,11 +352,10 @@ def read_batches(images, indices: np.ndarray, world: runtime.World, title: str) 
     """
     batches = np.split(np.arange(len(indices)), range(BATCH, len(indices), BATCH))[world.rank :: world.size]
     with ThreadPoolExecutor(1) as reader, tqdm(total=len(indices), desc=title, unit="image", disable=not world.is_main) as bar:
-        coming = [reader.submit(images.read, indices[batch]) for batch in batches[:1]]
-        for batch, following in itertools.zip_longest(batches, batches[1:]):
-            arrived = coming.pop().result()
-            if following is not None:
-                coming.append(reader.submit(images.read, indices[following]))
+        arrays = images.read(indices[batch] for batch in batches)
+        coming = reader.submit(next, arrays, None)
+        for batch in batches:
+            arrived, coming = coming.result(), reader.submit(next, arrays, None)
             yield batch, torch.from_numpy(arrived).to(world.device)
             bar.update(min(len(batch) * world.size, bar.total - bar.n))
 

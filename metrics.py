@@ -207,20 +207,20 @@ class Nearest:
         return (self.squares / self.features.shape[1]).sqrt()
 
 
-class Classifier(nn.Sequential):
+class Classifier(nn.Module):
     """A small convolutional classifier of `pixel_features` (B, 3, h, w), whose features stand in for Inception's."""
 
     def __init__(self, num_classes: int, width: int = 32):
         def conv(channels: int, out_channels: int) -> list[nn.Module]:
             return [nn.Conv2d(channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()]
 
-        super().__init__(
-            *conv(3, width),  # h x w
+        super().__init__()
+        self.features = nn.Sequential(  # (B, 3, h, w) -> (B, 4 width)
+            *conv(3, width),
             nn.MaxPool2d(2), *conv(width, 2 * width), *conv(2 * width, 2 * width),
             nn.MaxPool2d(2), *conv(2 * width, 4 * width), *conv(4 * width, 4 * width),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-            nn.Linear(4 * width, num_classes))
+            nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(4 * width, num_classes)
 
-    def features(self, x: Tensor) -> Tensor:
-        """(B, 3, h, w) -> (B, 4 width), all but the last layer."""
-        return self[:-1](x)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))

@@ -197,10 +197,10 @@ def write_pngs(out: Path) -> None:
             temporary.replace(path)
 
     images = NpzImages(out)
+    blocks = np.split(np.arange(len(images)), range(PNG_BLOCK, len(images), PNG_BLOCK))
     with ThreadPoolExecutor() as threads:
-        for start in range(0, len(images), PNG_BLOCK):
-            block = range(start, min(start + PNG_BLOCK, len(images)))
-            list(threads.map(write, block, images.read(block)))
+        for block, pictures in zip(blocks, images.read(blocks)):
+            list(threads.map(write, block, pictures))
 
 
 # --- drawing ---------------------------------------------------------------------------------------
