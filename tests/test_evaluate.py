@@ -363,9 +363,9 @@ def test_the_classifier_reads_real_digits_and_tells_wrong_labels(digits_classifi
     for name in ("FD-classifier", "Label accuracy"):
         assert checkpoint.digest(digits_classifier) in found[0][name]["remark"]
         assert f"test accuracy {accuracy:.4f}" in found[0][name]["remark"]
-    with torch.no_grad():
-        predicted = load_network(digits_classifier)(torch.from_numpy(np.load("wrong.npz")["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1)
-    expected = (predicted.argmax(dim=1).numpy() == np.load("wrong.npz")["arr_1"]).mean()
+    with torch.no_grad(), np.load("wrong.npz") as file:
+        logits = load_network(digits_classifier)(torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1)
+        expected = (logits.argmax(dim=1).numpy() == file["arr_1"]).mean()
     assert value(figures("digits", "wrong.npz", *flags), "Label accuracy") == expected
     assert expected < accuracy - 0.1
     noise = draw_images(450, 0)
