@@ -194,14 +194,15 @@ class Nearest:
     """
 
     def __init__(self, features: Tensor):
-        self.features, self.squares = features, torch.full((len(features),), torch.inf, dtype=torch.float64)
+        self.features = features.double()
+        self.norms = self.features.square().sum(dim=1)
+        self.squares = torch.full_like(self.norms, torch.inf)
 
     def update(self, shown: Tensor) -> None:
+        """Show it (B, D)."""
         shown = shown.double()
-        for rows in blocks(len(self.features)):
-            own = self.features[rows].double()
-            squares = own.square().sum(1)[:, None] - 2 * own @ shown.T + shown.square().sum(1)
-            self.squares[rows] = self.squares[rows].minimum(squares.amin(dim=1).clamp(min=0))
+        products = torch.addmm(shown.square().sum(dim=1), self.features, shown.T, alpha=-2)  # |b|^2 - 2 a b, (N, B)
+        self.squares = self.squares.minimum((products.amin(dim=1) + self.norms).clamp(min=0))
 
     def distances(self) -> Tensor:
         return (self.squares / self.features.shape[1]).sqrt()

@@ -191,22 +191,23 @@ def numpys_distance(a, b):
     return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s_a) + np.trace(s_b) - 2 * root
 
 
-def test_the_five_figures_are_those_of_all_features_at_once(sets, figures):
-    """Three batches of one set, two of the other, the last ones ragged."""
+def test_the_five_figures_are_those_of_all_features_at_once(sets, figures, monkeypatch):
+    """Three batches of one set, two of the other, the last ones ragged; two splits, in the middle of a batch."""
+    monkeypatch.setattr(metrics, "SPLIT", 35)
     found = figures("ref.npz", "samples.npz", "--pr-precision", "fp32")
     real, fake = map(all_features, sets)
     assert value(found, "FID-70") == pytest.approx(numpys_distance(real["pool"], fake["pool"]), rel=1e-6)
     assert value(found, "sFID-70") == pytest.approx(numpys_distance(real["spatial"], fake["spatial"]), rel=1e-6)
     p = np.exp(fake["logits"]) / np.exp(fake["logits"]).sum(axis=1, keepdims=True)
-    score = np.exp((p * np.log(p / p.mean(axis=0))).sum(axis=1).mean())
-    assert value(found, "Inception Score") == pytest.approx(score, rel=1e-6)
+    scores = [np.exp((part * np.log(part / part.mean(axis=0))).sum(axis=1).mean()) for part in (p[:35], p[35:])]
+    assert value(found, "Inception Score") == pytest.approx(np.mean(scores), rel=1e-6)
     near = torch_fidelitys_precision_and_recall(*(torch.from_numpy(one["pool"]).float() for one in (real, fake)))
     assert (value(found, "Precision"), value(found, "Recall")) == pytest.approx(near, abs=1e-6)
     assert near[0] > near[1]  # the samples spread less
     theirs = [fid_features_to_statistics(torch.from_numpy(one["pool"])) for one in (real, fake)]
     theirs = fid_statistics_to_metric(*theirs, verbose=False)
     assert value(found, "FID-70") == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
-    theirs = isc_features_to_metric(torch.from_numpy(fake["logits"]), splits=1, shuffle=False)
+    theirs = isc_features_to_metric(torch.from_numpy(fake["logits"]), splits=2, shuffle=False)
     assert value(found, "Inception Score") == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
     assert found[0]["FID-70"]["remark"] == "biased upwards, as N is below 50,000"
     assert "N = 70" in found[1]["said"]
@@ -267,16 +268,16 @@ runtime.run(evaluate.main, evaluate.build_parser())
 """
 
 
-def test_three_processes_give_the_figures_of_one(sets, tmp_path, run_here):
+def test_three_processes_give_the_figures_of_one(sets, tmp_path, monkeypatch, run_here):
     """Of everything: ADM's five, stand-ins with their floors, memorisation."""
     run_here(classifier_script, "--data-path", "digits", "--epochs", 1, "--out", "classifier.pt", "--device", "cpu")
     script = tmp_path / "patched_evaluate.py"
     script.write_text(PATCHED.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    reports = []
-    for nproc in (None, 3):
-        run_script(script, "ref.npz", "samples.npz", "--classifier", "classifier.pt", "--training-images", "digits",
-                   "--device", "cpu", "--json", "figures.json", cwd=tmp_path, nproc=nproc)
-        reports.append(json.loads((tmp_path / "figures.json").read_text()))
+    flags = ["ref.npz", "samples.npz", "--classifier", "classifier.pt", "--training-images", "digits", "--device", "cpu"]
+    monkeypatch.setattr(evaluate, "BATCH", 16)
+    assert run_here(evaluate, *flags, "--json", "one.json").returncode == 0
+    run_script(script, *flags, "--json", "three.json", cwd=tmp_path, nproc=3)
+    reports = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "three")]
     one, three = ([figure[key] for figure in report["figures"] for key in ("value", "floor") if figure[key] is not None]
                   for report in reports)
     assert (reports[0]["processes"], reports[1]["processes"]) == (1, 3)

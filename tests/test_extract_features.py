@@ -251,6 +251,7 @@ def load_rate_and_memory(folder, steps, workers=0):
     return float(out[0]), int(out[1]) * 1024
 
 
+@pytest.mark.slow
 def test_anonymous_memory_does_not_grow_with_the_data_set(tmp_path):
     """500 MB and 5 GB of moments: a copy would show, and so would 40 bytes a sample beside the permutation's 8."""
     for name, rows in (("small", 15_000), ("large", 150_000)):

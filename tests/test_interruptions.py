@@ -106,6 +106,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, point):
     assert checkpoints(tmp_path)[-1] == step
 
 
+@pytest.mark.slow
 def test_torchrun_s_sigterm_reaches_the_whole_group_and_is_saved_in_time(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"),
                *map(str, FLAGS), "--max-steps", "100000", "--num-workers", "1"]
@@ -168,6 +169,7 @@ def newest_step(cwd):
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
 
+@pytest.mark.slow
 def test_three_kills_change_nothing(tmp_path):
     (tmp_path / "unbroken").mkdir()
     survive_kills(tmp_path, 3, seed=0)
@@ -184,6 +186,7 @@ DIES = "if RANK == 1 and LAUNCH == 0: before(runtime.LossMeter, 'update', lambda
 TWO = ["--max-steps", 9, "--ckpt-every", 4, "--log-every", 3, "--num-workers", 1]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_with_one_line_and_the_last_checkpoint_intact(tmp_path):
     result = start(tmp_path, DIES, *TWO, nproc=2, check=False)
     assert result.returncode != 0
@@ -225,6 +228,7 @@ patch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend="ao
     assert_as_unbroken(tmp_path, tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_what_fails_on_one_process_alone_is_told(tmp_path):
     code = """
 def fails(*args, **kwargs):
@@ -297,7 +301,7 @@ def test_best_is_the_checkpoint_of_the_lowest_validation_loss(unbroken):
     assert best["best"] == min(losses.values())
 
 
-@pytest.mark.parametrize("nproc", [pytest.param(None, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("nproc", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(tmp_path, nproc):
     """A limit on the size of files, from the second checkpoint on."""
     code = """
@@ -369,6 +373,7 @@ def test_nan_on_one_process_skips_the_step_on_all_and_is_counted(tmp_path):
     assert [line["loss"] is None for line in lines] == [False, False, True, True, False, True, False]
 
 
+@pytest.mark.slow
 def test_too_many_skipped_steps_in_a_row_end_the_run_with_one_line(tmp_path):
     flags = ["--max-steps", 9, "--ckpt-every", 2, "--optimizer-args", '{"max_skipped": 3}']
     result = start(tmp_path, POISON.format(rank=1, calls=(3, 5, 6, 7)), *flags, nproc=2, check=False)

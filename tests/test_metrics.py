@@ -219,8 +219,7 @@ def test_pixel_features_are_means_of_blocks():
     assert torch.equal(pixel_features(images[..., :20, :30]), images[..., :20, :30])
 
 
-def test_the_nearest_of_all_batches_by_brute_force_and_a_copy_is_at_no_distance(monkeypatch):
-    monkeypatch.setattr(metrics, "BLOCK", 4)
+def test_the_nearest_of_all_batches_by_brute_force_and_a_copy_is_at_no_distance():
     torch.manual_seed(0)
     features, shown = torch.randn(10, 30), torch.randn(25, 30)
     features[6] = shown[24]

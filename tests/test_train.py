@@ -224,6 +224,7 @@ def test_gradients_are_clipped(tmp_path):
     assert norms.norm().item() == pytest.approx(0.001, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_picture_that_a_worker_of_one_process_cannot_read_is_named_in_one_line(photographs, tmp_path):
     shutil.copytree(photographs / "train", tmp_path / "train")
     for path in (tmp_path / "train" / "tabby cat").iterdir():
@@ -399,6 +400,7 @@ def test_wrong_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, run_h
     assert list(tmp_path.glob("results/*")) == []
 
 
+@pytest.mark.slow
 def test_an_indivisible_global_batch_is_told_once_under_torchrun(tmp_path):
     result = run_script("train.py", *TINY_RUN, *FLOW, "--global-batch-size", 7, cwd=tmp_path, nproc=2, check=False)
     assert result.returncode != 0
@@ -422,6 +424,7 @@ def test_a_run_of_another_model_batch_or_seed_is_not_continued(tiny_run, monkeyp
         assert_one_line(result, word, "--run-name")
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), *TINY_RUN, *FLOW, "--run-name", "r", "--max-steps", "100000"]
     first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
