@@ -214,11 +214,12 @@ def resolve(name: str | Path, flag: str = "--ckpt") -> Path:
 def inception_weights(path: str | None) -> Path:
     """The file of FID's Inception: the given one, or that of torch's cache, or a download; ValueError where it is another."""
     if path is not None and not Path(path).is_file():
-        raise FileNotFoundError(f"--weights {path} does not exist")
+        raise FileNotFoundError(f"--weights {path} is no file")
     file = Path(path) if path is not None else download(
         INCEPTION, INCEPTION_URL, "Apache 2.0", lambda file: digest(file) == INCEPTION_SHA256)
     if (found := digest(file)) != INCEPTION_SHA256:
-        raise ValueError(f"--weights {file} is not {INCEPTION}: its sha256 is {found}, expected {INCEPTION_SHA256}")
+        raise ValueError(f"--weights {file} is not {INCEPTION}: its sha256 is {found}, expected {INCEPTION_SHA256}"
+                         f"{'; delete it, to download it again' if path is None else ''}")
     return file
 
 

@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -273,12 +274,20 @@ def mirror(images: Tensor, mirrored: np.ndarray) -> Tensor:
     return torch.where(torch.from_numpy(mirrored).view(-1, 1, 1, 1), images.flip(-1), images)
 
 
-def open_rgb(path: str) -> Image.Image:
-    """A picture as RGB; greyscale, CMYK and transparent files become RGB."""
+@contextmanager
+def picture(path: str | Path) -> Iterator[Image.Image]:
+    """An image file, opened; its header is read, its pixels when they are asked for. OSError that names a damaged one."""
     try:
-        return Image.open(path).convert("RGB")
+        with Image.open(path) as image:
+            yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # a damaged file fails in many ways
         raise OSError(f"cannot read the image {path}: {error}") from None
+
+
+def open_rgb(path: str | Path) -> Image.Image:
+    """A picture as RGB; greyscale, CMYK and transparent files become RGB."""
+    with picture(path) as image:
+        return image.convert("RGB")
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -448,19 +457,21 @@ def open_images(source: str, flag: str, size: tuple[int, int] | None = None, dat
 
 
 class NpzImages:
-    """`arr_0` (N, H, W, 3) uint8 of an `.npz`, read as it is asked for; `arr_1`, if there, holds the labels (N,)."""
+    """`arr_0` (N, H, W, 3) uint8 of an `.npz`, read as it is asked for; `arr_1`, if there, holds the labels (N,).
+
+    Nothing in it is unpickled.
+    """
 
     def __init__(self, path: Path, flag: str = "the file"):
         self.path, self.name = path, f"{flag} {path}"
         with told_as_damage(self.name), zipfile.ZipFile(path) as file:
-            arrays = [name.removesuffix(".npy") for name in file.namelist()]
-            if "arr_0" not in arrays:
-                raise ValueError(f"{self.name} has no arr_0, but {', '.join(arrays) or 'nothing'}; "
+            self.arrays = array_names(file)
+            if "arr_0" not in self.arrays:
+                raise ValueError(f"{self.name} has no arr_0, but {', '.join(self.arrays) or 'no arrays'}; "
                                  "expected images (N, H, W, 3) uint8 as arr_0")
             with file.open("arr_0.npy") as array:
                 shape, fortran_order, dtype = npy_header(array, self.name)
                 self.start = array.tell()
-            self.labels = read_labels(file, shape[:1], self.name) if "arr_1" in arrays else None
         if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran_order:
             raise ValueError(f"{self.name}: arr_0 is {'object' if dtype.hasobject else dtype} {shape}"
                              f"{' in Fortran order' if fortran_order else ''}; expected uint8 (N, H, W, 3)")
@@ -468,6 +479,21 @@ class NpzImages:
 
     def __len__(self) -> int:
         return self.count
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        """ValueError where there are other labels than integers, one an image."""
+        if "arr_1" not in self.arrays:
+            return None
+        with told_as_damage(self.name), zipfile.ZipFile(self.path) as file, file.open("arr_1.npy") as array:
+            shape, _, dtype = npy_header(array, self.name)
+            if shape != (self.count,) or dtype.kind not in "iu":
+                raise ValueError(f"{self.name}: arr_1 is {'object' if dtype.hasobject else dtype} {shape}; expected labels, "
+                                 f"integers ({self.count},)")
+            content = array.read()
+            if len(content) != self.count * dtype.itemsize:
+                raise EOFError("arr_1 ends early")
+            return np.frombuffer(content, dtype=dtype).astype(np.int64)
 
     def read(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Indices should ascend from batch to batch: a step back reads the file from its beginning."""
@@ -523,11 +549,13 @@ class NamedImages:
 
 def picture_size(path: Path) -> tuple[int, int]:
     """(H, W), without reading the pixels."""
-    try:
-        with Image.open(path) as picture:
-            return picture.size[::-1]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"cannot read the image {path}: {error}") from None
+    with picture(path) as image:
+        return image.size[::-1]
+
+
+def in_batches(count: int, size: int) -> list[np.ndarray]:
+    """0..count-1, so many at a time."""
+    return np.split(np.arange(count), range(size, count, size))
 
 
 @contextmanager
@@ -539,14 +567,9 @@ def told_as_damage(name: str):
         raise OSError(f"{name} is truncated or no .npz: {error}") from None
 
 
-def read_labels(file: zipfile.ZipFile, count: tuple[int], name: str) -> np.ndarray:
-    """`arr_1`, integers (N,)."""
-    with file.open("arr_1.npy") as array:
-        shape, _, dtype = npy_header(array, name)
-        if shape != count or dtype.kind not in "iu":
-            raise ValueError(f"{name}: arr_1 is {'object' if dtype.hasobject else dtype} {shape}; expected labels, "
-                             f"integers {count}")
-        return np.frombuffer(array.read(), dtype=dtype).astype(np.int64)
+def array_names(file: zipfile.ZipFile) -> list[str]:
+    """The arrays of an `.npz`."""
+    return [name.removesuffix(".npy") for name in file.namelist() if name.endswith(".npy")]
 
 
 def npy_header(array: zipfile.ZipExtFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -562,14 +585,18 @@ def npy_header(array: zipfile.ZipExtFile, name: str) -> tuple[tuple[int, ...], b
 def save_npz(path: Path, shape: tuple[int, ...], images: Iterable[np.ndarray], **arrays: np.ndarray) -> None:
     """Write an `.npz`, whole or not at all: `arr_0` of that shape, uint8, which comes in blocks, and the other arrays."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
-        with file.open("arr_0.npy", "w", force_zip64=True) as array:
-            np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for block in images:
-                array.write(block.tobytes())
-        for name, values in arrays.items():
-            with file.open(f"{name}.npy", "w") as array:
-                np.lib.format.write_array(array, np.asarray(values), allow_pickle=False)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
+            with file.open("arr_0.npy", "w", force_zip64=True) as array:
+                np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                for block in images:
+                    array.write(block.tobytes())
+            for name, values in arrays.items():
+                with file.open(f"{name}.npy", "w") as array:
+                    np.lib.format.write_array(array, np.asarray(values), allow_pickle=False)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None

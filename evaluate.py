@@ -32,11 +32,11 @@ from tqdm import tqdm
 
 import checkpoint
 import runtime
-from autoencoders import to_unit_range
-from data import open_images, save_npz, told_as_damage
+from data import NAMED, array_names, in_batches, open_images, save_npz, told_as_damage
 from metrics import (
     Classifier,
     Gaussian,
+    Inception,
     InceptionScore,
     Moments,
     Nearest,
@@ -67,7 +67,7 @@ def build_parser() -> runtime.ArgumentParser:
     parser.add_argument("--save-stats", type=str | None, help=".npz for the statistics of REF; SAMPLES may then be left out")
     parser.add_argument("--json", type=str | None, help="file for the figures")
     parser.add_argument("--data-root", default="data", help="where named data sets lie")
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one, else cpu")
+    parser.add_device_argument()
     return parser
 
 
@@ -85,20 +85,22 @@ def main(args) -> None:
     if samples is None:
         return
     drawn = survey(samples, extractors, world, kept)
-    floor = survey_floor(ref, training, len(samples.images or ()), seen, extractors, world)
+    floor = survey_floor(ref, samples, training, seen, extractors, world)
     nearest = survey_nearest(training, [seen, drawn], world) if training else None
     figures = world.on_main(lambda: [
-        *(inception_figures(ref, samples, seen, drawn, args.pr_precision, world.device) if "inception" in extractors else ()),
+        *(inception_figures(ref, samples, seen, drawn, args.pr_precision, world.device) if args.weights != "none" else ()),
         *stand_in_figures(seen, drawn, floor, extractors),
         *(memorisation_figures(nearest) if nearest else ())])
     report = {
         "ref": ref.describe(), "samples": samples.describe(), "training_images": training and training.describe(),
-        **{name: extractor.about for name, extractor in extractors.items() if extractor.about},
+        "weights": checkpoint.INCEPTION_SHA256 if "inception" in extractors else None,
+        "classifier": extractors["classifier"].about if "classifier" in extractors else None,
         "pr_precision": args.pr_precision, "figures": [asdict(figure) for figure in figures],
         "seconds": round(time.perf_counter() - start, 1), "processes": world.size,
         "peak_memory_gib": round(runtime.peak_memory(world.device), 2)}
     if world.is_main:
-        print(*say(report, figures), sep="\n")
+        print(*(side.say() for side in (ref, samples, training) if side), *say(figures), sep="\n")
+        print(f"{report['seconds']} s, {report['peak_memory_gib']} GiB at most; processes: {world.size}")
         if args.json:
             checkpoint.replace_text(Path(args.json), json.dumps(report, indent=2) + "\n")
             print(f"Wrote {args.json}")
@@ -122,28 +124,48 @@ class ImageSet:
     source: str
     images: object | None  # see data.open_images
     statistics: dict[str, Gaussian] = field(default_factory=dict)
-    count: int | None = None  # of the images that the figures are about; None: the statistics do not tell
+    statistics_of: int | None = None  # so many images, where the file tells
+
+    @property
+    def count(self) -> int | None:
+        """Of how many images FID is; None where nobody knows."""
+        return self.statistics_of if self.statistics else len(self.images)
 
     def describe(self) -> dict:
-        return {"source": self.source, "images": self.count, "statistics": bool(self.statistics),
-                "size": self.images and list(self.images.size)}
+        count, size = (len(self.images), list(self.images.size)) if self.images else (None, None)
+        return {"source": self.source, "images": count, "size": size, "statistics": bool(self.statistics),
+                "statistics_of": self.statistics_of}
+
+    def say(self) -> str:
+        """How many images the figures are about."""
+        said = [f"N = {len(self.images):,}"] if self.images else []
+        if self.statistics:
+            count = "an unknown number of" if self.statistics_of is None else f"{self.statistics_of:,}"
+            said.append(f"statistics of {count} images")
+        return f"{self.flag} {self.source}: {', '.join(said)}"
 
 
 def open_sets(args) -> tuple[ImageSet, ImageSet | None, ImageSet | None]:
     """REF, SAMPLES and --training-images. What is wrong with them, and with what is asked of them, is found here."""
-    if args.samples is None and not args.save_stats:
-        raise ValueError("SAMPLES is missing; only with --save-stats is REF enough")
-    for flag, path, suffix in (("--save-stats", args.save_stats, ".npz"), ("--json", args.json, ".json")):
-        if path:
-            if Path(path).suffix != suffix:
-                raise ValueError(f"{flag} {path} is not the name of a {suffix}")
-            runtime.check_writable(Path(path).parent)
+    if args.samples is None and (not args.save_stats or args.classifier or args.training_images or args.json):
+        raise ValueError("SAMPLES is missing; only with --save-stats, and nothing else to measure, is REF enough")
+    if args.save_stats and args.weights == "none":
+        raise ValueError("--save-stats writes statistics of Inception's features; --weights none leaves them out")
+    sources = [Path(source).resolve() for source in (args.ref, args.samples, args.training_images) if source]
+    if args.save_stats and Path(args.save_stats).resolve() in sources:
+        raise ValueError(f"--save-stats {args.save_stats} would overwrite its own images; name another file")
+    if args.training_images and args.ref not in NAMED and sources[0] == sources[-1]:
+        raise ValueError(f"--training-images {args.training_images} is REF; the check needs held-out images for REF")
+    runtime.check_output("--json", args.json, ".json")
     samples = open_set(args.samples, "SAMPLES", args) if args.samples else None
     size = samples.images.size if samples and samples.images else None
     ref = open_set(args.ref, "REF", args, size)
     training = open_set(args.training_images, "--training-images", args, size, "train") if args.training_images else None
     if args.save_stats and ref.statistics:
         raise ValueError(f"--save-stats: REF {ref.source} holds statistics already")
+    if args.save_stats:
+        count, (height, width) = min(len(ref.images), REFERENCE_IMAGES), ref.images.size
+        runtime.check_output("--save-stats", args.save_stats, ".npz", count * height * width * 3)
     for one in filter(None, (ref, samples, training)):
         if one.images is None and (args.weights == "none" or args.training_images):
             raise ValueError(f"{one.flag} {one.source} holds statistics of Inception's features, without images; "
@@ -157,8 +179,8 @@ def open_sets(args) -> tuple[ImageSet, ImageSet | None, ImageSet | None]:
 def open_set(source: str, flag: str, args, size: tuple[int, int] | None = None, split: str = "val") -> ImageSet:
     statistics, count, path = {}, None, Path(source)
     if path.is_file() and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            names = {name.removesuffix(".npy") for name in file.namelist()}
+        with told_as_damage(f"{flag} {source}"), zipfile.ZipFile(path) as file:
+            names = set(array_names(file))
         if names & {"mu", "sigma", "mu_s", "sigma_s"}:
             statistics, count = read_statistics(path, flag, names)
             if "arr_0" not in names:
@@ -166,7 +188,9 @@ def open_set(source: str, flag: str, args, size: tuple[int, int] | None = None, 
     images = open_images(source, flag, size, args.data_root, split)
     if len(images) < 4:
         raise ValueError(f"{flag} {source} has {len(images)} images; expected at least 4, for a third neighbour")
-    return ImageSet(flag, source, images, statistics, count if statistics else len(images))
+    if args.classifier:
+        images.labels  # noqa: B018 - are read now, so that wrong ones are told now
+    return ImageSet(flag, source, images, statistics, count)
 
 
 def read_statistics(path: Path, flag: str, names: set[str]) -> tuple[dict[str, Gaussian], int | None]:
@@ -178,15 +202,18 @@ def read_statistics(path: Path, flag: str, names: set[str]) -> tuple[dict[str, G
                 continue
             try:
                 mean, covariance = (np.asarray(file[key], dtype=np.float64) for key in (mu, sigma))
+                count = int(file["n"]) if "n" in names else None
             except (KeyError, ValueError, TypeError) as error:  # missing, or objects, which are not unpickled
-                raise ValueError(f"{flag} {path}: {mu} and {sigma} cannot be read as numbers: {error}") from None
+                raise ValueError(f"{flag} {path}: {mu}, {sigma} and n cannot be read as numbers: {error}") from None
             if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
                 raise ValueError(f"{flag} {path}: {mu} is {mean.shape} and {sigma} {covariance.shape}; expected "
                                  f"({dimensions},) and ({dimensions}, {dimensions})")
             if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
                 raise ValueError(f"{flag} {path}: {mu} or {sigma} has values that are not finite")
+            if not np.allclose(covariance, covariance.T):
+                raise ValueError(f"{flag} {path}: {sigma} is not symmetric, and no covariance")
             statistics[name] = Gaussian(mean, covariance)
-        return statistics, int(file["n"]) if "n" in names else None
+    return statistics, count
 
 
 def save_statistics(path: Path, ref: ImageSet, seen: "Survey") -> None:
@@ -197,7 +224,7 @@ def save_statistics(path: Path, ref: ImageSet, seen: "Survey") -> None:
     for name, (mu, sigma, _) in STATISTICS.items():
         gaussian = seen.moments[name].gaussian()
         statistics |= {mu: gaussian.mean, sigma: gaussian.covariance}
-    images = ref.images.read(np.split(chosen, range(BATCH, count, BATCH)))
+    images = ref.images.read(chosen[batch] for batch in in_batches(count, BATCH))
     save_npz(path, (count, *ref.images.size, 3), images, **statistics, n=np.array(ref.count))
     print(f"Wrote {path}: statistics of {ref.count:,} images, and {count:,} of them")
 
@@ -205,39 +232,14 @@ def save_statistics(path: Path, ref: ImageSet, seen: "Survey") -> None:
 # --- features of images: (B, H, W, 3) uint8 -> {name: (B, D)} ----------------------------------------
 
 
-class Inception:
-    """ADM's features: `pool_3` (B, 2048); the first 7 channels of `mixed_6/conv`, (B, 17 * 17 * 7) with channels last; and
-    1,008 logits without bias. The network and TensorFlow's resize to 299x299 are torch-fidelity's.
-    """
-
-    def __init__(self, weights: str | None, device: torch.device):
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError:
-            raise ValueError("FID's Inception needs the package torch-fidelity: pip install '.[eval]'; --weights none gives "
-                             "figures without it") from None
-        file = checkpoint.inception_weights(weights)  # its sha256 is known, so that its pickle is
-        self.about = {"weights": file.name, "sha256": checkpoint.INCEPTION_SHA256}
-        network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=file)
-        self.network = network.to(device, memory_format=torch.channels_last)
-        network.Mixed_6d.branch1x1.register_forward_hook(self.see)
-
-    def see(self, module, inputs, output: Tensor) -> None:
-        self.mixed_6 = output
-
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        pool, logits = self.network(images.permute(0, 3, 1, 2))
-        spatial = self.mixed_6[:, :7].permute(0, 2, 3, 1).flatten(1)
-        return {"pool": pool, "spatial": spatial, "logits": logits}
+def pixels(images: Tensor) -> Tensor:
+    """-> (B, 3, h, w)"""
+    return pixel_features(images.permute(0, 3, 1, 2))
 
 
-class Pixels:
-    """Pixels in [-1, 1], averaged to at most 32x32: (B, 3 h w), channel by channel."""
-
-    about = None
-
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        return {"pixels": pixels(images).flatten(1)}
+def flat_pixels(images: Tensor) -> dict[str, Tensor]:
+    """Channel by channel."""
+    return {"pixels": pixels(images).flatten(1)}
 
 
 class ClassifierFeatures:
@@ -248,7 +250,7 @@ class ClassifierFeatures:
         if "classifier" not in state:
             raise ValueError(f"--classifier {path} was not written by benchmarks/classifier.py")
         spec = state["spec"]
-        own, given = tuple(spec["size"]), tuple(pixels(torch.zeros(1, *size, 3)).shape[2:])
+        own, given = tuple(spec["size"]), tuple(pixels(torch.zeros(1, *size, 3, dtype=torch.uint8)).shape[2:])
         if own != given:
             raise ValueError(f"--classifier {path} was trained on images of {own[0]}x{own[1]}; these are {given[0]}x{given[1]}")
         self.network = Classifier(**spec["network"])
@@ -262,25 +264,18 @@ class ClassifierFeatures:
         return {"classifier": features, "predictions": self.network.head(features).argmax(dim=1)}
 
 
-def pixels(images: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, h, w) in [-1, 1]."""
-    return pixel_features(to_unit_range(images.permute(0, 3, 1, 2)))
-
-
 def open_extractors(args, ref: ImageSet, samples: ImageSet, device: torch.device) -> dict[str, Callable]:
-    """By name, those that the flags ask for."""
+    """By name, those that the flags ask for, where there are images to see."""
     extractors = {}
+    seen = samples.images or ref.images
     if args.classifier:
-        with_images = samples.images or ref.images
-        if with_images is None:
+        if seen is None:
             raise ValueError("--classifier needs images; REF and SAMPLES hold statistics")
-        extractors["classifier"] = ClassifierFeatures(args.classifier, with_images.size, device)
+        extractors["classifier"] = ClassifierFeatures(args.classifier, seen.size, device)
     if args.weights == "none" or args.training_images:
-        extractors["pixels"] = Pixels()
-    if args.weights != "none":
-        extractors["inception"] = Inception(args.weights, device)
-    elif args.save_stats:
-        raise ValueError("--save-stats writes statistics of Inception's features; --weights none leaves them out")
+        extractors["pixels"] = flat_pixels
+    if args.weights != "none" and seen:
+        extractors["inception"] = Inception(checkpoint.inception_weights(args.weights), device)
     return extractors
 
 
@@ -303,15 +298,20 @@ class Survey:
             self.equal[a, b] = self.equal[a, b] and bool((images[..., a] == images[..., b]).all())
         for name, values in features.items():
             if name == "logits":
-                self.inception_score.update(positions, values)
+                self.inception_score.update(positions, values.cpu())
             elif name == "predictions":
                 if labels is not None:
-                    self.correct += int((values.numpy() == labels).sum())
+                    self.correct += int((values.cpu().numpy() == labels).sum())
                     self.labelled += len(labels)
             else:
-                self.moments.setdefault(name, Moments(values.shape[1])).update(values)
+                self.moments.setdefault(name, Moments(values.shape[1], values.device)).update(values)
                 if name in kept:
-                    self.kept[name].append((positions[0], values))
+                    self.kept[name].append((positions[0], values.cpu()))
+
+    def cpu(self) -> "Survey":
+        """Itself, ready to travel."""
+        self.moments = {name: moments.cpu() for name, moments in self.moments.items()}
+        return self
 
     def merge(self, other: "Survey") -> None:
         for name, moments in other.moments.items():
@@ -337,10 +337,10 @@ def survey(image_set: ImageSet, extractors: dict[str, Callable], world: runtime.
     for positions, images in read_batches(image_set.images, indices, world, title or image_set.flag):
         features = {}
         for extract in extractors.values():
-            features |= {name: value.cpu() for name, value in extract(images).items()}
+            features |= extract(images)
         own.update(positions, images, None if labels is None else labels[indices[positions]], features, kept)
     whole = Survey()
-    for part in world.gather(own):
+    for part in world.gather(own.cpu()):
         whole.merge(part)
     return whole
 
@@ -350,7 +350,7 @@ def read_batches(images, indices: np.ndarray, world: runtime.World, title: str) 
 
     One batch is read while another is worked on.
     """
-    batches = np.split(np.arange(len(indices)), range(BATCH, len(indices), BATCH))[world.rank :: world.size]
+    batches = in_batches(len(indices), BATCH)[world.rank :: world.size]
     with ThreadPoolExecutor(1) as reader, tqdm(total=len(indices), desc=title, unit="image", disable=not world.is_main) as bar:
         arrays = images.read(indices[batch] for batch in batches)
         coming = reader.submit(next, arrays, None)
@@ -360,29 +360,29 @@ def read_batches(images, indices: np.ndarray, world: runtime.World, title: str) 
             bar.update(min(len(batch) * world.size, bar.total - bar.n))
 
 
-def survey_floor(ref: ImageSet, training: ImageSet | None, count: int, seen: Survey, extractors: dict[str, Callable],
-                 world: runtime.World) -> tuple[Survey, Survey, int] | None:
-    """Real images against real ones: so many training images against REF, or without those, two parts of REF.
+def survey_floor(ref: ImageSet, samples: ImageSet, training: ImageSet | None, seen: Survey, extractors: dict[str, Callable],
+                 world: runtime.World) -> tuple[Survey, Survey, str] | None:
+    """Real images against real ones: as many training images as samples against REF, or without those, two parts of REF.
 
-    Returns: both, and how many images are in the first; None where the figures need no floor.
+    Returns: both, and how many images are in each; None where there is nothing to compare.
     """
     extractors = {name: extract for name, extract in extractors.items() if name in STAND_INS}
-    if not extractors or ref.images is None or not count:
+    if not extractors or ref.images is None or samples.images is None:
         return None
     real, most = (training, len(training.images)) if training else (ref, len(ref.images) // 2)
     order = torch.randperm(len(real.images), generator=runtime.generator("floor")).numpy()
-    count = min(count, most)
+    count = min(len(samples.images), most)
     first = survey(real, extractors, world, indices=np.sort(order[:count]), title="floor")
     rest = seen if training else survey(real, extractors, world, indices=np.sort(order[count:]), title="floor")
-    return first, rest, count
+    return first, rest, f"N = {count:,} against {len(ref.images) if training else len(order) - count:,}"
 
 
 def survey_nearest(training: ImageSet, surveys: list[Survey], world: runtime.World) -> list[Tensor]:
     """For each survey of pixels, the distances (N,) of its images to the nearest training image; on the main process."""
     features = world.on_main(lambda: [one.features("pixels") for one in surveys])
-    nearest, extract = Nearest(torch.cat(features)), Pixels()
-    for _, images in read_batches(training.images, np.arange(len(training.images)), world, "--training-images"):
-        nearest.update(extract(images)["pixels"].cpu())
+    nearest = Nearest(torch.cat(features))
+    for _, images in read_batches(training.images, np.arange(len(training.images)), world, training.flag):
+        nearest.update(flat_pixels(images)["pixels"].cpu())
     for part in world.gather(nearest.squares)[1:]:
         nearest.squares = nearest.squares.minimum(part)
     return list(nearest.distances().split([len(part) for part in features]))
@@ -393,13 +393,13 @@ def survey_nearest(training: ImageSet, surveys: list[Survey], world: runtime.Wor
 
 @dataclass
 class Figure:
-    """`floor`: the same of real images; of `floor_images` of them, where a number has a say."""
+    """`floor`: the same figure of real images, and of how many."""
 
     name: str
     value: float | None
     remark: str = ""
     floor: float | None = None
-    floor_images: int | None = None
+    floor_of: str = ""
 
 
 def inception_figures(ref: ImageSet, samples: ImageSet, seen: Survey, drawn: Survey, pr_precision: str,
@@ -419,71 +419,68 @@ def inception_figures(ref: ImageSet, samples: ImageSet, seen: Survey, drawn: Sur
             lacking = " and ".join(side.flag for side, has in ((ref, theirs), (samples, own)) if name not in has)
             figures.append(Figure(title, None, f"skipped: {lacking} lacks {' and '.join(STATISTICS[name][:2])}"))
     without = " and ".join(side.flag for side in (ref, samples) if side.images is None)
+    skipped = f"skipped: statistics without images in {without}"
     if samples.images:
-        figures.append(Figure("Inception Score", drawn.inception_score.value()))
+        figures.append(Figure("Inception Score", drawn.inception_score.value(), f"of {len(samples.images):,} images"))
     else:
-        figures.append(Figure("Inception Score", None, "skipped: SAMPLES holds statistics without images"))
-    near = (None, None)
-    if not without:
-        near = precision_and_recall(seen.features("pool").to(device), drawn.features("pool").to(device), pr_precision)
-    remark = f"skipped: {without} holds statistics without images" if without else f"distances: {pr_precision}"
-    return [*figures, Figure("Precision", near[0], remark), Figure("Recall", near[1], remark)]
+        figures.append(Figure("Inception Score", None, skipped))
+    if without:
+        return [*figures, Figure("Precision", None, skipped), Figure("Recall", None, skipped)]
+    near = precision_and_recall(seen.features("pool").to(device), drawn.features("pool").to(device), pr_precision)
+    remark = f"of {len(ref.images):,} real images and {len(samples.images):,} samples, {pr_precision} distances"
+    return [*figures, *(Figure(title, share, remark) for title, share in zip(("Precision", "Recall"), near))]
 
 
-def stand_in_figures(seen: Survey, drawn: Survey, floor: tuple[Survey, Survey, int] | None,
+def stand_in_figures(seen: Survey, drawn: Survey, floor: tuple[Survey, Survey, str] | None,
                      extractors: dict[str, Callable]) -> list[Figure]:
     figures = []
     about = extractors["classifier"].about if "classifier" in extractors else {}
     remark = about and f"{about['path']}, sha256 {about['sha256']}, test accuracy {about['test_accuracy']:.4f}"
     for name, title in STAND_INS.items():
         if name in extractors and floor:
-            first, rest, count = floor
-            figures.append(Figure(title, stand_in_distance(name, seen, drawn), remark if name == "classifier" else "",
-                                  stand_in_distance(name, first, rest), count))
+            *real, count = floor
+            gaussians = [side.moments[name].gaussian() for side in (seen, drawn, *real)]
+            if name == "pixels":
+                gaussians = [gaussian.at(distinct(seen, drawn, len(gaussian.mean))) for gaussian in gaussians]
+            figures.append(Figure(title, frechet_distance(*gaussians[:2]), remark if name == "classifier" else "",
+                                  frechet_distance(*gaussians[2:]), count))
         elif name in extractors:
-            figures.append(Figure(title, None, "skipped: REF or SAMPLES holds statistics without images"))
+            figures.append(Figure(title, None, "skipped: statistics without images in REF or SAMPLES"))
     if about:
         share = drawn.correct / drawn.labelled if drawn.labelled else None
-        figures.append(Figure("Label accuracy", share, remark if drawn.labelled else "skipped: SAMPLES has no labels (arr_1)",
-                              about["test_accuracy"], about["test_images"]))
+        figures.append(Figure("Label accuracy", share, remark if drawn.labelled else "skipped: no labels (arr_1) in SAMPLES",
+                              about["test_accuracy"], f"N = {about['test_images']:,}"))
     return figures
 
 
-def stand_in_distance(name: str, a: Survey, b: Survey) -> float:
-    """The Fréchet distance, of pixels in channels that differ: those equal throughout both sets are counted once."""
-    gaussians = [side.moments[name].gaussian() for side in (a, b)]
-    if name == "pixels":
-        channels = np.arange(len(gaussians[0].mean)).reshape(3, -1)
-        kept = [c for c in range(3) if not any(a.equal[e, c] and b.equal[e, c] for e in range(c))]
-        gaussians = [gaussian.at(channels[kept].ravel()) for gaussian in gaussians]
-    return frechet_distance(*gaussians)
+def distinct(a: Survey, b: Survey, dimensions: int) -> np.ndarray:
+    """The dimensions of pixels to be compared: channels that are equal throughout both sets are counted once."""
+    channels = np.arange(dimensions).reshape(3, -1)
+    return channels[[c for c in range(3) if not any(a.equal[e, c] and b.equal[e, c] for e in range(c))]].ravel()
 
 
 def memorisation_figures(nearest: list[Tensor]) -> list[Figure]:
     """Distances to the nearest training image; a network that copies is nearer to it than held-out images are."""
     held_out, samples = nearest
-    remark = "root mean square of pixels in [-1, 1], averaged to at most 32x32; floor: held-out images (REF)"
-    bound = held_out.quantile(0.01)
+    count, bound = f"REF, N = {len(held_out):,}", held_out.quantile(0.01)
+    remark = "root mean square of pixels in [-1, 1]"
+    share, doubt = (samples < bound).double().mean().item(), "share of the samples"
+    if bound < 1e-6:
+        share, doubt = None, "no figure: more than 1 % of REF are copies of training images, and not held out"
     return [
-        Figure("Nearest training image, median", samples.median().item(), remark, held_out.median().item(), len(held_out)),
-        Figure("Nearer than 99 % of held-out", (samples < bound).double().mean().item(), "share of the samples",
-               (held_out < bound).double().mean().item(), len(held_out))]
+        Figure("Nearest training image, median", samples.median().item(), remark, held_out.median().item(), count),
+        Figure("Nearer than 99 % of held-out", share, doubt, (held_out < bound).double().mean().item(), count)]
 
 
-def say(report: dict, figures: list[Figure]) -> list[str]:
+def say(figures: list[Figure]) -> list[str]:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.4f}"
 
-    lines = []
-    for side in ("ref", "samples", "training_images"):
-        if about := report[side]:
-            count = "an unknown number of images" if about["images"] is None else f"N = {about['images']:,}"
-            lines.append(f"{side}: {about['source']}, {count}{', by their statistics' if about['statistics'] else ''}")
     width = max(len(figure.name) for figure in figures)
+    lines = []
     for figure in figures:
-        floor = "" if figure.floor is None else f"   real images: {number(figure.floor)} (N = {figure.floor_images:,})"
+        floor = "" if figure.floor is None else f"   real images: {number(figure.floor)} ({figure.floor_of})"
         lines.append(f"{figure.name:<{width}}  {number(figure.value):>9}{floor}   {figure.remark}".rstrip())
-    lines.append(f"{report['seconds']} s on {report['processes']} processes, {report['peak_memory_gib']} GiB at most")
     return lines
 
 

@@ -1,6 +1,6 @@
-"""How far apart two sets of images are, on features of them: the mathematics of ADM's suite, and of figures without Inception.
+"""How far apart two sets of images are, on features of them: ADM's suite, and figures without Inception. No files.
 
-N, M images; D width of their features; C channels. Features arrive in batches, and what is kept of them is merged over
+B, N, M images; D width of their features; C channels. Features arrive in batches, and what is kept of them is merged over
 processes: only precision and recall need all of them at once.
 
 - Fréchet distance (Heusel et al., arXiv:1706.08500), of Inception's features FID and sFID
@@ -12,7 +12,9 @@ processes: only precision and recall need all of them at once.
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,6 +40,7 @@ class Gaussian:
         """The same set, some dimensions of its features."""
         return Gaussian(self.mean[dimensions], self.covariance[np.ix_(dimensions, dimensions)])
 
+    @cached_property
     def factor(self) -> np.ndarray:
         """F (D, D) with F F^T = covariance. Eigenvalues below the rounding error of the largest are none."""
         values, vectors = np.linalg.eigh(self.covariance)
@@ -46,16 +49,20 @@ class Gaussian:
 
 
 class Moments:
-    """Mean and scatter of features that arrive in batches: float64, about the running mean (Chan, Golub & LeVeque, 1979)."""
+    """Mean and scatter of features that arrive in batches: float64, about the running mean (Chan, Golub & LeVeque, 1979).
 
-    def __init__(self, dimensions: int):
+    They lie where the features do, or on the CPU where that device has no float64.
+    """
+
+    def __init__(self, dimensions: int, device: torch.device | str = "cpu"):
+        self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
         self.count = 0
-        self.mean = torch.zeros(dimensions, dtype=torch.float64)
-        self.scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64)
+        self.mean = torch.zeros(dimensions, dtype=torch.float64, device=self.device)
+        self.scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64, device=self.device)
 
     def update(self, features: Tensor) -> "Moments":
         """Add a batch (B, D)."""
-        x = features.to("cpu", torch.float64)
+        x = features.to(self.device).double()
         mean = x.mean(dim=0)
         self._move(len(x), mean)
         self.scatter.addmm_((x - mean).T, x - mean)
@@ -63,8 +70,8 @@ class Moments:
 
     def merge(self, other: "Moments") -> "Moments":
         if other.count:
-            self._move(other.count, other.mean)
-            self.scatter += other.scatter
+            self._move(other.count, other.mean.to(self.device))
+            self.scatter += other.scatter.to(self.device)
         return self
 
     def _move(self, count: int, mean: Tensor) -> None:
@@ -74,8 +81,11 @@ class Moments:
         self.mean += delta * (count / total)
         self.count = total
 
+    def cpu(self) -> "Moments":
+        return Moments(len(self.mean)).merge(self)
+
     def gaussian(self) -> Gaussian:
-        """Of at least two samples."""
+        """Of at least two samples, on the CPU."""
         return Gaussian(self.mean.numpy(), self.scatter.numpy() / (self.count - 1))
 
 
@@ -85,7 +95,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     With S = F F^T the trace of the root is the nuclear norm of F_a^T F_b: no matrix square root, no complex parts, and
     singular covariances need no epsilon.
     """
-    root = np.linalg.svd(a.factor().T @ b.factor(), compute_uv=False).sum()
+    root = np.linalg.svd(a.factor.T @ b.factor, compute_uv=False).sum()
     return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * root)
 
 
@@ -126,7 +136,7 @@ def precision_and_recall(real: Tensor, fake: Tensor, precision: str = "adm") -> 
     """The shares of fake features (N, D) near real ones (M, D), and of real ones near fake ones.
 
     Near: not farther from some feature of the other set than that one's third neighbour in its own. `precision` is that of
-    the squared distances, see `distance_blocks`. One block of BLOCK x BLOCK is in memory at a time, about 1 GB.
+    the squared distances, see `distance_blocks`: blocks of BLOCK x BLOCK, with which up to 2 GB are in use.
 
     Raises:
         ValueError: a set has fewer than four images, so that none has a third neighbour.
@@ -139,7 +149,7 @@ def precision_and_recall(real: Tensor, fake: Tensor, precision: str = "adm") -> 
     for rows, columns, distances in distance_blocks(real, fake, precision):
         fake_near[columns] |= (distances <= real_radii[rows, None]).any(dim=0)
         real_near[rows] |= (distances <= fake_radii[columns]).any(dim=1)
-    return fake_near.double().mean().item(), real_near.double().mean().item()
+    return fake_near.sum().item() / len(fake), real_near.sum().item() / len(real)
 
 
 def radii(features: Tensor, precision: str) -> Tensor:
@@ -154,8 +164,9 @@ def radii(features: Tensor, precision: str) -> Tensor:
 def distance_blocks(a: Tensor, b: Tensor, precision: str) -> Iterator[tuple[slice, slice, Tensor]]:
     """Squared distances of (M, D) from (N, D), block by block: rows, columns, float32 (R, C).
 
-    Under "adm" they are computed in fp16 with products summed in fp32, as its graph does on a GPU, and in fp32 for a block
-    in which they are not all finite; under "fp32" in fp32.
+    Under "adm" they are computed in fp16, and in fp32 for a block in which they are not all finite; under "fp32" in fp32.
+    fp16 products and squared norms are summed in fp32 and rounded once. (So a GPU sums products; in which order, and how
+    wide, ADM's TensorFlow sums norms depends on it and the GPU, and moves a norm by up to two units of fp16.)
     """
     for rows, columns in product(blocks(len(a)), blocks(len(b))):
         distances = None
@@ -179,12 +190,47 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return products.mul_(-2).add_(norms(a)[:, None]).add_(norms(b)).clamp_(min=0)
 
 
+# --- Inception -----------------------------------------------------------------------------------
+
+
+class Inception:
+    """ADM's features of images (B, H, W, 3) uint8: "pool" is `pool_3` (B, 2048); "spatial" the first 7 channels of
+    `mixed_6/conv`, (B, 17 * 17 * 7) with channels last; "logits" 1,008 logits without bias.
+
+    The network and TensorFlow 1's resize to 299x299 are torch-fidelity's.
+
+    Args:
+        weights: torch-fidelity's file, which is a pickle: make sure that it is the published one.
+
+    Raises:
+        ValueError: torch-fidelity is not installed.
+    """
+
+    def __init__(self, weights: Path, device: torch.device):
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError:
+            raise ValueError("FID's Inception needs the package torch-fidelity: pip install '.[eval]'; --weights none gives "
+                             "figures without it") from None
+        network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights)
+        network.Mixed_6d.branch1x1.register_forward_hook(self._see)
+        self.network = network.to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
+
+    def _see(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        self.mixed_6 = output
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        pool, logits = self.network(images.permute(0, 3, 1, 2))
+        spatial = self.mixed_6[:, :7].permute(0, 2, 3, 1).flatten(1)
+        return {"pool": pool, "spatial": spatial, "logits": logits}
+
+
 # --- figures without Inception -------------------------------------------------------------------
 
 
 def pixel_features(images: Tensor) -> Tensor:
-    """(B, C, H, W) in [-1, 1] -> the same, area-averaged to at most PIXELS a side."""
-    return adaptive_avg_pool2d(images, [min(PIXELS, side) for side in images.shape[2:]])
+    """(B, C, H, W) uint8 -> (B, C, h, w) in [-1, 1], area-averaged to at most PIXELS a side."""
+    return adaptive_avg_pool2d(images.float() / 127.5 - 1, [min(PIXELS, side) for side in images.shape[2:]])
 
 
 class Nearest:

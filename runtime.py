@@ -85,7 +85,7 @@ class World:
         self.on_main(lambda: results.append(function()))
         return results[0] if results else function()
 
-    def gather(self, part: Tensor) -> list[Tensor]:
+    def gather(self, part: object) -> list:
         """The part of each process, in the order of ranks; on the main process alone, empty on the others."""
         parts = [None] * self.size if self.is_main else None
         if self.size > 1:
@@ -207,9 +207,12 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False)
         self.add_argument("--config", action="config", help="YAML file of flags, written with underscores; flags override it")
 
-    def add_shared_arguments(self) -> None:
-        """The flags that every script has."""
+    def add_device_argument(self) -> None:
         self.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one, else cpu")
+
+    def add_shared_arguments(self) -> None:
+        """The flags that every script with a network of ours has."""
+        self.add_device_argument()
         self.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast, fp32 weights")
         self.add_argument("--compile", action="store_true", help="torch.compile the model")
 
@@ -356,6 +359,14 @@ def check_writable(folder: str | Path, size: int = 0) -> Path:
     if (free := shutil.disk_usage(folder).free) < size:
         raise OSError(f"no space in the folder {folder}: {size / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free")
     return folder
+
+
+def check_output(flag: str, path: str | None, suffix: str, size: int = 0) -> None:
+    """ValueError or OSError that names the flag where it is not the name of such a file, or cannot be written."""
+    if path is not None:
+        if Path(path).suffix != suffix:
+            raise ValueError(f"{flag} {path} is not the name of a {suffix}")
+        check_writable(Path(path).parent, size)
 
 
 # --- log and tracker -----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import checkpoint
 import runtime
-from data import NpzImages, save_npz
+from data import NpzImages, in_batches, save_npz
 from sample import add_sampling_arguments, generate, prepare
 
 WAITING = 2  # batches of a process that may wait to be written
@@ -197,7 +197,7 @@ def write_pngs(out: Path) -> None:
             temporary.replace(path)
 
     images = NpzImages(out)
-    blocks = np.split(np.arange(len(images)), range(PNG_BLOCK, len(images), PNG_BLOCK))
+    blocks = in_batches(len(images), PNG_BLOCK)
     with ThreadPoolExecutor() as threads:
         for block, pictures in zip(blocks, images.read(blocks)):
             list(threads.map(write, block, pictures))

@@ -19,7 +19,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import runtime
-from autoencoders import to_unit_range
 from data import Rows, load_dataset
 from metrics import Classifier, pixel_features
 
@@ -36,14 +35,17 @@ def build_parser() -> runtime.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--lr", type=float, default=4e-3, help="the highest of a one-cycle schedule")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one, else cpu")
+    parser.add_device_argument()
     return parser
 
 
 def main(args) -> None:
     world, start = runtime.start_world(args.device), time.perf_counter()
+    if world.size > 1:
+        raise ValueError("this script is for one process; start it without torchrun")
     runtime.check_numbers(args, ["epochs"], "at least 1", lambda n: n >= 1)
-    runtime.check_writable(Path(args.out).parent)
+    runtime.check_numbers(args, ["lr"], "above 0", lambda x: x > 0)
+    runtime.check_output("--out", args.out, ".pt")
     data, held_out = (load_dataset(args.data_path, args.image_size, args.data_root, split) for split in ("train", "val"))
     images, labels = read_all(data)
     torch.manual_seed(args.seed)
@@ -64,7 +66,7 @@ def read_all(data) -> tuple[Tensor, Tensor]:
     if data.kind != "images":
         raise ValueError("--data-path holds features; a classifier is trained on images")
     parts = [data.__getitems__(Rows.plain(rows)) for rows in np.array_split(np.arange(len(data)), len(data) // BATCH + 1)]
-    images = torch.cat([pixel_features(to_unit_range(images)) for images, _ in parts])
+    images = torch.cat([pixel_features(images) for images, _ in parts])
     return images.expand(-1, 3, -1, -1).contiguous(), torch.cat([labels for _, labels in parts])
 
 

@@ -5,6 +5,7 @@
 Its five figures mean nothing; the work is that of the real network.
 """
 
+import runpy
 import sys
 import tempfile
 from pathlib import Path
@@ -14,15 +15,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
-import evaluate
-import runtime
+
+EVALUATE = str(Path(__file__).resolve().parent.parent / "evaluate.py")
 
 
-def main(args) -> None:
+def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        args.weights = str(random_weights(Path(folder)))
-        checkpoint.INCEPTION_SHA256 = checkpoint.digest(Path(args.weights))
-        evaluate.main(args)
+        weights = random_weights(Path(folder))
+        checkpoint.INCEPTION_SHA256 = checkpoint.digest(weights)
+        sys.argv = [EVALUATE, *sys.argv[1:], "--weights", str(weights)]
+        runpy.run_path(EVALUATE, run_name="__main__")
 
 
 def random_weights(folder: Path) -> Path:
@@ -43,4 +45,4 @@ def random_weights(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    runtime.run(main, evaluate.build_parser())
+    main()

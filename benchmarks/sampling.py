@@ -41,7 +41,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import runtime
-from autoencoders import to_unit_range
 from data import Rows, load_dataset
 from diffusion import FlowMatching
 from metrics import Gaussian, Moments, frechet_distance, pixel_features
@@ -131,10 +130,7 @@ def check(args) -> None:
         raise ValueError(f"--samples {args.samples} needs --data-path, the images to measure the distance from")
     if args.reuse != "none" and args.rows and "flags" not in args.rows:
         raise ValueError(f"--reuse {args.reuse} is measured by the row flags, which --rows lacks")
-    if args.out:
-        if Path(args.out).suffix != ".json":
-            raise ValueError(f"--out {args.out} is not the name of a .json")
-        runtime.check_writable(Path(args.out).parent)
+    runtime.check_output("--out", args.out, ".json")
 
 
 # --- the rows ------------------------------------------------------------------------------------
@@ -292,7 +288,7 @@ def gaussian_of(batches: Iterable[Tensor]) -> Gaussian:
     """Of the pixels of images (B, C, H, W) uint8, averaged to at most 32x32."""
     moments = None
     for images in batches:
-        features = pixel_features(to_unit_range(images)).flatten(1)
+        features = pixel_features(images).flatten(1)
         moments = (moments or Moments(features.shape[1])).update(features)
     return moments.gaussian()
 

@@ -16,7 +16,6 @@ import checkpoint
 import evaluate
 import metrics
 from data import load_dataset, open_images
-from metrics import frechet_distance
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import classifier as classifier_script
@@ -27,8 +26,6 @@ SMALL = {"pool": ("mu", "sigma", 20), "spatial": ("mu_s", "sigma_s", 15)}
 
 class SmallInception:
     """Random projections in the place of Inception's features."""
-
-    about = {"weights": "small", "sha256": "none"}
 
     def __init__(self, weights, device):
         draw = torch.Generator().manual_seed(0)
@@ -52,6 +49,7 @@ def sets(tmp_path, monkeypatch):
     """ref.npz of 150 images and samples.npz of 70, in the current folder; Inception is small."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "Inception", SmallInception)
+    monkeypatch.setattr(checkpoint, "inception_weights", lambda path: path)
     monkeypatch.setattr(evaluate, "STATISTICS", SMALL)
     arrays = draw_images(150, 0), draw_images(70, 1, spread=40)
     np.savez("ref.npz", arr_0=arrays[0], arr_1=np.arange(150) % 10)
@@ -83,9 +81,8 @@ def inception_file(tmp_path_factory):
 
 
 @pytest.fixture
-def inception(inception_file, monkeypatch):
-    monkeypatch.setattr(checkpoint, "INCEPTION_SHA256", checkpoint.digest(inception_file))
-    return evaluate.Inception(str(inception_file), torch.device("cpu"))
+def inception(inception_file):
+    return metrics.Inception(inception_file, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +99,8 @@ def test_pool_and_logits_are_torch_fidelitys_without_bias(inception, theirs):
     assert torch.allclose(found["pool"], pool, rtol=1e-4, atol=1e-5)
     assert torch.allclose(found["logits"], unbiased, rtol=1e-4, atol=1e-5)
     assert (biased - unbiased).abs().max() > 0.05
-    assert found["logits"].shape == (3, 1008)
+    assert {name: features.shape[1] for name, features in found.items()} == {
+        "logits": 1008} | {name: dimensions for name, (_, _, dimensions) in evaluate.STATISTICS.items()}
     assert found["pool"].std(dim=0).mean() > 1e-3
 
 
@@ -130,7 +128,7 @@ def test_planted_values_come_out_in_order(inception):
 
     network = inception.network
     network.Mixed_6d.branch1x1 = Planted()
-    network.Mixed_6d.branch1x1.register_forward_hook(inception.see)
+    network.Mixed_6d.branch1x1.register_forward_hook(inception._see)
     found = inception(torch.zeros(1, 8, 8, 3, dtype=torch.uint8))["spatial"][0]
     assert found[:9].tolist() == [0, 1, 2, 3, 4, 5, 6, 192, 193]
     assert found[17 * 7].item() == 17 * 192
@@ -157,7 +155,8 @@ def test_the_network_sees_tensorflow_1s_resize(inception, size):
 
 
 @pytest.mark.slow
-def test_all_figures_are_torch_fidelitys_on_the_same_network(figures, inception, inception_file, theirs, tmp_path):
+def test_all_figures_are_torch_fidelitys_on_the_same_network(figures, inception_file, theirs, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "INCEPTION_SHA256", checkpoint.digest(inception_file))
     sets = [draw_images(40, 0, size=24), draw_images(30, 1, size=24, spread=30)]
     for name, images in zip(("ref", "samples"), sets):
         np.savez(tmp_path / f"{name}.npz", arr_0=images)
@@ -219,7 +218,14 @@ def test_enough_samples_make_a_plain_fid(sets, figures, monkeypatch):
     found = figures("ref.npz", "samples.npz")
     assert found[0]["FID"]["remark"] == ""
     assert "N = 70" in found[1]["said"]
-    assert "distances: adm" in found[1]["said"]
+    assert found[0]["Recall"]["remark"] == "of 150 real images and 70 samples, adm distances"
+
+
+@pytest.mark.parametrize("precision", ["adm", "fp32"])
+def test_distances_are_of_the_precision_asked_for(sets, figures, monkeypatch, precision):
+    monkeypatch.setattr(evaluate, "precision_and_recall", lambda real, fake, given: (len(real), len(fake) + len(given)))
+    found = figures("ref.npz", "samples.npz", *([] if precision == "adm" else ["--pr-precision", precision]))
+    assert (value(found, "Precision"), value(found, "Recall")) == (150, 70 + len(precision))
 
 
 def test_saved_statistics_give_the_same_figures_and_hold_images_evenly_spaced(sets, figures, run_here, monkeypatch):
@@ -239,10 +245,14 @@ def test_saved_statistics_give_the_same_figures_and_hold_images_evenly_spaced(se
         assert value(from_stats, name) == pytest.approx(value(plain, name), rel=1e-9)
     np.savez("third.npz", arr_0=sets[0][::3])
     assert value(from_stats, "Precision") == value(figures("third.npz", "samples.npz"), "Precision")
-    assert "N = 150, by their statistics" in from_stats[1]["said"]
+    assert "REF stats.npz: N = 50, statistics of 150 images" in from_stats[1]["said"]
+    assert from_stats[0]["Precision"]["remark"].startswith("of 50 real images and 70 samples")
+    turned = figures("samples.npz", "stats.npz")[0]
+    assert turned["FID-150"]["value"] == pytest.approx(value(plain, "FID-70"), rel=1e-9)
+    assert turned["Inception Score"]["remark"] == "of 50 images"
 
 
-def test_statistics_without_images_skip_what_needs_images_and_say_so(sets, figures, run_here):
+def test_statistics_without_images_skip_what_needs_images_and_say_so(sets, figures, run_here, monkeypatch):
     run_here(evaluate, "ref.npz", "--save-stats", "stats.npz", "--device", "cpu")
     with np.load("stats.npz") as stats:
         np.savez("bare.npz", **{key: stats[key] for key in ("mu", "sigma", "mu_s", "sigma_s")})
@@ -251,19 +261,24 @@ def test_statistics_without_images_skip_what_needs_images_and_say_so(sets, figur
     bare = figures("bare.npz", "samples.npz")
     assert value(bare, "FID-70") == pytest.approx(value(plain, "FID-70"), rel=1e-9)
     assert value(bare, "Precision") is None
-    assert bare[0]["Recall"]["remark"] == "skipped: REF holds statistics without images"
-    assert "an unknown number of images" in bare[1]["said"]
+    assert bare[0]["Recall"]["remark"] == "skipped: statistics without images in REF"
+    assert "REF bare.npz: statistics of an unknown number of images" in bare[1]["said"]
     assert value(figures("pool.npz", "samples.npz"), "sFID") is None
     swapped = figures("ref.npz", "bare.npz")
     assert value(swapped, "FID") == pytest.approx(0, abs=1e-9)
-    assert swapped[0]["Inception Score"]["remark"] == "skipped: SAMPLES holds statistics without images"
+    assert swapped[0]["Inception Score"]["remark"] == "skipped: statistics without images in SAMPLES"
+    monkeypatch.setattr(evaluate, "Inception", None)  # there is nothing to show it
+    both = figures("bare.npz", "bare.npz")
+    assert value(both, "FID") == pytest.approx(0, abs=1e-9)
+    assert both[0]["Precision"]["remark"] == "skipped: statistics without images in REF and SAMPLES"
 
 
 PATCHED = """import sys
 sys.path[:0] = [{root!r}, {tests!r}]
-import evaluate, runtime
+import checkpoint, evaluate, metrics, runtime
 from test_evaluate import SMALL, SmallInception
-evaluate.Inception, evaluate.STATISTICS, evaluate.BATCH = SmallInception, SMALL, 16
+evaluate.Inception, evaluate.STATISTICS, evaluate.BATCH, metrics.SPLIT = SmallInception, SMALL, 16, 20
+checkpoint.inception_weights = lambda path: path
 runtime.run(evaluate.main, evaluate.build_parser())
 """
 
@@ -275,6 +290,7 @@ def test_three_processes_give_the_figures_of_one(sets, tmp_path, monkeypatch, ru
     script.write_text(PATCHED.format(root=str(ROOT), tests=str(ROOT / "tests")))
     flags = ["ref.npz", "samples.npz", "--classifier", "classifier.pt", "--training-images", "digits", "--device", "cpu"]
     monkeypatch.setattr(evaluate, "BATCH", 16)
+    monkeypatch.setattr(metrics, "SPLIT", 20)
     assert run_here(evaluate, *flags, "--json", "one.json").returncode == 0
     run_script(script, *flags, "--json", "three.json", cwd=tmp_path, nproc=3)
     reports = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "three")]
@@ -296,24 +312,27 @@ def test_fd_pixel32_and_the_floor_of_as_many_training_images(sets, figures):
     assert not {"FID-70", "Precision"} & set(found[0])
     real, fake = (images.reshape(len(images), -1) / 127.5 - 1 for images in sets)
     assert value(found, "FD-pixel32") == pytest.approx(numpys_distance(real, fake), rel=1e-4)
-    assert found[0]["FD-pixel32"]["floor_images"] == 70
+    assert found[0]["FD-pixel32"]["floor_of"] == "N = 70 against 150"
     few = figures("ref.npz", "samples.npz", "--weights", "none", "--training-images", "few.npz")[0]["FD-pixel32"]
     assert few["floor"] == pytest.approx(numpys_distance(real, train[:50].reshape(50, -1) / 127.5 - 1), rel=1e-4)
-    assert (few["value"], few["floor_images"]) == (value(found, "FD-pixel32"), 50)
+    assert (few["value"], few["floor_of"]) == (value(found, "FD-pixel32"), "N = 50 against 150")
     again = figures("ref.npz", "samples.npz", "--weights", "none", "--training-images", "train.npz")
     assert again[0] == found[0]
 
 
 def test_without_training_images_the_floor_is_of_two_parts_of_ref(sets, figures, tmp_path):
     found = figures("ref.npz", "samples.npz", "--weights", "none")[0]["FD-pixel32"]
-    assert found["floor_images"] == 70
+    assert found["floor_of"] == "N = 70 against 80"
     seen = []
     np.savez("few.npz", arr_0=sets[0][:100])
     original = evaluate.survey
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "survey", lambda *args, indices=None, **kwargs: (
             seen.append(indices), original(*args, indices=indices, **kwargs))[1])
-        assert figures("few.npz", "samples.npz", "--weights", "none")[0]["FD-pixel32"]["floor_images"] == 50
+        found = figures("few.npz", "samples.npz", "--weights", "none")[0]["FD-pixel32"]
+    assert found["floor_of"] == "N = 50 against 50"
+    halves = [sets[0][:100][rows].reshape(50, -1) / 127.5 - 1 for rows in seen[2:]]
+    assert found["floor"] == pytest.approx(numpys_distance(*halves), rel=1e-4)
     assert sorted(np.concatenate(seen[2:])) == list(range(100))
     assert not np.array_equal(seen[2], np.arange(50))  # a random half
 
@@ -374,8 +393,8 @@ def test_the_classifier_reads_real_digits_and_tells_wrong_labels(digits_classifi
     found = figures("digits", "noise.npz", *flags)
     assert found[0]["FD-classifier"]["value"] > 10 * found[0]["FD-classifier"]["floor"]
     assert found[0]["Label accuracy"] | {"floor": 0} == {
-        "name": "Label accuracy", "value": None, "remark": "skipped: SAMPLES has no labels (arr_1)", "floor": 0,
-        "floor_images": 450}
+        "name": "Label accuracy", "value": None, "remark": "skipped: no labels (arr_1) in SAMPLES", "floor": 0,
+        "floor_of": "N = 450"}
 
 
 def test_fd_classifier_is_of_its_features(digits_classifier, figures, tmp_path, monkeypatch):
@@ -386,9 +405,8 @@ def test_fd_classifier_is_of_its_features(digits_classifier, figures, tmp_path, 
     real = load_dataset("digits", split="val").images.expand(-1, 3, -1, -1)
     fake = torch.from_numpy(np.load("samples.npz")["arr_0"]).permute(0, 3, 1, 2)
     with torch.no_grad():
-        features = [network.features(images / 127.5 - 1) for images in (real, fake)]
-    gaussians = [metrics.Moments(128).update(one).gaussian() for one in features]
-    assert value(found, "FD-classifier") == pytest.approx(frechet_distance(*gaussians), rel=1e-4)
+        features = [network.features(images / 127.5 - 1).double().numpy() for images in (real, fake)]
+    assert value(found, "FD-classifier") == pytest.approx(numpys_distance(*features), rel=1e-4)
 
 
 def test_copies_of_training_images_are_found(figures, tmp_path, monkeypatch):
@@ -405,6 +423,10 @@ def test_copies_of_training_images_are_found(figures, tmp_path, monkeypatch):
     save_digits("fair.npz", "val")
     fair = figures("digits", "fair.npz", "--weights", "none", "--training-images", "digits")[0]
     assert fair["Nearer than 99 % of held-out"]["value"] == pytest.approx(0.01, abs=0.005)
+    save_digits("train.npz", "train")
+    unfair = figures("train.npz", "fair.npz", "--weights", "none", "--training-images", "digits")[0]
+    assert unfair["Nearer than 99 % of held-out"]["value"] is None
+    assert "not held out" in unfair["Nearer than 99 % of held-out"]["remark"]
 
 
 # --- wrong input ---------------------------------------------------------------------------------
@@ -427,6 +449,9 @@ def bad_files():
         "sigma": dict(mu=np.zeros(20), sigma=np.eye(19), mu_s=np.zeros(15), sigma_s=np.eye(15)),
         "mu_only": dict(mu=np.zeros(20)),
         "nan": dict(mu=np.zeros(20), sigma=eye * np.nan),
+        "crooked": dict(mu=np.zeros(20), sigma=np.triu(np.ones((20, 20)))),
+        "object_n": dict(mu=np.zeros(20), sigma=eye, n=np.array([None])),
+        "empty": {},
         "object_sigma": dict(mu=np.zeros(20), sigma=np.array([eye, None], dtype=object)),
         "bare": dict(mu=np.zeros(20), sigma=eye, mu_s=np.zeros(15), sigma_s=np.eye(15)),
     }
@@ -443,14 +468,19 @@ def bad_files():
     ("few", ["has 3 images", "at least 4"]),
     ("large", ["8x8", "16x16", "one size"]),
     ("sigma", ["mu is (20,) and sigma (19, 19)", "expected (20,) and (20, 20)"]),
-    ("mu_only", ["mu and sigma cannot be read"]),
+    ("mu_only", ["mu, sigma and n cannot be read"]),
     ("nan", ["not finite"]),
-    ("object_sigma", ["mu and sigma cannot be read"]),
+    ("crooked", ["sigma is not symmetric"]),
+    ("object_sigma", ["mu, sigma and n cannot be read"]),
+    ("object_n", ["mu, sigma and n cannot be read"]),
+    ("empty", ["no arr_0, but no arrays"]),
 ])
 @pytest.mark.parametrize("side", ["REF", "SAMPLES"])
 def test_a_wrong_npz_is_one_line(sets, run_here, name, words, side):
     np.savez("bad.npz", **bad_files()[name])
     pair = ["bad.npz", "samples.npz"] if side == "REF" else ["ref.npz", "bad.npz"]
+    if "labels" in name:
+        pair += ["--classifier", "classifier.pt"]
     where = [] if name == "large" else [f"{side} bad.npz"]
     assert_one_line(run_here(evaluate, *pair, "--device", "cpu"), *where, *words)
 
@@ -475,6 +505,9 @@ def test_a_damaged_npz_is_one_line(sets, run_here, tmp_path):
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["ref.npz"], ["SAMPLES is missing", "--save-stats"]),
+    (["ref.npz", "--save-stats", "s.npz", "--classifier", "c.pt"], ["SAMPLES is missing", "nothing else"]),
+    (["ref.npz", "samples.npz", "--save-stats", "./samples.npz"], ["--save-stats", "overwrite"]),
+    (["ref.npz", "samples.npz", "--training-images", "./ref.npz"], ["--training-images", "is REF", "held-out"]),
     (["nowhere.npz", "samples.npz"], ["REF nowhere.npz", "digits"]),
     (["ref.npz", "samples.npz", "--json", "figures.txt"], ["--json figures.txt", ".json"]),
     (["ref.npz", "samples.npz", "--json", "/proc/x/figures.json"], ["/proc/x"]),
@@ -505,7 +538,7 @@ def test_other_weights_are_one_line(tmp_path, monkeypatch, run_here):
     (tmp_path / "w.pth").write_bytes(b"other")
     assert_one_line(run_here(evaluate, "x.npz", "x.npz", "--weights", "w.pth"), "--weights w.pth", checkpoint.INCEPTION,
                     checkpoint.INCEPTION_SHA256, checkpoint.digest(tmp_path / "w.pth"))
-    assert_one_line(run_here(evaluate, "x.npz", "x.npz", "--weights", "v.pth"), "--weights v.pth does not exist")
+    assert_one_line(run_here(evaluate, "x.npz", "x.npz", "--weights", "v.pth"), "--weights v.pth is no file")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
     monkeypatch.setattr(checkpoint, "INCEPTION_URL", f"file://{tmp_path}/nowhere.pth")
     result = run_here(evaluate, "x.npz", "x.npz")
@@ -538,7 +571,7 @@ def test_other_classifiers_are_one_line(digits_classifier, tiny_run, tmp_path, m
 def test_without_torch_fidelity_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     with pytest.raises(ValueError, match=r"pip install '\.\[eval\]'"):
-        evaluate.Inception(None, torch.device("cpu"))
+        metrics.Inception(None, torch.device("cpu"))
 
 
 # --- sets of images ------------------------------------------------------------------------------
@@ -585,6 +618,7 @@ def test_a_classifier_repeats_itself_and_wrong_flags_are_one_line(tmp_path, monk
     a, b = (checkpoint.load(tmp_path / name)["classifier"] for name in ("a.pt", "b.pt"))
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert_one_line(run_here(classifier_script, *flags, "c.pt", "--epochs", 0), "--epochs 0")
+    assert_one_line(run_here(classifier_script, *flags, "c.pth"), "--out c.pth", ".pt")
     assert_one_line(run_here(classifier_script, *flags, "c.pt", "--data-path", "nowhere"), "--data-path nowhere")
 
 

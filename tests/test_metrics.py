@@ -209,14 +209,15 @@ def test_fewer_than_four_images_have_no_third_neighbour():
 
 
 def test_pixel_features_are_means_of_blocks():
-    torch.manual_seed(0)
-    images = torch.rand(2, 3, 64, 96) * 2 - 1
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 64, 96), dtype=np.uint8))
     features = pixel_features(images)
+    values = images / 127.5 - 1
     assert features.shape == (2, 3, 32, 32)
     for y, x in itertools.product((0, 7, 31), repeat=2):
-        block = images[..., 2 * y : 2 * y + 2, 3 * x : 3 * x + 3]
+        block = values[..., 2 * y : 2 * y + 2, 3 * x : 3 * x + 3]
         assert torch.allclose(features[..., y, x], block.mean(dim=(2, 3)), atol=1e-6)
-    assert torch.equal(pixel_features(images[..., :20, :30]), images[..., :20, :30])
+    assert torch.equal(pixel_features(images[..., :20, :30]), values[..., :20, :30])
+    assert pixel_features(torch.tensor([[[[0, 255]]]], dtype=torch.uint8)).tolist() == [[[[-1, 1]]]]
 
 
 def test_the_nearest_of_all_batches_by_brute_force_and_a_copy_is_at_no_distance():
