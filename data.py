@@ -452,7 +452,8 @@ def open_images(source: str, flag: str, size: tuple[int, int] | None = None, dat
     if path.is_dir():
         return PictureFolder(path, flag)
     if not path.is_file():
-        raise FileNotFoundError(f"{flag} {source} is neither an .npz, nor a folder of images, nor one of {', '.join(NAMED)}")
+        raise FileNotFoundError(f"{flag} {source} does not exist; expected an .npz, a folder of images, or one of "
+                                f"{', '.join(NAMED)}")
     return NpzImages(path, flag)
 
 
@@ -467,14 +468,15 @@ class NpzImages:
         with told_as_damage(self.name), zipfile.ZipFile(path) as file:
             self.arrays = array_names(file)
             if "arr_0" not in self.arrays:
-                raise ValueError(f"{self.name} has no arr_0, but {', '.join(self.arrays) or 'no arrays'}; "
+                raise ValueError(f"{self.name} has no arr_0 among its arrays ({', '.join(self.arrays) or 'none'}); "
                                  "expected images (N, H, W, 3) uint8 as arr_0")
             with file.open("arr_0.npy") as array:
                 shape, fortran_order, dtype = npy_header(array, self.name)
                 self.start = array.tell()
         if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran_order:
             raise ValueError(f"{self.name}: arr_0 is {'object' if dtype.hasobject else dtype} {shape}"
-                             f"{' in Fortran order' if fortran_order else ''}; expected uint8 (N, H, W, 3)")
+                             f"{' in Fortran order' if fortran_order else ''}; expected uint8 (N, H, W, 3)"
+                             f"{', as np.ascontiguousarray makes it' if fortran_order else ''}")
         self.count, self.size = shape[0], shape[1:3]
 
     def __len__(self) -> int:

@@ -138,7 +138,7 @@ class ImageSet:
 
     def say(self) -> str:
         """How many images the figures are about."""
-        said = [f"N = {len(self.images):,}"] if self.images else []
+        said = ["N = {:,} of {}x{} (height x width)".format(len(self.images), *self.images.size)] if self.images else []
         if self.statistics:
             count = "an unknown number of" if self.statistics_of is None else f"{self.statistics_of:,}"
             said.append(f"statistics of {count} images")
@@ -188,8 +188,6 @@ def open_set(source: str, flag: str, args, size: tuple[int, int] | None = None, 
     images = open_images(source, flag, size, args.data_root, split)
     if len(images) < 4:
         raise ValueError(f"{flag} {source} has {len(images)} images; expected at least 4, for a third neighbour")
-    if args.classifier:
-        images.labels  # noqa: B018 - are read now, so that wrong ones are told now
     return ImageSet(flag, source, images, statistics, count)
 
 
@@ -259,6 +257,13 @@ class ClassifierFeatures:
         self.about = {"path": path, "sha256": checkpoint.digest(Path(path)),
                       **{key: spec[key] for key in ("data", "test_images", "test_accuracy")}}
 
+    def check_labels(self, samples: ImageSet) -> None:
+        """ValueError where a label is none of the classifier's; wrong arrays of labels are found here, too."""
+        labels, count = samples.images and samples.images.labels, self.network.head.out_features
+        if labels is not None and not (0 <= labels.min() and labels.max() < count):
+            raise ValueError(f"{samples.flag} {samples.source}: arr_1 holds labels from {labels.min()} to {labels.max()}; the "
+                             f"classifier has {count} classes, 0..{count - 1}")
+
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         features = self.network.features(pixels(images))
         return {"classifier": features, "predictions": self.network.head(features).argmax(dim=1)}
@@ -271,7 +276,8 @@ def open_extractors(args, ref: ImageSet, samples: ImageSet, device: torch.device
     if args.classifier:
         if seen is None:
             raise ValueError("--classifier needs images; REF and SAMPLES hold statistics")
-        extractors["classifier"] = ClassifierFeatures(args.classifier, seen.size, device)
+        classifier = extractors["classifier"] = ClassifierFeatures(args.classifier, seen.size, device)
+        classifier.check_labels(samples)
     if args.weights == "none" or args.training_images:
         extractors["pixels"] = flat_pixels
     if args.weights != "none" and seen:
@@ -333,7 +339,7 @@ def survey(image_set: ImageSet, extractors: dict[str, Callable], world: runtime.
     if image_set.images is None:
         return own
     indices = np.arange(len(image_set.images)) if indices is None else indices
-    labels = image_set.images.labels
+    labels = image_set.images.labels if "classifier" in extractors else None
     for positions, images in read_batches(image_set.images, indices, world, title or image_set.flag):
         features = {}
         for extract in extractors.values():
@@ -438,18 +444,22 @@ def stand_in_figures(seen: Survey, drawn: Survey, floor: tuple[Survey, Survey, s
     remark = about and f"{about['path']}, sha256 {about['sha256']}, test accuracy {about['test_accuracy']:.4f}"
     for name, title in STAND_INS.items():
         if name in extractors and floor:
-            *real, count = floor
-            gaussians = [side.moments[name].gaussian() for side in (seen, drawn, *real)]
+            first, rest, count = floor
+            gaussians = {side: side.moments[name].gaussian() for side in (seen, drawn, first, rest)}
             if name == "pixels":
-                gaussians = [gaussian.at(distinct(seen, drawn, len(gaussian.mean))) for gaussian in gaussians]
-            figures.append(Figure(title, frechet_distance(*gaussians[:2]), remark if name == "classifier" else "",
-                                  frechet_distance(*gaussians[2:]), count))
+                shown = distinct(seen, drawn, len(gaussians[seen].mean))
+                gaussians = {side: gaussian.at(shown) for side, gaussian in gaussians.items()}
+            of = f"of {drawn.moments[name].count:,} samples and {seen.moments[name].count:,} real images"
+            fewer = "" if rest is seen else "; real images of fewer, and so higher (--training-images: of as many)"
+            figures.append(Figure(title, frechet_distance(gaussians[seen], gaussians[drawn]),
+                                  f"{of}{fewer}{f'; {remark}' if name == 'classifier' else ''}",
+                                  frechet_distance(gaussians[first], gaussians[rest]), count))
         elif name in extractors:
             figures.append(Figure(title, None, "skipped: statistics without images in REF or SAMPLES"))
     if about:
         share = drawn.correct / drawn.labelled if drawn.labelled else None
         figures.append(Figure("Label accuracy", share, remark if drawn.labelled else "skipped: no labels (arr_1) in SAMPLES",
-                              about["test_accuracy"], f"N = {about['test_images']:,}"))
+                              about["test_accuracy"], f"the classifier's test part, N = {about['test_images']:,}"))
     return figures
 
 
@@ -474,7 +484,7 @@ def memorisation_figures(nearest: list[Tensor]) -> list[Figure]:
 
 def say(figures: list[Figure]) -> list[str]:
     def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4f}"
+        return "-" if value is None else f"{round(value, 4) + 0.0:.4f}"  # + 0.0: no "-0.0000"
 
     width = max(len(figure.name) for figure in figures)
     lines = []
