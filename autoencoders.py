@@ -9,14 +9,18 @@ Every autoencoder has
     identity()                     what features cached from it must have been made with
 
 Where latents are cached, `encode` falls in two: `sample(moments(images), noise)`.
+
+`Reconstruction` is the objective by which train.py trains an autoencoder of one's own.
 """
 
 import hashlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 HUB_IDS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
@@ -84,11 +88,53 @@ class SDVAE(nn.Module):
 
     def identity(self) -> dict:
         """Its scale, and the sha256 of its weights, whatever file they lie in."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.vae.state_dict().items()):
-            digest.update(f"{name} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
-        return {"sha256": digest.hexdigest(), "scaling_factor": self.scale, "shift_factor": self.shift}
+        return {"sha256": digest_of(self.vae), "scaling_factor": self.scale, "shift_factor": self.shift}
+
+
+class TrainedAutoencoder(nn.Module):
+    """An autoencoder that train.py trained (models.Autoencoder): deterministic, its latents standardised."""
+
+    bounded = False
+
+    def __init__(self, source: str, network: nn.Module):
+        super().__init__()
+        if not hasattr(network, "LATENT_CHANNELS"):
+            raise ValueError(f"--vae {source} holds a {type(network).__name__}, no autoencoder")
+        self.spec, self.network = {"vae": source}, network
+
+    def latent_shape(self, image_size: tuple[int, int], channels: int) -> tuple[int, int, int]:
+        network, source = self.network, self.spec["vae"]
+        if channels != network.in_channels:
+            raise ValueError(f"--vae {source} takes images of {network.in_channels} channels, the data have {channels}")
+        if any(size % network.FACTOR for size in image_size):
+            raise ValueError(f"--image-size {image_size} is not divisible by {network.FACTOR}, the factor of --vae {source}")
+        return (network.LATENT_CHANNELS, *(size // network.FACTOR for size in image_size))
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        return self.network.encode(images)
+
+    def moments(self, images: Tensor) -> Tensor:
+        """The latent, and a log-variance that stands for none: (B, 2C, h, w)."""
+        latents = self.encode(images)
+        return torch.cat([latents, torch.full_like(latents, -30)], dim=1)
+
+    def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        return moments.chunk(2, dim=1)[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.network.decode(latents).clamp(-1, 1)
+
+    def identity(self) -> dict:
+        return {"sha256": digest_of(self.network)}
+
+
+def digest_of(network: nn.Module) -> str:
+    """The sha256 of a network's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -138,9 +184,50 @@ def load_autoencoder_kl(source: str) -> nn.Module:
     raise ValueError(f"--vae {source}: cannot load an AutoencoderKL from {hub_id}: {reason}")
 
 
-def load_autoencoder(vae: str, device: torch.device | str = "cpu") -> nn.Module:
-    """The autoencoder of `--vae`: "pixels", "ema" or "mse" (Stable Diffusion's), a local folder, or a hub id."""
+def load_autoencoder(vae: str, restore: Callable[[str], nn.Module], device: torch.device | str = "cpu") -> nn.Module:
+    """The autoencoder of `--vae`: "pixels", "ema" or "mse" (Stable Diffusion's), a local folder, a hub id, or a checkpoint
+    or run of an autoencoder that train.py trained, whose network `restore` reads."""
     if vae == "pixels":
         return Pixels()
-    source = str(Path(vae).resolve()) if Path(vae).is_dir() else vae
+    path = Path(vae)
+    source = str(path.resolve()) if path.exists() else vae
+    if path.suffix == ".pt" or (path / "checkpoints").is_dir():
+        return TrainedAutoencoder(source, restore(source)).to(device)
     return SDVAE(source).to(device)
+
+
+# --- to train one --------------------------------------------------------------------------------
+
+
+class Reconstruction:
+    """The objective of an autoencoder, in the shape of a diffusion process: MSE + 1 - SSIM of images in [-1, 1]."""
+
+    learn_sigma = False
+    validation_terms = ("loss", "psnr", "ssim")
+
+    def sample_times(self, count: int, generator: torch.Generator) -> Tensor:
+        """There is no time: (count,) zeros."""
+        return torch.zeros(count, device=generator.device)
+
+    def training_losses(self, model: Callable, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None,
+                        noise: Tensor | None = None) -> dict[str, Tensor]:
+        """{"loss", "psnr" in dB, "ssim"} of the reconstruction of images (B, C, H, W): (B,) each."""
+        images = model(x_start, t, **(model_kwargs or {})).float()
+        mse = (images - x_start).square().flatten(1).mean(dim=1)
+        similarity = ssim(images, x_start)
+        seen = (images.detach().clamp(-1, 1) - x_start).square().flatten(1).mean(dim=1)
+        return {"loss": mse + 1 - similarity, "psnr": 10 * torch.log10(4 / seen), "ssim": similarity}
+
+
+def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
+    """Structural similarity (Wang et al., 2004) of images (B, C, H, W) in [-1, 1]: (B,), 1 where they are equal.
+
+    Means, variances and covariance are of each `window` x `window` that lies inside the image, all pixels alike.
+    """
+    stabilise_mean, stabilise_variance = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    mean_a, mean_b, aa, bb, ab = (F.avg_pool2d(x, window, stride=1) for x in (a, b, a * a, b * b, a * b))
+    mean_product = mean_a * mean_b
+    variances = aa - mean_a**2 + bb - mean_b**2
+    similarity = ((2 * mean_product + stabilise_mean) * (2 * (ab - mean_product) + stabilise_variance)
+                  / ((mean_a**2 + mean_b**2 + stabilise_mean) * (variances + stabilise_variance)))
+    return similarity.flatten(1).mean(dim=1)

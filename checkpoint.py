@@ -286,6 +286,11 @@ def restore(ckpt: str | Path | None, model: str | None = None, image_size: int |
     return Restored(network.eval().requires_grad_(False), spec, path)
 
 
+def restore_network(path: str) -> nn.Module:
+    """The network of a checkpoint alone, with its EMA weights."""
+    return restore(path).model
+
+
 def agree(flag: str, given: object, stored: object, ckpt: str) -> None:
     if given is not None and given != stored:
         raise ValueError(f"{flag} {given} contradicts the checkpoint {ckpt}, which was trained with {stored}")

@@ -1,9 +1,11 @@
-"""Backbones for class-conditional (latent) diffusion: DiT, DiNext and DiNext-U.
+"""Backbones for class-conditional (latent) diffusion: DiT, DiNext and DiNext-U; and the networks of small systems.
 
 - DiT: Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv:2212.09748). State-dict keys, initialisation and
   outputs are those of the published weights.
 - DiNext: the same depth and width with ConvNeXt-V2 blocks (Woo et al., arXiv:2301.00808) under adaLN-Zero.
 - DiNext-U: the same block at three resolutions, after FCDM (fully convolutional diffusion models).
+- PixArt: DiT with adaLN-single, its label one more key and value (Chen et al., arXiv:2310.00426; nano-diffusion).
+- MLP and ConvAdaLN: MinDiff's networks for digits and for CIFAR's latents; Autoencoder: its autoencoder.
 
 Legend: B batch, C channels of the image or latent, H W its size, h w the size in tokens, N = h*w tokens, D width,
 p patch size, L number of classes. Inside a block the channels come last: (B, N, D) in DiT, (B, h, w, D) in DiNext.
@@ -17,6 +19,7 @@ Every backbone is called as `model(x, t, y)` and falls in two at a seam, where f
 
 import math
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -89,9 +92,28 @@ def sincos_position_embedding(grid_size: tuple[int, int], dim: int) -> Tensor:
     return torch.cat([embed(columns), embed(rows)], dim=1).float()[None]
 
 
-def adaln(hidden_size: int, vectors: int) -> nn.Sequential:
+class AdaLN(nn.Sequential):
     """The projection of c (B, D) to `vectors` modulation vectors (B, vectors * D)."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, vectors * hidden_size))
+
+    def __init__(self, hidden_size: int, vectors: int):
+        super().__init__(nn.SiLU(), nn.Linear(hidden_size, vectors * hidden_size))
+
+
+class AdaLNSingle(nn.Module):
+    """adaLN-single (PixArt-alpha, arXiv:2310.00426): modulation vectors that all blocks share, plus a table of one's own.
+
+    c (B, at least vectors * D), of which the first ones are the shared vectors -> (B, vectors * D).
+    """
+
+    def __init__(self, hidden_size: int, vectors: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(vectors * hidden_size))
+
+    def forward(self, c: Tensor) -> Tensor:
+        return c[:, : len(self.table)] + self.table
+
+
+ADALN = {"zero": AdaLN, "single": AdaLNSingle}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -100,31 +122,46 @@ def adaln(hidden_size: int, vectors: int) -> nn.Sequential:
 
 
 class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero: attention and MLP, each modulated before and gated after."""
+    """Transformer block with adaLN-Zero: attention and MLP, each modulated before and gated after.
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
+    With a class token the last D values of c are one more key and value of attention.
+    """
+
+    VECTORS = 6
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, adaln: str = "zero",
+                 class_token: bool = False):
         super().__init__()
+        self.class_token = class_token
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
-        self.adaLN_modulation = adaln(hidden_size, 6)
+        self.adaLN_modulation = ADALN[adaln](hidden_size, self.VECTORS)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # (B, D) each
-        x = x + over_positions(gate_a, x) * self.attn(modulate(self.norm1(x), shift_a, scale_a))       # (B, N, D)
+        x = x + over_positions(gate_a, x) * self.attend(modulate(self.norm1(x), shift_a, scale_a), c)  # (B, N, D)
         return x + over_positions(gate_m, x) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))     # (B, N, D)
+
+    def attend(self, x: Tensor, c: Tensor) -> Tensor:
+        if not self.class_token:
+            return self.attn(x)
+        token = c[:, None, -x.shape[-1] :]                          # (B, 1, D)
+        return self.attn(torch.cat([x, token], dim=1))[:, :-1]      # what the token itself attends to is not used
 
 
 class DiNextBlock(nn.Module):
     """ConvNeXt-V2 block with adaLN-Zero, one residual: depthwise 7x7 -> modulated LayerNorm -> MLP with GRN -> gate."""
 
-    def __init__(self, hidden_size: int, mlp_ratio: float = 3.0):
+    VECTORS = 3
+
+    def __init__(self, hidden_size: int, mlp_ratio: float = 3.0, adaln: str = "zero"):
         super().__init__()
         self.dwconv = nn.Conv2d(hidden_size, hidden_size, kernel_size=7, padding=3, groups=hidden_size)
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = GlobalResponseNormMlp(hidden_size, int(hidden_size * mlp_ratio))
-        self.adaLN_modulation = adaln(hidden_size, 3)
+        self.adaLN_modulation = ADALN[adaln](hidden_size, self.VECTORS)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         scale, shift, gate = self.adaLN_modulation(c).chunk(3, dim=1)  # (B, D) each
@@ -136,11 +173,11 @@ class DiNextBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Modulated LayerNorm and a projection of each token to its p*p pixels: (B, ..., D) -> (B, ..., p*p*C)."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, adaln: str = "zero"):
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = adaln(hidden_size, 2)
+        self.adaLN_modulation = ADALN[adaln](hidden_size, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
@@ -225,7 +262,8 @@ class Backbone(nn.Module):
 def initialize(network: nn.Module) -> None:
     """DiT's initialisation, in place: Xavier matrices, N(0, 0.02) embedders, and zero for biases, modulations and output.
 
-    A zero gate makes every block the identity at first (adaLN-Zero). Depthwise kernels keep PyTorch's default.
+    A zero gate makes every block the identity at first (adaLN-Zero), under adaLN-single too. Depthwise kernels keep
+    PyTorch's default.
     """
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -238,17 +276,22 @@ def initialize(network: nn.Module) -> None:
             nn.init.normal_(module.mlp[2].weight, std=0.02)
         elif isinstance(module, LabelEmbedder):
             nn.init.normal_(module.embedding_table.weight, std=0.02)
-        elif isinstance(module, (DiTBlock, DiNextBlock, FinalLayer, ConvHead)):
-            nn.init.zeros_(module.adaLN_modulation[-1].weight)
+        elif isinstance(module, AdaLN):
+            nn.init.zeros_(module[-1].weight)
         if isinstance(module, (FinalLayer, ConvHead)):
             nn.init.zeros_(module.linear.weight)
 
 
 class Isotropic(Backbone):
-    """One resolution throughout: patches -> blocks -> pixels. DiT and DiNext add their blocks."""
+    """One resolution throughout: patches -> blocks -> pixels. DiT and DiNext add their blocks.
+
+    With adaln="single" all blocks share one projection of the condition; with a class token, of the timestep alone, and
+    the label is what attention sees of it.
+    """
 
     def __init__(self, blocks: list[nn.Module], token_format: str, input_size: int | tuple[int, int], patch_size: int,
-                 in_channels: int, hidden_size: int, num_classes: int, learn_sigma: bool, gradient_checkpointing: bool):
+                 in_channels: int, hidden_size: int, num_classes: int, learn_sigma: bool, gradient_checkpointing: bool,
+                 adaln: str = "zero", class_token: bool = False):
         if not blocks or hidden_size < 1 or patch_size < 1:
             raise ValueError(f"depth {len(blocks)}, hidden_size {hidden_size} and patch_size {patch_size} must be positive")
         super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, patch_size)
@@ -257,12 +300,17 @@ class Isotropic(Backbone):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         self.blocks = nn.ModuleList(blocks)
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, adaln)
+        self.class_token = class_token
+        self.shared_modulation = AdaLN(hidden_size, blocks[0].VECTORS) if adaln == "single" else None
         self.default_split = round(len(blocks) * 18 / 28)  # Faster Diffusion's cut of DiT-XL, as a share
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
-        """t (B,) in 0..1000, y (B,) in 0..L -> c (B, D)."""
-        return self.t_embedder(t) + self.y_embedder(y)
+        """t (B,) in 0..1000, y (B,) in 0..L -> c (B, D), or what the blocks share of it (see AdaLNSingle, DiTBlock)."""
+        t, y = self.t_embedder(t), self.y_embedder(y)
+        if self.shared_modulation is None:
+            return t + y
+        return torch.cat([self.shared_modulation(t), y], dim=1) if self.class_token else self.shared_modulation(t + y)
 
     def embed(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> tokens (B, N, D) or (B, h, w, D)."""
@@ -291,12 +339,15 @@ class DiT(Isotropic):
 
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
                  hidden_size: int = 1152, depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0,
-                 num_classes: int = 1000, learn_sigma: bool = True, gradient_checkpointing: bool = False):
+                 num_classes: int = 1000, learn_sigma: bool = True, gradient_checkpointing: bool = False,
+                 adaln: Literal["zero", "single"] = "zero", class_token: bool = False):
+        if class_token and adaln != "single":
+            raise ValueError("class_token needs adaln 'single'")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads}) and of 4")
-        blocks = [DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)]
+        blocks = [DiTBlock(hidden_size, num_heads, mlp_ratio, adaln, class_token) for _ in range(depth)]
         super().__init__(blocks, "NLC", input_size, patch_size, in_channels, hidden_size, num_classes, learn_sigma,
-                         gradient_checkpointing)
+                         gradient_checkpointing, adaln, class_token)
         positions = sincos_position_embedding(self.x_embedder.grid_size, hidden_size)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, N, D)
         initialize(self)
@@ -310,10 +361,11 @@ class DiNext(Isotropic):
 
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
                  hidden_size: int = 1152, depth: int = 28, mlp_ratio: float = 3.0, num_classes: int = 1000,
-                 learn_sigma: bool = True, gradient_checkpointing: bool = False):
-        blocks = [DiNextBlock(hidden_size, mlp_ratio) for _ in range(depth)]
+                 learn_sigma: bool = True, gradient_checkpointing: bool = False,
+                 adaln: Literal["zero", "single"] = "zero"):
+        blocks = [DiNextBlock(hidden_size, mlp_ratio, adaln) for _ in range(depth)]
         super().__init__(blocks, "NHWC", input_size, patch_size, in_channels, hidden_size, num_classes, learn_sigma,
-                         gradient_checkpointing)
+                         gradient_checkpointing, adaln)
         initialize(self)
         self.to(memory_format=torch.channels_last)  # convolution kernels, as their inputs are
 
@@ -407,11 +459,168 @@ class ConvHead(nn.Module):
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Conv2d(hidden_size, out_channels, kernel_size=3, padding=1)
-        self.adaLN_modulation = adaln(hidden_size, 2)
+        self.adaLN_modulation = AdaLN(hidden_size, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(channels_first(modulate(self.norm_final(x), shift, scale))).contiguous()
+
+
+# -------------------------------------------------------------------------------------------------
+# The networks of small systems
+# -------------------------------------------------------------------------------------------------
+
+
+class MLP(Backbone):
+    """MinDiff's network for digits, on flat pixels: [x | t | label] -> Linear -> Mish -> LayerNorm -> Linear.
+
+    The label's embedding is as wide as fills the first layer's input up to `in_features`; the null label's is zero.
+    """
+
+    def __init__(self, input_size: int | tuple[int, int] = 28, in_channels: int = 1, hidden_size: int = 4096,
+                 in_features: int = 1024, num_classes: int = 10, learn_sigma: bool = False,
+                 gradient_checkpointing: bool = False):
+        super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, size_multiple=1)
+        h, w = self.input_size
+        pixels, label_features = in_channels * h * w, in_features - in_channels * h * w - 1
+        if label_features < 1 or hidden_size < 1:
+            raise ValueError(f"in_features {in_features} must be more than the {pixels} pixels and t, hidden_size "
+                             f"({hidden_size}) at least 1")
+        self.embedding_table = nn.Embedding(num_classes, label_features)
+        self.norm = nn.LayerNorm(label_features)
+        self.blocks = nn.ModuleList([MLPBlock(in_features, hidden_size)])
+        self.head = nn.Linear(hidden_size, pixels * (2 if learn_sigma else 1))
+        self.default_split = 1
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """t (B,) in 0..1000, y (B,) in 0..L -> c (B, 1 + label features)."""
+        label = self.embedding_table(y.clamp(max=self.num_classes - 1)) * (y < self.num_classes)[:, None]
+        return torch.cat([t[:, None].to(label.dtype) / 1000, self.norm(label)], dim=1)
+
+    def encode(self, x: Tensor, c: Tensor, split: int | None = None) -> tuple[Tensor]:
+        """x (B, C, H, W) -> [x | c] (B, in_features), or the hidden layer (B, hidden_size) of it."""
+        return (self.run_blocks(self.blocks[: self.resolve_split(split)], torch.cat([x.flatten(1), c], dim=1), c),)
+
+    def decode(self, state: tuple[Tensor], c: Tensor, split: int | None = None) -> Tensor:
+        """-> (B, C or 2C, H, W)"""
+        x = self.run_blocks(self.blocks[self.resolve_split(split) :], state[0], c)
+        return self.head(x).view(len(x), self.out_channels, *self.input_size)
+
+
+class MLPBlock(nn.Module):
+    """Linear -> Mish -> LayerNorm. The condition is in x already."""
+
+    def __init__(self, in_features: int, hidden_size: int):
+        super().__init__()
+        self.linear = nn.Linear(in_features, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.norm(F.mish(self.linear(x)))
+
+
+class ConvAdaLN(Backbone):
+    """MinDiff's denoiser of small latents: 3x3 convolutions at one resolution, modulated by t and label."""
+
+    def __init__(self, input_size: int | tuple[int, int] = 8, in_channels: int = 8, hidden_size: int = 256, depth: int = 8,
+                 num_classes: int = 10, learn_sigma: bool = False, gradient_checkpointing: bool = False):
+        super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, size_multiple=1)
+        if depth < 1 or hidden_size < 8 or hidden_size % 8:
+            raise ValueError(f"depth ({depth}) must be at least 1, hidden_size ({hidden_size}) a multiple of 8")
+        self.stem = nn.Conv2d(in_channels, hidden_size, kernel_size=3, padding=1)
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size // 2)
+        self.embedder = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.Mish())
+        self.blocks = nn.ModuleList(ConvAdaLNBlock(hidden_size) for _ in range(depth))
+        self.head = nn.Sequential(nn.Mish(), nn.GroupNorm(8, hidden_size),
+                                  nn.Conv2d(hidden_size, self.out_channels, kernel_size=3, padding=1))
+        self.default_split = round(depth * 18 / 28)
+        for conv in (self.head[-1], *(block.conv0 for block in self.blocks)):
+            nn.init.zeros_(conv.weight)
+            nn.init.zeros_(conv.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """t (B,) in 0..1000, y (B,) in 0..L -> c (B, D)."""
+        label = self.embedding_table(y)
+        time = TimestepEmbedder.timestep_embedding(t, label.shape[1]).to(label.dtype)
+        return self.embedder(torch.cat([time, label], dim=1))
+
+    def encode(self, x: Tensor, c: Tensor, split: int | None = None) -> tuple[Tensor]:
+        """x (B, C, H, W) -> (B, D, H, W) after the first `split` blocks."""
+        return (self.run_blocks(self.blocks[: self.resolve_split(split)], self.stem(x), c),)
+
+    def decode(self, state: tuple[Tensor], c: Tensor, split: int | None = None) -> Tensor:
+        """-> (B, C or 2C, H, W)"""
+        return self.head(self.run_blocks(self.blocks[self.resolve_split(split) :], state[0], c)).contiguous()
+
+
+class ConvAdaLNBlock(nn.Module):
+    """x + conv0(GroupNorm(Mish(scale * conv(GroupNorm(x)) + shift))), with conv0 zero at first, and scale 1."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(8, hidden_size)
+        self.conv = nn.Conv2d(hidden_size, hidden_size, kernel_size=3, padding=1)
+        self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.norm0 = nn.GroupNorm(8, hidden_size)
+        self.conv0 = nn.Conv2d(hidden_size, hidden_size, kernel_size=3, padding=1)
+        nn.init.zeros_(self.modulation.bias)
+        nn.init.ones_(self.modulation.bias[:hidden_size])
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        scale, shift = self.modulation(c)[..., None, None].chunk(2, dim=1)  # (B, D, 1, 1) each
+        return x + self.conv0(self.norm0(F.mish(scale * self.conv(self.norm(x)) + shift)))
+
+
+class Autoencoder(nn.Module):
+    """MinDiff's convolutional autoencoder: images (B, C, H, W) <-> latents (B, 8, H/4, W/4), F4-C8, each latent standardised.
+
+    There is no noise and no KL term: a latent has mean 0 and variance 1 over its C, H and W.
+    """
+
+    FACTOR, LATENT_CHANNELS = 4, 8
+
+    def __init__(self, input_size: int | tuple[int, int] = 32, in_channels: int = 3, hidden_size: int = 32):
+        super().__init__()
+        self.input_size, self.in_channels = to_2tuple(input_size), in_channels
+        if any(size < 1 or size % self.FACTOR for size in self.input_size) or hidden_size < 8 or hidden_size % 8:
+            raise ValueError(f"input_size {self.input_size} (H, W) must be positive multiples of {self.FACTOR}, hidden_size "
+                             f"({hidden_size}) of 8")
+        widths = [hidden_size, 2 * hidden_size, 4 * hidden_size]
+
+        def conv(channels: int, out_channels: int) -> nn.Conv2d:
+            return nn.Conv2d(channels, out_channels, kernel_size=3, padding=1)
+
+        def stage(narrow: int, wide: int, resample: nn.Module, down: bool) -> list[nn.Module]:
+            first, second = ((narrow, wide), (wide, wide)) if down else ((wide, wide), (wide, narrow))
+            return [nn.GroupNorm(8, first[0]), conv(*first), nn.Mish(), resample,
+                    nn.GroupNorm(8, second[0]), conv(*second), nn.Mish()]
+
+        self.encoder = nn.Sequential(
+            conv(in_channels, widths[0]), nn.Mish(),
+            *stage(widths[0], widths[1], nn.AvgPool2d(2), down=True), *stage(widths[1], widths[2], nn.AvgPool2d(2), down=True),
+            nn.GroupNorm(8, widths[2]), conv(widths[2], self.LATENT_CHANNELS))
+        self.decoder = nn.Sequential(
+            conv(self.LATENT_CHANNELS, widths[2]), nn.Mish(),
+            *stage(widths[1], widths[2], nn.Upsample(scale_factor=2), down=False),
+            *stage(widths[0], widths[1], nn.Upsample(scale_factor=2), down=False),
+            nn.GroupNorm(8, widths[0]), conv(widths[0], in_channels))
+        self.to(memory_format=torch.channels_last)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> latents (B, 8, H/4, W/4)."""
+        latents = self.encoder(images)
+        return F.layer_norm(latents, latents.shape[1:]).contiguous()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """-> (B, C, H, W), near [-1, 1]."""
+        return self.decoder(latents)
+
+    def forward(self, x: Tensor, t: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        """The reconstruction of x (B, C, H, W). Timesteps and labels have no say."""
+        return self.decode(self.encode(x))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -439,3 +648,7 @@ for _size, _preset in ISOTROPIC.items():
         DiT_models[f"DiNext-{_size}/{_patch}"] = partial(DiNext, patch_size=_patch, **_preset)
 for _size, _preset in U.items():
     DiT_models[f"DiNext-U-{_size}"] = partial(DiNextU, **_preset)
+DiT_models["PixArt-B/2"] = partial(DiT, patch_size=2, num_heads=12, adaln="single", class_token=True, **ISOTROPIC["B"])
+DiT_models["MLP"] = partial(MLP)
+DiT_models["ConvAdaLN"] = partial(ConvAdaLN)
+DiT_models["Autoencoder-F4C8"] = partial(Autoencoder)

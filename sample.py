@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
@@ -24,12 +25,13 @@ from tqdm import tqdm
 
 import checkpoint
 import runtime
-from autoencoders import load_autoencoder
+from autoencoders import Pixels, load_autoencoder, to_unit_range
+from data import Rows
 from diffusion import FlowMatching, GaussianDiffusion, create_diffusion
 from diffusion.guidance import check_interval, check_scale, dynamic_threshold, guide, in_interval
 from diffusion.reuse import DEFAULTS, Plan, Reuse, add_prior_noise, plan
 from diffusion.samplers import SAMPLERS, evaluation_times, get_sampler
-from models import DiT_models
+from models import Autoencoder, DiT_models
 
 DIT_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # the eight classes of DiT's figures
 MAX_COLUMNS = 10
@@ -129,13 +131,15 @@ def prepare(args, world: runtime.World, bare_vae: str = "mse",
     ckpt = world.on_main(lambda: newest(args.ckpt))
     restored = world.main_first(lambda: checkpoint.restore(
         ckpt, args.model, args.image_size, args.num_classes, args.vae, bare_vae, bare_cfg_scale))
+    if restored.spec["sampling"] is None:
+        raise ValueError(f"--ckpt {restored.path} is an autoencoder, which has nothing to sample from; pass it as --vae")
     given = {name: getattr(args, name) for name in RECOMMENDED if getattr(args, name) is not None}
     restored.spec["sampling"] = restored.spec["sampling"] | given
     sampling = settings_for(restored.spec, args.eta, args.precision)
     model = restored.model.to(world.device)
     if args.reuse != "none":
         sampling = sampling.with_reuse(model, args.reuse, args.key_steps, **reuse_args)
-    autoencoder = world.main_first(lambda: load_autoencoder(restored.spec["vae"], world.device))
+    autoencoder = world.main_first(lambda: load_autoencoder(restored.spec["vae"], checkpoint.restore_network, world.device))
     latent_shape = autoencoder.latent_shape(tuple(restored.spec["image_size"]), restored.spec["channels"])
     if latent_shape != (model.in_channels, *model.input_size):
         raise ValueError(f"--vae {restored.spec['vae']} has latents of shape {latent_shape}, the model takes "
@@ -283,6 +287,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def describe(args, data, autoencoder: nn.Module) -> tuple[dict, float]:
     """The `spec` of train.py's flags (see checkpoint.py), every one of them checked, and the share of labels to drop."""
+    if DiT_models[args.model].func is Autoencoder:
+        return describe_autoencoder(args, data, autoencoder), 0.0
     given = {"label_drop": 0.1, "sampling": {}} | args.diffusion_args
     label_drop, sampling = given.pop("label_drop"), given.pop("sampling")
     if not isinstance(label_drop, int | float) or not 0 <= label_drop <= 1:
@@ -292,6 +298,21 @@ def describe(args, data, autoencoder: nn.Module) -> tuple[dict, float]:
     channels, *size = autoencoder.latent_shape(data.image_size, data.channels)
     from_data = dict(input_size=tuple(size), in_channels=channels, num_classes=len(data.classes),
                      learn_sigma=process.learn_sigma)
+    spec = spec_of(args, from_data, diffusion, data, autoencoder, recommend(process, label_drop, sampling))
+    runtime.naming("--diffusion-args: sampling", lambda: check_thresholding(settings_for(spec), autoencoder))
+    return spec, label_drop
+
+
+def describe_autoencoder(args, data, autoencoder: nn.Module) -> dict:
+    """The spec of an autoencoder to be trained: nothing of it is sampled."""
+    if args.diffusion_args or not isinstance(autoencoder, Pixels) or data.kind != "images":
+        raise ValueError(f"--model {args.model} is trained on images by their reconstruction: with --vae pixels, and without "
+                         "--diffusion-args")
+    from_data = dict(input_size=tuple(data.image_size), in_channels=data.channels)
+    return spec_of(args, from_data, {"objective": "reconstruction"}, data, autoencoder, None)
+
+
+def spec_of(args, from_data: dict, diffusion: dict, data, autoencoder: nn.Module, sampling: dict | None) -> dict:
     chosen = runtime.check_arguments(DiT_models[args.model].func, args.model_args, "--model-args", set(from_data))
     spec = {
         "model": {"name": args.model, "args": from_data | chosen},
@@ -300,12 +321,11 @@ def describe(args, data, autoencoder: nn.Module) -> tuple[dict, float]:
         "image_size": tuple(data.image_size),
         "channels": data.channels,
         "classes": list(data.classes),
-        "sampling": recommend(process, label_drop, sampling),
+        "sampling": sampling,
     }
-    runtime.naming("--diffusion-args: sampling", lambda: check_thresholding(settings_for(spec), autoencoder))
     with torch.device("meta"):
         runtime.naming("--image-size, --model-args", lambda: checkpoint.build_model(spec["model"]))
-    return spec, label_drop
+    return spec
 
 
 def recommend(process, label_drop: float, given: dict) -> dict:
@@ -332,6 +352,16 @@ def preview(ema: nn.Module, autoencoder: nn.Module, spec: dict, path: Path, worl
         for rank, part in enumerate(parts[: len(labels)]):
             images[rank :: world.size] = part
         save_grid(images, path, columns=len(labels) // PREVIEW_ROWS)
+
+
+def preview_reconstructions(ema: nn.Module, data, path: Path, precision: str) -> None:
+    """Write a grid of images from all over a data set, each row above a row of their reconstructions."""
+    rows = np.linspace(0, len(data) - 1, PREVIEW_ROWS // 2 * MAX_COLUMNS).round().astype(int)
+    images, device = data.__getitems__(Rows.plain(rows))[0], next(ema.parameters()).device
+    with autocast(device, precision), torch.no_grad():
+        reconstructed = to_uint8(ema(to_unit_range(images.to(device)))).cpu()
+    rows_of = [part.split(MAX_COLUMNS) for part in (images.permute(0, 2, 3, 1), reconstructed)]
+    save_grid(torch.cat([row for pair in zip(*rows_of) for row in pair]), path, MAX_COLUMNS)
 
 
 def save_previews_gif(folder: Path) -> None:

@@ -11,6 +11,7 @@ import math
 import time
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,12 +20,12 @@ from tqdm import tqdm
 
 import checkpoint
 import runtime
-from autoencoders import check_features, latents_of, load_autoencoder
+from autoencoders import Reconstruction, check_features, latents_of, load_autoencoder
 from checkpoint import OptimizerArgs, Training
 from data import Batches, GlobalOrder, Rows, load_dataset
 from diffusion import create_diffusion
 from models import DiT_models
-from sample import autocast, describe, preview, save_previews_gif
+from sample import autocast, describe, preview, preview_reconstructions, save_previews_gif
 
 VAL_IMAGES, VAL_BATCH = 4096, 64
 
@@ -86,12 +87,12 @@ class Objective(NamedTuple):
     label_drop: float
     precision: str
 
-    def losses(self, model: nn.Module, batch: Tensor, labels: Tensor, draws: Draws) -> Tensor:
-        """batch (B, ...), labels (B,) -> (B,)."""
+    def losses(self, model: nn.Module, batch: Tensor, labels: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """batch (B, ...), labels (B,) -> "loss", and what it consists of or goes with it: (B,) each."""
         latents = latents_of(self.autoencoder, batch, self.kind, draws.posterior)
         y = torch.where(draws.drop < self.label_drop, self.null_label, labels)
         with autocast(batch.device, self.precision):
-            return self.process.training_losses(model, latents, draws.t, dict(y=y), draws.noise)["loss"]
+            return self.process.training_losses(model, latents, draws.t, dict(y=y), draws.noise)
 
 
 class Trainer:
@@ -108,11 +109,12 @@ class Trainer:
                                  args.grad_accum, self.data.flip)
         self.max_steps = args.max_steps or math.ceil(args.epochs * len(self.data) / args.global_batch_size)
         vae = args.vae or self.data.made_by.get("vae", "ema")
-        self.autoencoder = world.main_first(lambda: load_autoencoder(vae, world.device))
+        self.autoencoder = world.main_first(lambda: load_autoencoder(vae, checkpoint.restore_network, world.device))
         check_features(self.autoencoder, self.data, self.held_out)
         self.spec, label_drop = describe(args, self.data, self.autoencoder)
-        self.objective = Objective(create_diffusion("", **self.spec["diffusion"]), self.autoencoder, self.data.kind,
-                                   len(self.data.classes), label_drop, args.precision)
+        process = Reconstruction() if self.spec["sampling"] is None else create_diffusion("", **self.spec["diffusion"])
+        self.objective = Objective(process, self.autoencoder, self.data.kind, len(self.data.classes), label_drop,
+                                   args.precision)
         torch.manual_seed(args.global_seed)  # nothing but the initialisation draws from it
         model = checkpoint.build_model(self.spec["model"]).to(world.device).train()
         self.state = Training.begin(model, runtime.LossMeter().to(world.device), args.lr, self.optim)
@@ -160,7 +162,7 @@ class Trainer:
         for rows in self.order.rows:
             last = rows is self.order.rows[-1]  # processes exchange gradients once a step
             with nullcontext() if last or self.world.size == 1 else self.network.no_sync():
-                losses = self.objective.losses(self.network, *next(self.batches), draws.rows(rows))
+                losses = self.objective.losses(self.network, *next(self.batches), draws.rows(rows))["loss"]
                 (losses.mean() / len(self.order.rows)).backward()
             loss += losses.detach().mean() / len(self.order.rows)
         return loss
@@ -172,30 +174,42 @@ class Trainer:
             self.validate()
         picture = self.folder / "previews" / f"{state.step:07d}.png"
         if self.due(args.preview_every) and (state.step > self.first or not world.on_main(picture.exists)):
-            preview(state.ema, self.autoencoder, self.spec, picture, world, args.global_seed, args.precision, self.stop.check)
+            self.draw(picture)
             self.log.image(state.step, picture)
         if self.due(args.ckpt_every):
             self.save()
         if not self.over:
             self.stop.check()
 
+    def draw(self, picture: Path) -> None:
+        """A preview of the EMA weights: samples, or an autoencoder's reconstructions."""
+        args, ema = self.args, self.state.ema
+        if self.spec["sampling"] is None:
+            self.world.on_main(lambda: preview_reconstructions(ema, self.held_out or self.data, picture, args.precision))
+        else:
+            preview(ema, self.autoencoder, self.spec, picture, self.world, args.global_seed, args.precision, self.stop.check)
+
     @torch.no_grad()
     def validate(self) -> None:
-        """The mean loss of raw and of EMA weights, always on the same held-out samples, at the same t and noise."""
+        """The mean loss of raw and of EMA weights, always on the same held-out samples, at the same t and noise; and what
+        else the objective tells, of EMA weights."""
         state, world, device, objective = self.state, self.world, self.world.device, self.objective._replace(label_drop=0.0)
-        totals = torch.zeros(3, device=device)  # the two sums, and the number of samples
+        told = objective.process.validation_terms
+        totals = torch.zeros(2 + len(told), device=device)  # the raw loss, what is told of EMA weights, the number of samples
         order = torch.randperm(len(self.held_out), generator=runtime.generator("val", len(self.held_out)))[:VAL_IMAGES]
         for k, rows in enumerate(order.split(VAL_BATCH)):
             if k % world.size == world.rank:
                 batch, labels = (part.to(device) for part in self.held_out.__getitems__(Rows.plain(rows.numpy())))
                 draws = Draws.at(("val", self.args.global_seed, k), objective.process, len(rows), state.model, device)
-                sums = [objective.losses(network, batch, labels, draws).sum() for network in (state.model, state.ema)]
+                raw, ema = (objective.losses(network, batch, labels, draws) for network in (state.model, state.ema))
+                sums = [values.sum() for values in (raw["loss"], *(ema[name] for name in told))]
                 totals += torch.stack([*sums, torch.full_like(sums[0], len(rows))])
             if (k + 1) % world.size == 0:
                 self.stop.check()
-        raw, ema, count = world.mean(totals).tolist()
-        self.log.record(state.step, val_loss=raw / count, val_loss_ema=ema / count)
-        if state.validated_at(ema / count):
+        *sums, count = world.mean(totals).tolist()
+        means = {name: total / count for name, total in zip(["val_loss", *(f"val_{name}_ema" for name in told)], sums)}
+        self.log.record(state.step, **means)
+        if state.validated_at(means["val_loss_ema"]):
             self.save("best.pt")
 
     def save(self, name: str = "") -> None:

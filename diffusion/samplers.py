@@ -147,6 +147,8 @@ def evaluation_times(sampler: Callable[..., Steps], process) -> tuple[float, ...
 class SamplingLoops:
     """DiT's entry points, for any process. The generators above do the work."""
 
+    validation_terms = ("loss",)  # of what `training_losses` tells
+
     def p_sample_loop(self, model: Callable, shape: tuple[int, ...], noise: Tensor | None = None, **options) -> Tensor:
         """Samples of `shape` (B, C, H, W) after ancestral steps. Options: those of p_sample_loop_progressive."""
         return last(self.p_sample_loop_progressive(model, shape, noise, **options))
