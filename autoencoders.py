@@ -184,7 +184,8 @@ def load_autoencoder_kl(source: str) -> nn.Module:
     raise ValueError(f"--vae {source}: cannot load an AutoencoderKL from {hub_id}: {reason}")
 
 
-def load_autoencoder(vae: str, restore: Callable[[str], nn.Module], device: torch.device | str = "cpu") -> nn.Module:
+def load_autoencoder(vae: str, device: torch.device | str = "cpu",
+                     restore: Callable[[str], nn.Module] | None = None) -> nn.Module:
     """The autoencoder of `--vae`: "pixels", "ema" or "mse" (Stable Diffusion's), a local folder, a hub id, or a checkpoint
     or run of an autoencoder that train.py trained, whose network `restore` reads."""
     if vae == "pixels":

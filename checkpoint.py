@@ -39,7 +39,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from models import DiT_models
+from models import Autoencoder_models, DiT_models
 
 # DiT's published weights; they carry their own non-commercial licence (CC BY-NC 4.0).
 PUBLISHED = {
@@ -324,9 +324,10 @@ def imagenet_classes() -> list[str]:
 
 def build_model(description: dict) -> nn.Module:
     """{"name", "args"} -> a network."""
-    if description["name"] not in DiT_models:
-        raise ValueError(f"--model {description['name']} is unknown; allowed: {', '.join(DiT_models)}")
-    return DiT_models[description["name"]](**description["args"])
+    networks = DiT_models | Autoencoder_models
+    if description["name"] not in networks:
+        raise ValueError(f"--model {description['name']} is unknown; allowed: {', '.join(networks)}")
+    return networks[description["name"]](**description["args"])
 
 
 def load_weights(network: nn.Module, weights: dict, source: Path) -> None:

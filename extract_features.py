@@ -48,7 +48,7 @@ def main(args) -> None:
     runtime.check_numbers(args, ["per_proc_batch_size"], "at least 1", lambda n: n >= 1)
     runtime.check_numbers(args, ["max_skipped"], "a share, 0..1", lambda x: 0 <= x <= 1)
     data = world.main_first(lambda: load_dataset(args.data_path, args.image_size, args.data_root, num_classes=args.num_classes))
-    autoencoder = world.main_first(lambda: load_autoencoder(args.vae or "ema", checkpoint.restore_network, world.device))
+    autoencoder = world.main_first(lambda: load_autoencoder(args.vae or "ema", world.device, checkpoint.restore_network))
     meta = describe_features(data, autoencoder, args)
     folder = world.on_main(lambda: runtime.check_writable(args.features_path))
     todo = world.on_main(lambda: lay_out(folder, meta))

@@ -474,21 +474,20 @@ class ConvHead(nn.Module):
 class MLP(Backbone):
     """MinDiff's network for digits, on flat pixels: [x | t | label] -> Linear -> Mish -> LayerNorm -> Linear.
 
-    The label's embedding is as wide as fills the first layer's input up to `in_features`; the null label's is zero.
+    The null label's embedding is zero.
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 28, in_channels: int = 1, hidden_size: int = 4096,
-                 in_features: int = 1024, num_classes: int = 10, learn_sigma: bool = False,
+                 label_features: int = 239, num_classes: int = 10, learn_sigma: bool = False,
                  gradient_checkpointing: bool = False):
         super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, size_multiple=1)
-        h, w = self.input_size
-        pixels, label_features = in_channels * h * w, in_features - in_channels * h * w - 1
         if label_features < 1 or hidden_size < 1:
-            raise ValueError(f"in_features {in_features} must be more than the {pixels} pixels and t, hidden_size "
-                             f"({hidden_size}) at least 1")
+            raise ValueError(f"label_features ({label_features}) and hidden_size ({hidden_size}) must be at least 1")
+        h, w = self.input_size
+        pixels = in_channels * h * w
         self.embedding_table = nn.Embedding(num_classes, label_features)
         self.norm = nn.LayerNorm(label_features)
-        self.blocks = nn.ModuleList([MLPBlock(in_features, hidden_size)])
+        self.blocks = nn.ModuleList([MLPBlock(pixels + 1 + label_features, hidden_size)])
         self.head = nn.Linear(hidden_size, pixels * (2 if learn_sigma else 1))
         self.default_split = 1
         nn.init.zeros_(self.head.weight)
@@ -500,7 +499,7 @@ class MLP(Backbone):
         return torch.cat([t[:, None].to(label.dtype) / 1000, self.norm(label)], dim=1)
 
     def encode(self, x: Tensor, c: Tensor, split: int | None = None) -> tuple[Tensor]:
-        """x (B, C, H, W) -> [x | c] (B, in_features), or the hidden layer (B, hidden_size) of it."""
+        """x (B, C, H, W) -> [x | c] (B, C H W + 1 + label features), or the hidden layer (B, hidden_size) of it."""
         return (self.run_blocks(self.blocks[: self.resolve_split(split)], torch.cat([x.flatten(1), c], dim=1), c),)
 
     def decode(self, state: tuple[Tensor], c: Tensor, split: int | None = None) -> Tensor:
@@ -651,4 +650,5 @@ for _size, _preset in U.items():
 DiT_models["PixArt-B/2"] = partial(DiT, patch_size=2, num_heads=12, adaln="single", class_token=True, **ISOTROPIC["B"])
 DiT_models["MLP"] = partial(MLP)
 DiT_models["ConvAdaLN"] = partial(ConvAdaLN)
-DiT_models["Autoencoder-F4C8"] = partial(Autoencoder)
+
+Autoencoder_models = {"Autoencoder-F4C8": partial(Autoencoder)}

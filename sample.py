@@ -31,7 +31,7 @@ from diffusion import FlowMatching, GaussianDiffusion, create_diffusion
 from diffusion.guidance import check_interval, check_scale, dynamic_threshold, guide, in_interval
 from diffusion.reuse import DEFAULTS, Plan, Reuse, add_prior_noise, plan
 from diffusion.samplers import SAMPLERS, evaluation_times, get_sampler
-from models import Autoencoder, DiT_models
+from models import Autoencoder_models, DiT_models
 
 DIT_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # the eight classes of DiT's figures
 MAX_COLUMNS = 10
@@ -108,8 +108,11 @@ def main(args) -> None:
     description = {"checkpoint": restored.path, "seed": args.seed, "labels": labels, "classes": names} | sampling.describe()
     save_grid(images, out, columns, description)
     written = [out]
+    if args.class_labels:
+        written.append(out.with_suffix(".txt"))
+        checkpoint.replace_text(written[-1], "".join(f"{name}\n" for name in names))
     if args.trajectory:
-        written += save_trajectory(watch.states, autoencoder, out, description)
+        written += save_trajectory(watch.states, autoencoder, sampling, out, description)
     model_calls, block_calls = sampling.calls(len(restored.model.blocks))
     print(f"{watch.sampling_seconds / len(images):.3g} s an image, for {model_calls} calls of the model and {block_calls} of "
           f"its blocks; decoding {watch.decoding_seconds / len(images):.3g} s an image")
@@ -139,7 +142,7 @@ def prepare(args, world: runtime.World, bare_vae: str = "mse",
     model = restored.model.to(world.device)
     if args.reuse != "none":
         sampling = sampling.with_reuse(model, args.reuse, args.key_steps, **reuse_args)
-    autoencoder = world.main_first(lambda: load_autoencoder(restored.spec["vae"], checkpoint.restore_network, world.device))
+    autoencoder = world.main_first(lambda: load_autoencoder(restored.spec["vae"], world.device, checkpoint.restore_network))
     latent_shape = autoencoder.latent_shape(tuple(restored.spec["image_size"]), restored.spec["channels"])
     if latent_shape != (model.in_channels, *model.input_size):
         raise ValueError(f"--vae {restored.spec['vae']} has latents of shape {latent_shape}, the model takes "
@@ -245,19 +248,21 @@ def generate(model: nn.Module, autoencoder: nn.Module, labels: list[int], indice
         for step in add_prior_noise(steps, noise, sampling.reuse) if sampling.reuse else steps:
             x = step["sample"]
             on_step(step)
-    return decode(autoencoder, x)
+    return decode(autoencoder, x, sampling)
 
 
 def bound(sampling: Sampling, autoencoder: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """What keeps predicted pixels in [-1, 1]; latents have no such bound."""
+    scale = sampling.process.input_scale
     if sampling.dynamic_thresholding:
-        return dynamic_threshold
-    return (lambda x_0: x_0.clamp(-1, 1)) if autoencoder.bounded else None
+        return lambda x_0: scale * dynamic_threshold(x_0 / scale)
+    return (lambda x_0: x_0.clamp(-scale, scale)) if autoencoder.bounded else None
 
 
-def decode(autoencoder: nn.Module, latents: Tensor) -> Tensor:
-    """(B, C, H, W) -> images (B, H, W, C) uint8, in fp32."""
+def decode(autoencoder: nn.Module, x_0: Tensor, sampling: Sampling) -> Tensor:
+    """A sampler's x_0 (B, C, H, W) -> images (B, H, W, C) uint8, in fp32."""
     with torch.no_grad():
+        latents = x_0 / sampling.process.input_scale
         return torch.cat([to_uint8(autoencoder.decode(part)) for part in latents.split(DECODE_BATCH)])
 
 
@@ -287,7 +292,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def describe(args, data, autoencoder: nn.Module) -> tuple[dict, float]:
     """The `spec` of train.py's flags (see checkpoint.py), every one of them checked, and the share of labels to drop."""
-    if DiT_models[args.model].func is Autoencoder:
+    if args.model in Autoencoder_models:
         return describe_autoencoder(args, data, autoencoder), 0.0
     given = {"label_drop": 0.1, "sampling": {}} | args.diffusion_args
     label_drop, sampling = given.pop("label_drop"), given.pop("sampling")
@@ -313,7 +318,8 @@ def describe_autoencoder(args, data, autoencoder: nn.Module) -> dict:
 
 
 def spec_of(args, from_data: dict, diffusion: dict, data, autoencoder: nn.Module, sampling: dict | None) -> dict:
-    chosen = runtime.check_arguments(DiT_models[args.model].func, args.model_args, "--model-args", set(from_data))
+    network = (DiT_models | Autoencoder_models)[args.model].func
+    chosen = runtime.check_arguments(network, args.model_args, "--model-args", set(from_data))
     spec = {
         "model": {"name": args.model, "args": from_data | chosen},
         "diffusion": diffusion,
@@ -464,9 +470,10 @@ class Watch:
         return self.mark - previous
 
 
-def save_trajectory(states: list[dict[str, Tensor]], autoencoder: nn.Module, out: Path, description: dict) -> list[Path]:
+def save_trajectory(states: list[dict[str, Tensor]], autoencoder: nn.Module, sampling: Sampling, out: Path,
+                    description: dict) -> list[Path]:
     """A strip (PNG) and a film (GIF) of the first pictures on their way: x_t above, or left of, the x_0 predicted from it."""
-    x_t, x_0 = (torch.stack([decode(autoencoder, state[name]).cpu() for state in states])
+    x_t, x_0 = (torch.stack([decode(autoencoder, state[name], sampling).cpu() for state in states])
                 for name in ("sample", "pred_xstart"))
     rows = torch.stack([x_t, x_0]).permute(2, 0, 1, 3, 4, 5)  # (pictures, 2, moments, H, W, C)
     strip, film = (out.with_name(f"{out.stem}-trajectory.{kind}") for kind in ("png", "gif"))

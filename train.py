@@ -24,7 +24,7 @@ from autoencoders import Reconstruction, check_features, latents_of, load_autoen
 from checkpoint import OptimizerArgs, Training
 from data import Batches, GlobalOrder, Rows, load_dataset
 from diffusion import create_diffusion
-from models import DiT_models
+from models import Autoencoder_models, DiT_models
 from sample import autocast, describe, preview, preview_reconstructions, save_previews_gif
 
 VAL_IMAGES, VAL_BATCH = 4096, 64
@@ -36,7 +36,7 @@ def build_parser() -> runtime.ArgumentParser:
     parser.add_shared_arguments()
     parser.add_argument("--results-dir", default="results")
     parser.add_argument("--run-name", type=str | None, help="begin or continue this run; default: a new NNN-model")
-    parser.add_argument("--model", default="DiT-XL/2", choices=list(DiT_models))
+    parser.add_argument("--model", default="DiT-XL/2", choices=[*DiT_models, *Autoencoder_models])
     parser.add_argument("--model-args", type=dict, default={}, help="arguments of the network, over its preset's")
     parser.add_argument("--diffusion-args", type=dict, default={}, help="of create_diffusion; label_drop (0.1); sampling")
     parser.add_argument("--optimizer-args", type=dict, default={}, help="checkpoint.OptimizerArgs: betas, schedule, …")
@@ -109,7 +109,7 @@ class Trainer:
                                  args.grad_accum, self.data.flip)
         self.max_steps = args.max_steps or math.ceil(args.epochs * len(self.data) / args.global_batch_size)
         vae = args.vae or self.data.made_by.get("vae", "ema")
-        self.autoencoder = world.main_first(lambda: load_autoencoder(vae, checkpoint.restore_network, world.device))
+        self.autoencoder = world.main_first(lambda: load_autoencoder(vae, world.device, checkpoint.restore_network))
         check_features(self.autoencoder, self.data, self.held_out)
         self.spec, label_drop = describe(args, self.data, self.autoencoder)
         process = Reconstruction() if self.spec["sampling"] is None else create_diffusion("", **self.spec["diffusion"])

@@ -18,13 +18,15 @@ def create_diffusion(
     diffusion_steps: int = 1000,
     objective: str = "epsilon",
     time_sampling: str = "uniform",
+    flow_loss: str = "velocity",
+    input_scale: float = 1.0,
 ) -> GaussianDiffusion | FlowMatching:
-    """Build a process. All but the last two arguments, and all defaults, are DiT's.
+    """Build a process. All but the last four arguments, and all defaults, are DiT's.
 
     Args:
         timestep_respacing: which timesteps sampling visits: "" all, "250" evenly spread, "10,10,5" by section, "ddim50"
             by a whole stride.
-        noise_schedule: "linear" or "squaredcos_cap_v2".
+        noise_schedule: "linear", "squaredcos_cap_v2", or "gamma_linear", "gamma_cosine" or "gamma_sigmoid".
         use_kl: train on the variational bound alone.
         sigma_small: where the variance is fixed: the posterior's, instead of beta's.
         predict_xstart: the same as objective="x0".
@@ -34,6 +36,8 @@ def create_diffusion(
         objective: what the network predicts: "epsilon", "x0", "v", or "flow": the velocity of the straight path, a
             process without a schedule or variance, on which the other arguments have no bearing.
         time_sampling: of training timesteps: "uniform", or "logit-normal" (flow only).
+        flow_loss: "velocity", or "velocity+epsilon+x0", the sum of the squared errors of all three (flow only).
+        input_scale: x_0 is that many times the data (Chen, arXiv:2301.10972; not for flow): less of it at every t.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective {objective!r} is unknown; allowed: {', '.join(OBJECTIVES)}")
@@ -45,17 +49,19 @@ def create_diffusion(
 
     if objective == "flow":
         gaussian = dict(noise_schedule=noise_schedule != "linear", use_kl=use_kl, sigma_small=sigma_small,
-                        rescale_learned_sigmas=rescale_learned_sigmas)
+                        rescale_learned_sigmas=rescale_learned_sigmas, input_scale=input_scale != 1)
         if any(gaussian.values()):
             raise ValueError(f"{', '.join(name for name, given in gaussian.items() if given)}: without meaning for flow")
-        return FlowMatching(len(timesteps), time_sampling)
+        return FlowMatching(len(timesteps), time_sampling, flow_loss)
 
-    if time_sampling != "uniform":
-        raise ValueError(f"time_sampling {time_sampling!r} needs objective 'flow'")
+    for name, given, default in (("time_sampling", time_sampling, "uniform"), ("flow_loss", flow_loss, "velocity")):
+        if given != default:
+            raise ValueError(f"{name} {given!r} needs objective 'flow'")
     return GaussianDiffusion(
         named_betas(noise_schedule, diffusion_steps),
         timesteps,
         prediction="x0" if predict_xstart else objective,
         variance="learned_range" if learn_sigma else "fixed_small" if sigma_small else "fixed_large",
         loss="rescaled_kl" if use_kl else "rescaled_mse" if rescale_learned_sigmas else "mse",
+        input_scale=input_scale,
     )

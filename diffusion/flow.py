@@ -16,6 +16,7 @@ from .samplers import SamplingLoops
 from .schedules import MODEL_TIME
 
 TIME_SAMPLING = ("uniform", "logit-normal")
+LOSSES = ("velocity", "velocity+epsilon+x0")
 
 
 class FlowMatching(SamplingLoops):
@@ -24,14 +25,19 @@ class FlowMatching(SamplingLoops):
     Args:
         num_timesteps: steps of a sampler. Training does not use it.
         time_sampling: of the t of training samples: uniform on [0, 1], or sigmoid(N(0, 1)).
+        loss: the squared error of the velocity, or its sum with those of the epsilon and the x_0 that follow from it
+            (MinDiff's): they are (1 - t)^2 and t^2 times the first.
     """
 
     learn_sigma = False  # a deterministic path has no variance to learn
     recommended = {"sampler": "heun", "num_sampling_steps": 50, "cfg_scale": 1.0}
 
-    def __init__(self, num_timesteps: int = 1000, time_sampling: str = "uniform"):
+    def __init__(self, num_timesteps: int = 1000, time_sampling: str = "uniform", loss: str = "velocity"):
         if time_sampling not in TIME_SAMPLING:
             raise ValueError(f"time_sampling {time_sampling!r} is unknown; allowed: {', '.join(TIME_SAMPLING)}")
+        if loss not in LOSSES:
+            raise ValueError(f"flow_loss {loss!r} is unknown; allowed: {', '.join(LOSSES)}")
+        self.loss = loss
         self.num_timesteps = num_timesteps
         self.time_sampling = time_sampling
         self.grid = tuple(1 - step / num_timesteps for step in range(num_timesteps + 1))  # 1 .. 0
@@ -64,8 +70,9 @@ class FlowMatching(SamplingLoops):
 
     def training_losses(self, model: Callable, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None,
                         noise: Tensor | None = None) -> dict[str, Tensor]:
-        """{"loss", "mse"}: the squared error of the velocity, mean over all but the batch: (B,) each."""
+        """{"loss", "mse"}: "mse" is the squared error of the velocity, mean over all but the batch: (B,) each."""
         noise = torch.randn_like(x_start) if noise is None else noise
         velocity = model(self.q_sample(x_start, t, noise), MODEL_TIME * t, **(model_kwargs or {})).float()
         mse = ((velocity - (noise - x_start)) ** 2).flatten(1).mean(dim=1)
-        return {"loss": mse, "mse": mse}
+        weight = 1 if self.loss == "velocity" else 1 + (1 - t) ** 2 + t**2
+        return {"loss": weight * mse, "mse": mse}

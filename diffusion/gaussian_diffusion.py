@@ -34,17 +34,21 @@ class GaussianDiffusion(SamplingLoops):
         prediction: what the network's first C channels predict.
         variance: of p(x_{t-1} | x_t): the posterior's, beta_t, or learned between the two by C more channels.
         loss: "mse"; "rescaled_mse", the bound counted T/1000-fold beside it; "rescaled_kl", the bound alone, T-fold.
+        input_scale: x_0 is so many times the data that `training_losses` is given; who samples divides by it.
     """
 
     recommended = {"sampler": "ddpm", "num_sampling_steps": 250, "cfg_scale": 4.0}
 
     def __init__(self, betas: np.ndarray, timesteps: list[int] | None = None, prediction: str = "epsilon",
-                 variance: str = "learned_range", loss: str = "mse"):
+                 variance: str = "learned_range", loss: str = "mse", input_scale: float = 1.0):
         for value, allowed in ((prediction, PREDICTIONS), (variance, VARIANCES), (loss, LOSSES)):
             if value not in allowed:
                 raise ValueError(f"{value!r} is unknown; allowed: {', '.join(allowed)}")
         if not (0 < np.min(betas) and np.max(betas) < 1):
             raise ValueError("betas must lie between 0 and 1")
+        if not 0 < input_scale < math.inf:
+            raise ValueError(f"input_scale {input_scale} is not a positive number")
+        self.input_scale = input_scale
         self.prediction, self.variance, self.loss = prediction, variance, loss
         self.learn_sigma = variance == "learned_range"
         self.timestep_map = list(range(len(betas)) if timesteps is None else timesteps)
@@ -119,7 +123,7 @@ class GaussianDiffusion(SamplingLoops):
                         model_kwargs: dict | None = None) -> dict[str, Tensor]:
         """p(x_{t-1} | x_t): "mean", "variance", "log_variance" and "pred_xstart", each (B, C, H, W), in fp32.
 
-        `denoised_fn`, then clipping to [-1, 1], is applied to the predicted x_0.
+        `denoised_fn`, then clipping to what pixels reach, [-1, 1] at an input_scale of 1, is applied to the predicted x_0.
         """
         out = model(x, self._at("model_times", t), **(model_kwargs or {})).to(x.dtype)
         channels = x.shape[1] * (2 if self.learn_sigma else 1)
@@ -128,7 +132,7 @@ class GaussianDiffusion(SamplingLoops):
                              f"{channels}: learn_sigma of the model and of create_diffusion must agree")
         pred_xstart = self._xstart_from(out[:, : x.shape[1]], x, t)
         pred_xstart = denoised_fn(pred_xstart) if denoised_fn else pred_xstart
-        pred_xstart = pred_xstart.clamp(-1, 1) if clip_denoised else pred_xstart
+        pred_xstart = pred_xstart.clamp(-self.input_scale, self.input_scale) if clip_denoised else pred_xstart
         mean, small = self.q_posterior_mean_variance(pred_xstart, x, t)
         match self.variance:
             case "fixed_small":  # exactly 0 at t = 0, which a logarithm cannot say
@@ -165,7 +169,7 @@ class GaussianDiffusion(SamplingLoops):
     def training_losses(self, model: Model, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None,
                         noise: Tensor | None = None) -> dict[str, Tensor]:
         """"loss" (B,), and the terms it is the sum of: "mse", and "vb" (bits per dimension) where the variance is learned."""
-        noise = torch.randn_like(x_start) if noise is None else noise
+        noise, x_start = torch.randn_like(x_start) if noise is None else noise, self.input_scale * x_start
         x_t = self.q_sample(x_start, t, noise)
         out = model(x_t, self._at("model_times", t), **(model_kwargs or {})).float()
         if self.loss == "rescaled_kl":

@@ -148,6 +148,7 @@ class SamplingLoops:
     """DiT's entry points, for any process. The generators above do the work."""
 
     validation_terms = ("loss",)  # of what `training_losses` tells
+    input_scale = 1.0  # x_0 is so many times the data
 
     def p_sample_loop(self, model: Callable, shape: tuple[int, ...], noise: Tensor | None = None, **options) -> Tensor:
         """Samples of `shape` (B, C, H, W) after ancestral steps. Options: those of p_sample_loop_progressive."""

@@ -1,6 +1,8 @@
 """Noise schedules, and which of their timesteps a shorter process keeps. Plain numpy in float64."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -19,7 +21,31 @@ def squaredcos_cap_v2_betas(num_timesteps: int) -> np.ndarray:
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
-SCHEDULES = {"linear": linear_betas, "squaredcos_cap_v2": squaredcos_cap_v2_betas}
+def gamma_betas(num_timesteps: int, gamma: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The betas of which abar_t is gamma(t / T), gamma(0) = 1 and gamma(1) = 0, at most 0.999."""
+    abar = gamma(np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps)
+    return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
+
+
+def between(f: Callable[[np.ndarray], np.ndarray], start: float, end: float, t: np.ndarray) -> np.ndarray:
+    """gamma(t) of a function's values from `start` to `end` (Chen, arXiv:2301.10972, Algorithm 1)."""
+    return (f(end) - f(start + t * (end - start))) / (f(end) - f(start))
+
+
+def cosine_gamma(t: np.ndarray, start: float = 0.2, end: float = 1.0, tau: float = 2.0) -> np.ndarray:
+    return between(lambda u: np.cos(u * math.pi / 2) ** (2 * tau), start, end, t)
+
+
+def sigmoid_gamma(t: np.ndarray, start: float = 0.0, end: float = 3.0, tau: float = 0.7) -> np.ndarray:
+    return between(lambda u: 1 / (1 + np.exp(-u / tau)), start, end, t)
+
+
+SCHEDULES = {
+    "linear": linear_betas, "squaredcos_cap_v2": squaredcos_cap_v2_betas,
+    "gamma_linear": partial(gamma_betas, gamma=lambda t: 1 - t),
+    "gamma_cosine": partial(gamma_betas, gamma=cosine_gamma),
+    "gamma_sigmoid": partial(gamma_betas, gamma=sigmoid_gamma),
+}
 
 
 def named_betas(name: str, num_timesteps: int) -> np.ndarray:

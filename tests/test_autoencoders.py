@@ -1,7 +1,17 @@
+import json
+
+import numpy as np
 import pytest
 import torch
+from conftest import TINY_RUN, assert_one_line
+from PIL import Image
 
-from autoencoders import load_autoencoder, to_unit_range
+import checkpoint
+import runtime
+import sample
+import train
+from autoencoders import Reconstruction, load_autoencoder, ssim, to_unit_range
+from data import load_dataset
 
 
 def test_pixels_are_the_image():
@@ -55,3 +65,104 @@ def test_wrong_autoencoders_and_sizes_are_refused(tiny_vae, tmp_path):
         autoencoder.latent_shape((32, 20), 3)
     with pytest.raises(ValueError, match="the data have 1"):
         autoencoder.latent_shape((32, 32), 1)
+
+
+# --- one's own -----------------------------------------------------------------------------------
+
+AUTOENCODER = ["--data-path", "digits", "--vae", "pixels", "--model", "Autoencoder-F4C8", "--model-args", '{"hidden_size": 8}',
+               "--global-batch-size", "32", "--num-workers", "0", "--log-every", "5", "--preview-every", "0", "--lr", "0.003",
+               "--ema-decay", "0.5", "--device", "cpu"]
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    result = run_here(train, *AUTOENCODER, "--max-steps", 30, "--val-every", 15, "--run-name", "ae")
+    assert result.returncode == 0, result.stderr
+    return tmp_path / "results" / "ae"
+
+
+def test_ssim_is_wangs_formula_window_by_window():
+    torch.manual_seed(0)
+    a, b = torch.rand(2, 2, 9, 10) * 2 - 1, torch.rand(2, 2, 9, 10) * 2 - 1
+    b[1] = a[1] * 0.9
+    expected = torch.zeros(2)
+    for n in range(2):
+        values = []
+        for channel in range(2):
+            for i in range(3):
+                for j in range(4):
+                    x, y = (image[n, channel, i : i + 7, j : j + 7].double() for image in (a, b))
+                    covariance = ((x - x.mean()) * (y - y.mean())).mean()
+                    values.append((2 * x.mean() * y.mean() + 0.0004) * (2 * covariance + 0.0036)
+                                  / ((x.mean() ** 2 + y.mean() ** 2 + 0.0004)
+                                     * (x.var(unbiased=False) + y.var(unbiased=False) + 0.0036)))
+        expected[n] = sum(values) / len(values)
+    assert torch.allclose(ssim(a, b), expected, atol=1e-5)
+    assert torch.allclose(ssim(a, a), torch.ones(2))
+
+
+def test_reconstruction_is_mse_and_ssim_and_tells_psnr():
+    torch.manual_seed(0)
+    images = torch.rand(3, 1, 8, 8) * 2 - 1
+    terms = Reconstruction().training_losses(lambda x, t, y: 0.5 * x, images, torch.zeros(3), dict(y=None))
+    mse = (0.25 * images**2).mean(dim=(1, 2, 3))
+    assert torch.allclose(terms["loss"], mse + 1 - ssim(0.5 * images, images))
+    assert torch.allclose(terms["psnr"], 20 * torch.log10(2 / mse.sqrt()))
+
+
+def test_an_autoencoder_trains_validates_and_shows_reconstructions(trained):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    first, last = (line for line in lines if "val_loss" in line)
+    assert last["val_loss_ema"] < first["val_loss_ema"]
+    assert last["val_psnr_ema"] > first["val_psnr_ema"] > 0
+    assert 0 < last["val_ssim_ema"] < 1
+    restored = checkpoint.restore(trained)
+    held_out = load_dataset("digits", split="val")
+    rows = torch.randperm(450, generator=runtime.generator("val", 450))
+    images = to_unit_range(held_out.images[rows])
+    with torch.no_grad():
+        reconstructed = restored.model(images).clamp(-1, 1)
+    psnr = 10 * torch.log10(4 / (reconstructed - images).square().mean(dim=(1, 2, 3)))
+    assert psnr.mean().item() == pytest.approx(last["val_psnr_ema"], rel=1e-4)
+    with Image.open(trained / "previews" / "0000030.png") as picture:
+        pixels = np.asarray(picture)
+    side = (pixels.shape[0]) // 4
+    above, below = pixels[:side], pixels[side : 2 * side]
+    assert above.std() > 50
+    assert not np.array_equal(above, below)
+
+
+def test_it_is_resumed_exactly_and_serves_as_vae_everywhere(trained, tmp_path, run_here):
+    assert run_here(train, *AUTOENCODER, "--max-steps", 30, "--ckpt-every", 10, "--run-name", "again", "--val-every", 15
+                    ).returncode == 0
+    for step in (20, 30):
+        (tmp_path / "results" / "again" / "checkpoints" / f"{step:07d}.pt").unlink()
+    assert run_here(train, *AUTOENCODER, "--max-steps", 30, "--run-name", "again", "--val-every", 15).returncode == 0
+    folders = (trained, tmp_path / "results" / "again")
+    a, b = (checkpoint.load(folder / "checkpoints" / "0000030.pt")["ema"] for folder in folders)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+    flags = [*TINY_RUN, "--model-args", '{"hidden_size": 32, "depth": 2}', "--max-steps", 3, "--image-size", 8]
+    assert run_here(train, *flags, "--vae", trained, "--run-name", "latents").returncode == 0
+    spec = checkpoint.restore(tmp_path / "results" / "latents").spec
+    assert (spec["model"]["args"]["in_channels"], spec["model"]["args"]["input_size"]) == (8, (2, 2))
+    assert run_here(sample, "--ckpt", "results/latents", "--class-labels", "3 seven", "--out", "x.png", "--num-sampling-steps",
+                    3).returncode == 0
+    assert (tmp_path / "x.txt").read_text() == "three\nseven\n"
+    autoencoder = load_autoencoder(str(trained), restore=checkpoint.restore_network)
+    images = to_unit_range(load_dataset("digits").images[:4])
+    latents = autoencoder.encode(images)
+    assert torch.equal(autoencoder.sample(autoencoder.moments(images), torch.randn_like(latents)), latents)
+    assert autoencoder.decode(latents).abs().max() <= 1
+    other = load_autoencoder(str(tmp_path / "results" / "again"), restore=checkpoint.restore_network)
+    assert other.identity() == autoencoder.identity()
+
+
+def test_wrong_uses_of_an_autoencoder_are_one_line(trained, tiny_run, run_here):
+    assert_one_line(run_here(sample, "--ckpt", trained), "is an autoencoder", "--vae")
+    assert_one_line(run_here(train, *TINY_RUN, "--vae", tiny_run), f"--vae {tiny_run}", "DiNext, no autoencoder")
+    assert_one_line(run_here(train, *AUTOENCODER, "--diffusion-args", '{"objective": "flow"}'), "--model Autoencoder-F4C8",
+                    "--diffusion-args")
+    assert_one_line(run_here(train, *AUTOENCODER, "--vae", trained), "--model Autoencoder-F4C8", "--vae pixels")
+    assert_one_line(run_here(train, *AUTOENCODER, "--image-size", 10), "multiples of 4")

@@ -1,4 +1,5 @@
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -186,7 +187,11 @@ def test_one_step_respacing_is_finite():
     (dict(timestep_respacing="-5"), "not understood"),
     (dict(timestep_respacing="1001"), "only 1000 timesteps"),
     (dict(timestep_respacing="10,600"), "only 500 timesteps"),
-    (dict(noise_schedule="cosine"), "allowed: linear, squaredcos_cap_v2"),
+    (dict(noise_schedule="cosine"), "allowed: linear, squaredcos_cap_v2, gamma_linear, gamma_cosine, gamma_sigmoid"),
+    (dict(flow_loss="velocity+epsilon+x0"), "flow_loss .* needs objective 'flow'"),
+    (dict(objective="flow", flow_loss="x0"), "allowed: velocity, velocity.epsilon.x0"),
+    (dict(objective="flow", input_scale=2.0), "input_scale"),
+    (dict(input_scale=0), "input_scale 0 is not a positive"),
     (dict(objective="velocity"), "allowed: epsilon, x0, v, flow"),
     (dict(objective="flow", use_kl=True), "use_kl"),
     (dict(objective="flow", predict_xstart=True), "contradicts"),
@@ -207,6 +212,49 @@ def test_create_diffusion_takes_a_number_of_steps():
 def test_a_model_without_variance_channels_is_named():
     with pytest.raises(ValueError, match="learn_sigma"):
         create_diffusion("2").p_sample_loop(partial(analytic_model, learned=False), (1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize(("name", "gamma"), [
+    ("gamma_linear", lambda t: 1 - t),
+    ("gamma_cosine", lambda t: (0 - math.cos((0.2 + 0.8 * t) * math.pi / 2) ** 4) / (0 - math.cos(0.1 * math.pi) ** 4)),
+    ("gamma_sigmoid", lambda t: (1 / (1 + math.exp(-3 / 0.7)) - 1 / (1 + math.exp(-3 * t / 0.7)))
+                                / (1 / (1 + math.exp(-3 / 0.7)) - 0.5)),
+])
+def test_gamma_schedules_are_the_written_formulas(name, gamma):
+    """abar_t = gamma(t / T), but for the betas that would exceed 0.999: the last one, which would be 1, does not."""
+    process = create_diffusion("", noise_schedule=name)
+    expected = np.array([gamma((i + 1) / 1000) for i in range(999)])
+    assert process.alphas_cumprod[:999] == pytest.approx(expected, rel=1e-9)
+    assert process.betas[999] == pytest.approx(0.999)
+    assert process.betas.min() > 0
+
+
+def test_the_three_errors_of_flow_sum_to_a_weighted_velocity_error():
+    """MSE on velocity, on epsilon and on x_0 is (1 + (1 - t)^2 + t^2) times the first: each term computed by itself."""
+    torch.manual_seed(0)
+    x_0, noise, t = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3), torch.tensor([0.0, 0.3, 0.8, 1.0])
+    model = partial(analytic_model, learned=False)
+    losses = create_diffusion(objective="flow", flow_loss="velocity+epsilon+x0").training_losses(model, x_0, t, noise=noise)
+    s = t.view(-1, 1, 1, 1)
+    x_t = (1 - s) * x_0 + s * noise
+    velocity = model(x_t, 1000 * t)
+    errors = [velocity - (noise - x_0), x_t + (1 - s) * velocity - noise, x_t - s * velocity - x_0]
+    terms = [error.square().mean(dim=(1, 2, 3)) for error in errors]
+    assert torch.allclose(losses["loss"], sum(terms), rtol=1e-5)
+    assert torch.allclose(losses["mse"], terms[0], rtol=1e-6)
+    assert torch.allclose(losses["loss"], (1 + (1 - t) ** 2 + t**2) * terms[0], rtol=1e-5)
+
+
+def test_input_scale_is_that_of_the_data():
+    torch.manual_seed(0)
+    x_0, noise, t = torch.randn(3, 2, 3, 3), torch.randn(3, 2, 3, 3), torch.tensor([0, 400, 999])
+    model = partial(analytic_model, learned=False)
+    plain, scaled = (create_diffusion(learn_sigma=False, input_scale=scale) for scale in (1.0, 0.5))
+    found = scaled.training_losses(model, x_0, t, noise=noise)["loss"]
+    assert torch.equal(found, plain.training_losses(model, x_0 / 2, t, noise=noise)["loss"])
+    assert not torch.allclose(found, plain.training_losses(model, x_0, t, noise=noise)["loss"])
+    p = scaled.p_mean_variance(model, 5 * x_0, t)
+    assert p["pred_xstart"].abs().max() == 0.5
 
 
 def test_linear_schedule_of_few_steps_is_refused():

@@ -6,18 +6,22 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import DiT, DiT_models
+from models import Autoencoder_models, DiT, DiT_models
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {
     "DiT": dict(hidden_size=24, depth=3, num_heads=2),
     "DiNext-U": dict(hidden_size=8, depths=(1, 2, 1, 1, 2)),
     "DiNext": dict(hidden_size=16, depth=3),
+    "PixArt": dict(hidden_size=24, depth=3, num_heads=2),
+    "MLP": dict(hidden_size=16, label_features=5),
+    "ConvAdaLN": dict(hidden_size=16, depth=3),
 }
+SEAMED = ["DiT-S/2", "DiNext-S/2", "DiNext-U-S", "PixArt-B/2", "MLP", "ConvAdaLN"]
 
 
 def family(name):
-    return name.split("/")[0].rsplit("-", 1)[0]
+    return name if name in TINY else name.split("/")[0].rsplit("-", 1)[0]
 
 
 def tiny(name, **kwargs):
@@ -111,7 +115,7 @@ def test_parameters_and_multiply_accumulates(name):
 def test_the_registry_holds_every_family_and_size():
     sizes = ("S", "B", "L", "XL")
     isotropic = {f"{kind}-{size}/{patch}" for kind in ("DiT", "DiNext") for size in sizes for patch in (2, 4, 8)}
-    assert set(DiT_models) == isotropic | {f"DiNext-U-{size}" for size in sizes}
+    assert set(DiT_models) == isotropic | {f"DiNext-U-{size}" for size in sizes} | {"PixArt-B/2", "MLP", "ConvAdaLN"}
 
 
 # --- every backbone ------------------------------------------------------------------------------
@@ -129,7 +133,7 @@ def test_every_entry_takes_any_channels_sizes_and_classes(name, in_channels):
     assert out.std() > 0
 
 
-@pytest.mark.parametrize("name", ["DiT-S/2", "DiNext-S/2", "DiNext-U-S"])
+@pytest.mark.parametrize("name", SEAMED)
 def test_samples_of_a_batch_do_not_mix_and_every_input_counts(name):
     model = tiny(name)
     x, t, y = inputs(model)
@@ -142,7 +146,7 @@ def test_samples_of_a_batch_do_not_mix_and_every_input_counts(name):
         assert torch.equal(model(x2, t2, y2)[1:], out[1:])
 
 
-@pytest.mark.parametrize("name", ["DiT-S/2", "DiNext-S/2", "DiNext-U-S"])
+@pytest.mark.parametrize("name", SEAMED)
 def test_any_split_of_the_seam_gives_the_forward_pass(name):
     model = tiny(name)
     x, t, y = inputs(model)
@@ -204,6 +208,113 @@ def test_a_dinext_block_is_the_written_formula():
     h = h + block.mlp.grn.weight * (h * norm / (norm.mean(-1, keepdim=True) + 1e-6)) + block.mlp.grn.bias
     expected = x + gate * (h @ block.mlp.fc2.weight.T + block.mlp.fc2.bias)
     assert close(block(x, c), expected)
+
+
+@pytest.mark.parametrize(("name", "kwargs", "parameters"), [
+    ("MLP", {}, 7_421_508),                                                             # MinDiff
+    ("ConvAdaLN", {}, 10_606_984),                                                      # MinDiff says 10.6 M
+    ("PixArt-B/2", dict(input_size=8, in_channels=16, num_classes=10, learn_sigma=False), 89_525_824),  # nano: 88.7 M
+    ("DiT-S/8", dict(in_channels=1, num_classes=10, learn_sigma=False), 32_521_792),    # xdiffusion's lesson: 32.5 M
+])
+def test_parameters_of_small_systems(name, kwargs, parameters):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in DiT_models[name](**kwargs).parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", ["DiT-S/2", "DiNext-S/2", "PixArt-B/2"])
+def test_adaln_single_begins_with_identities_and_every_parameter_learns(name):
+    model = DiT_models[name](input_size=8, num_classes=5, **TINY[family(name)], adaln="single")
+    x, t, y = inputs(model)
+    h = torch.randn(3, 4, 4, 16) if "DiNext" in name else torch.randn(3, 16, 24)
+    assert torch.equal(model.blocks[0](h, model.condition(t, y)), h)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = {key: p.clone() for key, p in model.named_parameters()}
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(x, t, y) - 1).square().mean().backward()
+        optimizer.step()
+    same = [key for key, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[key])]
+    assert same == []
+
+
+def test_adaln_single_shares_one_projection_and_adds_a_table():
+    model = tiny("DiT-S/2", adaln="single")
+    _, t, y = inputs(model)
+    c = model.condition(t, y)
+    shared = model.shared_modulation[1]
+    assert close(c, torch.nn.functional.silu(model.t_embedder(t) + model.y_embedder(y)) @ shared.weight.T + shared.bias)
+    for block in model.blocks:
+        assert torch.equal(block.adaLN_modulation(c), c + block.adaLN_modulation.table)
+    own = sum(p.numel() for p in DiT_models["DiT-S/2"](adaln="single").blocks.parameters())
+    assert sum(p.numel() for p in DiT_models["DiT-S/2"]().blocks.parameters()) - own == 12 * (6 * 384**2)  # tables for biases
+
+
+def test_the_class_token_is_one_more_key_and_value_of_attention():
+    model = tiny("PixArt-B/2")
+    attention, x, c = model.blocks[0].attn, torch.randn(2, 16, 24), torch.randn(2, 7 * 24)
+    q, k, v = (attention.qkv(torch.cat([x, c[:, None, -24:]], dim=1)).view(2, 17, 3, 2, 12).permute(2, 0, 3, 1, 4))
+    weights = (q[:, :, :16] @ k.transpose(-2, -1) / 12**0.5).softmax(dim=-1)
+    expected = attention.proj((weights @ v).transpose(1, 2).reshape(2, 16, 24))
+    assert close(model.blocks[0].attend(x, c), expected)
+    with pytest.raises(ValueError, match="needs adaln 'single'"):
+        DiT(class_token=True)
+
+
+def test_the_mlp_is_the_written_formula():
+    model = tiny("MLP", input_size=4, in_channels=1)
+    x, t, y = torch.randn(1, 1, 4, 4), torch.tensor([250.0]), torch.tensor([3])
+    label = model.norm(model.embedding_table.weight[3])
+    linear = model.blocks[0].linear
+    hidden = torch.cat([x.flatten(), torch.tensor([0.25]), label]) @ linear.weight.T + linear.bias
+    hidden = hidden * torch.tanh(torch.log(1 + hidden.exp()))
+    hidden = (hidden - hidden.mean()) / (hidden.var(unbiased=False) + 1e-5).sqrt()
+    hidden = hidden * model.blocks[0].norm.weight + model.blocks[0].norm.bias
+    expected = (hidden @ model.head.weight.T + model.head.bias).view(1, 2 if model.learn_sigma else 1, 4, 4)
+    assert close(model(x, t, y), expected)
+    assert model(x, t, torch.tensor([5])).isfinite().all()  # the null label
+    assert DiT_models["MLP"]()(torch.randn(2, 1, 28, 28), t.repeat(2), y.repeat(2)).abs().max() == 0
+
+
+def test_a_conv_adaln_block_is_the_written_formula():
+    model = tiny("ConvAdaLN")
+    block, x, c = model.blocks[0], torch.randn(1, 16, 4, 4), torch.randn(1, 16)
+
+    def group_norm(x, norm):
+        groups = x.reshape(8, -1)
+        groups = (groups - groups.mean(1, keepdim=True)) / (groups.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return groups.view(x.shape) * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+
+    conv = torch.nn.functional.conv2d
+    scale, shift = (c @ block.modulation.weight.T + block.modulation.bias)[0].view(2, 16, 1, 1)
+    h = scale * conv(group_norm(x, block.norm), block.conv.weight, block.conv.bias, padding=1) + shift
+    h = group_norm(h * torch.tanh(torch.log(1 + h.exp())), block.norm0)
+    assert close(block(x, c), x + conv(h, block.conv0.weight, block.conv0.bias, padding=1))
+    fresh = DiT_models["ConvAdaLN"](hidden_size=16, depth=2)
+    assert fresh(torch.randn(2, 8, 8, 8), torch.zeros(2), torch.tensor([0, 10])).abs().max() == 0
+    scale, shift = fresh.blocks[0].modulation.bias.chunk(2)
+    assert (scale.unique().tolist(), shift.unique().tolist()) == ([1], [0])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 48)])
+def test_the_autoencoder_has_the_written_layers_and_standardised_latents(size):
+    model = Autoencoder_models["Autoencoder-F4C8"](input_size=size)
+    assert sum(p.numel() for p in model.parameters()) == 575_627
+    images = torch.rand(2, 3, *size) * 2 - 1
+    latents = model.encode(images)
+    assert latents.shape == (2, 8, size[0] // 4, size[1] // 4)
+    assert latents.flatten(1).mean(dim=1).abs().max() < 1e-5
+    assert latents.detach().flatten(1).var(dim=1, unbiased=False) == pytest.approx(1, abs=1e-2)
+    assert model(images).shape == images.shape
+    assert torch.equal(model(images), model.decode(latents))
+    names = [type(layer).__name__ for layer in model.encoder]
+    stage = ["GroupNorm", "Conv2d", "Mish", "AvgPool2d", "GroupNorm", "Conv2d", "Mish"]
+    assert names == ["Conv2d", "Mish", *stage, *stage, "GroupNorm", "Conv2d"]
+    widths = [layer.out_channels for layer in model.encoder if isinstance(layer, torch.nn.Conv2d)]
+    assert widths == [32, 64, 64, 128, 128, 8]
+    widths = [layer.in_channels for layer in model.decoder if isinstance(layer, torch.nn.Conv2d)]
+    assert widths == [8, 128, 128, 64, 64, 32]
+    with pytest.raises(ValueError, match="multiples of 4"):
+        Autoencoder_models["Autoencoder-F4C8"](input_size=30)
 
 
 @pytest.mark.parametrize("name", ["DiT-S/2", "DiNext-S/2", "DiNext-U-S"])
