@@ -131,7 +131,8 @@ def test_a_trajectory_is_a_strip_and_a_film_that_end_in_the_picture(tiny_run, tm
     monkeypatch.chdir(tmp_path)
     result = run_here(sample, "--ckpt", tiny_run, "--class-labels", "3 7", "--num-sampling-steps", 12, "--trajectory")
     assert result.returncode == 0, result.stderr
-    assert "Wrote sample.png, sample-trajectory.png, sample-trajectory.gif: 2 images of three, seven" in result.stdout
+    files = "sample.png, sample.txt, sample-trajectory.png, sample-trajectory.gif"
+    assert f"Wrote {files}: 2 images of three, seven" in result.stdout
     with Image.open("sample.png") as file, Image.open("sample-trajectory.png") as strip:
         picture, cells = np.asarray(file), np.asarray(strip)
         assert strip.text == file.text
