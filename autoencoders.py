@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+SSIM_WINDOW = 7  # pixels
 HUB_IDS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
 
@@ -98,9 +99,7 @@ class TrainedAutoencoder(nn.Module):
 
     def __init__(self, source: str, network: nn.Module):
         super().__init__()
-        if not hasattr(network, "LATENT_CHANNELS"):
-            raise ValueError(f"--vae {source} holds a {type(network).__name__}, no autoencoder")
-        self.spec, self.network = {"vae": source}, network
+        self.spec, self.network = {"vae": source, "vae_sha256": digest_of(network)}, network
 
     def latent_shape(self, image_size: tuple[int, int], channels: int) -> tuple[int, int, int]:
         network, source = self.network, self.spec["vae"]
@@ -125,7 +124,7 @@ class TrainedAutoencoder(nn.Module):
         return self.network.decode(latents).clamp(-1, 1)
 
     def identity(self) -> dict:
-        return {"sha256": digest_of(self.network)}
+        return {"vae_sha256": self.spec["vae_sha256"]}
 
 
 def digest_of(network: nn.Module) -> str:
@@ -168,6 +167,14 @@ def check_features(autoencoder: nn.Module, *datasets) -> None:
                                  f"their {key} is {value}, its is {own.get(key)}")
 
 
+def check_autoencoder(autoencoder: nn.Module, spec: dict) -> None:
+    """ValueError where a checkpoint's spec was written with other weights of the autoencoder: a run may have gone on since."""
+    expected, found = spec.get("vae_sha256"), autoencoder.spec.get("vae_sha256")
+    if expected != found:
+        raise ValueError(f"--vae {spec['vae']} has other weights than the model was trained with: their sha256 is {found}, "
+                         f"expected {expected}; --vae may name where the right ones lie")
+
+
 def load_autoencoder_kl(source: str) -> nn.Module:
     """A diffusers AutoencoderKL from a local folder or the hub."""
     from diffusers import AutoencoderKL  # slow to import
@@ -175,7 +182,8 @@ def load_autoencoder_kl(source: str) -> nn.Module:
     hub_id = HUB_IDS.get(source, source)
     if not Path(hub_id).is_dir() and (hub_id.startswith((".", "/", "~")) or hub_id.count("/") != 1):
         raise FileNotFoundError(f"--vae {source}: no such folder; allowed: ema, mse, pixels, a folder that "
-                                "AutoencoderKL.save_pretrained wrote, or a hub id owner/name")
+                                "AutoencoderKL.save_pretrained wrote, the run or checkpoint of an autoencoder, or a hub id "
+                                "owner/name")
     try:
         with warnings.catch_warnings(action="ignore"):  # the hub's client warns of its own deprecations
             return AutoencoderKL.from_pretrained(hub_id, low_cpu_mem_usage=False).eval()
@@ -203,7 +211,6 @@ def load_autoencoder(vae: str, device: torch.device | str = "cpu",
 class Reconstruction:
     """The objective of an autoencoder, in the shape of a diffusion process: MSE + 1 - SSIM of images in [-1, 1]."""
 
-    learn_sigma = False
     validation_terms = ("loss", "psnr", "ssim")
 
     def sample_times(self, count: int, generator: torch.Generator) -> Tensor:
@@ -217,10 +224,10 @@ class Reconstruction:
         mse = (images - x_start).square().flatten(1).mean(dim=1)
         similarity = ssim(images, x_start)
         seen = (images.detach().clamp(-1, 1) - x_start).square().flatten(1).mean(dim=1)
-        return {"loss": mse + 1 - similarity, "psnr": 10 * torch.log10(4 / seen), "ssim": similarity}
+        return {"loss": mse + 1 - similarity, "psnr": 10 * torch.log10(4 / seen.clamp(min=1e-10)), "ssim": similarity}
 
 
-def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
+def ssim(a: Tensor, b: Tensor, window: int = SSIM_WINDOW) -> Tensor:
     """Structural similarity (Wang et al., 2004) of images (B, C, H, W) in [-1, 1]: (B,), 1 where they are equal.
 
     Means, variances and covariance are of each `window` x `window` that lies inside the image, all pixels alike.

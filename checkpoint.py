@@ -8,10 +8,11 @@ A checkpoint is a dict with DiT's keys and more:
     spec            plain dict of how to rebuild what sampling needs:
         model           {"name", "args"}: DiT_models[name](**args)
         diffusion       arguments of create_diffusion
-        vae             of load_autoencoder
+        vae             of load_autoencoder;  vae_sha256: of its weights, where train.py trained it
         image_size      (H, W);  channels: of an image
         classes         names, in the order of their ids
-        sampling        recommended {"sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "guidance_interval",
+        sampling        None of an autoencoder; else recommended {"sampler", "num_sampling_steps", "cfg_scale",
+                        "cfg_channels", "guidance_interval",
                         "dynamic_thresholding"}; the last two may be missing
 """
 
@@ -286,9 +287,16 @@ def restore(ckpt: str | Path | None, model: str | None = None, image_size: int |
     return Restored(network.eval().requires_grad_(False), spec, path)
 
 
-def restore_network(path: str) -> nn.Module:
-    """The network of a checkpoint alone, with its EMA weights."""
-    return restore(path).model
+def restore_network(source: str) -> nn.Module:
+    """The network of an autoencoder that train.py trained, with its EMA weights, from its checkpoint or run."""
+    path = resolve(source, "--vae")
+    state = load(path, "--vae")
+    name = state["spec"]["model"]["name"] if isinstance(state.get("spec"), dict) else "nothing that describes itself"
+    if name not in Autoencoder_models:
+        raise ValueError(f"--vae {path} holds {name}, not one of {', '.join(Autoencoder_models)}")
+    network = build_model(state["spec"]["model"])
+    load_weights(network, weights_of(state, path), path)
+    return network.eval().requires_grad_(False)
 
 
 def agree(flag: str, given: object, stored: object, ckpt: str) -> None:
@@ -480,7 +488,8 @@ def identity(spec: dict, flags: dict) -> dict:
     fixed = {f"--{key.replace('_', '-')}": flags[key] for key in ("global_batch_size", "global_seed", "diffusion_args")}
     model = {"model": spec["model"]["name"], **{f"model argument {key}": value for key, value in spec["model"]["args"].items()}}
     model.pop("model argument gradient_checkpointing", None)
-    return model | fixed | {key: spec[key] for key in ("vae", "image_size", "channels", "classes")}
+    vae = "vae_sha256" if "vae_sha256" in spec else "vae"  # a folder may have moved
+    return model | fixed | {key: spec[key] for key in (vae, "image_size", "channels", "classes")}
 
 
 def open_run(results: Path, run_name: str | None, model: str) -> Path:

@@ -53,7 +53,7 @@ def main(args) -> None:
     folder = world.on_main(lambda: runtime.check_writable(args.features_path))
     todo = world.on_main(lambda: lay_out(folder, meta))
     if args.compile:
-        autoencoder.vae.encoder.compile()
+        autoencoder.moments = torch.compile(autoencoder.moments)
 
     start = time.perf_counter()
     batches = torch.from_numpy(todo).split(args.per_proc_batch_size)[world.rank :: world.size] if len(todo) else ()

@@ -489,7 +489,7 @@ class MLP(Backbone):
         self.norm = nn.LayerNorm(label_features)
         self.blocks = nn.ModuleList([MLPBlock(pixels + 1 + label_features, hidden_size)])
         self.head = nn.Linear(hidden_size, pixels * (2 if learn_sigma else 1))
-        self.default_split = 1
+        self.default_split = 0
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -499,8 +499,8 @@ class MLP(Backbone):
         return torch.cat([t[:, None].to(label.dtype) / 1000, self.norm(label)], dim=1)
 
     def encode(self, x: Tensor, c: Tensor, split: int | None = None) -> tuple[Tensor]:
-        """x (B, C, H, W) -> [x | c] (B, C H W + 1 + label features), or the hidden layer (B, hidden_size) of it."""
-        return (self.run_blocks(self.blocks[: self.resolve_split(split)], torch.cat([x.flatten(1), c], dim=1), c),)
+        """x (B, C, H, W) -> x (B, C H W), or the hidden layer (B, hidden_size)."""
+        return (self.run_blocks(self.blocks[: self.resolve_split(split)], x.flatten(1), c),)
 
     def decode(self, state: tuple[Tensor], c: Tensor, split: int | None = None) -> Tensor:
         """-> (B, C or 2C, H, W)"""
@@ -509,7 +509,7 @@ class MLP(Backbone):
 
 
 class MLPBlock(nn.Module):
-    """Linear -> Mish -> LayerNorm. The condition is in x already."""
+    """[x | c] -> Linear -> Mish -> LayerNorm."""
 
     def __init__(self, in_features: int, hidden_size: int):
         super().__init__()
@@ -517,7 +517,7 @@ class MLPBlock(nn.Module):
         self.norm = nn.LayerNorm(hidden_size)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return self.norm(F.mish(self.linear(x)))
+        return self.norm(F.mish(self.linear(torch.cat([x, c], dim=1))))
 
 
 class ConvAdaLN(Backbone):

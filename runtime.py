@@ -220,7 +220,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         """The flags of the scripts that read images."""
         self.add_argument("--data-path", required=True, help="digits, mnist, cifar10, a folder of classes, or cached features")
         self.add_argument("--data-root", default="data", help="where named data sets lie")
-        self.add_argument("--vae", type=str | None, help="ema (default), mse, pixels, a folder or a hub id")
+        self.add_argument("--vae", type=str | None, help="ema (default), mse, pixels, a folder, an own run, or a hub id")
         self.add_argument("--image-size", type=int | None, help="default: the data's own, 256 for a folder of classes")
         self.add_argument("--num-classes", type=int | None, help="default: the data's, with which it must agree")
         self.add_argument("--num-workers", type=int, default=min(4, os.cpu_count()), help="of each process, to read data")

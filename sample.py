@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import checkpoint
 import runtime
-from autoencoders import Pixels, load_autoencoder, to_unit_range
+from autoencoders import SSIM_WINDOW, Pixels, Reconstruction, check_autoencoder, load_autoencoder, to_unit_range
 from data import Rows
 from diffusion import FlowMatching, GaussianDiffusion, create_diffusion
 from diffusion.guidance import check_interval, check_scale, dynamic_threshold, guide, in_interval
@@ -86,6 +86,8 @@ def main(args) -> None:
     out = Path(args.out)
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; name the PNG to write")
+    if out.suffix == ".txt":
+        raise ValueError(f"--out {out}: name the PNG; the labels go to a .txt beside it")
     runtime.check_numbers(args, ["num_samples"], "at least 1", lambda n: n >= 1)
     restored, autoencoder, sampling = prepare(args, world)
     labels = parse_labels(args.class_labels, restored.spec["classes"])
@@ -110,7 +112,7 @@ def main(args) -> None:
     written = [out]
     if args.class_labels:
         written.append(out.with_suffix(".txt"))
-        checkpoint.replace_text(written[-1], "".join(f"{name}\n" for name in names))
+        checkpoint.replace_text(written[-1], "".join(f"{label} {name}\n" for label, name in zip(labels, names)))
     if args.trajectory:
         written += save_trajectory(watch.states, autoencoder, sampling, out, description)
     model_calls, block_calls = sampling.calls(len(restored.model.blocks))
@@ -143,6 +145,8 @@ def prepare(args, world: runtime.World, bare_vae: str = "mse",
     if args.reuse != "none":
         sampling = sampling.with_reuse(model, args.reuse, args.key_steps, **reuse_args)
     autoencoder = world.main_first(lambda: load_autoencoder(restored.spec["vae"], world.device, checkpoint.restore_network))
+    if args.vae is None:
+        check_autoencoder(autoencoder, restored.spec)
     latent_shape = autoencoder.latent_shape(tuple(restored.spec["image_size"]), restored.spec["channels"])
     if latent_shape != (model.in_channels, *model.input_size):
         raise ValueError(f"--vae {restored.spec['vae']} has latents of shape {latent_shape}, the model takes "
@@ -313,8 +317,10 @@ def describe_autoencoder(args, data, autoencoder: nn.Module) -> dict:
     if args.diffusion_args or not isinstance(autoencoder, Pixels) or data.kind != "images":
         raise ValueError(f"--model {args.model} is trained on images by their reconstruction: with --vae pixels, and without "
                          "--diffusion-args")
+    if min(data.image_size) < SSIM_WINDOW:
+        raise ValueError(f"--image-size {data.image_size} is less than the {SSIM_WINDOW} pixels of SSIM's window")
     from_data = dict(input_size=tuple(data.image_size), in_channels=data.channels)
-    return spec_of(args, from_data, {"objective": "reconstruction"}, data, autoencoder, None)
+    return spec_of(args, from_data, {}, data, autoencoder, None)
 
 
 def spec_of(args, from_data: dict, diffusion: dict, data, autoencoder: nn.Module, sampling: dict | None) -> dict:
@@ -323,7 +329,7 @@ def spec_of(args, from_data: dict, diffusion: dict, data, autoencoder: nn.Module
     spec = {
         "model": {"name": args.model, "args": from_data | chosen},
         "diffusion": diffusion,
-        "vae": autoencoder.spec["vae"],
+        **autoencoder.spec,
         "image_size": tuple(data.image_size),
         "channels": data.channels,
         "classes": list(data.classes),
@@ -345,14 +351,23 @@ def recommend(process, label_drop: float, given: dict) -> dict:
     return sampling | given
 
 
-def preview(ema: nn.Module, autoencoder: nn.Module, spec: dict, path: Path, world: runtime.World, seed: int, precision: str,
-            progress: Callable[[], object]) -> None:
-    """Write a grid of samples, a class a column, always from the same noise; the processes share the work."""
+def process_of(spec: dict) -> object:
+    """What a spec's network is trained by."""
+    return Reconstruction() if spec["sampling"] is None else create_diffusion("", **spec["diffusion"])
+
+
+def preview(ema: nn.Module, autoencoder: nn.Module, spec: dict, path: Path, world: runtime.World, args,
+            progress: Callable[[], object], data) -> None:
+    """Write a grid of samples, a class a column, always from the same noise; the processes share the work. Of an
+    autoencoder, its reconstructions of some of the data."""
+    if spec["sampling"] is None:
+        world.on_main(lambda: preview_reconstructions(ema, data, path, args.precision))
+        return
     count = len(spec["classes"])
     labels = (DIT_LABELS if count == 1000 else list(range(min(count, MAX_COLUMNS)))) * PREVIEW_ROWS
     mine = range(world.rank, len(labels), world.size) or range(1)  # all take part, for `progress` waits for all
-    drawn = generate(ema, autoencoder, [labels[i] for i in mine], mine, seed, settings_for(spec, precision=precision),
-                     lambda step: progress()).cpu()
+    drawn = generate(ema, autoencoder, [labels[i] for i in mine], mine, args.global_seed,
+                     settings_for(spec, precision=args.precision), lambda step: progress()).cpu()
     if parts := world.gather(drawn):
         images = drawn.new_empty(len(labels), *drawn.shape[1:])
         for rank, part in enumerate(parts[: len(labels)]):

@@ -11,7 +11,6 @@ import math
 import time
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,12 +19,11 @@ from tqdm import tqdm
 
 import checkpoint
 import runtime
-from autoencoders import Reconstruction, check_features, latents_of, load_autoencoder
+from autoencoders import check_features, latents_of, load_autoencoder
 from checkpoint import OptimizerArgs, Training
 from data import Batches, GlobalOrder, Rows, load_dataset
-from diffusion import create_diffusion
 from models import Autoencoder_models, DiT_models
-from sample import autocast, describe, preview, preview_reconstructions, save_previews_gif
+from sample import autocast, describe, preview, process_of, save_previews_gif
 
 VAL_IMAGES, VAL_BATCH = 4096, 64
 
@@ -108,13 +106,11 @@ class Trainer:
         self.order = GlobalOrder(len(self.data), args.global_batch_size, args.global_seed, world.rank, world.size,
                                  args.grad_accum, self.data.flip)
         self.max_steps = args.max_steps or math.ceil(args.epochs * len(self.data) / args.global_batch_size)
-        vae = args.vae or self.data.made_by.get("vae", "ema")
+        vae, classes = args.vae or self.data.made_by.get("vae", "ema"), len(self.data.classes)
         self.autoencoder = world.main_first(lambda: load_autoencoder(vae, world.device, checkpoint.restore_network))
         check_features(self.autoencoder, self.data, self.held_out)
         self.spec, label_drop = describe(args, self.data, self.autoencoder)
-        process = Reconstruction() if self.spec["sampling"] is None else create_diffusion("", **self.spec["diffusion"])
-        self.objective = Objective(process, self.autoencoder, self.data.kind, len(self.data.classes), label_drop,
-                                   args.precision)
+        self.objective = Objective(process_of(self.spec), self.autoencoder, self.data.kind, classes, label_drop, args.precision)
         torch.manual_seed(args.global_seed)  # nothing but the initialisation draws from it
         model = checkpoint.build_model(self.spec["model"]).to(world.device).train()
         self.state = Training.begin(model, runtime.LossMeter().to(world.device), args.lr, self.optim)
@@ -174,40 +170,30 @@ class Trainer:
             self.validate()
         picture = self.folder / "previews" / f"{state.step:07d}.png"
         if self.due(args.preview_every) and (state.step > self.first or not world.on_main(picture.exists)):
-            self.draw(picture)
+            preview(state.ema, self.autoencoder, self.spec, picture, world, args, self.stop.check, self.held_out or self.data)
             self.log.image(state.step, picture)
         if self.due(args.ckpt_every):
             self.save()
         if not self.over:
             self.stop.check()
 
-    def draw(self, picture: Path) -> None:
-        """A preview of the EMA weights: samples, or an autoencoder's reconstructions."""
-        args, ema = self.args, self.state.ema
-        if self.spec["sampling"] is None:
-            self.world.on_main(lambda: preview_reconstructions(ema, self.held_out or self.data, picture, args.precision))
-        else:
-            preview(ema, self.autoencoder, self.spec, picture, self.world, args.global_seed, args.precision, self.stop.check)
-
     @torch.no_grad()
     def validate(self) -> None:
-        """The mean loss of raw and of EMA weights, always on the same held-out samples, at the same t and noise; and what
-        else the objective tells, of EMA weights."""
+        """The mean loss of raw and of EMA weights, always on the same held-out samples, at the same t and noise."""
         state, world, device, objective = self.state, self.world, self.world.device, self.objective._replace(label_drop=0.0)
         told = objective.process.validation_terms
-        totals = torch.zeros(2 + len(told), device=device)  # the raw loss, what is told of EMA weights, the number of samples
+        totals = torch.zeros(2 + len(told), device=device)  # sums: the raw loss, what is told of EMA weights, samples
         order = torch.randperm(len(self.held_out), generator=runtime.generator("val", len(self.held_out)))[:VAL_IMAGES]
         for k, rows in enumerate(order.split(VAL_BATCH)):
             if k % world.size == world.rank:
                 batch, labels = (part.to(device) for part in self.held_out.__getitems__(Rows.plain(rows.numpy())))
                 draws = Draws.at(("val", self.args.global_seed, k), objective.process, len(rows), state.model, device)
                 raw, ema = (objective.losses(network, batch, labels, draws) for network in (state.model, state.ema))
-                sums = [values.sum() for values in (raw["loss"], *(ema[name] for name in told))]
-                totals += torch.stack([*sums, torch.full_like(sums[0], len(rows))])
+                totals += torch.stack([raw["loss"], *(ema[name] for name in told), torch.ones_like(raw["loss"])]).sum(dim=1)
             if (k + 1) % world.size == 0:
                 self.stop.check()
         *sums, count = world.mean(totals).tolist()
-        means = {name: total / count for name, total in zip(["val_loss", *(f"val_{name}_ema" for name in told)], sums)}
+        means = dict(zip(["val_loss", *(f"val_{name}_ema" for name in told)], (total / count for total in sums)))
         self.log.record(state.step, **means)
         if state.validated_at(means["val_loss_ema"]):
             self.save("best.pt")

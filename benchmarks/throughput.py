@@ -97,7 +97,7 @@ class DiffusersDiT(nn.Module):
 def build(name: str, input_size: int) -> nn.Module:
     if name.startswith(REFERENCE):
         return DiffusersDiT(name.removeprefix(REFERENCE), input_size)
-    return DiT_models[name](input_size=input_size)
+    return DiT_models[name](input_size=input_size, in_channels=4, num_classes=1000, learn_sigma=True)
 
 
 def count_macs(name: str, input_size: int) -> int:

@@ -37,7 +37,8 @@ def create_diffusion(
             process without a schedule or variance, on which the other arguments have no bearing.
         time_sampling: of training timesteps: "uniform", or "logit-normal" (flow only).
         flow_loss: "velocity", or "velocity+epsilon+x0", the sum of the squared errors of all three (flow only).
-        input_scale: x_0 is that many times the data (Chen, arXiv:2301.10972; not for flow): less of it at every t.
+        input_scale: x_0 is that many times the data (Chen, arXiv:2301.10972, without its normalisation of x_t); below 1
+            there is less of it at every t. Not for flow.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective {objective!r} is unknown; allowed: {', '.join(OBJECTIVES)}")

@@ -48,6 +48,9 @@ class GaussianDiffusion(SamplingLoops):
             raise ValueError("betas must lie between 0 and 1")
         if not 0 < input_scale < math.inf:
             raise ValueError(f"input_scale {input_scale} is not a positive number")
+        if input_scale != 1 and (variance == "learned_range" or loss == "rescaled_kl"):
+            raise ValueError(f"input_scale {input_scale} needs learn_sigma false and no use_kl: the likelihood of the bound is "
+                             "that of pixels in [-1, 1]")
         self.input_scale = input_scale
         self.prediction, self.variance, self.loss = prediction, variance, loss
         self.learn_sigma = variance == "learned_range"

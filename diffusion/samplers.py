@@ -148,7 +148,7 @@ class SamplingLoops:
     """DiT's entry points, for any process. The generators above do the work."""
 
     validation_terms = ("loss",)  # of what `training_losses` tells
-    input_scale = 1.0  # x_0 is so many times the data
+    input_scale = 1.0  # x_0, and so what the loops return, is so many times the data
 
     def p_sample_loop(self, model: Callable, shape: tuple[int, ...], noise: Tensor | None = None, **options) -> Tensor:
         """Samples of `shape` (B, C, H, W) after ancestral steps. Options: those of p_sample_loop_progressive."""
@@ -180,7 +180,7 @@ class SamplingLoops:
 
         def denoised(x_start: Tensor) -> Tensor:
             x_start = denoised_fn(x_start) if denoised_fn else x_start
-            return x_start.clamp(-1, 1) if clip_denoised else x_start
+            return x_start.clamp(-self.input_scale, self.input_scale) if clip_denoised else x_start
 
         steps = get_sampler(sampler, self, eta)(
             self, partial(model, **(model_kwargs or {})), noise,

@@ -7,11 +7,12 @@ from conftest import TINY_RUN, assert_one_line
 from PIL import Image
 
 import checkpoint
+import extract_features
 import runtime
 import sample
 import train
 from autoencoders import Reconstruction, load_autoencoder, ssim, to_unit_range
-from data import load_dataset
+from data import Rows, load_dataset
 
 
 def test_pixels_are_the_image():
@@ -149,7 +150,7 @@ def test_it_is_resumed_exactly_and_serves_as_vae_everywhere(trained, tmp_path, r
     assert (spec["model"]["args"]["in_channels"], spec["model"]["args"]["input_size"]) == (8, (2, 2))
     assert run_here(sample, "--ckpt", "results/latents", "--class-labels", "3 seven", "--out", "x.png", "--num-sampling-steps",
                     3).returncode == 0
-    assert (tmp_path / "x.txt").read_text() == "three\nseven\n"
+    assert (tmp_path / "x.txt").read_text() == "3 three\n7 seven\n"
     autoencoder = load_autoencoder(str(trained), restore=checkpoint.restore_network)
     images = to_unit_range(load_dataset("digits").images[:4])
     latents = autoencoder.encode(images)
@@ -161,8 +162,42 @@ def test_it_is_resumed_exactly_and_serves_as_vae_everywhere(trained, tmp_path, r
 
 def test_wrong_uses_of_an_autoencoder_are_one_line(trained, tiny_run, run_here):
     assert_one_line(run_here(sample, "--ckpt", trained), "is an autoencoder", "--vae")
-    assert_one_line(run_here(train, *TINY_RUN, "--vae", tiny_run), f"--vae {tiny_run}", "DiNext, no autoencoder")
+    assert_one_line(run_here(train, *TINY_RUN, "--vae", tiny_run), "--vae", "holds DiNext-S/2, not one of Autoencoder-F4C8")
     assert_one_line(run_here(train, *AUTOENCODER, "--diffusion-args", '{"objective": "flow"}'), "--model Autoencoder-F4C8",
                     "--diffusion-args")
     assert_one_line(run_here(train, *AUTOENCODER, "--vae", trained), "--model Autoencoder-F4C8", "--vae pixels")
     assert_one_line(run_here(train, *AUTOENCODER, "--image-size", 10), "multiples of 4")
+    assert_one_line(run_here(train, *AUTOENCODER, "--image-size", 4), "SSIM")
+    assert_one_line(run_here(train, *TINY_RUN, "--vae", "./nowhere.pt"), "--vae nowhere.pt does not exist")
+
+
+def test_other_weights_of_the_autoencoder_are_noticed_and_another_place_is_not(trained, tmp_path, run_here):
+    flags = [*TINY_RUN, "--model-args", '{"hidden_size": 32, "depth": 2}', "--max-steps", 2]
+    assert run_here(train, *flags, "--vae", trained, "--run-name", "latents").returncode == 0
+    (tmp_path / "moved").mkdir()
+    trained.rename(tmp_path / "moved" / "ae")
+    assert_one_line(run_here(sample, "--ckpt", "results/latents"), f"--vae {trained}")
+    flags = [*flags[:-1], 3]
+    assert run_here(train, *flags, "--vae", tmp_path / "moved" / "ae", "--run-name", "latents").returncode == 0
+    assert run_here(sample, "--ckpt", "results/latents", "--num-sampling-steps", 2).returncode == 0  # it tells the new place
+    (tmp_path / "moved" / "ae").rename(trained)
+    assert run_here(train, *AUTOENCODER, "--max-steps", 31, "--run-name", "ae", "--val-every", 15).returncode == 0
+    trained.rename(tmp_path / "moved" / "ae")
+    assert_one_line(run_here(sample, "--ckpt", "results/latents"), "other weights", "sha256")
+    assert_one_line(run_here(train, *flags[:-1], 4, "--vae", tmp_path / "moved" / "ae", "--run-name", "latents"), "vae_sha256")
+
+
+def test_features_are_cached_with_it(trained, tmp_path, run_here, photographs):
+    own = [*AUTOENCODER, "--data-path", photographs / "train", "--image-size", 16, "--max-steps", 2, "--global-batch-size", 4,
+           "--run-name", "colour"]
+    assert run_here(train, *own).returncode == 0
+    vae = ["--vae", "results/colour"]
+    assert run_here(extract_features, "--data-path", photographs / "train", "--image-size", 16, *vae, "--features-path", "f",
+                    "--num-workers", 0, "--device", "cpu").returncode == 0
+    autoencoder = load_autoencoder("results/colour", restore=checkpoint.restore_network)
+    images = load_dataset(str(photographs / "train"), 16).__getitems__(Rows.plain(np.arange(6)))[0]
+    moments = torch.from_numpy(np.load("f/moments.npy"))
+    assert torch.allclose(moments[:, 0].chunk(2, dim=1)[0].float(), autoencoder.encode(to_unit_range(images)), atol=2e-3)
+    result = run_here(train, *TINY_RUN, "--data-path", "f", *vae, "--model-args", '{"hidden_size": 32, "depth": 2}',
+                      "--max-steps", 2, "--global-batch-size", 4, "--run-name", "cached")
+    assert result.returncode == 0, result.stderr

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 import checkpoint
 import train
+from diffusion import create_diffusion
 from models import Autoencoder_models, DiT_models
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
@@ -47,7 +48,7 @@ def small(name, photographs, tiny_vae):
 def test_every_config_trains_two_steps(name, photographs, tiny_vae, tmp_path, monkeypatch, run_here):
     monkeypatch.chdir(tmp_path)
     config = small(name, photographs, tiny_vae)
-    if config["vae"].startswith("results/"):
+    if config["vae"].startswith("./results/"):
         own = small("cifar_autoencoder", photographs, tiny_vae) | dict(max_steps=1, run_name="cifar-autoencoder")
         (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
         assert run_here(train, "--config", "own.yaml").returncode == 0
@@ -61,8 +62,21 @@ def test_every_config_trains_two_steps(name, photographs, tiny_vae, tmp_path, mo
     assert (tmp_path / "results/run/previews/0000002.png").exists()
     spec = checkpoint.restore(tmp_path / "results" / "run").spec
     assert spec["model"]["name"] == load(name)["model"]
-    assert spec["diffusion"].get("objective", "epsilon") == load(name).get("diffusion_args", {}).get(
-        "objective", "reconstruction" if "Autoencoder" in load(name)["model"] else "epsilon")
+    assert (spec["sampling"] is None) == ("Autoencoder" in load(name)["model"])
+
+
+def test_the_first_sampling_step_of_nano_does_not_amplify():
+    """What an error of the predicted epsilon is multiplied by: sigma (alpha' / alpha) - sigma'."""
+    config = load("cifar_nano")["diffusion_args"]
+    steps, schedule = config["sampling"]["num_sampling_steps"], config["noise_schedule"]
+
+    def amplified(steps):
+        process = create_diffusion(steps, noise_schedule=schedule)
+        (alpha, sigma), (alpha_next, sigma_next) = (process.alpha_sigma(t) for t in process.grid[:2])
+        return sigma * alpha_next / alpha - sigma_next
+
+    assert amplified(steps) < 1
+    assert amplified("50") > 100  # which visits t = 999
 
 
 @pytest.mark.parametrize("name", CONFIGS)

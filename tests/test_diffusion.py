@@ -192,6 +192,7 @@ def test_one_step_respacing_is_finite():
     (dict(objective="flow", flow_loss="x0"), "allowed: velocity, velocity.epsilon.x0"),
     (dict(objective="flow", input_scale=2.0), "input_scale"),
     (dict(input_scale=0), "input_scale 0 is not a positive"),
+    (dict(input_scale=0.5), "input_scale 0.5 needs learn_sigma false"),
     (dict(objective="velocity"), "allowed: epsilon, x0, v, flow"),
     (dict(objective="flow", use_kl=True), "use_kl"),
     (dict(objective="flow", predict_xstart=True), "contradicts"),
@@ -255,6 +256,8 @@ def test_input_scale_is_that_of_the_data():
     assert not torch.allclose(found, plain.training_losses(model, x_0, t, noise=noise)["loss"])
     p = scaled.p_mean_variance(model, 5 * x_0, t)
     assert p["pred_xstart"].abs().max() == 0.5
+    steps = list(scaled.p_sample_loop_progressive(model, noise.shape, 5 * noise, sampler="ddim"))
+    assert steps[-1]["sample"].abs().max() <= 0.5
 
 
 def test_linear_schedule_of_few_steps_is_refused():

@@ -263,8 +263,9 @@ def test_the_class_token_is_one_more_key_and_value_of_attention():
 def test_the_mlp_is_the_written_formula():
     model = tiny("MLP", input_size=4, in_channels=1)
     x, t, y = torch.randn(1, 1, 4, 4), torch.tensor([250.0]), torch.tensor([3])
-    label = model.norm(model.embedding_table.weight[3])
+    label, c = model.norm(model.embedding_table.weight[3]), model.condition(t, y)
     linear = model.blocks[0].linear
+    assert torch.equal(model.decode(model.encode(x, c, 0), model.condition(t + 9, y), 0), model(x, t + 9, y))
     hidden = torch.cat([x.flatten(), torch.tensor([0.25]), label]) @ linear.weight.T + linear.bias
     hidden = hidden * torch.tanh(torch.log(1 + hidden.exp()))
     hidden = (hidden - hidden.mean()) / (hidden.var(unbiased=False) + 1e-5).sqrt()

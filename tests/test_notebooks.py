@@ -21,7 +21,7 @@ def test_every_cell_runs_and_draws(path, tiny_run, monkeypatch):
     monkeypatch.setenv("DINEXT_CKPT", str(tiny_run))
     names, drawn = {}, []
     for cell in cells(path):
-        exec(cell["source"], names)
+        exec("".join(cell["source"]), names)
         drawn.append(bool(plt.get_fignums()))
         plt.close("all")
     stored = ["image/png" in json.dumps(cell["outputs"]) for cell in cells(path)]

@@ -269,3 +269,23 @@ def test_bf16_draws_nearly_the_same(gaussian_run):
     rounded = draw(gaussian_run, [1, 2], precision="bf16")
     assert not torch.equal(exact, rounded)
     assert (exact.float() - rounded.float()).abs().mean() < 4
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_input_scale_is_undone_before_decoding(scale):
+    class Knows(torch.nn.Module):
+        """Predicts the x_0 of one picture, at the scale of the process."""
+        in_channels, input_size, num_classes = 1, (2, 3), 1
+
+        def __init__(self):
+            super().__init__()
+            self.picture = torch.nn.Parameter(torch.linspace(-0.9, 0.9, 6).view(1, 1, 2, 3))
+
+        def forward(self, x, t, y):
+            return scale * self.picture.expand(len(x), -1, -1, -1)
+
+    model = Knows()
+    process = create_diffusion("10", objective="x0", learn_sigma=False, input_scale=scale)
+    sampling = sample.Sampling(process, "10", "ddim", cfg_scale=1.0, cfg_channels=1)
+    images = sample.generate(model, Pixels(), [0, 0], range(2), 0, sampling)
+    assert torch.equal(images, sample.to_uint8(model.picture.detach()).expand(2, -1, -1, -1))
