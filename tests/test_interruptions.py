@@ -352,8 +352,10 @@ POISON = """
 losses = train.Objective.losses
 def poisoned(self, model, batch, labels, draws):
     poisoned.calls += 1
-    loss = losses(self, model, batch, labels, draws)
-    return loss * float("nan") if RANK == {rank} and poisoned.calls in {calls} else loss
+    terms = losses(self, model, batch, labels, draws)
+    if RANK == {rank} and poisoned.calls in {calls}:
+        terms["loss"] = terms["loss"] * float("nan")
+    return terms
 poisoned.calls = 0
 train.Objective.losses = poisoned
 """
@@ -391,7 +393,7 @@ def test_after_too_many_skipped_steps_a_checkpoint_between_lines_of_the_log_goes
     flags = [*FLAGS, "--max-steps", 8, "--log-every", 6, "--ckpt-every", 5, "--optimizer-args", '{"max_skipped": 3}']
     code = """
 losses = train.Objective.losses
-patch.setattr(train.Objective, "losses", lambda *args: losses(*args) * float("nan"))"""
+patch.setattr(train.Objective, "losses", lambda *args: {"loss": losses(*args)["loss"] * float("nan")})"""
     assert "steps in a row" in run_patched(code, *flags).stderr
     assert checkpoints(tmp_path) == [5]
     assert run_patched("", *flags).returncode == 0
