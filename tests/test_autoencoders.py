@@ -3,13 +3,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, assert_one_line
+from conftest import TINY_RUN, assert_one_line, run_script
 from PIL import Image
 
 import checkpoint
 import extract_features
 import runtime
 import sample
+import sample_ddp
 import train
 from autoencoders import Reconstruction, load_autoencoder, ssim, to_unit_range
 from data import Rows, load_dataset
@@ -128,10 +129,14 @@ def test_an_autoencoder_trains_validates_and_shows_reconstructions(trained):
     assert psnr.mean().item() == pytest.approx(last["val_psnr_ema"], rel=1e-4)
     with Image.open(trained / "previews" / "0000030.png") as picture:
         pixels = np.asarray(picture)
-    side = (pixels.shape[0]) // 4
-    above, below = pixels[:side], pixels[side : 2 * side]
-    assert above.std() > 50
-    assert not np.array_equal(above, below)
+    shown = np.linspace(0, 449, 20).round()  # two rows of images, each above a row of their reconstructions
+    for row, number in zip((0, 1, 2, 3), (0, 0, 10, 10)):
+        chosen = to_unit_range(held_out.images[shown[number : number + 10]])
+        with torch.no_grad():
+            expected = sample.to_uint8(restored.model(chosen) if row % 2 else chosen)[..., 0].numpy()
+        tiles = pixels[row * 72 + 8 : row * 72 + 72, :, 0]  # 8x8 enlarged eight times, framed by a pixel
+        assert all(np.array_equal(tiles[::8, column * 72 + 8 : column * 72 + 72 : 8], image)
+                   for column, image in enumerate(expected))
 
 
 def test_it_is_resumed_exactly_and_serves_as_vae_everywhere(trained, tmp_path, run_here):
@@ -151,6 +156,11 @@ def test_it_is_resumed_exactly_and_serves_as_vae_everywhere(trained, tmp_path, r
     assert run_here(sample, "--ckpt", "results/latents", "--class-labels", "3 seven", "--out", "x.png", "--num-sampling-steps",
                     3).returncode == 0
     assert (tmp_path / "x.txt").read_text() == "3 three\n7 seven\n"
+    result = run_here(sample_ddp, "--ckpt", "results/latents", "--num-fid-samples", 5, "--per-proc-batch-size", 2,
+                      "--num-sampling-steps", 3, "--sample-dir", "drawn", "--balanced")
+    assert result.returncode == 0, result.stderr
+    (npz,) = (tmp_path / "drawn").glob("*.npz")
+    assert np.load(npz)["arr_0"].shape == (5, 8, 8, 3)
     autoencoder = load_autoencoder(str(trained), restore=checkpoint.restore_network)
     images = to_unit_range(load_dataset("digits").images[:4])
     latents = autoencoder.encode(images)
@@ -158,6 +168,19 @@ def test_it_is_resumed_exactly_and_serves_as_vae_everywhere(trained, tmp_path, r
     assert autoencoder.decode(latents).abs().max() <= 1
     other = load_autoencoder(str(tmp_path / "results" / "again"), restore=checkpoint.restore_network)
     assert other.identity() == autoencoder.identity()
+
+
+@pytest.mark.slow
+def test_two_processes_train_an_autoencoder_as_one_does(trained, tmp_path):
+    run_script("train.py", *AUTOENCODER, "--max-steps", 30, "--val-every", 15, "--run-name", "two", cwd=tmp_path, nproc=2)
+    one, two = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+                for folder in (trained, tmp_path / "results" / "two"))
+    for a, b in zip(one, two, strict=True):
+        for key in a.keys() & {"loss", "val_loss", "val_psnr_ema", "val_ssim_ema", "grad_norm"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-3), (key, a, b)
+    pictures = [np.asarray(Image.open(folder / "previews" / "0000030.png")).astype(int)
+                for folder in (trained, tmp_path / "results" / "two")]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2
 
 
 def test_wrong_uses_of_an_autoencoder_are_one_line(trained, tiny_run, run_here):

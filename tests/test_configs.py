@@ -1,6 +1,7 @@
 """Every config trains two steps, small, and what it draws can be drawn; those of full size are built without memory."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,15 +9,17 @@ import yaml
 from conftest import ROOT
 
 import checkpoint
+import extract_features
 import train
 from diffusion import create_diffusion
 from models import Autoencoder_models, DiT_models
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
-SMALL = {  # arguments of the network
-    "DiT": dict(depth=1, hidden_size=24, num_heads=2), "PixArt": dict(depth=1, hidden_size=24, num_heads=2),
-    "DiNext": dict(depth=1, hidden_size=16), "DiNext-U": dict(depths=[1, 1, 1, 1, 1], hidden_size=16),
-    "MLP": dict(hidden_size=32), "ConvAdaLN": dict(hidden_size=16, depth=1), "Autoencoder": dict(hidden_size=8),
+SHALLOW = {"DiNext-U": dict(depths=(1, 1, 1, 1, 1)), "MLP": {}, "Autoencoder": {}}  # or depth 1
+NARROW = {
+    "DiT": dict(hidden_size=24, num_heads=2), "PixArt": dict(hidden_size=24, num_heads=2), "DiNext": dict(hidden_size=16),
+    "DiNext-U": dict(hidden_size=16), "MLP": dict(hidden_size=32), "ConvAdaLN": dict(hidden_size=16),
+    "Autoencoder": dict(hidden_size=8),
 }
 
 
@@ -25,44 +28,83 @@ def load(name):
 
 
 def family(model):
-    return model if model in SMALL else model.split("/")[0].rsplit("-", 1)[0]
+    return model if model in NARROW else model.split("/")[0].rsplit("-", 1)[0]
 
 
-def small(name, photographs, tiny_vae):
-    """The config on small data, with a small network: greyscale digits for digits, photographs for the rest."""
-    config = load(name)
-    grey = config["data_path"] in ("digits", "mnist")
-    size = config.get("image_size", 8 if config["data_path"] == "digits" else 28 if grey else 32)
-    config |= dict(data_path="digits" if grey else str(photographs / "train"), image_size=size, max_steps=2,
-                   global_batch_size=4, num_workers=0, log_every=1, ckpt_every=2, device="cpu",
-                   model_args=config.get("model_args", {}) | SMALL[family(config["model"])])
-    if config.get("vae", "ema") == "ema":
-        config |= dict(vae=str(tiny_vae), precision="fp32", compile=False)
-    if config.get("diffusion_args"):
-        steps = dict(config["diffusion_args"].get("sampling", {}), num_sampling_steps="2")
-        config["diffusion_args"] = config["diffusion_args"] | {"sampling": steps}
-    return config
+@pytest.fixture(scope="module")
+def features(photographs, tiny_vae, tmp_path_factory):
+    """Cached latents of six photographs, 32x32x4 as of ImageNet at 256 pixels."""
+    folder = tmp_path_factory.mktemp("features") / "train"
+    flags = ["--data-path", photographs / "train", "--vae", tiny_vae, "--image-size", 256, "--num-workers", 0,
+             "--device", "cpu", "--features-path", folder]
+    with torch.no_grad():  # main switches it off for good; this puts it back
+        extract_features.main(extract_features.build_parser().parse_args(list(map(str, flags))))
+    return folder
+
+
+@pytest.fixture
+def small(photographs, tiny_vae, features):
+    """The config on small data, with a shallow network: digits for digits, cached features for ImageNet, else photographs."""
+    def small(name, narrow=True):
+        config = load(name)
+        kind = family(config["model"])
+        config |= dict(max_steps=2, global_batch_size=4, num_workers=0, log_every=1, ckpt_every=2, device="cpu",
+                       precision="fp32", compile=False,  # a CPU may have to emulate bf16
+                       model_args=config.get("model_args", {}) | SHALLOW.get(kind, dict(depth=1)))
+        if narrow:
+            config["model_args"] |= NARROW[kind]
+        if name.startswith("imagenet256"):
+            config |= dict(data_path=str(features), vae=str(tiny_vae))
+        elif config["data_path"] in ("digits", "mnist"):
+            size = config.get("image_size", {"digits": 8, "mnist": 28}[config["data_path"]])
+            config |= dict(data_path="digits", image_size=size)
+        else:
+            config |= dict(data_path=str(photographs / "train"), image_size=32)
+        if config.get("diffusion_args"):
+            sampling = config["diffusion_args"].get("sampling", {}) | dict(num_sampling_steps="2")
+            config["diffusion_args"] |= dict(sampling=sampling)
+        return config
+    return small
+
+
+@pytest.fixture
+def trains(tmp_path, monkeypatch, run_here):
+    """Train by a config, and hold that the run is what the config says."""
+    def trains(name, config):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        result = run_here(train, "--config", "config.yaml", "--run-name", name)
+        assert result.returncode == 0, result.stderr
+        folder = tmp_path / "results" / name
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        losses = [line["loss"] for line in lines if "loss" in line]
+        assert len(losses) == 2
+        assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+        assert (folder / "previews" / "0000002.png").exists()
+        return checkpoint.restore(folder).spec
+    return trains
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_trains_two_steps(name, photographs, tiny_vae, tmp_path, monkeypatch, run_here):
-    monkeypatch.chdir(tmp_path)
-    config = small(name, photographs, tiny_vae)
+def test_every_config_trains_two_steps(name, small, trains, tmp_path):
+    config = small(name)
     if config["vae"].startswith("./results/"):
-        own = small("cifar_autoencoder", photographs, tiny_vae) | dict(max_steps=1, run_name="cifar-autoencoder")
-        (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
-        assert run_here(train, "--config", "own.yaml").returncode == 0
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    result = run_here(train, "--config", "config.yaml", "--run-name", "run")
-    assert result.returncode == 0, result.stderr
-    losses = [line["loss"] for line in map(json.loads, (tmp_path / "results/run/metrics.jsonl").read_text().splitlines())
-              if "loss" in line]
-    assert len(losses) == 2
-    assert all(loss > 0 for loss in losses)
-    assert (tmp_path / "results/run/previews/0000002.png").exists()
-    spec = checkpoint.restore(tmp_path / "results" / "run").spec
+        trains("cifar-autoencoder", small("cifar_autoencoder"))
+    spec = trains(name, config)
     assert spec["model"]["name"] == load(name)["model"]
+    assert spec["model"]["args"] | config["model_args"] == spec["model"]["args"]
+    given = dict(config.get("diffusion_args", {}))
+    given.pop("label_drop", None)
+    if (sampling := given.pop("sampling", None)) is not None:
+        assert spec["sampling"] | sampling == spec["sampling"]
+    assert spec["diffusion"] == given
     assert (spec["sampling"] is None) == ("Autoencoder" in load(name)["model"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("imagenet256")])
+def test_imagenet_configs_train_two_steps_at_full_width(name, small, trains):
+    trains(name, small(name, narrow=False))
 
 
 def test_the_first_sampling_step_of_nano_does_not_amplify():

@@ -214,6 +214,8 @@ def test_a_dinext_block_is_the_written_formula():
     ("MLP", {}, 7_421_508),                                                             # MinDiff
     ("ConvAdaLN", {}, 10_606_984),                                                      # MinDiff says 10.6 M
     ("PixArt-B/2", dict(input_size=8, in_channels=16, num_classes=10, learn_sigma=False), 89_525_824),  # nano: 88.7 M
+    ("PixArt-B/2", dict(input_size=8, in_channels=8, num_classes=10, learn_sigma=False, hidden_size=384, num_heads=6),
+     22_472_480),                                                                       # nano's debug variant: 22 M
     ("DiT-S/8", dict(in_channels=1, num_classes=10, learn_sigma=False), 32_521_792),    # xdiffusion's lesson: 32.5 M
 ])
 def test_parameters_of_small_systems(name, kwargs, parameters):
