@@ -63,13 +63,8 @@ class SDVAE(nn.Module):
         self.requires_grad_(False)
 
     def latent_shape(self, image_size: tuple[int, int], channels: int) -> tuple[int, int, int]:
-        if channels != self.vae.config.in_channels:
-            raise ValueError(f"--vae {self.spec['vae']} takes images of {self.vae.config.in_channels} channels, "
-                             f"the data have {channels}; --vae pixels takes any")
-        if any(size % self.factor for size in image_size):
-            raise ValueError(f"--image-size {image_size} is not divisible by {self.factor}, the factor of --vae "
-                             f"{self.spec['vae']}")
-        return (self.vae.config.latent_channels, *(size // self.factor for size in image_size))
+        config = self.vae.config
+        return shrunk(image_size, channels, self.spec["vae"], config.in_channels, config.latent_channels, self.factor)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         return self.sample(self.moments(images), noise)
@@ -102,12 +97,8 @@ class TrainedAutoencoder(nn.Module):
         self.spec, self.network = {"vae": source, "vae_sha256": digest_of(network)}, network
 
     def latent_shape(self, image_size: tuple[int, int], channels: int) -> tuple[int, int, int]:
-        network, source = self.network, self.spec["vae"]
-        if channels != network.in_channels:
-            raise ValueError(f"--vae {source} takes images of {network.in_channels} channels, the data have {channels}")
-        if any(size % network.FACTOR for size in image_size):
-            raise ValueError(f"--image-size {image_size} is not divisible by {network.FACTOR}, the factor of --vae {source}")
-        return (network.LATENT_CHANNELS, *(size // network.FACTOR for size in image_size))
+        network = self.network
+        return shrunk(image_size, channels, self.spec["vae"], network.in_channels, network.LATENT_CHANNELS, network.FACTOR)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         return self.network.encode(images)
@@ -125,6 +116,16 @@ class TrainedAutoencoder(nn.Module):
 
     def identity(self) -> dict:
         return {"vae_sha256": self.spec["vae_sha256"]}
+
+
+def shrunk(image_size: tuple[int, int], channels: int, vae: str, in_channels: int, latent_channels: int,
+           factor: int) -> tuple[int, int, int]:
+    """The shape of latents `factor` times smaller than their images; ValueError where --vae does not take such images."""
+    if channels != in_channels:
+        raise ValueError(f"--vae {vae} takes images of {in_channels} channels, not of {channels}; --vae pixels takes any")
+    if any(size % factor for size in image_size):
+        raise ValueError(f"--image-size {image_size} is not divisible by {factor}, the factor of --vae {vae}")
+    return (latent_channels, *(size // factor for size in image_size))
 
 
 def digest_of(network: nn.Module) -> str:
@@ -201,6 +202,8 @@ def load_autoencoder(vae: str, device: torch.device | str = "cpu",
     path = Path(vae)
     source = str(path.resolve()) if path.exists() else vae
     if path.suffix == ".pt" or (path / "checkpoints").is_dir():
+        if restore is None:
+            raise ValueError(f"--vae {vae} is a checkpoint: load_autoencoder needs restore=checkpoint.restore_network")
         return TrainedAutoencoder(source, restore(source)).to(device)
     return SDVAE(source).to(device)
 

@@ -485,7 +485,8 @@ def flags_of(args) -> dict:
 
 def identity(spec: dict, flags: dict) -> dict:
     """What must not change while a run is continued."""
-    fixed = {f"--{key.replace('_', '-')}": flags[key] for key in ("global_batch_size", "global_seed", "diffusion_args")}
+    fixed = {f"--{key.replace('_', '-')}": flags[key] for key in ("global_batch_size", "global_seed")}
+    fixed["--diffusion-args"] = {key: value for key, value in flags["diffusion_args"].items() if key != "sampling"}
     model = {"model": spec["model"]["name"], **{f"model argument {key}": value for key, value in spec["model"]["args"].items()}}
     model.pop("model argument gradient_checkpointing", None)
     vae = "vae_sha256" if "vae_sha256" in spec else "vae"  # a folder may have moved
@@ -622,6 +623,6 @@ def continue_from(training: Training, path: str | Path, spec: dict, args) -> lis
             raise ValueError(f"{path} was trained with {key} {stored.get(key)}, not {wanted.get(key)}: choose another "
                              "--run-name, or take its weights alone with --init-from")
     training.load_state_dict(state)
-    free = ("data_path", "max_steps", "epochs", "lr", "ema_decay", "optimizer_args", "precision")
+    free = ("data_path", "max_steps", "epochs", "lr", "ema_decay", "diffusion_args", "optimizer_args", "precision")
     return [f"Continuing {path}", *(f"--{key.replace('_', '-')} was {state['args'][key]}, is now {args[key]}"
                                     for key in free if state["args"][key] != args[key])]

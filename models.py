@@ -102,7 +102,8 @@ class AdaLN(nn.Sequential):
 class AdaLNSingle(nn.Module):
     """adaLN-single (PixArt-alpha, arXiv:2310.00426): modulation vectors that all blocks share, plus a table of one's own.
 
-    c (B, at least vectors * D), of which the first ones are the shared vectors -> (B, vectors * D).
+    c (B, at least vectors * D), of which the first ones are the shared vectors -> (B, vectors * D). The final layer adds
+    its table to the first two, whatever the blocks make of these.
     """
 
     def __init__(self, hidden_size: int, vectors: int):
@@ -489,7 +490,7 @@ class MLP(Backbone):
         self.norm = nn.LayerNorm(label_features)
         self.blocks = nn.ModuleList([MLPBlock(pixels + 1 + label_features, hidden_size)])
         self.head = nn.Linear(hidden_size, pixels * (2 if learn_sigma else 1))
-        self.default_split = 0
+        self.default_split = 1
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 

@@ -236,6 +236,11 @@ class ArgumentParser(jsonargparse.ArgumentParser):
                 configs = [args.pop(i), *configs]
         return super().parse_args(configs + args, *rest, **options)
 
+    def dump(self, *args, **options) -> str:
+        """The flags as YAML, each below its help: what --print_config prints."""
+        helps = {action.dest: action.help for action in self._actions}
+        return re.sub(r"^(\w+):", lambda key: f"# {helps[key[1]]}\n{key[0]}", super().dump(*args, **options), flags=re.M)
+
     def error(self, message: str, ex: Exception | None = None) -> None:
         fail(plain_words(message))
 

@@ -63,7 +63,7 @@ def add_sampling_arguments(parser: runtime.ArgumentParser) -> None:
     parser.add_argument("--model", choices=list(DiT_models), help="for bare weights (DiT-XL/2)")
     parser.add_argument("--image-size", type=int | None, help="for bare weights (256)")
     parser.add_argument("--num-classes", type=int | None, help="for bare weights (1000)")
-    parser.add_argument("--vae", type=str | None, help="ema, mse, pixels, a folder or a hub id; default: the checkpoint's")
+    parser.add_argument("--vae", type=str | None, help="ema, mse, pixels, a folder, own run, hub id; default: the checkpoint's")
     parser.add_argument("--cfg-scale", type=float | None, help="guidance, 1 = none; default: the checkpoint's")
     parser.add_argument("--cfg-channels", type=int | None, help="guided channels; default: the checkpoint's")
     parser.add_argument("--num-sampling-steps", type=str | int | None,

@@ -42,7 +42,7 @@ def build_parser() -> runtime.ArgumentParser:
     parser.add_argument("--sample-dir", default="samples", help="where the .npz goes")
     parser.add_argument("--per-proc-batch-size", type=int, default=32, help="images that a process draws at once")
     parser.add_argument("--num-fid-samples", type=int, default=50_000, help="exactly so many images")
-    parser.add_argument("--global-seed", type=int, default=0)
+    parser.add_argument("--global-seed", type=int, default=0, help="image i depends on (seed, i) and its label alone")
     parser.add_argument("--balanced", action="store_true", help="all classes in turn, instead of labels drawn at random")
     parser.add_argument("--png", action="store_true", help="also NAME/000000.png, …")
     parser.add_argument("--overwrite", action="store_true", help="delete an output that exists from other settings")

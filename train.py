@@ -32,27 +32,27 @@ def build_parser() -> runtime.ArgumentParser:
     parser = runtime.ArgumentParser("Train a class-conditional diffusion model.")
     parser.add_data_arguments()
     parser.add_shared_arguments()
-    parser.add_argument("--results-dir", default="results")
+    parser.add_argument("--results-dir", default="results", help="where the folders of runs lie")
     parser.add_argument("--run-name", type=str | None, help="begin or continue this run; default: a new NNN-model")
-    parser.add_argument("--model", default="DiT-XL/2", choices=[*DiT_models, *Autoencoder_models])
+    parser.add_argument("--model", default="DiT-XL/2", choices=[*DiT_models, *Autoencoder_models], help="a preset of models.py")
     parser.add_argument("--model-args", type=dict, default={}, help="arguments of the network, over its preset's")
     parser.add_argument("--diffusion-args", type=dict, default={}, help="of create_diffusion; label_drop (0.1); sampling")
     parser.add_argument("--optimizer-args", type=dict, default={}, help="checkpoint.OptimizerArgs: betas, schedule, …")
-    parser.add_argument("--epochs", type=int, default=1400)
+    parser.add_argument("--epochs", type=int, default=1400, help="passes over the data")
     parser.add_argument("--max-steps", type=int | None, help="optimizer steps, in place of --epochs")
     parser.add_argument("--global-batch-size", type=int, default=256, help="over all processes")
     parser.add_argument("--grad-accum", type=int, default=1, help="micro-batches a step")
-    parser.add_argument("--global-seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--ema-decay", type=float, default=0.9999)
+    parser.add_argument("--global-seed", type=int, default=0, help="of weights, order, noise, timesteps, dropped labels")
+    parser.add_argument("--lr", type=float, default=1e-4, help="AdamW's, after its warm-up")
+    parser.add_argument("--ema-decay", type=float, default=0.9999, help="of the weights that are sampled; less at first")
     parser.add_argument("--init-from", type=str | None, help="checkpoint whose fitting weights to begin with")
     parser.add_argument("--resume", type=str | None, help="checkpoint of which to take everything")
-    parser.add_argument("--log-every", type=int, default=100)
-    parser.add_argument("--ckpt-every", type=int, default=50_000)
+    parser.add_argument("--log-every", type=int, default=100, help="steps between lines of the log")
+    parser.add_argument("--ckpt-every", type=int, default=50_000, help="steps between checkpoints")
     parser.add_argument("--keep-last", type=int | tuple[int, int], default=0, help="K (0: all), or [K, M]: every M-th too")
     parser.add_argument("--preview-every", type=int, default=50_000, help="steps between EMA samples; 0: only at the end")
     parser.add_argument("--val-every", type=int, default=0, help="steps between validation losses; 0: none")
-    parser.add_argument("--tracker", default="none", choices=list(runtime.TRACKERS))
+    parser.add_argument("--tracker", default="none", choices=list(runtime.TRACKERS), help="mirrors the log to it")
     return parser
 
 
@@ -80,15 +80,14 @@ class Objective(NamedTuple):
 
     process: object
     autoencoder: nn.Module
-    kind: str           # of what the data set holds, see data.py
-    null_label: int
-    label_drop: float
+    data: object        # what batches are of
+    label_drop: float   # the share of labels that become the null class
     precision: str
 
     def losses(self, model: nn.Module, batch: Tensor, labels: Tensor, draws: Draws) -> dict[str, Tensor]:
         """batch (B, ...), labels (B,) -> "loss", and what it consists of or goes with it: (B,) each."""
-        latents = latents_of(self.autoencoder, batch, self.kind, draws.posterior)
-        y = torch.where(draws.drop < self.label_drop, self.null_label, labels)
+        latents = latents_of(self.autoencoder, batch, self.data.kind, draws.posterior)
+        y = torch.where(draws.drop < self.label_drop, len(self.data.classes), labels)
         with autocast(batch.device, self.precision):
             return self.process.training_losses(model, latents, draws.t, dict(y=y), draws.noise)
 
@@ -106,11 +105,11 @@ class Trainer:
         self.order = GlobalOrder(len(self.data), args.global_batch_size, args.global_seed, world.rank, world.size,
                                  args.grad_accum, self.data.flip)
         self.max_steps = args.max_steps or math.ceil(args.epochs * len(self.data) / args.global_batch_size)
-        vae, classes = args.vae or self.data.made_by.get("vae", "ema"), len(self.data.classes)
+        vae = args.vae or ("pixels" if args.model in Autoencoder_models else self.data.made_by.get("vae", "ema"))
         self.autoencoder = world.main_first(lambda: load_autoencoder(vae, world.device, checkpoint.restore_network))
         check_features(self.autoencoder, self.data, self.held_out)
         self.spec, label_drop = describe(args, self.data, self.autoencoder)
-        self.objective = Objective(process_of(self.spec), self.autoencoder, self.data.kind, classes, label_drop, args.precision)
+        self.objective = Objective(process_of(self.spec), self.autoencoder, self.data, label_drop, args.precision)
         torch.manual_seed(args.global_seed)  # nothing but the initialisation draws from it
         model = checkpoint.build_model(self.spec["model"]).to(world.device).train()
         self.state = Training.begin(model, runtime.LossMeter().to(world.device), args.lr, self.optim)

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
@@ -19,7 +18,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import runtime
-from data import Rows, load_dataset
+from data import Rows, in_batches, load_dataset
 from metrics import Classifier, pixel_features
 
 BATCH = 128
@@ -65,7 +64,7 @@ def read_all(data) -> tuple[Tensor, Tensor]:
     """Images (N, 3, h, w) as the classifier sees them, and labels (N,)."""
     if data.kind != "images":
         raise ValueError("--data-path holds features; a classifier is trained on images")
-    parts = [data.__getitems__(Rows.plain(rows)) for rows in np.array_split(np.arange(len(data)), len(data) // BATCH + 1)]
+    parts = [data.__getitems__(Rows.plain(rows)) for rows in in_batches(len(data), BATCH)]
     images = torch.cat([pixel_features(images) for images, _ in parts])
     return images.expand(-1, 3, -1, -1).contiguous(), torch.cat([labels for _, labels in parts])
 

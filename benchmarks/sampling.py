@@ -41,7 +41,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import runtime
-from data import Rows, load_dataset
+from data import Rows, in_batches, load_dataset
 from diffusion import FlowMatching
 from metrics import Gaussian, Moments, frechet_distance, pixel_features
 from sample import BATCH, Sampling, add_sampling_arguments, generate, prepare, settings_for
@@ -280,8 +280,7 @@ def real_gaussian(args, spec: dict) -> Gaussian:
     if dataset.kind != "images" or dataset.channels != spec["channels"] or list(dataset.classes) != list(spec["classes"]):
         raise ValueError(f"--data-path {args.data_path} does not hold images of the checkpoint's {spec['channels']} channels "
                          f"and {len(spec['classes'])} classes")
-    batches = torch.arange(len(dataset)).split(BATCH)
-    return gaussian_of(dataset.__getitems__(Rows.plain(batch))[0] for batch in batches)
+    return gaussian_of(dataset.__getitems__(Rows.plain(rows))[0] for rows in in_batches(len(dataset), BATCH))
 
 
 def gaussian_of(batches: Iterable[Tensor]) -> Gaussian:

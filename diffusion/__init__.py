@@ -26,7 +26,8 @@ def create_diffusion(
     Args:
         timestep_respacing: which timesteps sampling visits: "" all, "250" evenly spread, "10,10,5" by section, "ddim50"
             by a whole stride.
-        noise_schedule: "linear", "squaredcos_cap_v2", or "gamma_linear", "gamma_cosine" or "gamma_sigmoid".
+        noise_schedule: "linear", "squaredcos_cap_v2", or "gamma_linear", "gamma_cosine" or "gamma_sigmoid" (best sampled
+            with a whole stride, see schedules.gamma_betas).
         use_kl: train on the variational bound alone.
         sigma_small: where the variance is fixed: the posterior's, instead of beta's.
         predict_xstart: the same as objective="x0".

@@ -65,13 +65,13 @@ def test_wrong_autoencoders_and_sizes_are_refused(tiny_vae, tmp_path):
     autoencoder = load_autoencoder(str(tiny_vae))
     with pytest.raises(ValueError, match="divisible by 8"):
         autoencoder.latent_shape((32, 20), 3)
-    with pytest.raises(ValueError, match="the data have 1"):
+    with pytest.raises(ValueError, match="3 channels, not of 1"):
         autoencoder.latent_shape((32, 32), 1)
 
 
 # --- one's own -----------------------------------------------------------------------------------
 
-AUTOENCODER = ["--data-path", "digits", "--vae", "pixels", "--model", "Autoencoder-F4C8", "--model-args", '{"hidden_size": 8}',
+AUTOENCODER = ["--data-path", "digits", "--model", "Autoencoder-F4C8", "--model-args", '{"hidden_size": 8}',
                "--global-batch-size", "32", "--num-workers", "0", "--log-every", "5", "--preview-every", "0", "--lr", "0.003",
                "--ema-decay", "0.5", "--device", "cpu"]
 
@@ -189,6 +189,8 @@ def test_wrong_uses_of_an_autoencoder_are_one_line(trained, tiny_run, run_here):
     assert_one_line(run_here(train, *AUTOENCODER, "--diffusion-args", '{"objective": "flow"}'), "--model Autoencoder-F4C8",
                     "--diffusion-args")
     assert_one_line(run_here(train, *AUTOENCODER, "--vae", trained), "--model Autoencoder-F4C8", "--vae pixels")
+    with pytest.raises(ValueError, match="load_autoencoder needs restore"):
+        load_autoencoder(str(trained))
     assert_one_line(run_here(train, *AUTOENCODER, "--image-size", 10), "multiples of 4")
     assert_one_line(run_here(train, *AUTOENCODER, "--image-size", 4), "SSIM")
     assert_one_line(run_here(train, *TINY_RUN, "--vae", "./nowhere.pt"), "--vae nowhere.pt does not exist")

@@ -229,8 +229,8 @@ def test_the_gaussian_is_of_pixels_of_at_most_32():
     images = torch.tensor([0, 255], dtype=torch.uint8).repeat(2, 3, 64, 32)  # 64 x 64, columns in turn black and white
     gaussian = sampling.gaussian_of([images[:1], images[1:]])
     assert gaussian.mean.shape == (3 * 32 * 32,)
-    assert gaussian.mean == pytest.approx(0)
-    assert gaussian.covariance == pytest.approx(0)
+    assert np.abs(gaussian.mean).max() < 1e-12
+    assert np.abs(gaussian.covariance).max() < 1e-12
     small = torch.tensor([[[[0, 255]]], [[[255, 255]]]], dtype=torch.uint8)
     gaussian = sampling.gaussian_of([small])
     assert gaussian.mean.tolist() == [0, 1]
@@ -271,8 +271,8 @@ def test_a_folder_without_a_held_out_part_is_taken_as_it_is(photographs):
         real = sampling.real_gaussian(args, spec)
         images, _ = sampling.load_dataset(str(photographs / "val"), 32).__getitems__(sampling.Rows.plain(range(6)))
         pixels = images.double().flatten(1).numpy() / 127.5 - 1
-        assert real.mean == pytest.approx(pixels.mean(axis=0), abs=1e-6)
-        assert real.covariance == pytest.approx(np.cov(pixels, rowvar=False), abs=1e-6)
+        assert np.abs(real.mean - pixels.mean(axis=0)).max() < 1e-6
+        assert np.abs(real.covariance - np.cov(pixels, rowvar=False)).max() < 1e-6  # approx would loop over nine million
 
 
 def test_another_report_is_not_overwritten(few_steps, gaussian_run, run_here, tmp_path):

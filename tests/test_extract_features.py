@@ -13,6 +13,7 @@ from conftest import ROOT, TINY_RUN, assert_one_line, run_script
 
 import checkpoint
 import extract_features
+import sample
 import train
 from autoencoders import load_autoencoder, to_unit_range
 from data import Rows, load_dataset
@@ -50,14 +51,16 @@ def test_features_are_the_moments_of_each_image_and_its_mirror_image(features, p
     assert not torch.allclose(moments[1].float().flip(-1), cached.__getitems__(Rows.plain([1]))[0][0].float(), atol=1e-3)
 
 
-def test_training_finds_features_by_itself_and_samples_of_it_decode(features, tmp_path):
-    run_script("train.py", "--data-path", features, "--model", "DiT-S/2", "--model-args",
-               '{"hidden_size": 32, "depth": 1, "num_heads": 2}', "--global-batch-size", 4, "--max-steps", 3, "--run-name", "f",
-               "--num-workers", 1, "--diffusion-args", '{"sampling": {"num_sampling_steps": "2"}}', cwd=tmp_path)
+def test_training_finds_features_by_itself_and_samples_of_it_decode(features, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    result = run_here(train, "--data-path", features, "--model", "DiT-S/2", "--model-args",
+                      '{"hidden_size": 32, "depth": 1, "num_heads": 2}', "--global-batch-size", 4, "--max-steps", 3,
+                      "--run-name", "f", "--num-workers", 1, "--diffusion-args", '{"sampling": {"num_sampling_steps": "2"}}')
+    assert result.returncode == 0, result.stderr
     spec = checkpoint.load(checkpoint.latest(tmp_path / "results" / "f"))["spec"]
     assert spec["image_size"] == (32, 32)
     assert spec["classes"] == ["golden retriever", "tabby cat"]
-    run_script("sample.py", "--ckpt", "results/f", "--out", "f.png", cwd=tmp_path)
+    assert run_here(sample, "--ckpt", "results/f", "--out", "f.png").returncode == 0
 
 
 def test_a_finished_extraction_says_so_and_writes_nothing(features, photographs, tiny_vae, tmp_path, run_here):
@@ -187,7 +190,7 @@ def test_fast_dit_features_are_read_with_their_labels_and_never_scaled_again(fas
     assert sorted(order) == list(range(12))
     assert np.array_equal(x.numpy(), latents[order, 0])
     assert (data.classes[207], data.image_size, data.kind) == ("golden retriever", (256, 256), "latents")
-    objective = train.Objective(Capture(), load_autoencoder(str(tiny_vae)), data.kind, 1000, 0.0, "fp32")
+    objective = train.Objective(Capture(), load_autoencoder(str(tiny_vae)), data, 0.0, "fp32")
     draws = train.Draws(*(torch.zeros(12, *shape) for shape in ((4, 32, 32), (4, 32, 32), (), ())))
     objective.losses(None, x, y, draws)
     assert torch.equal(objective.process.x, x)

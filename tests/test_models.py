@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import Autoencoder_models, DiT, DiT_models
+from models import Autoencoder_models, DiT, DiT_models, TimestepEmbedder
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {
@@ -164,9 +164,10 @@ def test_the_default_splits_are_those_of_faster_diffusion():
     with torch.device("meta"):
         assert DiT_models["DiT-XL/2"]().default_split == 18
         assert DiT_models["DiNext-U-XL"]().default_split == 3 + 6 + 12
+        assert DiT_models["MLP"]().default_split == 1  # 0 would compute everything and reuse the noisy pixels
 
 
-@pytest.mark.parametrize("name", ["DiT-S/2", "DiNext-S/2", "DiNext-U-S"])
+@pytest.mark.parametrize("name", SEAMED)
 def test_gradient_checkpointing_changes_memory_and_not_gradients(name):
     def gradients(**kwargs):
         model = tiny(name, **kwargs).train()
@@ -272,9 +273,10 @@ def test_the_mlp_is_the_written_formula():
     hidden = hidden * torch.tanh(torch.log(1 + hidden.exp()))
     hidden = (hidden - hidden.mean()) / (hidden.var(unbiased=False) + 1e-5).sqrt()
     hidden = hidden * model.blocks[0].norm.weight + model.blocks[0].norm.bias
-    expected = (hidden @ model.head.weight.T + model.head.bias).view(1, 2 if model.learn_sigma else 1, 4, 4)
+    expected = (hidden @ model.head.weight.T + model.head.bias).view(1, 1, 4, 4)
     assert close(model(x, t, y), expected)
-    assert model(x, t, torch.tensor([5])).isfinite().all()  # the null label
+    null = model.condition(t, torch.tensor([5]))  # its embedding is zero
+    assert torch.equal(null, torch.cat([torch.tensor([[0.25]]), model.norm.bias[None]], dim=1))
     assert DiT_models["MLP"]()(torch.randn(2, 1, 28, 28), t.repeat(2), y.repeat(2)).abs().max() == 0
 
 
@@ -292,6 +294,13 @@ def test_a_conv_adaln_block_is_the_written_formula():
     h = scale * conv(group_norm(x, block.norm), block.conv.weight, block.conv.bias, padding=1) + shift
     h = group_norm(h * torch.tanh(torch.log(1 + h.exp())), block.norm0)
     assert close(block(x, c), x + conv(h, block.conv0.weight, block.conv0.bias, padding=1))
+    h, (_, norm, last) = torch.randn(1, 16, 4, 4), model.head
+    expected = conv(group_norm(h * torch.tanh(torch.log(1 + h.exp())), norm), last.weight, last.bias, padding=1)
+    assert close(model.decode((h,), c, split=len(model.blocks)), expected)
+    t, y = torch.tensor([250.0]), torch.tensor([3])
+    linear, label = model.embedder[0], model.embedding_table(y)
+    embedded = torch.cat([TimestepEmbedder.timestep_embedding(t, 8), label], dim=1) @ linear.weight.T + linear.bias
+    assert close(model.condition(t, y), embedded * torch.tanh(torch.log(1 + embedded.exp())))
     fresh = DiT_models["ConvAdaLN"](hidden_size=16, depth=2)
     assert fresh(torch.randn(2, 8, 8, 8), torch.zeros(2), torch.tensor([0, 10])).abs().max() == 0
     scale, shift = fresh.blocks[0].modulation.bias.chunk(2)
@@ -314,8 +323,14 @@ def test_the_autoencoder_has_the_written_layers_and_standardised_latents(size):
     assert names == ["Conv2d", "Mish", *stage, *stage, "GroupNorm", "Conv2d"]
     widths = [layer.out_channels for layer in model.encoder if isinstance(layer, torch.nn.Conv2d)]
     assert widths == [32, 64, 64, 128, 128, 8]
+    names = [type(layer).__name__ for layer in model.decoder]
+    stage[3] = "Upsample"
+    assert names == ["Conv2d", "Mish", *stage, *stage, "GroupNorm", "Conv2d"]
     widths = [layer.in_channels for layer in model.decoder if isinstance(layer, torch.nn.Conv2d)]
     assert widths == [8, 128, 128, 64, 64, 32]
+    assert [layer.mode for layer in model.decoder if isinstance(layer, torch.nn.Upsample)] == ["nearest"] * 2
+    norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.GroupNorm)]
+    assert {norm.num_groups for norm in norms} == {8}
     with pytest.raises(ValueError, match="multiples of 4"):
         Autoencoder_models["Autoencoder-F4C8"](input_size=30)
 

@@ -13,7 +13,8 @@ from diffusion.samplers import SAMPLERS, evaluation_times
 from models import DiT_models
 
 MODELS = {"DiT-S/2": dict(hidden_size=24, depth=4, num_heads=2), "DiNext-S/2": dict(hidden_size=24, depth=4),
-          "DiNext-U-S": dict(hidden_size=8, depths=(1, 1, 1, 1, 1))}
+          "DiNext-U-S": dict(hidden_size=8, depths=(1, 1, 1, 1, 1)), "PixArt-B/2": dict(hidden_size=24, depth=4, num_heads=2),
+          "ConvAdaLN": dict(hidden_size=8, depth=4, learn_sigma=True)}
 LABELS = torch.tensor([3, 0, 2])
 
 

@@ -4,7 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import evaluate
+import extract_features
 import runtime
+import sample
+import sample_ddp
+import train
 from diffusion import create_diffusion
 from models import DiNextU
 
@@ -61,6 +66,18 @@ def test_print_config_writes_a_config_that_can_be_read_back(tmp_path, capsys):
         parser().parse_args(["--lr", "3", "--print_config"])
     (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
     assert parser().parse_args(["--config", str(tmp_path / "c.yaml")]).lr == 3
+
+
+@pytest.mark.parametrize("script", [train, sample, sample_ddp, extract_features, evaluate])
+def test_print_config_has_every_flag_below_its_help(script, capsys):
+    required = {train: ["--data-path", "x"], extract_features: ["--data-path", "x"]}.get(script, [])
+    with pytest.raises(SystemExit):
+        script.build_parser().parse_args([*required, "--print_config"])
+    lines = capsys.readouterr().out.splitlines()
+    keys = {line.split(":")[0]: number for number, line in enumerate(lines) if line[0] not in "#- "}
+    flags = [action for action in script.build_parser()._actions if action.dest not in ("help", "config", "print_config")]
+    assert set(keys) == {action.dest for action in flags}
+    assert all(action.help and lines[keys[action.dest] - 1] == f"# {action.help}" for action in flags)
 
 
 def test_dictionaries_are_checked_against_a_signature():

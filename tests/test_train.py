@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import runtime
+import sample
 import train
 from autoencoders import Pixels
 from diffusion import create_diffusion
@@ -84,8 +85,9 @@ def test_a_checkpoint_describes_itself(tiny_run):
     assert not torch.equal(state["ema"]["final_layer.linear.weight"], state["model"]["final_layer.linear.weight"])
 
 
-def test_the_config_of_a_run_repeats_it(tiny_run, tmp_path):
-    run_script("train.py", "--config", tiny_run / "config.yaml", "--results-dir", tmp_path, "--run-name", "again", cwd=tmp_path)
+def test_the_config_of_a_run_repeats_it(tiny_run, tmp_path, run_here):
+    again = ["--results-dir", tmp_path, "--run-name", "again"]
+    assert run_here(train, "--config", tiny_run / "config.yaml", *again).returncode == 0
     assert_same(final(tiny_run), final(tmp_path / "again"))
 
 
@@ -95,9 +97,11 @@ def test_training_reduces_the_loss(tmp_path):
     assert losses[-1] < 0.75 * losses[0]
 
 
-def test_a_finished_run_says_so_and_writes_nothing(tiny_run):
+def test_a_finished_run_says_so_and_writes_nothing(tiny_run, monkeypatch, run_here):
+    monkeypatch.chdir(tiny_run.parent.parent)
     before = {path: path.stat().st_mtime_ns for path in (tiny_run / "checkpoints").iterdir()}
-    result = run_script("train.py", *TINY_RUN, *FLOW, "--max-steps", 6, "--run-name", "tiny", cwd=tiny_run.parent.parent)
+    (tiny_run / "lock").unlink()  # another test of this process may hold it, until the process ends
+    result = run_here(train, *TINY_RUN, *FLOW, "--max-steps", 6, "--run-name", "tiny")
     assert "Finished" in result.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (tiny_run / "checkpoints").iterdir()}
 
@@ -148,7 +152,7 @@ def test_init_from_takes_weights_alone_and_resume_everything(tiny_run, tmp_path)
     assert torch.allclose(begun["model"]["x_embedder.proj.weight"], final(tiny_run)["ema"]["x_embedder.proj.weight"], atol=1e-6)
 
 
-def test_photographs_train_through_a_vae_with_flips_and_validation(photographs, tiny_vae, tmp_path):
+def test_photographs_train_through_a_vae_with_flips_and_validation(photographs, tiny_vae, tmp_path, monkeypatch, run_here):
     run_script("train.py", "--data-path", photographs / "train", "--vae", tiny_vae, "--image-size", 32, "--model",
                "DiT-S/2", "--model-args", '{"hidden_size": 32, "depth": 1, "num_heads": 2}', "--global-batch-size", 4,
                "--max-steps", 2, "--log-every", 1, "--val-every", 1, "--num-workers", 1, "--run-name", "p",
@@ -159,7 +163,8 @@ def test_photographs_train_through_a_vae_with_flips_and_validation(photographs, 
     assert spec["model"]["args"] == {"input_size": (4, 4), "in_channels": 4, "num_classes": 2, "learn_sigma": True,
                                      "hidden_size": 32, "depth": 1, "num_heads": 2}
     assert len(metrics(folder, "val_loss", "val_loss_ema")) == 2
-    out = run_script("sample.py", "--ckpt", folder, "--class-labels", "golden_retriever 1", "--out", "p.png", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    out = run_here(sample, "--ckpt", folder, "--class-labels", "golden_retriever 1", "--out", "p.png")
     assert "golden retriever, tabby cat" in out.stdout
 
 
@@ -191,7 +196,8 @@ def test_labels_are_dropped_at_their_rate():
 
     n, images = 4000, torch.tensor([[[[0, 255]]]], dtype=torch.uint8).expand(4000, 1, 1, 2)
     drawn = draws(create_diffusion(""), (1, 1, 2), n, 0)
-    objective = train.Objective(Process(), Pixels(), "images", null_label=10, label_drop=0.2, precision="fp32")
+    data = SimpleNamespace(kind="images", classes=range(10))
+    objective = train.Objective(Process(), Pixels(), data, label_drop=0.2, precision="fp32")
     objective.losses(None, images, torch.full((n,), 7), drawn)
     assert set(seen["y"].tolist()) == {7, 10}
     assert (seen["y"] == 10).float().mean().item() == pytest.approx(0.2, abs=0.03)
@@ -417,11 +423,23 @@ def test_a_run_of_another_model_batch_or_seed_is_not_continued(tiny_run, monkeyp
     monkeypatch.chdir(tiny_run.parent.parent)
     for flags, word in ((["--model", "DiNext-S/4"], "model DiNext-S/2, not DiNext-S/4"),
                         (["--global-batch-size", "24"], "--global-batch-size 12, not 24"),
-                        (["--global-seed", "1"], "--global-seed 0, not 1")):
+                        (["--global-seed", "1"], "--global-seed 0, not 1"),
+                        (["--diffusion-args", '{"objective": "flow", "label_drop": 0.2}'], "--diffusion-args {'objective'")):
         lock = tiny_run / "lock"  # this process holds what it opens until it ends
         lock.unlink()
         result = run_here(train, *TINY_RUN, *FLOW, "--max-steps", 9, "--run-name", "tiny", *flags)
         assert_one_line(result, word, "--run-name")
+
+
+def test_other_recommended_settings_of_sampling_are_taken_and_told(tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    flags = [*TINY_RUN, "--run-name", "r", "--max-steps"]
+    assert run_here(train, *flags, 1, *FLOW).returncode == 0
+    (tmp_path / "results" / "r" / "lock").unlink()
+    result = run_here(train, *flags, 2, "--diffusion-args", '{"objective": "flow", "sampling": {"cfg_scale": 3.0}}')
+    assert result.returncode == 0, result.stderr
+    assert "--diffusion-args was {'objective': 'flow'}, is now" in result.stdout
+    assert checkpoint.restore("results/r").spec["sampling"]["cfg_scale"] == 3
 
 
 @pytest.mark.slow
