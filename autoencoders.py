@@ -181,7 +181,8 @@ def load_autoencoder_kl(source: str) -> nn.Module:
     from diffusers import AutoencoderKL  # slow to import
 
     hub_id = HUB_IDS.get(source, source)
-    if not Path(hub_id).is_dir() and (hub_id.startswith((".", "/", "~")) or hub_id.count("/") != 1):
+    is_path = hub_id.startswith((".", "/", "~")) or hub_id.count("/") != 1 or Path(hub_id).parent.is_dir()
+    if is_path and not Path(hub_id).is_dir():
         raise FileNotFoundError(f"--vae {source}: no such folder; allowed: ema, mse, pixels, a folder that "
                                 "AutoencoderKL.save_pretrained wrote, the run or checkpoint of an autoencoder, or a hub id "
                                 "owner/name")

@@ -282,9 +282,7 @@ def restore(ckpt: str | Path | None, model: str | None = None, image_size: int |
     agree("--image-size", image_size, spec["image_size"][0], ckpt)
     agree("--num-classes", num_classes, len(spec["classes"]), ckpt)
     spec["vae"] = vae or spec["vae"]
-    network = build_model(spec["model"])
-    load_weights(network, weights_of(state, path), path)
-    return Restored(network.eval().requires_grad_(False), spec, path)
+    return Restored(rebuild(spec["model"], weights_of(state, path), path), spec, path)
 
 
 def restore_network(source: str) -> nn.Module:
@@ -294,9 +292,7 @@ def restore_network(source: str) -> nn.Module:
     name = state["spec"]["model"]["name"] if isinstance(state.get("spec"), dict) else "nothing that describes itself"
     if name not in Autoencoder_models:
         raise ValueError(f"--vae {path} holds {name}, not one of {', '.join(Autoencoder_models)}")
-    network = build_model(state["spec"]["model"])
-    load_weights(network, weights_of(state, path), path)
-    return network.eval().requires_grad_(False)
+    return rebuild(state["spec"]["model"], weights_of(state, path), path)
 
 
 def agree(flag: str, given: object, stored: object, ckpt: str) -> None:
@@ -336,6 +332,14 @@ def build_model(description: dict) -> nn.Module:
     if description["name"] not in networks:
         raise ValueError(f"--model {description['name']} is unknown; allowed: {', '.join(networks)}")
     return networks[description["name"]](**description["args"])
+
+
+def rebuild(description: dict, weights: dict, source: Path) -> nn.Module:
+    """A network of these weights, to evaluate."""
+    with torch.device("meta"):  # initial weights would take time, 675 M of them in a DiT-XL
+        network = build_model(description)
+    load_weights(network.to_empty(device="cpu"), weights, source)
+    return network.eval().requires_grad_(False)
 
 
 def load_weights(network: nn.Module, weights: dict, source: Path) -> None:
@@ -467,14 +471,14 @@ def begin_or_continue(training: Training, spec: dict, args, world) -> tuple[Path
     results, remarks = Path(args.results_dir), ["Fresh weights"]
     if not world.on_main(lambda: args.run_name and latest(results / args.run_name)):  # else neither flag is needed any more
         if args.resume:
-            remarks = continue_from(training, resolve(args.resume, "--resume"), spec, args)
+            remarks, _ = continue_from(training, resolve(args.resume, "--resume"), spec, args)
         elif args.init_from:
             remarks = [world.main_first(lambda: init_from(training, args.init_from))]
     folder = world.on_main(lambda: open_run(results, args.run_name, args.model))
     newest, damaged = world.on_main(lambda: latest_intact(folder))
     if newest:
-        remarks = continue_from(training, newest, spec, args)
-        training.saved = training.step
+        remarks, as_described = continue_from(training, newest, spec, args)
+        training.saved = training.step if as_described else 0
     return folder, [f"{args.model}, {sum(p.numel() for p in training.parameters):,} parameters", *damaged, *remarks]
 
 
@@ -607,8 +611,10 @@ def latest_intact(folder: Path) -> tuple[Path | None, list[str]]:
     return None, remarks
 
 
-def continue_from(training: Training, path: str | Path, spec: dict, args) -> list[str]:
-    """Load a checkpoint of this run; returns sentences for the log, on each flag that has changed.
+def continue_from(training: Training, path: str | Path, spec: dict, args) -> tuple[list[str], bool]:
+    """Load a checkpoint of this run.
+
+    Returns: sentences for the log, on each flag that has changed; whether the checkpoint's own description is still right.
 
     Raises:
         ValueError: it is of another run.
@@ -624,5 +630,6 @@ def continue_from(training: Training, path: str | Path, spec: dict, args) -> lis
                              "--run-name, or take its weights alone with --init-from")
     training.load_state_dict(state)
     free = ("data_path", "max_steps", "epochs", "lr", "ema_decay", "diffusion_args", "optimizer_args", "precision")
-    return [f"Continuing {path}", *(f"--{key.replace('_', '-')} was {state['args'][key]}, is now {args[key]}"
-                                    for key in free if state["args"][key] != args[key])]
+    changed = [f"--{key.replace('_', '-')} was {state['args'][key]}, is now {args[key]}"
+               for key in free if state["args"][key] != args[key]]
+    return [f"Continuing {path}", *changed], state["spec"] == spec

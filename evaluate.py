@@ -378,8 +378,8 @@ def survey_floor(ref: ImageSet, samples: ImageSet, training: ImageSet | None, se
     real, most = (training, len(training.images)) if training else (ref, len(ref.images) // 2)
     order = torch.randperm(len(real.images), generator=runtime.generator("floor")).numpy()
     count = min(len(samples.images), most)
-    first = survey(real, extractors, world, indices=np.sort(order[:count]), title="floor")
-    rest = seen if training else survey(real, extractors, world, indices=np.sort(order[count:]), title="floor")
+    first = survey(real, extractors, world, indices=np.sort(order[:count]), title="real images")
+    rest = seen if training else survey(real, extractors, world, indices=np.sort(order[count:]), title="real images")
     return first, rest, f"N = {count:,} against {len(ref.images) if training else len(order) - count:,}"
 
 

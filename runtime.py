@@ -234,6 +234,8 @@ class ArgumentParser(jsonargparse.ArgumentParser):
                 del args[i : i + 2]
             elif args[i].startswith("--config="):
                 configs = [args.pop(i), *configs]
+            elif re.match(r"--[\w-]+\.\w+\.", args[i]):
+                self.error(f"{args[i]}: a dotted flag changes one entry of a dictionary, not an entry of an entry")
         return super().parse_args(configs + args, *rest, **options)
 
     def dump(self, *args, **options) -> str:
@@ -256,15 +258,19 @@ def plain_words(message: object, is_flag: bool = True) -> str:
     return re.sub(r"<class '(\w+)'>", r"\1", text).replace("NoneType", "null")
 
 
-def check_arguments(function: Callable, arguments: dict, flag: str, skip: set[str] = frozenset()) -> dict:
-    """`arguments`, with names and types as the signature of `function` has them; ValueError that names the flag."""
+def check_arguments(function: Callable, arguments: dict, flag: str, skip: set[str] = frozenset(),
+                    beside: tuple[str, ...] = ()) -> dict:
+    """`arguments`, with names and types as the signature of `function` has them; ValueError that names the flag.
+
+    `skip` are parameters that the flag does not take, `beside` keys that it takes for others than `function`.
+    """
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     add = parser.add_class_arguments if inspect.isclass(function) else parser.add_function_arguments
     add(function, as_group=False, skip=set(skip))
     allowed = [action.dest for action in parser._actions if action.dest != "help"]
     for name in arguments:
         if name not in allowed:
-            raise ValueError(f"{flag}: unknown key {name!r}; allowed: {', '.join(allowed)}")
+            raise ValueError(f"{flag}: unknown key {name!r}; allowed: {', '.join([*allowed, *beside])}")
     try:
         checked = parser.parse_object(dict(arguments)).as_dict()
     except jsonargparse.ArgumentError as error:

@@ -302,7 +302,8 @@ def describe(args, data, autoencoder: nn.Module) -> tuple[dict, float]:
     label_drop, sampling = given.pop("label_drop"), given.pop("sampling")
     if not isinstance(label_drop, int | float) or not 0 <= label_drop <= 1:
         raise ValueError(f"--diffusion-args: label_drop {label_drop} is not a share, 0..1")
-    diffusion = runtime.check_arguments(create_diffusion, given, "--diffusion-args", {"timestep_respacing"})
+    diffusion = runtime.check_arguments(create_diffusion, given, "--diffusion-args", {"timestep_respacing"},
+                                        ("label_drop", "sampling"))
     process = runtime.naming("--diffusion-args", lambda: create_diffusion("", **diffusion))
     channels, *size = autoencoder.latent_shape(data.image_size, data.channels)
     from_data = dict(input_size=tuple(size), in_channels=channels, num_classes=len(data.classes),
@@ -366,8 +367,10 @@ def preview(ema: nn.Module, autoencoder: nn.Module, spec: dict, path: Path, worl
     count = len(spec["classes"])
     labels = (DIT_LABELS if count == 1000 else list(range(min(count, MAX_COLUMNS)))) * PREVIEW_ROWS
     mine = range(world.rank, len(labels), world.size) or range(1)  # all take part, for `progress` waits for all
-    drawn = generate(ema, autoencoder, [labels[i] for i in mine], mine, args.global_seed,
-                     settings_for(spec, precision=args.precision), lambda step: progress()).cpu()
+    sampling = settings_for(spec, precision=args.precision)
+    with tqdm(total=sampling.process.num_timesteps, desc="preview", leave=False, disable=not world.is_main) as bar:
+        drawn = generate(ema, autoencoder, [labels[i] for i in mine], mine, args.global_seed, sampling,
+                         lambda step: (progress(), bar.update())).cpu()
     if parts := world.gather(drawn):
         images = drawn.new_empty(len(labels), *drawn.shape[1:])
         for rank, part in enumerate(parts[: len(labels)]):

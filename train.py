@@ -167,12 +167,12 @@ class Trainer:
         args, state, world = self.args, self.state, self.world
         if self.held_out and self.due(args.val_every) and state.validated < state.step:
             self.validate()
+        if self.due(args.ckpt_every):
+            self.save()
         picture = self.folder / "previews" / f"{state.step:07d}.png"
         if self.due(args.preview_every) and (state.step > self.first or not world.on_main(picture.exists)):
             preview(state.ema, self.autoencoder, self.spec, picture, world, args, self.stop.check, self.held_out or self.data)
             self.log.image(state.step, picture)
-        if self.due(args.ckpt_every):
-            self.save()
         if not self.over:
             self.stop.check()
 
@@ -183,7 +183,7 @@ class Trainer:
         told = objective.process.validation_terms
         totals = torch.zeros(2 + len(told), device=device)  # sums: the raw loss, what is told of EMA weights, samples
         order = torch.randperm(len(self.held_out), generator=runtime.generator("val", len(self.held_out)))[:VAL_IMAGES]
-        for k, rows in enumerate(order.split(VAL_BATCH)):
+        for k, rows in enumerate(tqdm(order.split(VAL_BATCH), desc="validation", leave=False, disable=not world.is_main)):
             if k % world.size == world.rank:
                 batch, labels = (part.to(device) for part in self.held_out.__getitems__(Rows.plain(rows.numpy())))
                 draws = Draws.at(("val", self.args.global_seed, k), objective.process, len(rows), state.model, device)

@@ -194,6 +194,7 @@ def test_wrong_uses_of_an_autoencoder_are_one_line(trained, tiny_run, run_here):
     assert_one_line(run_here(train, *AUTOENCODER, "--image-size", 10), "multiples of 4")
     assert_one_line(run_here(train, *AUTOENCODER, "--image-size", 4), "SSIM")
     assert_one_line(run_here(train, *TINY_RUN, "--vae", "./nowhere.pt"), "--vae nowhere.pt does not exist")
+    assert_one_line(run_here(train, *TINY_RUN, "--vae", "results/nowhere"), "--vae results/nowhere: no such folder")
 
 
 def test_other_weights_of_the_autoencoder_are_noticed_and_another_place_is_not(trained, tmp_path, run_here):

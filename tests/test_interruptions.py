@@ -97,8 +97,8 @@ def test_a_signal_saves_exits_0_and_the_same_command_goes_on_exactly(unbroken, t
         assert gif.n_frames == 3
 
 
-@pytest.mark.parametrize("point", [pytest.param("a step", marks=pytest.mark.slow), "validation",
-                                   pytest.param("a preview", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["a step", "validation", "a preview"])
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, point):
     code, step = POINTS[point]
     result = start(tmp_path, f"if RANK == 1: {code}", *STOPPABLE, "--grad-accum", 2, nproc=2)

@@ -47,6 +47,7 @@ def test_a_later_config_stands_above_an_earlier_one(tmp_path, monkeypatch):
     ([], "lr: fast\n", "--lr"),
     ([], "lr: [1\n", "config"),
     (["--config", "nowhere.yaml"], None, "nowhere.yaml"),
+    (["--model-args.a.b", "3"], None, "--model-args.a.b: a dotted flag changes one entry of a dictionary"),
 ])
 def test_wrong_flags_and_configs_are_one_line_and_exit_2(tmp_path, monkeypatch, capsys, flags, config, words):
     monkeypatch.chdir(tmp_path)

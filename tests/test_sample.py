@@ -170,7 +170,7 @@ def test_it_says_how_often_the_model_was_called(tiny_run, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("flags", [
-    pytest.param(["--reuse", "forecast", "--key-steps", "every:3"], marks=pytest.mark.slow), []], ids=["reuse", "plain"])
+    ["--reuse", "forecast", "--key-steps", "every:3"], pytest.param([], marks=pytest.mark.slow)], ids=["reuse", "plain"])
 def test_compiled_is_eager_but_for_rounding(tiny_run, tmp_path, monkeypatch, run_here, flags):
     monkeypatch.chdir(tmp_path)
     for out, compiled in (("a.png", []), ("b.png", ["--compile"])):

@@ -415,6 +415,10 @@ def test_an_indivisible_global_batch_is_told_once_under_torchrun(tmp_path):
 
 def test_as_a_script_too_a_wrong_input_is_one_line(tmp_path):
     assert_one_line(run_script("train.py", *TINY_RUN, "--lrr", 3, cwd=tmp_path, check=False), "--lrr")
+
+
+@pytest.mark.slow
+def test_an_autoencoder_that_cannot_be_fetched_is_one_line(tmp_path):
     assert_one_line(run_script("train.py", *TINY_RUN, "--vae", "ema", cwd=tmp_path, check=False, HF_HUB_OFFLINE="1"),
                     "--vae ema: cannot load", "stabilityai/sd-vae-ft-ema")
 
@@ -440,6 +444,9 @@ def test_other_recommended_settings_of_sampling_are_taken_and_told(tmp_path, mon
     assert result.returncode == 0, result.stderr
     assert "--diffusion-args was {'objective': 'flow'}, is now" in result.stdout
     assert checkpoint.restore("results/r").spec["sampling"]["cfg_scale"] == 3
+    (tmp_path / "results" / "r" / "lock").unlink()
+    assert run_here(train, *flags, 2, *FLOW, "--diffusion-args.sampling", '{"cfg_scale": 4.0}').returncode == 0  # none is left
+    assert checkpoint.restore("results/r").spec["sampling"]["cfg_scale"] == 4
 
 
 @pytest.mark.slow
