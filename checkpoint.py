@@ -12,8 +12,7 @@ A checkpoint is a dict with DiT's keys and more:
         image_size      (H, W);  channels: of an image
         classes         names, in the order of their ids
         sampling        None of an autoencoder; else recommended {"sampler", "num_sampling_steps", "cfg_scale",
-                        "cfg_channels", "guidance_interval",
-                        "dynamic_thresholding"}; the last two may be missing
+                        "cfg_channels", "guidance_interval", "dynamic_thresholding"}; the last two may be missing
 """
 
 import argparse

@@ -100,7 +100,6 @@ def test_training_reduces_the_loss(tmp_path):
 def test_a_finished_run_says_so_and_writes_nothing(tiny_run, monkeypatch, run_here):
     monkeypatch.chdir(tiny_run.parent.parent)
     before = {path: path.stat().st_mtime_ns for path in (tiny_run / "checkpoints").iterdir()}
-    (tiny_run / "lock").unlink()  # another test of this process may hold it, until the process ends
     result = run_here(train, *TINY_RUN, *FLOW, "--max-steps", 6, "--run-name", "tiny")
     assert "Finished" in result.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (tiny_run / "checkpoints").iterdir()}
@@ -429,8 +428,6 @@ def test_a_run_of_another_model_batch_or_seed_is_not_continued(tiny_run, monkeyp
                         (["--global-batch-size", "24"], "--global-batch-size 12, not 24"),
                         (["--global-seed", "1"], "--global-seed 0, not 1"),
                         (["--diffusion-args", '{"objective": "flow", "label_drop": 0.2}'], "--diffusion-args {'objective'")):
-        lock = tiny_run / "lock"  # this process holds what it opens until it ends
-        lock.unlink()
         result = run_here(train, *TINY_RUN, *FLOW, "--max-steps", 9, "--run-name", "tiny", *flags)
         assert_one_line(result, word, "--run-name")
 
@@ -439,12 +436,10 @@ def test_other_recommended_settings_of_sampling_are_taken_and_told(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     flags = [*TINY_RUN, "--run-name", "r", "--max-steps"]
     assert run_here(train, *flags, 1, *FLOW).returncode == 0
-    (tmp_path / "results" / "r" / "lock").unlink()
     result = run_here(train, *flags, 2, "--diffusion-args", '{"objective": "flow", "sampling": {"cfg_scale": 3.0}}')
     assert result.returncode == 0, result.stderr
     assert "--diffusion-args was {'objective': 'flow'}, is now" in result.stdout
     assert checkpoint.restore("results/r").spec["sampling"]["cfg_scale"] == 3
-    (tmp_path / "results" / "r" / "lock").unlink()
     assert run_here(train, *flags, 2, *FLOW, "--diffusion-args.sampling", '{"cfg_scale": 4.0}').returncode == 0  # none is left
     assert checkpoint.restore("results/r").spec["sampling"]["cfg_scale"] == 4
 
