@@ -22,17 +22,19 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import checkpoint
-import runtime
-from autoencoders import load_autoencoder, to_unit_range
-from data import Rows, load_dataset, read_ahead
-from sample import autocast
+from pipeline.autoencoders import load_autoencoder
+from runtime import cli
+from runtime.files import check_writable, replace_text
+from runtime.pictures import to_unit_range
+from runtime.processes import autocast, start_world
+from training.datasets import Rows, load_dataset
+from training.order import read_ahead
 
 PENDING, SKIPPED = -2, -1  # in labels.npy, of rows that hold no image (yet)
 
 
-def build_parser() -> runtime.ArgumentParser:
-    parser = runtime.ArgumentParser("Encode a data set into a folder of features, which train.py --data-path takes.")
+def build_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser("Encode a data set into a folder of features, which train.py --data-path takes.")
     parser.add_data_arguments()
     parser.add_shared_arguments()
     parser.add_argument("--features-path", required=True, help="the folder to write")
@@ -43,14 +45,14 @@ def build_parser() -> runtime.ArgumentParser:
 
 def main(args) -> None:
     torch.set_grad_enabled(False)
-    world = runtime.start_world(args.device)
-    runtime.check_data_arguments(args)
-    runtime.check_numbers(args, ["per_proc_batch_size"], "at least 1", lambda n: n >= 1)
-    runtime.check_numbers(args, ["max_skipped"], "a share, 0..1", lambda x: 0 <= x <= 1)
+    world = start_world(args.device)
+    cli.check_data_arguments(args)
+    cli.check_numbers(args, ["per_proc_batch_size"], "at least 1", lambda n: n >= 1)
+    cli.check_numbers(args, ["max_skipped"], "a share, 0..1", lambda x: 0 <= x <= 1)
     data = world.main_first(lambda: load_dataset(args.data_path, args.image_size, args.data_root, num_classes=args.num_classes))
-    autoencoder = world.main_first(lambda: load_autoencoder(args.vae or "ema", world.device, checkpoint.restore_network))
+    autoencoder = world.main_first(lambda: load_autoencoder(args.vae or "ema", world.device))
     meta = describe_features(data, autoencoder, args)
-    folder = world.on_main(lambda: runtime.check_writable(args.features_path))
+    folder = world.on_main(lambda: check_writable(args.features_path))
     todo = world.on_main(lambda: lay_out(folder, meta))
     if args.compile:
         autoencoder.moments = torch.compile(autoencoder.moments)
@@ -106,7 +108,7 @@ def lay_out(folder: Path, meta: dict) -> np.ndarray:
             return np.flatnonzero(np.load(folder / "labels.npy", mmap_mode="r") < 0) if path == begun else np.array([], int)
     channels, *size = meta["latent_shape"]
     shape = (meta["rows"], 2, 2 * channels, *size)
-    runtime.check_writable(folder, 2 * int(np.prod(shape)) + 8 * meta["rows"])
+    check_writable(folder, 2 * int(np.prod(shape)) + 8 * meta["rows"])
     open_memmap(folder / "moments.npy", "w+", np.float16, shape)
     labels = open_memmap(folder / "labels.npy", "w+", np.int64, (meta["rows"],))
     labels[:] = PENDING
@@ -189,13 +191,13 @@ def why_unreadable(data: Dataset, row: int) -> str:
     try:
         data.__getitems__(Rows.plain([row]))
     except OSError as error:
-        return runtime.one_line(error)
+        return cli.one_line(error)
     return f"row {row} could not be read at first"
 
 
 def write_json(path: Path, content: dict) -> None:
-    checkpoint.replace_text(path, json.dumps(content, indent=1))
+    replace_text(path, json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":
-    runtime.run(main, build_parser())
+    cli.run(main, build_parser())

@@ -27,17 +27,20 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
-import runtime
-from data import NpzImages, in_batches, save_npz
-from sample import add_sampling_arguments, generate, prepare
+from evaluation.image_sets import NpzImages, save_npz
+from pipeline import checkpoint
+from pipeline.generation import add_sampling_arguments, generate, prepare
+from runtime import cli
+from runtime.files import check_writable, hold, in_batches, replace_text
+from runtime.processes import World, start_world, synchronize
+from runtime.randomness import generator
 
 WAITING = 2  # batches of a process that may wait to be written
 PNG_BLOCK = 256  # images in memory at once while PNGs are written
 
 
-def build_parser() -> runtime.ArgumentParser:
-    parser = runtime.ArgumentParser("Draw many images, on any number of processes, into one .npz.")
+def build_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser("Draw many images, on any number of processes, into one .npz.")
     add_sampling_arguments(parser)
     parser.add_argument("--sample-dir", default="samples", help="where the .npz goes")
     parser.add_argument("--per-proc-batch-size", type=int, default=32, help="images that a process draws at once")
@@ -53,18 +56,18 @@ def build_parser() -> runtime.ArgumentParser:
 
 def main(args) -> None:
     torch.set_grad_enabled(False)
-    runtime.check_numbers(args, ["num_fid_samples", "per_proc_batch_size"], "at least 1", lambda n: n >= 1)
-    world = runtime.start_world(args.device)
+    cli.check_numbers(args, ["num_fid_samples", "per_proc_batch_size"], "at least 1", lambda n: n >= 1)
+    world = start_world(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     restored, autoencoder, sampling = prepare(args, world, bare_vae="ema", bare_cfg_scale=1.5)  # DiT's
     count, (height, width) = args.num_fid_samples, restored.spec["image_size"]
     label = label_rule(args, restored.model.num_classes)
     out = Path(args.sample_dir) / f"{name_of(restored, sampling, args)}.npz"
-    world.on_main(lambda: runtime.check_writable(out.parent))
+    world.on_main(lambda: check_writable(out.parent))
     done, todo = world.on_main(lambda: open_output(out, settings_of(restored, autoencoder, sampling, args), args))
     drawn = sum(map(len, todo))
     needed = (drawn + (0 if out.exists() else count)) * height * width * 3  # parts, and the .npz beside them
-    world.on_main(lambda: runtime.check_writable(out.parent, needed))
+    world.on_main(lambda: check_writable(out.parent, needed))
 
     start = time.perf_counter()
     waited = draw(todo, lambda indices: generate(restored.model, autoencoder, [label(i) for i in indices], indices,
@@ -110,7 +113,7 @@ def label_rule(args, num_classes: int) -> Callable[[int], int]:
     """The label of image i: uniform over the classes, addressed by (seed, i), or the classes in turn."""
     if args.balanced:
         return lambda i: i % num_classes
-    return lambda i: int(torch.randint(num_classes, (), generator=runtime.generator("label", args.global_seed, i)))
+    return lambda i: int(torch.randint(num_classes, (), generator=generator("label", args.global_seed, i)))
 
 
 # --- the output, from its first part to the whole -------------------------------------------------
@@ -130,14 +133,14 @@ def open_output(out: Path, settings: dict, args) -> tuple[list[range], list[rang
         raise ValueError(f"--sample-dir: {out.with_suffix('')} exists from other settings "
                          f"({', '.join(differ) if found else f'{record.name} does not tell them'}); --overwrite deletes it")
     parts.mkdir(exist_ok=True)
-    checkpoint.hold(parts, "", "wait for it to end")
+    hold(parts, "", "wait for it to end")
     if stale:
         shutil.rmtree(pictures, ignore_errors=True)
         for file in (*parts.glob("*.npy"), out, record):  # the record last: a kill between them shall not mix two outputs
             file.unlink(missing_ok=True)
     if out.exists():
         return [], []
-    checkpoint.replace_text(record, json.dumps(settings, indent=2) + "\n")
+    replace_text(record, json.dumps(settings, indent=2) + "\n")
     return share_out(list(map(range_of, parts.glob("*.npy"))), args.num_fid_samples, args.per_proc_batch_size)
 
 
@@ -206,7 +209,7 @@ def write_pngs(out: Path) -> None:
 # --- drawing ---------------------------------------------------------------------------------------
 
 
-def draw(todo: list[range], draw_batch: Callable[[range], Tensor], parts: Path, count: int, world: runtime.World) -> float:
+def draw(todo: list[range], draw_batch: Callable[[range], Tensor], parts: Path, count: int, world: World) -> float:
     """Draw all batches of `todo`, each by the process that is free first; the share of the time that the device waited.
 
     While a batch is drawn, the ones before it travel to the host and are written, by another thread.
@@ -261,7 +264,7 @@ def write_part(parts: Path, indices: range, arrived: Callable[[], Tensor]) -> in
 class IdleTime:
     """The share of its time that the device waits between batches: `mark` the beginning and end of each in turn."""
 
-    def __init__(self, world: runtime.World):
+    def __init__(self, world: World):
         self.world, self.marks = world, []
 
     def mark(self) -> None:
@@ -274,7 +277,7 @@ class IdleTime:
 
     def share(self) -> float:
         """Of all processes on average."""
-        runtime.synchronize(self.world.device)
+        synchronize(self.world.device)
         cuda = self.world.device.type == "cuda"
         spans = [a.elapsed_time(b) if cuda else b - a for a, b in pairwise(self.marks)]  # busy, idle, busy, …, busy
         share = sum(spans[1::2]) / sum(spans) if spans else 0.0
@@ -282,4 +285,4 @@ class IdleTime:
 
 
 if __name__ == "__main__":
-    runtime.run(main, build_parser())
+    cli.run(main, build_parser())

@@ -11,30 +11,36 @@ import math
 import time
 from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
-import runtime
-from autoencoders import check_features, latents_of, load_autoencoder
-from checkpoint import OptimizerArgs, Training
-from data import Batches, GlobalOrder, Rows, load_dataset
-from models import Autoencoder_models, DiT_models
-from sample import autocast, describe, preview, process_of, save_previews_gif
+from pipeline.autoencoders import check_features, load_autoencoder
+from pipeline.spec import build_model
+from runtime import cli
+from runtime.files import check_writable
+from runtime.log import TRACKERS, Log, Stopwatch, check_tracker, peak_memory
+from runtime.processes import Stopped, StopSignal, World, distribute, start_world
+from runtime.randomness import generator
+from small_models import NETWORKS, Autoencoder_models
+from training.datasets import Rows, load_dataset
+from training.objective import Draws, Objective, process_of
+from training.order import Batches, GlobalOrder
+from training.previews import preview, save_previews_gif
+from training.runs import begin_or_continue, describe, flags_of, save_run
+from training.state import LossMeter, OptimizerArgs, Training
 
 VAL_IMAGES, VAL_BATCH = 4096, 64
 
 
-def build_parser() -> runtime.ArgumentParser:
-    parser = runtime.ArgumentParser("Train a class-conditional diffusion model.")
+def build_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser("Train a class-conditional diffusion model.")
     parser.add_data_arguments()
     parser.add_shared_arguments()
     parser.add_argument("--results-dir", default="results", help="where the folders of runs lie")
     parser.add_argument("--run-name", type=str | None, help="begin or continue this run; default: a new NNN-model")
-    parser.add_argument("--model", default="DiT-XL/2", choices=[*DiT_models, *Autoencoder_models], help="a preset of models.py")
+    parser.add_argument("--model", default="DiT-XL/2", choices=list(NETWORKS), help="a preset of models.py")
     parser.add_argument("--model-args", type=dict, default={}, help="arguments of the network, over its preset's")
     parser.add_argument("--diffusion-args", type=dict, default={}, help="of create_diffusion; label_drop (0.1); sampling")
     parser.add_argument("--optimizer-args", type=dict, default={}, help="checkpoint.OptimizerArgs: betas, schedule, …")
@@ -52,50 +58,14 @@ def build_parser() -> runtime.ArgumentParser:
     parser.add_argument("--keep-last", type=int | tuple[int, int], default=0, help="K (0: all), or [K, M]: every M-th too")
     parser.add_argument("--preview-every", type=int, default=50_000, help="steps between EMA samples; 0: only at the end")
     parser.add_argument("--val-every", type=int, default=0, help="steps between validation losses; 0: none")
-    parser.add_argument("--tracker", default="none", choices=list(runtime.TRACKERS), help="mirrors the log to it")
+    parser.add_argument("--tracker", default="none", choices=list(TRACKERS), help="mirrors the log to it")
     return parser
-
-
-class Draws(NamedTuple):
-    """All random numbers of one step, for the rows of a batch: a function of the address alone."""
-
-    noise: Tensor      # (B, C, H, W) of the diffusion
-    posterior: Tensor  # (B, C, H, W) of the autoencoder
-    t: Tensor          # (B,)
-    drop: Tensor       # (B,) uniform: below label_drop, a label becomes the null class
-
-    @classmethod
-    def at(cls, address: tuple, process, batch_size: int, model: nn.Module, device: torch.device) -> "Draws":
-        generator = runtime.generator(*address, device=device)
-        normal = partial(torch.randn, (batch_size, model.in_channels, *model.input_size), generator=generator, device=device)
-        return cls(normal(), normal(), process.sample_times(batch_size, generator),
-                   torch.rand(batch_size, generator=generator, device=device))
-
-    def rows(self, rows: slice) -> "Draws":
-        return Draws(*(draw[rows] for draw in self))
-
-
-class Objective(NamedTuple):
-    """What is minimised: a batch of the data set and its labels -> the loss of each sample."""
-
-    process: object
-    autoencoder: nn.Module
-    data: object        # what batches are of
-    label_drop: float   # the share of labels that become the null class
-    precision: str
-
-    def losses(self, model: nn.Module, batch: Tensor, labels: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """batch (B, ...), labels (B,) -> "loss", and what it consists of or goes with it: (B,) each."""
-        latents = latents_of(self.autoencoder, batch, self.data.kind, draws.posterior)
-        y = torch.where(draws.drop < self.label_drop, len(self.data.classes), labels)
-        with autocast(batch.device, self.precision):
-            return self.process.training_losses(model, latents, draws.t, dict(y=y), draws.noise)
 
 
 class Trainer:
     """What a run is made of, one step of it, and what is due after a step."""
 
-    def __init__(self, args, world: runtime.World):
+    def __init__(self, args, world: World):
         self.args, self.world, self.optim = args, world, check_flags(args)
         load = partial(load_dataset, args.data_path, args.image_size, args.data_root, num_classes=args.num_classes)
         self.data = world.main_first(load)
@@ -106,28 +76,28 @@ class Trainer:
                                  args.grad_accum, self.data.flip)
         self.max_steps = args.max_steps or math.ceil(args.epochs * len(self.data) / args.global_batch_size)
         vae = args.vae or ("pixels" if args.model in Autoencoder_models else self.data.made_by.get("vae", "ema"))
-        self.autoencoder = world.main_first(lambda: load_autoencoder(vae, world.device, checkpoint.restore_network))
+        self.autoencoder = world.main_first(lambda: load_autoencoder(vae, world.device))
         check_features(self.autoencoder, self.data, self.held_out)
         self.spec, label_drop = describe(args, self.data, self.autoencoder)
         self.objective = Objective(process_of(self.spec), self.autoencoder, self.data, label_drop, args.precision)
         torch.manual_seed(args.global_seed)  # nothing but the initialisation draws from it
-        model = checkpoint.build_model(self.spec["model"]).to(world.device).train()
-        self.state = Training.begin(model, runtime.LossMeter().to(world.device), args.lr, self.optim)
+        model = build_model(self.spec["model"]).to(world.device).train()
+        self.state = Training.begin(model, LossMeter().to(world.device), args.lr, self.optim)
 
     def begin(self) -> None:
         """Open the run, continue what lies there, and start to read."""
         args, world, state = self.args, self.world, self.state
-        world.on_main(lambda: runtime.check_writable(args.results_dir, state.size))
-        self.folder, remarks = checkpoint.begin_or_continue(state, self.spec, args, world)
+        world.on_main(lambda: check_writable(args.results_dir, state.size))
+        self.folder, remarks = begin_or_continue(state, self.spec, args, world)
         self.first = state.step
-        self.log = runtime.Log(self.folder, world, self.first, args.tracker, checkpoint.flags_of(args))
+        self.log = Log(self.folder, world, self.first, args.tracker, flags_of(args))
         self.log.say(f"{self.folder}: {len(self.data):,} samples, {world.size} x {world.device.type}; {'; '.join(remarks)}; "
                      f"{self.first} of {self.max_steps} steps done")
-        self.network = runtime.distribute(state.model, world)
+        self.network = distribute(state.model, world)
         if args.compile:
             state.model.compile()
         self.batches = Batches(self.data, self.order, range(self.first, self.max_steps), args.num_workers, world.device)
-        self.stop, self.stopwatch = runtime.StopSignal(world), runtime.Stopwatch()
+        self.stop, self.stopwatch = StopSignal(world), Stopwatch()
 
     def step(self) -> None:
         """One optimizer step. Nothing waits for the device but a line of the log."""
@@ -146,7 +116,7 @@ class Trainer:
         if losses:
             samples = state.step * self.order.batch_size
             self.log.record(state.step, epoch=samples / len(self.data), samples=samples, **losses, lr=lr,
-                            grad_norm=grad_norm.item(), memory_gib=runtime.peak_memory(self.world.device),
+                            grad_norm=grad_norm.item(), memory_gib=peak_memory(self.world.device),
                             **self.stopwatch.read(self.order.batch_size, self.batches.read_waited()))
 
     def accumulate_gradients(self) -> Tensor:
@@ -182,7 +152,7 @@ class Trainer:
         state, world, device, objective = self.state, self.world, self.world.device, self.objective._replace(label_drop=0.0)
         told = objective.process.validation_terms
         totals = torch.zeros(2 + len(told), device=device)  # sums: the raw loss, what is told of EMA weights, samples
-        order = torch.randperm(len(self.held_out), generator=runtime.generator("val", len(self.held_out)))[:VAL_IMAGES]
+        order = torch.randperm(len(self.held_out), generator=generator("val", len(self.held_out)))[:VAL_IMAGES]
         for k, rows in enumerate(tqdm(order.split(VAL_BATCH), desc="validation", leave=False, disable=not world.is_main)):
             if k % world.size == world.rank:
                 batch, labels = (part.to(device) for part in self.held_out.__getitems__(Rows.plain(rows.numpy())))
@@ -198,7 +168,7 @@ class Trainer:
             self.save("best.pt")
 
     def save(self, name: str = "") -> None:
-        self.world.on_main(lambda: checkpoint.save_run(self.folder, self.state, self.spec, self.args, name))
+        self.world.on_main(lambda: save_run(self.folder, self.state, self.spec, self.args, name))
 
     @property
     def over(self) -> bool:
@@ -210,19 +180,19 @@ class Trainer:
 
 
 def check_flags(args) -> OptimizerArgs:
-    runtime.check_data_arguments(args)
+    cli.check_data_arguments(args)
     for names, allowed, fine in (
             ("epochs max_steps global_batch_size grad_accum log_every ckpt_every", "at least 1", lambda n: n >= 1),
             ("global_seed preview_every val_every keep_last", "at least 0", lambda n: n >= 0),
             ("lr", "a positive number", lambda x: 0 < x < math.inf), ("ema_decay", "in [0, 1)", lambda x: 0 <= x < 1)):
-        runtime.check_numbers(args, names.split(), allowed, fine)
-    return OptimizerArgs(**runtime.check_arguments(OptimizerArgs, args.optimizer_args, "--optimizer-args"))
+        cli.check_numbers(args, names.split(), allowed, fine)
+    return OptimizerArgs(**cli.check_arguments(OptimizerArgs, args.optimizer_args, "--optimizer-args"))
 
 
 def main(args) -> None:
-    world = runtime.start_world(args.device)
+    world = start_world(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    runtime.check_tracker(args.tracker)
+    check_tracker(args.tracker)
     run = Trainer(args, world)
     run.begin()
     start = time.perf_counter()
@@ -234,7 +204,7 @@ def main(args) -> None:
                 run.step()
                 bar.update()
                 run.finish_step()
-    except runtime.Stopped as signal:
+    except Stopped as signal:
         run.save()
         ending = f"Stopped by {signal}; the same command with --run-name {run.folder.name} goes on"
     else:
@@ -246,4 +216,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    runtime.run(main, build_parser())
+    cli.run(main, build_parser())

@@ -16,17 +16,20 @@ from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checkpoint
-import runtime
-from data import Rows, in_batches, load_dataset
-from metrics import Classifier, pixel_features
+from evaluation.extractors import Classifier, pixel_features
+from pipeline import checkpoint
+from runtime import cli
+from runtime.files import check_output, in_batches
+from runtime.processes import start_world
+from runtime.randomness import generator
+from training.datasets import Rows, load_dataset
 
 BATCH = 128
 SHIFT = 8  # an image is shifted by up to one part in so many of its size
 
 
-def build_parser() -> runtime.ArgumentParser:
-    parser = runtime.ArgumentParser("Train a small classifier of real images, for evaluate.py --classifier.")
+def build_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser("Train a small classifier of real images, for evaluate.py --classifier.")
     parser.add_argument("--data-path", required=True, help="digits, mnist, cifar10, or a folder `train` of classes")
     parser.add_argument("--data-root", default="data", help="where named data sets lie")
     parser.add_argument("--image-size", type=int | None, help="default: the data's own, 256 for a folder of classes")
@@ -39,12 +42,12 @@ def build_parser() -> runtime.ArgumentParser:
 
 
 def main(args) -> None:
-    world, start = runtime.start_world(args.device), time.perf_counter()
+    world, start = start_world(args.device), time.perf_counter()
     if world.size > 1:
         raise ValueError("this script is for one process; start it without torchrun")
-    runtime.check_numbers(args, ["epochs"], "at least 1", lambda n: n >= 1)
-    runtime.check_numbers(args, ["lr"], "above 0", lambda x: x > 0)
-    runtime.check_output("--out", args.out, ".pt")
+    cli.check_numbers(args, ["epochs"], "at least 1", lambda n: n >= 1)
+    cli.check_numbers(args, ["lr"], "above 0", lambda x: x > 0)
+    check_output("--out", args.out, ".pt")
     data, held_out = (load_dataset(args.data_path, args.image_size, args.data_root, split) for split in ("train", "val"))
     images, labels = read_all(data)
     torch.manual_seed(args.seed)
@@ -75,9 +78,9 @@ def train(classifier: Classifier, images: Tensor, labels: Tensor, flip: bool, ar
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=args.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * steps)
     for epoch in range(args.epochs):
-        order = torch.randperm(len(images), generator=runtime.generator("classifier", args.seed, epoch))
+        order = torch.randperm(len(images), generator=generator("classifier", args.seed, epoch))
         for step, rows in enumerate(tqdm(order.split(BATCH)[:steps], f"epoch {epoch + 1} of {args.epochs}")):
-            draw = runtime.generator("classifier", args.seed, epoch, step)
+            draw = generator("classifier", args.seed, epoch, step)
             x = augment(images[rows], flip, draw).to(device)
             loss = cross_entropy(classifier(x), labels[rows].to(device))
             optimizer.zero_grad()
@@ -106,4 +109,4 @@ def measure(classifier: Classifier, images: Tensor, labels: Tensor, device: torc
 
 
 if __name__ == "__main__":
-    runtime.run(main, build_parser())
+    cli.run(main, build_parser())

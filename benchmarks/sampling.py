@@ -1,7 +1,7 @@
 """Ways to sample from one checkpoint, side by side: calls, s/image, RMSE to the exact solution, Fréchet distance.
 
     python benchmarks/sampling.py --ckpt results/mnist --data-path mnist --samples 5000 --out sampling.json
-    python benchmarks/sampling.py --ckpt results/mnist --sampler ddpm --num-sampling-steps 250 --cfg-scale 1.5 \\
+    python benchmarks/sampling.py --ckpt results/mnist --sampler ddpm --num-sampling-steps 250 --cfg-scale 1.5 \
         --reuse encoder --rows plain flags           # Faster Diffusion's comparison: key steps, s/image without and with
 
 A row is a way to sample, told as a difference from the reference: DDPM with 250 steps, or Heun with 50 of a flow
@@ -39,12 +39,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checkpoint
-import runtime
-from data import Rows, in_batches, load_dataset
 from diffusion import FlowMatching
-from metrics import Gaussian, Moments, frechet_distance, pixel_features
-from sample import BATCH, Sampling, add_sampling_arguments, generate, prepare, settings_for
+from evaluation.extractors import pixel_features
+from evaluation.metrics import Gaussian, Moments, frechet_distance
+from pipeline import checkpoint
+from pipeline.generation import BATCH, Sampling, add_sampling_arguments, generate, prepare, settings_for
+from runtime import cli
+from runtime.files import check_output, in_batches, replace_text
+from runtime.processes import start_world, synchronize
+from training.datasets import Rows, load_dataset
 
 INTERVAL = (100.0, 600.0)  # timesteps with guidance, unless --guidance-interval says otherwise
 FAST = dict(sampler="dpm++", num_sampling_steps=20)
@@ -70,8 +73,8 @@ EXACT = dict(sampler="dpm++", num_sampling_steps=250)
 RMSE_IMAGES = 16
 
 
-def build_parser() -> runtime.ArgumentParser:
-    parser = runtime.ArgumentParser("Measure the speed and quality of ways to sample from a checkpoint, side by side.")
+def build_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser("Measure the speed and quality of ways to sample from a checkpoint, side by side.")
     add_sampling_arguments(parser)
     parser.add_argument("--rows", type=str, nargs="+", choices=[*REFERENCES, *ROWS, "plain", "flags"],
                         help="the first is the reference; default: all that apply, plain and flags with --reuse only")
@@ -88,7 +91,7 @@ def build_parser() -> runtime.ArgumentParser:
 def main(args) -> None:
     torch.set_grad_enabled(False)
     check(args)
-    world = runtime.start_world(args.device)
+    world = start_world(args.device)
     restored, autoencoder, sampling = prepare(args, world)
     rows = make_rows(args, restored, sampling, world.device)
     report = open_report(args.out, settings_of(args.as_dict(), rows, restored, world.device))
@@ -122,15 +125,15 @@ def main(args) -> None:
 
 
 def check(args) -> None:
-    runtime.check_numbers(args, ["repeats"], "at least 0", lambda n: n >= 0)
-    runtime.check_numbers(args, ["samples"], "0 or at least 2", lambda n: n == 0 or n >= 2)
+    cli.check_numbers(args, ["repeats"], "at least 0", lambda n: n >= 0)
+    cli.check_numbers(args, ["samples"], "0 or at least 2", lambda n: n == 0 or n >= 2)
     if min(args.batch_sizes) < 1:
         raise ValueError(f"--batch-sizes {' '.join(map(str, args.batch_sizes))}: each must be at least 1")
     if args.samples and not args.data_path:
         raise ValueError(f"--samples {args.samples} needs --data-path, the images to measure the distance from")
     if args.reuse != "none" and args.rows and "flags" not in args.rows:
         raise ValueError(f"--reuse {args.reuse} is measured by the row flags, which --rows lacks")
-    runtime.check_output("--out", args.out, ".json")
+    check_output("--out", args.out, ".json")
 
 
 # --- the rows ------------------------------------------------------------------------------------
@@ -149,7 +152,7 @@ def make_rows(args, restored: checkpoint.Restored, flags: Sampling, device: torc
         difference = REFERENCES[name] if name in REFERENCES else REFERENCES[reference] | ROWS[name]
         if "guidance_interval" in difference and args.guidance_interval:
             difference = difference | {"guidance_interval": args.guidance_interval}
-        return runtime.naming(f"--rows {name}", partial(make_sampling, restored, args.precision, difference))
+        return cli.naming(f"--rows {name}", partial(make_sampling, restored, args.precision, difference))
 
     return {name: make(name) for name in args.rows or every}
 
@@ -194,7 +197,7 @@ def open_report(out: str | None, settings: dict) -> dict:
 
 def save(out: str | None, report: dict) -> None:
     if out:
-        checkpoint.replace_text(Path(out), json.dumps(report, indent=2) + "\n")
+        replace_text(Path(out), json.dumps(report, indent=2) + "\n")
 
 
 # --- what is measured ----------------------------------------------------------------------------
@@ -228,7 +231,7 @@ def time_batch(draw: Callable, sampling: Sampling, batch_size: int, device: torc
     marks, steps = [], itertools.count(1)
 
     def mark() -> None:
-        runtime.synchronize(device)
+        synchronize(device)
         marks.append(time.perf_counter())
 
     mark()
@@ -369,4 +372,4 @@ def plot(report: dict, path: Path) -> Path | None:
 
 
 if __name__ == "__main__":
-    runtime.run(main, build_parser())
+    cli.run(main, build_parser())

@@ -1,6 +1,6 @@
 """Training steps and forward passes side by side: images/s, multiply-accumulates, share of the matmul rate, memory.
 
-    python benchmarks/throughput.py --models DiT-XL/2 DiNext-XL/2 diffusers/DiT-XL/2 --precision bf16 --compile true \\
+    python benchmarks/throughput.py --models DiT-XL/2 DiNext-XL/2 diffusers/DiT-XL/2 --precision bf16 --compile true \
         --batch-size 8 32 128
 
 Of each setting (what, precision, compile, batch size) all models are loaded at once, and timed in turn: a round is one
@@ -36,20 +36,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import runtime
 from diffusion import create_diffusion
 from models import DiT_models
-from sample import autocast
+from runtime import cli
+from runtime.files import check_writable
+from runtime.processes import autocast, start_world, synchronize
+from small_models import DIFFUSION_NETWORKS
 
 REFERENCE = "diffusers/"
 MATMUL_SIZE = {"cuda": 8192, "mps": 4096, "cpu": 1024}  # large enough for the full rate
 WARM_UP = 3  # calls of each candidate before the rounds; the first ones compile
 
 
-def build_parser() -> runtime.ArgumentParser:
-    parser = runtime.ArgumentParser("Measure the speed and memory of models, side by side.")
+def build_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser("Measure the speed and memory of models, side by side.")
     references = [f"{REFERENCE}{name}" for name in DiT_models if name.startswith("DiT-")]
-    parser.add_argument("--models", nargs="+", required=True, choices=[*DiT_models, *references],
+    parser.add_argument("--models", nargs="+", required=True, choices=[*DIFFUSION_NETWORKS, *references],
                         help="names of presets, diffusers/NAME for the reference; ratios are to the first one")
     parser.add_argument("--what", nargs="+", default=["train", "forward"], choices=["train", "forward"])
     parser.add_argument("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16"], help="as of train.py")
@@ -97,7 +99,7 @@ class DiffusersDiT(nn.Module):
 def build(name: str, input_size: int) -> nn.Module:
     if name.startswith(REFERENCE):
         return DiffusersDiT(name.removeprefix(REFERENCE), input_size)
-    return DiT_models[name](input_size=input_size, in_channels=4, num_classes=1000, learn_sigma=True)
+    return DIFFUSION_NETWORKS[name](input_size=input_size, in_channels=4, num_classes=1000, learn_sigma=True)
 
 
 def count_macs(name: str, input_size: int) -> int:
@@ -164,10 +166,10 @@ class Candidate:
         self.memory = torch.cuda.max_memory_allocated() - before if cuda else None
 
     def time(self) -> None:
-        runtime.synchronize(self.device)
+        synchronize(self.device)
         start = time.perf_counter()
         self.call()
-        runtime.synchronize(self.device)
+        synchronize(self.device)
         self.seconds.append(time.perf_counter() - start)
 
     def attempt(self, function: Callable[[], None]) -> None:
@@ -238,14 +240,14 @@ def ratios(results: list[dict]) -> str:
 
 
 def main(args) -> None:
-    runtime.check_numbers(args, ["image_size", "repeats"], "at least 1", lambda n: n >= 1)
+    cli.check_numbers(args, ["image_size", "repeats"], "at least 1", lambda n: n >= 1)
     if min(args.batch_size) < 1 or args.image_size % 8:
         raise ValueError(f"--batch-size {args.batch_size} must be positive, --image-size {args.image_size} a multiple of 8")
     if args.out:
-        runtime.check_writable(Path(args.out).parent)
-    device = runtime.start_world(args.device).device
+        check_writable(Path(args.out).parent)
+    device = start_world(args.device).device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    macs = runtime.naming("--image-size", lambda: {name: count_macs(name, args.image_size // 8) for name in args.models})
+    macs = cli.naming("--image-size", lambda: {name: count_macs(name, args.image_size // 8) for name in args.models})
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}")
 
@@ -266,4 +268,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    runtime.run(main, build_parser())
+    cli.run(main, build_parser())

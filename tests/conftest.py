@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
-import runtime
 from models import DiT_models
+from pipeline import checkpoint
+from runtime import cli
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,28 +36,46 @@ def run_script(script, *flags, cwd, nproc=None, check=True, **env):
     return result
 
 
-def patched(cwd, code):
-    """train.py with lines of Python run before its main, to break it at a chosen point: the path of a script."""
-    path = cwd / "patched_train.py"
-    path.write_text(f"""import os, signal, sys, time
-sys.path.insert(0, {str(ROOT)!r})
+PATCH_NAMES = """
+import os, signal, sys, time
 import torch
-import checkpoint, data, runtime, train
+import train
+from pipeline import checkpoint
+from runtime import cli, files
+from training import datasets, objective, order, runs, state
 RANK, LAUNCH = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 def kill(number=signal.SIGKILL):
     os.kill(os.getpid(), number)
+"""  # what the lines of Python given to `patched` and `run_patched` may use, beside `before` and `patch`
+
+
+def calls_before(patch):
+    """`before(owner, name, action)`: from now on `action` is called with the arguments of owner.name before it is."""
+    def before(owner, name, action):
+        original = getattr(owner, name)
+
+        def function(*args, **kwargs):
+            action(*args)
+            return original(*args, **kwargs)
+
+        patch.setattr(owner, name, function)
+    return before
+
+
+def patched(cwd, code):
+    """train.py with lines of Python run before its main, to break it at a chosen point: the path of a script."""
+    path = cwd / "patched_train.py"
+    path.write_text(f"""import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+from conftest import calls_before
+{PATCH_NAMES}
 class patch:
     setattr = setattr
-def before(owner, name, action):
-    original = getattr(owner, name)
-    def function(*args, **kwargs):
-        action(*args)
-        return original(*args, **kwargs)
-    setattr(owner, name, function)
+before = calls_before(patch)
 {code}
 if __name__ == "__main__":
     sys.argv[0] = "train.py"
-    runtime.run(train.main, train.build_parser())
+    cli.run(train.main, train.build_parser())
 """)
     return path
 
@@ -65,19 +83,12 @@ if __name__ == "__main__":
 @pytest.fixture
 def run_patched(run_here, monkeypatch, tmp_path):
     """train.py in this process, in tmp_path, with lines of Python run before: as `patched`, but sooner started."""
-    import data
     import train
 
     def run(code, *flags):
         with monkeypatch.context() as patch:
-            def before(owner, name, action):
-                original = getattr(owner, name)
-                patch.setattr(owner, name, lambda *args, **kwargs: (action(*args), original(*args, **kwargs))[1])
-
             patch.chdir(tmp_path)
-            exec(code, {"RANK": 0, "before": before, "patch": patch, "kill": lambda number: os.kill(os.getpid(), number),
-                        "signal": signal, "torch": torch, "train": train, "runtime": runtime, "data": data,
-                        "checkpoint": train.checkpoint})
+            exec(PATCH_NAMES + code, {"before": calls_before(patch), "patch": patch})
             return run_here(train, *flags)
     return run
 
@@ -91,7 +102,7 @@ def run_here(monkeypatch, capfd):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         capfd.readouterr()
         try:
-            runtime.run(script.main, script.build_parser())
+            cli.run(script.main, script.build_parser())
         except SystemExit as exit:
             code = exit.code
         finally:

@@ -6,14 +6,16 @@ import torch
 from conftest import TINY_RUN, assert_one_line, run_script
 from PIL import Image
 
-import checkpoint
 import extract_features
-import runtime
 import sample
 import sample_ddp
 import train
-from autoencoders import Reconstruction, load_autoencoder, ssim, to_unit_range
-from data import Rows, load_dataset
+from pipeline import checkpoint
+from pipeline.autoencoders import load_autoencoder
+from runtime.pictures import to_uint8, to_unit_range
+from runtime.randomness import generator
+from training.datasets import Rows, load_dataset
+from training.objective import Reconstruction, ssim
 
 
 def test_pixels_are_the_image():
@@ -121,7 +123,7 @@ def test_an_autoencoder_trains_validates_and_shows_reconstructions(trained):
     assert 0 < last["val_ssim_ema"] < 1
     restored = checkpoint.restore(trained)
     held_out = load_dataset("digits", split="val")
-    rows = torch.randperm(450, generator=runtime.generator("val", 450))
+    rows = torch.randperm(450, generator=generator("val", 450))
     images = to_unit_range(held_out.images[rows])
     with torch.no_grad():
         reconstructed = restored.model(images).clamp(-1, 1)
@@ -133,7 +135,7 @@ def test_an_autoencoder_trains_validates_and_shows_reconstructions(trained):
     for row, number in zip((0, 1, 2, 3), (0, 0, 10, 10)):
         chosen = to_unit_range(held_out.images[shown[number : number + 10]])
         with torch.no_grad():
-            expected = sample.to_uint8(restored.model(chosen) if row % 2 else chosen)[..., 0].numpy()
+            expected = to_uint8(restored.model(chosen) if row % 2 else chosen)[..., 0].numpy()
         tiles = pixels[row * 72 + 8 : row * 72 + 72, :, 0]  # 8x8 enlarged eight times, framed by a pixel
         assert all(np.array_equal(tiles[::8, column * 72 + 8 : column * 72 + 72 : 8], image)
                    for column, image in enumerate(expected))
@@ -161,12 +163,12 @@ def test_it_is_resumed_exactly_and_serves_as_vae_everywhere(trained, tmp_path, r
     assert result.returncode == 0, result.stderr
     (npz,) = (tmp_path / "drawn").glob("*.npz")
     assert np.load(npz)["arr_0"].shape == (5, 8, 8, 3)
-    autoencoder = load_autoencoder(str(trained), restore=checkpoint.restore_network)
+    autoencoder = load_autoencoder(str(trained))
     images = to_unit_range(load_dataset("digits").images[:4])
     latents = autoencoder.encode(images)
     assert torch.equal(autoencoder.sample(autoencoder.moments(images), torch.randn_like(latents)), latents)
     assert autoencoder.decode(latents).abs().max() <= 1
-    other = load_autoencoder(str(tmp_path / "results" / "again"), restore=checkpoint.restore_network)
+    other = load_autoencoder(str(tmp_path / "results" / "again"))
     assert other.identity() == autoencoder.identity()
 
 
@@ -189,8 +191,6 @@ def test_wrong_uses_of_an_autoencoder_are_one_line(trained, tiny_run, run_here):
     assert_one_line(run_here(train, *AUTOENCODER, "--diffusion-args", '{"objective": "flow"}'), "--model Autoencoder-F4C8",
                     "--diffusion-args")
     assert_one_line(run_here(train, *AUTOENCODER, "--vae", trained), "--model Autoencoder-F4C8", "--vae pixels")
-    with pytest.raises(ValueError, match="load_autoencoder needs restore"):
-        load_autoencoder(str(trained))
     assert_one_line(run_here(train, *AUTOENCODER, "--image-size", 10), "multiples of 4")
     assert_one_line(run_here(train, *AUTOENCODER, "--image-size", 4), "SSIM")
     assert_one_line(run_here(train, *TINY_RUN, "--vae", "./nowhere.pt"), "--vae nowhere.pt does not exist")
@@ -220,7 +220,7 @@ def test_features_are_cached_with_it(trained, tmp_path, run_here, photographs):
     vae = ["--vae", "results/colour"]
     assert run_here(extract_features, "--data-path", photographs / "train", "--image-size", 16, *vae, "--features-path", "f",
                     "--num-workers", 0, "--device", "cpu").returncode == 0
-    autoencoder = load_autoencoder("results/colour", restore=checkpoint.restore_network)
+    autoencoder = load_autoencoder("results/colour")
     images = load_dataset(str(photographs / "train"), 16).__getitems__(Rows.plain(np.arange(6)))[0]
     moments = torch.from_numpy(np.load("f/moments.npy"))
     assert torch.allclose(moments[:, 0].chunk(2, dim=1)[0].float(), autoencoder.encode(to_unit_range(images)), atol=2e-3)

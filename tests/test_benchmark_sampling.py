@@ -8,10 +8,11 @@ import torch
 from conftest import ROOT, assert_one_line, save_random_checkpoint
 from PIL import Image, ImageColor
 
-import checkpoint
-
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import sampling
+
+from pipeline import checkpoint
+from runtime.files import digest
 
 TINY = ["--batch-sizes", 2, "--repeats", 1, "--device", "cpu"]
 DIGITS = ["--data-path", "digits", "--samples", 12, "--seeds", 0, 1]
@@ -54,7 +55,7 @@ def test_the_report_has_all_figures_of_every_row(few_steps, gaussian_run, run_he
     assert result.returncode == 0, result.stderr
     report = json.loads(out.read_text())
     settings = report["settings"]
-    assert settings["sha256"] == checkpoint.digest(gaussian_run)
+    assert settings["sha256"] == digest(gaussian_run)
     assert (settings["checkpoint"], settings["device"]) == ("g", "cpu")
     counts = {name: (row["model_calls"], row["block_calls"]) for name, row in settings["rows"].items()}
     assert counts == {

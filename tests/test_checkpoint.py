@@ -13,9 +13,11 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-import checkpoint
-import runtime
-from models import DiT
+from models import DiT, DiT_models
+from pipeline import checkpoint
+from pipeline.spec import describe_bare_weights
+from training.runs import init_from, open_run, save_step
+from training.state import LossMeter, OptimizerArgs, Training
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -31,7 +33,7 @@ def golden_dit():
 def tiny_preset(monkeypatch):
     """The golden network under a name of the registry."""
     kwargs, weights = golden_dit()
-    monkeypatch.setitem(checkpoint.DiT_models, "DiT-tiny", lambda **rest: DiT(**{**kwargs, **rest}))
+    monkeypatch.setitem(DiT_models, "DiT-tiny", lambda **rest: DiT(**{**kwargs, **rest}))
     return weights
 
 
@@ -44,12 +46,13 @@ def test_a_checkpoint_is_whole_or_absent_when_the_writer_dies(tmp_path):
     code = f"""
 import io, os, signal, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
-import checkpoint
+from pathlib import Path
+from pipeline import checkpoint
 def die_half_way(state, file):
     file.write(b"PK half a checkpoint"); file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 torch.save = die_half_way
-checkpoint.save(checkpoint.Path({str(tmp_path)!r}) / "0000002.pt", dict(step=2))
+checkpoint.save(Path({str(tmp_path)!r}) / "0000002.pt", dict(step=2))
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     assert any(b"half" in path.read_bytes() for path in tmp_path.iterdir())  # it died where it was meant to
@@ -124,7 +127,7 @@ def test_a_file_of_dits_own_trainer_loads_with_its_flags(tmp_path, tiny_preset):
 
 
 def test_1000_classes_get_imagenets_names(tmp_path):
-    spec = checkpoint.describe_bare_weights({}, None, None, None, "ema", 1.5)
+    spec = describe_bare_weights({}, None, None, None, "ema", 1.5)
     assert spec["classes"][207] == "golden retriever"
     assert spec["model"] == {"name": "DiT-XL/2", "args": {"input_size": 32, "num_classes": 1000}}
 
@@ -180,7 +183,7 @@ def test_a_broken_download_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def begun(network):
-    return checkpoint.Training.begin(network, runtime.LossMeter(), 1e-3, checkpoint.OptimizerArgs())
+    return Training.begin(network, LossMeter(), 1e-3, OptimizerArgs())
 
 
 def test_init_from_takes_what_fits_and_says_so(tmp_path, tiny_preset):
@@ -188,14 +191,14 @@ def test_init_from_takes_what_fits_and_says_so(tmp_path, tiny_preset):
     kwargs, _ = golden_dit()
     training = begun(DiT(**{**kwargs, "num_classes": 3}))
     fresh = training.model.y_embedder.embedding_table.weight.clone()
-    message = checkpoint.init_from(training, tmp_path / "w.pt")
+    message = init_from(training, tmp_path / "w.pt")
     assert "41 of 42 tensors" in message
     assert "fresh: y_embedder.embedding_table.weight" in message
     for network in (training.model, training.ema):
         assert torch.equal(network.y_embedder.embedding_table.weight, fresh)
         assert torch.equal(network.blocks[0].attn.qkv.weight, tiny_preset["blocks.0.attn.qkv.weight"])
     with pytest.raises(ValueError, match="none of its"):
-        checkpoint.init_from(begun(torch.nn.Linear(2, 2)), tmp_path / "w.pt")
+        init_from(begun(torch.nn.Linear(2, 2)), tmp_path / "w.pt")
 
 
 def test_the_newest_and_every_mth_checkpoint_are_kept(tmp_path):
@@ -205,26 +208,26 @@ def test_the_newest_and_every_mth_checkpoint_are_kept(tmp_path):
 
     checkpoint.save(tmp_path / "checkpoints" / "best.pt", {"step": 5})
     for step in (5, 10, 13, 15, 20, 25):  # 13: a run that was stopped there
-        checkpoint.save_step(tmp_path, {"step": step}, keep_last=2, every=10)
+        save_step(tmp_path, {"step": step}, keep_last=2, every=10)
     kept = [f"{name}.pt" for name in ("0000010", "0000020", "0000025", "best")]
     assert names() == sorted(kept + [f"{name}.sha256" for name in kept])
     assert checkpoint.latest(tmp_path).name == "0000025.pt"
-    checkpoint.save_step(tmp_path, {"step": 30}, keep_last=0, every=0)
+    save_step(tmp_path, {"step": 30}, keep_last=0, every=0)
     assert len(names()) == 10
 
 
 def test_runs_are_numbered_named_locked_and_found_again_by_a_restart(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch-a")
-    first = checkpoint.open_run(tmp_path, None, "DiT-XL/2")
+    first = open_run(tmp_path, None, "DiT-XL/2")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch-b")
-    assert [first.name, checkpoint.open_run(tmp_path, None, "DiT-XL/2").name] == ["000-DiT-XL-2", "001-DiT-XL-2"]
+    assert [first.name, open_run(tmp_path, None, "DiT-XL/2").name] == ["000-DiT-XL-2", "001-DiT-XL-2"]
     with monkeypatch.context() as restart:
         restart.setenv("TORCHELASTIC_RUN_ID", "launch-a")
         restart.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-        assert checkpoint.open_run(tmp_path, None, "DiT-XL/2") == first
+        assert open_run(tmp_path, None, "DiT-XL/2") == first
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import checkpoint; checkpoint.open_run(checkpoint.Path({str(tmp_path)!r}), "mine", "DiT-XL/2")"""
-    checkpoint.open_run(tmp_path, "mine", "DiT-XL/2")
+from pathlib import Path; from training.runs import open_run; open_run(Path({str(tmp_path)!r}), "mine", "DiT-XL/2")"""
+    open_run(tmp_path, "mine", "DiT-XL/2")
     second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ValueError: another process is at work in" in second.stderr

@@ -9,11 +9,11 @@ import torch
 import yaml
 from conftest import ROOT
 
-import checkpoint
 import extract_features
 import train
 from diffusion import create_diffusion
-from models import Autoencoder_models, DiT_models
+from pipeline import checkpoint
+from small_models import NETWORKS, Autoencoder_models
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 SHALLOW = {"DiNext-U": dict(depths=(1, 1, 1, 1, 1)), "MLP": {}, "Autoencoder": {}}  # or depth 1
@@ -130,7 +130,7 @@ def test_a_dotted_flag_changes_one_entry_of_a_config_s_dictionary():
 def test_every_config_builds_at_full_size_and_opens_with_its_command(name):
     config = load(name)
     with torch.device("meta"):
-        (DiT_models | Autoencoder_models)[config["model"]](**config.get("model_args", {}))
+        (NETWORKS | Autoencoder_models)[config["model"]](**config.get("model_args", {}))
     comment = (ROOT / "configs" / f"{name}.yaml").read_text().split("data_path:")[0]
     assert all(line.startswith("#") for line in comment.splitlines())
     assert f"train.py --config configs/{name}.yaml" in comment

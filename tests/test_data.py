@@ -8,7 +8,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from data import Batches, GlobalOrder, MicroBatches, Rows, center_crop, load_dataset
+from runtime.pictures import center_crop
+from training.datasets import Rows, load_dataset
+from training.order import Batches, GlobalOrder, MicroBatches
 
 
 def test_digits_are_sklearns_with_its_split():

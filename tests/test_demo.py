@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, run_script
 from sklearn.svm import SVC
 
-from data import load_dataset
+from training.datasets import load_dataset
 
 
 @pytest.mark.slow  # .ci/run makes the demo itself

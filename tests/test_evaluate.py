@@ -12,14 +12,21 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-import checkpoint
 import evaluate
-import metrics
-from data import load_dataset, open_images
+from evaluation.image_sets import open_images
+from training.datasets import load_dataset
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import classifier as classifier_script
-import evaluation
+import evaluation_time
+
+from evaluation import extractors, image_sets, metrics
+from evaluation import figures as figure_list
+from evaluation import survey as survey_module
+from evaluation.extractors import INCEPTION, INCEPTION_SHA256, Classifier, Inception, inception_weights
+from evaluation.image_sets import STATISTICS
+from pipeline import checkpoint
+from runtime.files import digest
 
 SMALL = {"pool": ("mu", "sigma", 20), "spatial": ("mu_s", "sigma_s", 15)}
 
@@ -48,9 +55,10 @@ def draw_images(count, seed, size=8, spread=60):
 def sets(tmp_path, monkeypatch):
     """ref.npz of 150 images and samples.npz of 70, in the current folder; Inception is small."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "Inception", SmallInception)
-    monkeypatch.setattr(checkpoint, "inception_weights", lambda path: path)
-    monkeypatch.setattr(evaluate, "STATISTICS", SMALL)
+    monkeypatch.setattr(extractors, "Inception", SmallInception)
+    monkeypatch.setattr(extractors, "inception_weights", lambda path: path)
+    for module in (image_sets, figure_list):
+        monkeypatch.setattr(module, "STATISTICS", SMALL)
     arrays = draw_images(150, 0), draw_images(70, 1, spread=40)
     np.savez("ref.npz", arr_0=arrays[0], arr_1=np.arange(150) % 10)
     np.savez("samples.npz", arr_0=arrays[1], arr_1=np.arange(70) % 10)
@@ -77,12 +85,12 @@ def value(found, name):
 
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory):
-    return evaluation.random_weights(tmp_path_factory.mktemp("inception"))
+    return evaluation_time.random_weights(tmp_path_factory.mktemp("inception"))
 
 
 @pytest.fixture
 def inception(inception_file):
-    return metrics.Inception(inception_file, torch.device("cpu"))
+    return Inception(inception_file, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +108,7 @@ def test_pool_and_logits_are_torch_fidelitys_without_bias(inception, theirs):
     assert torch.allclose(found["logits"], unbiased, rtol=1e-4, atol=1e-5)
     assert (biased - unbiased).abs().max() > 0.05
     assert {name: features.shape[1] for name, features in found.items()} == {
-        "logits": 1008} | {name: dimensions for name, (_, _, dimensions) in evaluate.STATISTICS.items()}
+        "logits": 1008} | {name: dimensions for name, (_, _, dimensions) in STATISTICS.items()}
     assert found["pool"].std(dim=0).mean() > 1e-3
 
 
@@ -156,7 +164,7 @@ def test_the_network_sees_tensorflow_1s_resize(inception, size):
 
 @pytest.mark.slow
 def test_all_figures_are_torch_fidelitys_on_the_same_network(figures, inception_file, theirs, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "INCEPTION_SHA256", checkpoint.digest(inception_file))
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256", digest(inception_file))
     sets = [draw_images(40, 0, size=24), draw_images(30, 1, size=24, spread=30)]
     for name, images in zip(("ref", "samples"), sets):
         np.savez(tmp_path / f"{name}.npz", arr_0=images)
@@ -214,7 +222,7 @@ def test_the_five_figures_are_those_of_all_features_at_once(sets, figures, monke
 
 
 def test_enough_samples_make_a_plain_fid(sets, figures, monkeypatch):
-    monkeypatch.setattr(evaluate, "ENOUGH", 70)
+    monkeypatch.setattr(figure_list, "ENOUGH", 70)
     found = figures("ref.npz", "samples.npz")
     assert found[0]["FID"]["remark"] == ""
     assert "N = 70" in found[1]["said"]
@@ -223,13 +231,13 @@ def test_enough_samples_make_a_plain_fid(sets, figures, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["adm", "fp32"])
 def test_distances_are_of_the_precision_asked_for(sets, figures, monkeypatch, precision):
-    monkeypatch.setattr(evaluate, "precision_and_recall", lambda real, fake, given: (len(real), len(fake) + len(given)))
+    monkeypatch.setattr(figure_list, "precision_and_recall", lambda real, fake, given: (len(real), len(fake) + len(given)))
     found = figures("ref.npz", "samples.npz", *([] if precision == "adm" else ["--pr-precision", precision]))
     assert (value(found, "Precision"), value(found, "Recall")) == (150, 70 + len(precision))
 
 
 def test_saved_statistics_give_the_same_figures_and_hold_images_evenly_spaced(sets, figures, run_here, monkeypatch):
-    monkeypatch.setattr(evaluate, "REFERENCE_IMAGES", 50)
+    monkeypatch.setattr(image_sets, "REFERENCE_IMAGES", 50)
     result = run_here(evaluate, "ref.npz", "--save-stats", "stats.npz", "--device", "cpu")
     assert result.returncode == 0, result.stderr
     with np.load("stats.npz") as stats:
@@ -267,7 +275,7 @@ def test_statistics_without_images_skip_what_needs_images_and_say_so(sets, figur
     swapped = figures("ref.npz", "bare.npz")
     assert value(swapped, "FID") == pytest.approx(0, abs=1e-9)
     assert swapped[0]["Inception Score"]["remark"] == "skipped: statistics without images in SAMPLES"
-    monkeypatch.setattr(evaluate, "Inception", None)  # there is nothing to show it
+    monkeypatch.setattr(extractors, "Inception", None)  # there is nothing to show it
     both = figures("bare.npz", "bare.npz")
     assert value(both, "FID") == pytest.approx(0, abs=1e-9)
     assert both[0]["Precision"]["remark"] == "skipped: statistics without images in REF and SAMPLES"
@@ -275,11 +283,14 @@ def test_statistics_without_images_skip_what_needs_images_and_say_so(sets, figur
 
 PATCHED = """import sys
 sys.path[:0] = [{root!r}, {tests!r}]
-import checkpoint, evaluate, metrics, runtime
+import evaluate
+from evaluation import extractors, figures, image_sets, metrics, survey
+from runtime import cli
 from test_evaluate import SMALL, SmallInception
-evaluate.Inception, evaluate.STATISTICS, evaluate.BATCH, metrics.SPLIT = SmallInception, SMALL, 16, 20
-checkpoint.inception_weights = lambda path: path
-runtime.run(evaluate.main, evaluate.build_parser())
+extractors.Inception, extractors.inception_weights = SmallInception, lambda path: path
+figures.STATISTICS = image_sets.STATISTICS = SMALL
+survey.BATCH, metrics.SPLIT = 16, 20
+cli.run(evaluate.main, evaluate.build_parser())
 """
 
 
@@ -289,7 +300,7 @@ def test_three_processes_give_the_figures_of_one(sets, tmp_path, monkeypatch, ru
     script = tmp_path / "patched_evaluate.py"
     script.write_text(PATCHED.format(root=str(ROOT), tests=str(ROOT / "tests")))
     flags = ["ref.npz", "samples.npz", "--classifier", "classifier.pt", "--training-images", "digits", "--device", "cpu"]
-    monkeypatch.setattr(evaluate, "BATCH", 16)
+    monkeypatch.setattr(survey_module, "BATCH", 16)
     monkeypatch.setattr(metrics, "SPLIT", 20)
     assert run_here(evaluate, *flags, "--json", "one.json").returncode == 0
     run_script(script, *flags, "--json", "three.json", cwd=tmp_path, nproc=3)
@@ -325,16 +336,16 @@ def test_without_training_images_the_floor_is_of_two_parts_of_ref(sets, figures,
     assert found["floor_of"] == "N = 70 against 80"
     seen = []
     np.savez("few.npz", arr_0=sets[0][:100])
-    original = evaluate.survey
+    original = survey_module.survey
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "survey", lambda *args, indices=None, **kwargs: (
+        patch.setattr(survey_module, "survey", lambda *args, indices=None, **kwargs: (
             seen.append(indices), original(*args, indices=indices, **kwargs))[1])
         found = figures("few.npz", "samples.npz", "--weights", "none")[0]["FD-pixel32"]
     assert found["floor_of"] == "N = 50 against 50"
-    halves = [sets[0][:100][rows].reshape(50, -1) / 127.5 - 1 for rows in seen[2:]]
+    halves = [sets[0][:100][rows].reshape(50, -1) / 127.5 - 1 for rows in seen]
     assert found["floor"] == pytest.approx(numpys_distance(*halves), rel=1e-4)
-    assert sorted(np.concatenate(seen[2:])) == list(range(100))
-    assert not np.array_equal(seen[2], np.arange(50))  # a random half
+    assert sorted(np.concatenate(seen)) == list(range(100))
+    assert not np.array_equal(seen[0], np.arange(50))  # a random half
 
 
 def test_channels_equal_throughout_both_sets_are_counted_once(sets, figures):
@@ -365,7 +376,7 @@ def save_digits(name, split, change=lambda images, labels: (images, labels)):
 
 
 def load_network(path):
-    network = metrics.Classifier(num_classes=10)
+    network = Classifier(num_classes=10)
     network.load_state_dict(checkpoint.load(path)["classifier"])
     return network.eval()
 
@@ -381,7 +392,7 @@ def test_the_classifier_reads_real_digits_and_tells_wrong_labels(digits_classifi
     assert found[0]["Label accuracy"]["floor"] == pytest.approx(accuracy)  # measured by the script that trained it
     assert (found[0]["FD-classifier"]["value"], found[0]["FD-pixel32"]["value"]) == pytest.approx((0, 0), abs=1e-6)
     for name in ("FD-classifier", "Label accuracy"):
-        assert checkpoint.digest(digits_classifier) in found[0][name]["remark"]
+        assert digest(digits_classifier) in found[0][name]["remark"]
         assert f"test accuracy {accuracy:.4f}" in found[0][name]["remark"]
     with torch.no_grad(), np.load("wrong.npz") as file:
         logits = load_network(digits_classifier)(torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1)
@@ -530,11 +541,11 @@ def test_other_weights_are_one_line(tmp_path, monkeypatch, run_here):
     monkeypatch.chdir(tmp_path)
     np.savez("x.npz", arr_0=draw_images(5, 0))
     (tmp_path / "w.pth").write_bytes(b"other")
-    assert_one_line(run_here(evaluate, "x.npz", "x.npz", "--weights", "w.pth"), "--weights w.pth", checkpoint.INCEPTION,
-                    checkpoint.INCEPTION_SHA256, checkpoint.digest(tmp_path / "w.pth"))
+    assert_one_line(run_here(evaluate, "x.npz", "x.npz", "--weights", "w.pth"), "--weights w.pth", INCEPTION,
+                    INCEPTION_SHA256, digest(tmp_path / "w.pth"))
     assert_one_line(run_here(evaluate, "x.npz", "x.npz", "--weights", "v.pth"), "--weights v.pth is no file")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
-    monkeypatch.setattr(checkpoint, "INCEPTION_URL", f"file://{tmp_path}/nowhere.pth")
+    monkeypatch.setattr(extractors, "INCEPTION_URL", f"file://{tmp_path}/nowhere.pth")
     result = run_here(evaluate, "x.npz", "x.npz")
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
     assert "cannot download" in result.stderr
@@ -543,14 +554,14 @@ def test_other_weights_are_one_line(tmp_path, monkeypatch, run_here):
 def test_weights_are_found_in_the_cache_or_downloaded_to_it_once(tmp_path, monkeypatch, capsys):
     (tmp_path / "server.pth").write_bytes(b"weights")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(checkpoint, "INCEPTION_URL", f"file://{tmp_path}/server.pth")
+    monkeypatch.setattr(extractors, "INCEPTION_URL", f"file://{tmp_path}/server.pth")
     with pytest.raises(OSError, match="incomplete"):
-        checkpoint.inception_weights(None)
-    monkeypatch.setattr(checkpoint, "INCEPTION_SHA256", checkpoint.digest(tmp_path / "server.pth"))
-    path = checkpoint.inception_weights(None)
-    assert path == tmp_path / "checkpoints" / checkpoint.INCEPTION
+        inception_weights(None)
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256", digest(tmp_path / "server.pth"))
+    path = inception_weights(None)
+    assert path == tmp_path / "checkpoints" / INCEPTION
     (tmp_path / "server.pth").unlink()
-    assert checkpoint.inception_weights(None) == path
+    assert inception_weights(None) == path
     assert capsys.readouterr().out.count("Downloading") == 2
 
 
@@ -580,7 +591,7 @@ def test_other_classifiers_are_one_line(digits_classifier, tiny_run, tmp_path, m
 def test_without_torch_fidelity_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     with pytest.raises(ValueError, match=r"pip install '\.\[eval\]'"):
-        metrics.Inception(None, torch.device("cpu"))
+        Inception(None, torch.device("cpu"))
 
 
 # --- sets of images ------------------------------------------------------------------------------

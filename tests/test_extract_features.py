@@ -11,12 +11,14 @@ import pytest
 import torch
 from conftest import ROOT, TINY_RUN, assert_one_line, run_script
 
-import checkpoint
 import extract_features
 import sample
 import train
-from autoencoders import load_autoencoder, to_unit_range
-from data import Rows, load_dataset
+from pipeline import checkpoint
+from pipeline.autoencoders import load_autoencoder
+from runtime.pictures import to_unit_range
+from training.datasets import Rows, load_dataset
+from training.objective import Draws, Objective
 
 
 def flags(photographs, tiny_vae, features, *more):
@@ -74,10 +76,11 @@ def test_a_killed_extraction_is_refused_by_training_and_goes_on(features, photog
     out = tmp_path / "out"
     slow = f"""
 import sys, time; sys.path.insert(0, {str(ROOT)!r})
-import extract_features, runtime
+import extract_features
+from runtime import cli
 encode = extract_features.encode
 extract_features.encode = lambda *a: (time.sleep(1), encode(*a))[1]
-runtime.run(extract_features.main, extract_features.build_parser())"""
+cli.run(extract_features.main, extract_features.build_parser())"""
     process = subprocess.Popen([sys.executable, "-c", slow, *map(str, flags(photographs, tiny_vae, out))],
                                stderr=subprocess.DEVNULL)
     while not (out / "unfinished.json").exists() or (np.load(out / "labels.npy") < 0).all():
@@ -190,8 +193,8 @@ def test_fast_dit_features_are_read_with_their_labels_and_never_scaled_again(fas
     assert sorted(order) == list(range(12))
     assert np.array_equal(x.numpy(), latents[order, 0])
     assert (data.classes[207], data.image_size, data.kind) == ("golden retriever", (256, 256), "latents")
-    objective = train.Objective(Capture(), load_autoencoder(str(tiny_vae)), data, 0.0, "fp32")
-    draws = train.Draws(*(torch.zeros(12, *shape) for shape in ((4, 32, 32), (4, 32, 32), (), ())))
+    objective = Objective(Capture(), load_autoencoder(str(tiny_vae)), data, 0.0, "fp32")
+    draws = Draws(*(torch.zeros(12, *shape) for shape in ((4, 32, 32), (4, 32, 32), (), ())))
     objective.losses(None, x, y, draws)
     assert torch.equal(objective.process.x, x)
 
@@ -233,7 +236,9 @@ def write_features(folder, rows):
 LOAD = """
 import sys, time; sys.path.insert(0, {root!r})
 import torch
-from data import Batches, GlobalOrder, load_dataset
+from training.order import Batches
+from training.order import GlobalOrder
+from training.datasets import load_dataset
 data = load_dataset({folder!r})
 order = GlobalOrder(len(data), 256, 0, flip=data.flip)
 batches = Batches(data, order, range({steps}), {workers}, torch.device("cpu"))

@@ -16,10 +16,11 @@ import torch
 from conftest import ROOT, TINY_RUN, assert_one_line, patched, run_script
 from PIL import Image
 
-import checkpoint
-import runtime
 import sample
 import train
+from pipeline import checkpoint
+from pipeline.spec import build_model
+from training.state import LossMeter, OptimizerArgs, Training
 
 FLAGS = [*TINY_RUN, "--diffusion-args", '{"objective": "flow", "sampling": {"num_sampling_steps": "2"}}', "--run-name", "r"]
 LOGGED = ("step", "loss", "loss_moving_mean", "lr", "grad_norm", "val_loss", "val_loss_ema")
@@ -69,7 +70,7 @@ def errors(result):
 STOPPABLE = ["--max-steps", 9, "--ckpt-every", 4, "--val-every", 3, "--preview-every", 3, "--log-every", 2,
              "--num-workers", 1]
 POINTS = {  # where the signal arrives, and the step of the checkpoint that it makes
-    "a step": ("before(runtime.LossMeter, 'update', lambda meter, *_: meter.seen == 4 and kill(signal.SIGTERM))", 5),
+    "a step": ("before(state.LossMeter, 'update', lambda meter, *_: meter.seen == 4 and kill(signal.SIGTERM))", 5),
     "validation": ("before(train.Trainer, 'validate', lambda run: run.state.step == 6 and kill(signal.SIGTERM))", 6),
     "a preview": ("before(train, 'preview', lambda *a: a[3].stem == '0000006' and kill(signal.SIGINT))", 6),
     "a checkpoint": ("before(checkpoint, 'save', lambda path, *_: path.stem == '0000004' and kill(signal.SIGTERM))", 4),
@@ -140,7 +141,7 @@ def survive_kills(cwd, count, seed):
     for launch in range(count):
         writing = launch % 3 == 0
         nth_write = chance.randrange(1, 40)
-        dies = ("writes = []; before(checkpoint.HashingFile, 'write', lambda *_: "
+        dies = ("writes = []; before(files.HashingFile, 'write', lambda *_: "
                 f"writes.append(1) or len(writes) == {nth_write} and kill())")
         slow = "before(train.Trainer, 'finish_step', lambda run: time.sleep(0.05))"
         script = patched(cwd, dies if writing else slow)
@@ -182,7 +183,7 @@ def test_twenty_kills_change_nothing(tmp_path):
     survive_kills(tmp_path, 20, seed=1)
 
 
-DIES = "if RANK == 1 and LAUNCH == 0: before(runtime.LossMeter, 'update', lambda meter, *_: meter.seen == 6 and kill())"
+DIES = "if RANK == 1 and LAUNCH == 0: before(state.LossMeter, 'update', lambda meter, *_: meter.seen == 6 and kill())"
 TWO = ["--max-steps", 9, "--ckpt-every", 4, "--log-every", 3, "--num-workers", 1]
 
 
@@ -240,7 +241,7 @@ if RANK == 1: train.load_dataset = fails"""
 
 @pytest.mark.parametrize("nproc", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_dead_data_worker_ends_the_run_with_one_line(tmp_path, nproc):
-    code = "before(data.ArrayImages, '__getitems__', lambda *_: RANK == (os.environ.get('WORLD_SIZE') == '2') and kill())"
+    code = "before(datasets.ArrayImages, '__getitems__', lambda *_: RANK == (os.environ.get('WORLD_SIZE') == '2') and kill())"
     result = start(tmp_path, code, "--max-steps", 9, "--num-workers", 1, nproc=nproc, check=False)
     assert result.returncode != 0
     (line,) = errors(result)
@@ -305,7 +306,8 @@ def test_best_is_the_checkpoint_of_the_lowest_validation_loss(unbroken):
 def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(tmp_path, nproc):
     """A limit on the size of files, from the second checkpoint on."""
     code = """
-limit = lambda: runtime.resource.setrlimit(runtime.resource.RLIMIT_FSIZE, (50_000, 50_000))
+import resource
+limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 before(checkpoint, 'save', lambda path, *_: path.stem == '0000008' and limit())"""
     result = start(tmp_path, code, *TWO, nproc=nproc, check=False)
     assert result.returncode != 0
@@ -332,8 +334,8 @@ def test_space_for_a_checkpoint_is_asked_for_before_training(tmp_path, monkeypat
 
 def test_the_size_that_is_asked_for_is_that_of_a_checkpoint(unbroken):
     state = checkpoint.load(checkpoint.latest(folder(unbroken)))
-    model = checkpoint.build_model(state["spec"]["model"])
-    size = checkpoint.Training.begin(model, runtime.LossMeter(), 1e-3, checkpoint.OptimizerArgs()).size
+    model = build_model(state["spec"]["model"])
+    size = Training.begin(model, LossMeter(), 1e-3, OptimizerArgs()).size
     moments = sum(value.nbytes for moments in state["opt"]["state"].values() for value in moments.values() if value.dim())
     assert size == moments + sum(value.nbytes for part in ("model", "ema") for value in state[part].values())
 
@@ -349,7 +351,7 @@ def test_a_read_only_folder_is_one_line(tmp_path):
 # --- numbers that are not finite -----------------------------------------------------------------
 
 POISON = """
-losses = train.Objective.losses
+losses = objective.Objective.losses
 def poisoned(self, model, batch, labels, draws):
     poisoned.calls += 1
     terms = losses(self, model, batch, labels, draws)
@@ -357,7 +359,7 @@ def poisoned(self, model, batch, labels, draws):
         terms["loss"] = terms["loss"] * float("nan")
     return terms
 poisoned.calls = 0
-train.Objective.losses = poisoned
+objective.Objective.losses = poisoned
 """
 
 
@@ -392,8 +394,8 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_with_one_line(tmp_path):
 def test_after_too_many_skipped_steps_a_checkpoint_between_lines_of_the_log_goes_on(tmp_path, run_patched):
     flags = [*FLAGS, "--max-steps", 8, "--log-every", 6, "--ckpt-every", 5, "--optimizer-args", '{"max_skipped": 3}']
     code = """
-losses = train.Objective.losses
-patch.setattr(train.Objective, "losses", lambda *args: {"loss": losses(*args)["loss"] * float("nan")})"""
+losses = objective.Objective.losses
+patch.setattr(objective.Objective, "losses", lambda *args: {"loss": losses(*args)["loss"] * float("nan")})"""
     assert "steps in a row" in run_patched(code, *flags).stderr
     assert checkpoints(tmp_path) == [5]
     assert run_patched("", *flags).returncode == 0
@@ -402,8 +404,8 @@ patch.setattr(train.Objective, "losses", lambda *args: {"loss": losses(*args)["l
 
 def test_patience_ends_a_run_that_no_longer_improves(tmp_path, run_patched):
     code = """
-losses, at = iter([3.0, 2.0, 2.5, 2.0, 1.0]), checkpoint.Training.validated_at
-patch.setattr(checkpoint.Training, "validated_at", lambda self, loss: at(self, next(losses)))"""
+losses, at = iter([3.0, 2.0, 2.5, 2.0, 1.0]), state.Training.validated_at
+patch.setattr(state.Training, "validated_at", lambda self, loss: at(self, next(losses)))"""
     flags = [*FLAGS, "--max-steps", 9, "--val-every", 1, "--optimizer-args", '{"patience": 2}']
     assert "Finished: results/r. Step 4 of 9" in run_patched(code, *flags).stdout
     assert checkpoints(tmp_path) == [4]
@@ -423,7 +425,7 @@ before(train.Trainer, 'finish_step', lambda run: time.sleep(0.1))
 def note(order, step):
     with open(f"rows-{os.getpid()}.txt", "a") as file:
         print(step, os.environ["WORLD_SIZE"], RANK, file=file)
-before(data.GlobalOrder, 'batch', note)"""
+before(order.GlobalOrder, 'batch', note)"""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

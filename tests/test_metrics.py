@@ -6,15 +6,15 @@ import scipy.linalg
 import torch
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-import metrics
-from metrics import (
-    Classifier,
+from evaluation import metrics
+from evaluation.extractors import Classifier, pixel_features
+from evaluation.metrics import (
     Gaussian,
     InceptionScore,
     Moments,
     Nearest,
+    distance_blocks,
     frechet_distance,
-    pixel_features,
     precision_and_recall,
 )
 
@@ -190,7 +190,7 @@ def test_adms_distances_are_rounded_to_fp16_and_fp32_in_a_block_that_overflows(m
     rng = np.random.default_rng(0)
     a, b = rng.uniform(0, 3, (16, 40)).astype(np.float32), rng.uniform(0, 3, (8, 40)).astype(np.float32)
     a[9] = 60  # 40 * 60^2 is more than fp16 has
-    found = {rows.start: distances for rows, _, distances in metrics.distance_blocks(*map(torch.from_numpy, (a, b)), "adm")}
+    found = {rows.start: distances for rows, _, distances in distance_blocks(*map(torch.from_numpy, (a, b)), "adm")}
     half = np.float16
     norms = [np.sum((x.astype(half) ** 2).astype(np.float32), axis=1).astype(half) for x in (a[:8], b)]
     products = (a[:8].astype(half).astype(np.float32) @ b.T.astype(half).astype(np.float32)).astype(half)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import Autoencoder_models, DiT, DiT_models, TimestepEmbedder
+from models import DiT, TimestepEmbedder
+from small_models import DIFFUSION_NETWORKS, Autoencoder_models
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {
@@ -27,7 +28,7 @@ def family(name):
 def tiny(name, **kwargs):
     """The preset, small, with every parameter random: an untrained network answers 0 and would hide faults."""
     torch.manual_seed(0)
-    model = DiT_models[name](**{"input_size": 8, "num_classes": 5, **TINY[family(name)], **kwargs})
+    model = DIFFUSION_NETWORKS[name](**{"input_size": 8, "num_classes": 5, **TINY[family(name)], **kwargs})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
@@ -51,7 +52,7 @@ def close(a, b):
 def test_dit_has_the_published_keys_and_shapes(name):
     golden = json.loads((GOLDEN / "dit_state_dicts.json").read_text())[name]
     with torch.device("meta"):
-        model = DiT_models[name]()
+        model = DIFFUSION_NETWORKS[name]()
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == golden["state_dict"]
     assert sum(p.numel() for p in model.parameters()) == golden["parameters"]
 
@@ -104,7 +105,7 @@ TABLE = {
 @pytest.mark.parametrize("name", TABLE)
 def test_parameters_and_multiply_accumulates(name):
     with torch.device("meta"):
-        model = DiT_models[name]()
+        model = DIFFUSION_NETWORKS[name]()
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, 4, 32, 32), torch.empty(1), torch.empty(1, dtype=torch.long))
     parameters, gmac, parameter_tolerance, gmac_tolerance = TABLE[name]
@@ -115,14 +116,14 @@ def test_parameters_and_multiply_accumulates(name):
 def test_the_registry_holds_every_family_and_size():
     sizes = ("S", "B", "L", "XL")
     isotropic = {f"{kind}-{size}/{patch}" for kind in ("DiT", "DiNext") for size in sizes for patch in (2, 4, 8)}
-    assert set(DiT_models) == isotropic | {f"DiNext-U-{size}" for size in sizes} | {"PixArt-B/2", "MLP", "ConvAdaLN"}
+    assert set(DIFFUSION_NETWORKS) == isotropic | {f"DiNext-U-{size}" for size in sizes} | {"PixArt-B/2", "MLP", "ConvAdaLN"}
 
 
 # --- every backbone ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("in_channels", [1, 3, 4, 16])
-@pytest.mark.parametrize("name", DiT_models)
+@pytest.mark.parametrize("name", DIFFUSION_NETWORKS)
 def test_every_entry_takes_any_channels_sizes_and_classes(name, in_channels):
     model = tiny(name, input_size=(8, 16), in_channels=in_channels, num_classes=1, learn_sigma=in_channels == 4)
     x, t, y = inputs(model)
@@ -162,9 +163,9 @@ def test_any_split_of_the_seam_gives_the_forward_pass(name):
 
 def test_the_default_splits_are_those_of_faster_diffusion():
     with torch.device("meta"):
-        assert DiT_models["DiT-XL/2"]().default_split == 18
-        assert DiT_models["DiNext-U-XL"]().default_split == 3 + 6 + 12
-        assert DiT_models["MLP"]().default_split == 1  # 0 would compute everything and reuse the noisy pixels
+        assert DIFFUSION_NETWORKS["DiT-XL/2"]().default_split == 18
+        assert DIFFUSION_NETWORKS["DiNext-U-XL"]().default_split == 3 + 6 + 12
+        assert DIFFUSION_NETWORKS["MLP"]().default_split == 1  # 0 would compute everything and reuse the noisy pixels
 
 
 @pytest.mark.parametrize("name", SEAMED)
@@ -185,7 +186,7 @@ def test_gradient_checkpointing_changes_memory_and_not_gradients(name):
 
 @pytest.mark.parametrize("name", ["DiT-S/2", "DiNext-S/2", "DiNext-U-S"])
 def test_an_untrained_network_answers_zero_and_its_blocks_are_identities(name):
-    model = DiT_models[name](input_size=8, num_classes=5, **TINY[family(name)])
+    model = DIFFUSION_NETWORKS[name](input_size=8, num_classes=5, **TINY[family(name)])
     x, t, y = inputs(model)
     assert model(x, t, y).abs().max() == 0
     block, c = model.blocks[0], model.condition(t, y)
@@ -221,12 +222,12 @@ def test_a_dinext_block_is_the_written_formula():
 ])
 def test_parameters_of_small_systems(name, kwargs, parameters):
     with torch.device("meta"):
-        assert sum(p.numel() for p in DiT_models[name](**kwargs).parameters()) == parameters
+        assert sum(p.numel() for p in DIFFUSION_NETWORKS[name](**kwargs).parameters()) == parameters
 
 
 @pytest.mark.parametrize("name", ["DiT-S/2", "DiNext-S/2", "PixArt-B/2"])
 def test_adaln_single_begins_with_identities_and_every_parameter_learns(name):
-    model = DiT_models[name](input_size=8, num_classes=5, **TINY[family(name)], adaln="single")
+    model = DIFFUSION_NETWORKS[name](input_size=8, num_classes=5, **TINY[family(name)], adaln="single")
     x, t, y = inputs(model)
     h = torch.randn(3, 4, 4, 16) if "DiNext" in name else torch.randn(3, 16, 24)
     assert torch.equal(model.blocks[0](h, model.condition(t, y)), h)
@@ -248,8 +249,9 @@ def test_adaln_single_shares_one_projection_and_adds_a_table():
     assert close(c, torch.nn.functional.silu(model.t_embedder(t) + model.y_embedder(y)) @ shared.weight.T + shared.bias)
     for block in model.blocks:
         assert torch.equal(block.adaLN_modulation(c), c + block.adaLN_modulation.table)
-    own = sum(p.numel() for p in DiT_models["DiT-S/2"](adaln="single").blocks.parameters())
-    assert sum(p.numel() for p in DiT_models["DiT-S/2"]().blocks.parameters()) - own == 12 * (6 * 384**2)  # tables for biases
+    own = sum(p.numel() for p in DIFFUSION_NETWORKS["DiT-S/2"](adaln="single").blocks.parameters())
+    plain = sum(p.numel() for p in DIFFUSION_NETWORKS["DiT-S/2"]().blocks.parameters())
+    assert plain - own == 12 * (6 * 384**2)  # tables for biases
 
 
 def test_the_class_token_is_one_more_key_and_value_of_attention():
@@ -277,7 +279,7 @@ def test_the_mlp_is_the_written_formula():
     assert close(model(x, t, y), expected)
     null = model.condition(t, torch.tensor([5]))  # its embedding is zero
     assert torch.equal(null, torch.cat([torch.tensor([[0.25]]), model.norm.bias[None]], dim=1))
-    assert DiT_models["MLP"]()(torch.randn(2, 1, 28, 28), t.repeat(2), y.repeat(2)).abs().max() == 0
+    assert DIFFUSION_NETWORKS["MLP"]()(torch.randn(2, 1, 28, 28), t.repeat(2), y.repeat(2)).abs().max() == 0
 
 
 def test_a_conv_adaln_block_is_the_written_formula():
@@ -301,7 +303,7 @@ def test_a_conv_adaln_block_is_the_written_formula():
     linear, label = model.embedder[0], model.embedding_table(y)
     embedded = torch.cat([TimestepEmbedder.timestep_embedding(t, 8), label], dim=1) @ linear.weight.T + linear.bias
     assert close(model.condition(t, y), embedded * torch.tanh(torch.log(1 + embedded.exp())))
-    fresh = DiT_models["ConvAdaLN"](hidden_size=16, depth=2)
+    fresh = DIFFUSION_NETWORKS["ConvAdaLN"](hidden_size=16, depth=2)
     assert fresh(torch.randn(2, 8, 8, 8), torch.zeros(2), torch.tensor([0, 10])).abs().max() == 0
     scale, shift = fresh.blocks[0].modulation.bias.chunk(2)
     assert (scale.unique().tolist(), shift.unique().tolist()) == ([1], [0])
@@ -338,8 +340,8 @@ def test_the_autoencoder_has_the_written_layers_and_standardised_latents(size):
 @pytest.mark.parametrize("name", ["DiT-S/2", "DiNext-S/2", "DiNext-U-S"])
 def test_wrong_arguments_are_named(name):
     with pytest.raises(TypeError, match="hidden_sise"):
-        DiT_models[name](hidden_sise=8)
+        DIFFUSION_NETWORKS[name](hidden_sise=8)
     with pytest.raises(ValueError, match="multiples of"):
-        DiT_models[name](input_size=9)
+        DIFFUSION_NETWORKS[name](input_size=9)
     with pytest.raises(ValueError, match="at least 1"):
-        DiT_models[name](num_classes=0)
+        DIFFUSION_NETWORKS[name](num_classes=0)

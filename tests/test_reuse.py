@@ -10,7 +10,7 @@ from diffusion import create_diffusion
 from diffusion.guidance import guide, in_interval
 from diffusion.reuse import Reuse, add_prior_noise, extrapolate, key_evaluations, plan
 from diffusion.samplers import SAMPLERS, evaluation_times
-from models import DiT_models
+from small_models import DIFFUSION_NETWORKS
 
 MODELS = {"DiT-S/2": dict(hidden_size=24, depth=4, num_heads=2), "DiNext-S/2": dict(hidden_size=24, depth=4),
           "DiNext-U-S": dict(hidden_size=8, depths=(1, 1, 1, 1, 1)), "PixArt-B/2": dict(hidden_size=24, depth=4, num_heads=2),
@@ -21,7 +21,7 @@ LABELS = torch.tensor([3, 0, 2])
 def tiny(name="DiT-S/2", dtype=torch.float64, seed=0, **kwargs):
     """A network of random weights, the last layer's too."""
     torch.manual_seed(seed)
-    model = DiT_models[name](input_size=8, in_channels=2, num_classes=5, **MODELS[name] | kwargs).to(dtype)
+    model = DIFFUSION_NETWORKS[name](input_size=8, in_channels=2, num_classes=5, **MODELS[name] | kwargs).to(dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     return model.eval().requires_grad_(False)

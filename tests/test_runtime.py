@@ -6,16 +6,20 @@ import torch
 
 import evaluate
 import extract_features
-import runtime
 import sample
 import sample_ddp
 import train
 from diffusion import create_diffusion
 from models import DiNextU
+from runtime import cli
+from runtime.files import check_writable
+from runtime.log import Log
+from runtime.processes import World, fresh_store, start_world
+from runtime.randomness import generator
 
 
 def parser():
-    parser = runtime.ArgumentParser("A test.")
+    parser = cli.ArgumentParser("A test.")
     parser.add_argument("--lr", type=float, default=1.0)
     parser.add_argument("--run-name", type=str | None)
     parser.add_argument("--model-args", type=dict, default={})
@@ -82,7 +86,7 @@ def test_print_config_has_every_flag_below_its_help(script, capsys):
 
 
 def test_dictionaries_are_checked_against_a_signature():
-    check = runtime.check_arguments
+    check = cli.check_arguments
     assert check(create_diffusion, {"objective": "flow"}, "--diffusion-args") == {"objective": "flow"}
     assert check(DiNextU, {"depths": [1, 1, 2, 1, 1], "hidden_size": "8"}, "--model-args") == {
         "depths": (1, 1, 2, 1, 1), "hidden_size": 8}
@@ -96,7 +100,7 @@ def test_dictionaries_are_checked_against_a_signature():
 
 def test_randomness_is_a_function_of_its_address():
     def draw(*address):
-        return torch.randn(4, generator=runtime.generator(*address)).tolist()
+        return torch.randn(4, generator=generator(*address)).tolist()
 
     assert draw("noise", 0, 17) == draw("noise", 0, 17)
     others = [draw("noise", 0, 17), draw("noise", 0, 18), draw("noise", 1, 17), draw("other", 0, 17), draw("noise", 0, 1, 7)]
@@ -105,7 +109,7 @@ def test_randomness_is_a_function_of_its_address():
 
 def test_a_world_of_one_needs_no_torchrun(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    world = runtime.start_world("cpu")
+    world = start_world("cpu")
     assert (world.rank, world.size, world.is_main) == (0, 1, True)
     assert world.mean(torch.tensor(3.0)) == 3
     calls = []
@@ -116,7 +120,7 @@ def test_a_world_of_one_needs_no_torchrun(monkeypatch):
         world.on_main(lambda: open("mine"))
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="--device cuda: this machine has none; available: cpu"):
-            runtime.start_world("cuda")
+            start_world("cuda")
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -125,7 +129,7 @@ def test_processes_of_one_start_share_a_part_of_the_store_that_dead_ones_do_not_
     store.set("asks/1", "a dead process")
     for _ in range(2):  # a start, and a restart with the first one's answers still there
         with ThreadPoolExecutor(size) as pool:
-            parts = list(pool.map(lambda rank: runtime.fresh_store(store, rank, size), range(size)))
+            parts = list(pool.map(lambda rank: fresh_store(store, rank, size), range(size)))
         assert not parts[0].check(["address"])
         parts[0].set("address", "here")
         assert [part.get("address") for part in parts] == [b"here"] * size
@@ -134,26 +138,26 @@ def test_processes_of_one_start_share_a_part_of_the_store_that_dead_ones_do_not_
 def test_a_library_s_value_error_keeps_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["x.py"])
     with pytest.raises(json.JSONDecodeError):
-        runtime.run(lambda args: json.loads("{"), parser())
+        cli.run(lambda args: json.loads("{"), parser())
     with pytest.raises(SystemExit):
-        runtime.run(lambda args: runtime.check_writable("/proc/nowhere"), parser())
+        cli.run(lambda args: check_writable("/proc/nowhere"), parser())
     assert "cannot write to the folder /proc/nowhere" in capsys.readouterr().err
 
 
 def test_the_log_forgets_what_an_interrupted_run_will_do_again(tmp_path):
-    world = runtime.World(0, 1, torch.device("cpu"))
-    log = runtime.Log(tmp_path, world, 0, "none", {})
+    world = World(0, 1, torch.device("cpu"))
+    log = Log(tmp_path, world, 0, "none", {})
     for step in (1, 2, 3):
         log.record(step, loss=step / 10)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "los')  # killed in the middle of a line
-    runtime.Log(tmp_path, world, 2, "none", {}).record(3, loss=0.5)
+    Log(tmp_path, world, 2, "none", {}).record(3, loss=0.5)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.1), (2, 0.2), (3, 0.5)]
 
 
 def test_other_processes_log_nothing(tmp_path):
-    log = runtime.Log(tmp_path, runtime.World(1, 2, torch.device("cpu")), 0, "none", {})
+    log = Log(tmp_path, World(1, 2, torch.device("cpu")), 0, "none", {})
     log.say("x")
     log.record(1, loss=1)
     log.close()

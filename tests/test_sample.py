@@ -6,11 +6,13 @@ import torch
 from conftest import assert_one_line, run_script, save_random_checkpoint
 from PIL import Image
 
-import checkpoint
 import sample
-from autoencoders import Pixels
 from diffusion import create_diffusion
 from models import DiT_models
+from pipeline import checkpoint, generation
+from pipeline.autoencoders import Pixels
+from pipeline.generation import Sampling, addressed_noise, generate, settings_for
+from runtime.pictures import to_uint8
 
 CLASSES = ["tench, Tinca tinca", "golden retriever", "zero", "tiger cat", "cat"]
 
@@ -24,10 +26,10 @@ def gaussian_run(tmp_path_factory):
 def draw(path, indices, labels=None, reuse=None, eta=0.0, precision="fp32", on_step=lambda step: None, **overrides):
     restored = checkpoint.restore(path)
     restored.spec["sampling"] = restored.spec["sampling"] | overrides
-    sampling = sample.settings_for(restored.spec, eta, precision)
+    sampling = settings_for(restored.spec, eta, precision)
     if reuse:
         sampling = sampling.with_reuse(restored.model, **reuse)
-    return sample.generate(restored.model, Pixels(), labels or [i % 5 for i in indices], indices, 0, sampling, on_step)
+    return generate(restored.model, Pixels(), labels or [i % 5 for i in indices], indices, 0, sampling, on_step)
 
 
 def assert_same_images(a, b):
@@ -59,26 +61,26 @@ def test_seed_label_and_guidance_change_an_image(gaussian_run):
 
 def test_later_noise_differs_from_step_to_step(gaussian_run):
     model = checkpoint.restore(gaussian_run).model
-    draws = [sample.addressed_noise(model, 0, [5], *step) for step in ((), (0,), (1,))]
+    draws = [addressed_noise(model, 0, [5], *step) for step in ((), (0,), (1,))]
     assert len({draw.sum().item() for draw in draws}) == 3
-    assert torch.equal(draws[1], sample.addressed_noise(model, 0, [4, 5], 0)[1:])
+    assert torch.equal(draws[1], addressed_noise(model, 0, [4, 5], 0)[1:])
 
 
 def test_generate_is_the_sampler_the_guidance_and_the_decoder(gaussian_run):
     """Against DiT's own way: forward_with_cfg on a doubled batch in p_sample_loop, all three channels guided."""
     model, indices = checkpoint.restore(gaussian_run).model, [0, 1]
-    x = sample.addressed_noise(model, 0, indices)
+    x = addressed_noise(model, 0, indices)
     y = torch.tensor([3, 4, 5, 5])
-    noises = [sample.addressed_noise(model, 0, indices, step) for step in range(4)]
+    noises = [addressed_noise(model, 0, indices, step) for step in range(4)]
     out = create_diffusion("4").p_sample_loop(
         model.forward_with_cfg, (4, 3, 8, 8), torch.cat([x, x]), model_kwargs=dict(y=y, cfg_scale=2.0),
         noise_source=lambda step: torch.cat([noises[step]] * 2))
-    expected = sample.to_uint8(out.chunk(2)[0])
+    expected = to_uint8(out.chunk(2)[0])
     assert_same_images(draw(gaussian_run, indices, labels=[3, 4]), expected)
 
 
 def test_uint8_rounds_to_the_nearest_level():
-    assert sample.to_uint8(torch.tensor([-2, -1, 0.0, 1, 3, 127.4 / 127.5]).view(1, 1, 1, 6)).flatten().tolist() == [
+    assert to_uint8(torch.tensor([-2, -1, 0.0, 1, 3, 127.4 / 127.5]).view(1, 1, 1, 6)).flatten().tolist() == [
         0, 0, 128, 255, 255, 255]
 
 
@@ -183,7 +185,7 @@ def test_compiled_is_eager_but_for_rounding(tiny_run, tmp_path, monkeypatch, run
 def test_thresholding_replaces_clipping(gaussian_run, monkeypatch):
     plain, thresholded = (draw(gaussian_run, [1, 2], sampler="ddim", dynamic_thresholding=on) for on in (False, True))
     assert not torch.equal(plain, thresholded)
-    monkeypatch.setattr(sample, "dynamic_threshold", lambda x_0: x_0.clamp(-1, 1))
+    monkeypatch.setattr(generation, "dynamic_threshold", lambda x_0: x_0.clamp(-1, 1))
     assert torch.equal(plain, draw(gaussian_run, [1, 2], sampler="ddim", dynamic_thresholding=True))
 
 
@@ -286,6 +288,6 @@ def test_input_scale_is_undone_before_decoding(scale):
 
     model = Knows()
     process = create_diffusion("10", objective="x0", learn_sigma=False, input_scale=scale)
-    sampling = sample.Sampling(process, "10", "ddim", cfg_scale=1.0, cfg_channels=1)
-    images = sample.generate(model, Pixels(), [0, 0], range(2), 0, sampling)
-    assert torch.equal(images, sample.to_uint8(model.picture.detach()).expand(2, -1, -1, -1))
+    sampling = Sampling(process, "10", "ddim", cfg_scale=1.0, cfg_channels=1)
+    images = generate(model, Pixels(), [0, 0], range(2), 0, sampling)
+    assert torch.equal(images, to_uint8(model.picture.detach()).expand(2, -1, -1, -1))

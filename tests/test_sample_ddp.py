@@ -14,10 +14,10 @@ import torch
 from conftest import ROOT, assert_one_line, run_script
 from PIL import Image
 
-import checkpoint
-import runtime
 import sample_ddp
 from models import DiT_models
+from pipeline import checkpoint
+from runtime.processes import World
 
 FLAGS = ["--num-fid-samples", "11", "--num-sampling-steps", "3", "--device", "cpu"]
 
@@ -239,7 +239,7 @@ def test_settings_that_the_name_does_not_tell_are_not_mixed(draw, first, second,
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(("owner", "name"), [
-    (Path, "replace"), (Path, "unlink"), (shutil, "rmtree"), (np, "save"), (checkpoint, "replace_text"), (os, "fsync")],
+    (Path, "replace"), (Path, "unlink"), (shutil, "rmtree"), (np, "save"), (sample_ddp, "replace_text"), (os, "fsync")],
     ids=lambda value: value if isinstance(value, str) else "")
 def test_stopped_at_any_write_the_same_command_ends_the_same(draw, tiny_run, tmp_path, monkeypatch, owner, name, when):
     """An output of older weights is overwritten, with pictures, and stopped at each call in turn until there is none left."""
@@ -291,8 +291,8 @@ def test_a_second_writer_is_refused(draw, tmp_path):
     parts = sample_ddp.parts_of(output(tmp_path))
     output(tmp_path).unlink()
     parts.mkdir()
-    code = f"import pathlib, sys, time; sys.path.insert(0, {str(ROOT)!r}); import checkpoint\n" \
-           f"checkpoint.hold(pathlib.Path({str(parts)!r}), '', ''); print('held', flush=True); time.sleep(60)"
+    code = f"import pathlib, sys, time; sys.path.insert(0, {str(ROOT)!r}); from runtime.files import hold\n" \
+           f"hold(pathlib.Path({str(parts)!r}), '', ''); print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
@@ -306,7 +306,8 @@ def test_a_second_writer_is_refused(draw, tmp_path):
 PATCHED = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-import runtime, sample_ddp
+import sample_ddp
+from runtime import cli
 rank, original, turns = os.environ["RANK"], sample_ddp.generate, []
 def generate(*args):
     turns.append(1)
@@ -315,7 +316,7 @@ def generate(*args):
 sample_ddp.generate = generate
 if __name__ == "__main__":
     sys.argv[0] = "sample_ddp.py"
-    runtime.run(sample_ddp.main, sample_ddp.build_parser())
+    cli.run(sample_ddp.main, sample_ddp.build_parser())
     print("rank", rank, "drew", len(turns))
 """
 
@@ -361,7 +362,7 @@ def test_killed_at_any_moment_the_same_command_ends_the_same(one_process, tiny_r
 def test_the_time_that_the_device_waits(monkeypatch):
     clock = iter([0.0, 3.0, 4.0, 8.0, 8.0, 10.0])  # busy 3, idle 1, busy 4, idle 0, busy 2
     monkeypatch.setattr(sample_ddp.time, "perf_counter", lambda: next(clock))
-    idle = sample_ddp.IdleTime(runtime.World(0, 1, torch.device("cpu")))
+    idle = sample_ddp.IdleTime(World(0, 1, torch.device("cpu")))
     for _ in range(6):
         idle.mark()
     assert idle.share() == pytest.approx(0.1)
@@ -391,7 +392,7 @@ def test_images_of_a_process_that_outlived_its_launch_are_not_joined_twice(draw,
 
 def test_space_is_asked_for_what_is_still_to_be_written(draw, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(sample_ddp.runtime, "check_writable", lambda folder, size=0: asked.append(size) or folder.mkdir(
+    monkeypatch.setattr(sample_ddp, "check_writable", lambda folder, size=0: asked.append(size) or folder.mkdir(
         exist_ok=True))
     assert draw()[0].returncode == 0
     assert asked == [0, 2 * 11 * 8 * 8 * 3]
@@ -406,8 +407,9 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
             "channels": 3, "classes": ["a", "b", "c"],
             "sampling": {"sampler": "ddim", "num_sampling_steps": "1", "cfg_scale": 1.0, "cfg_channels": None}}
     checkpoint.save(tmp_path / "c.pt", {"ema": DiT_models["DiT-S/8"](**kwargs).state_dict(), "spec": spec})
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport runtime, sample_ddp, torch\n" \
-           "runtime.run(sample_ddp.main, sample_ddp.build_parser())\nprint('GiB', runtime.peak_memory(torch.device('cpu')))"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport sample_ddp, torch\n" \
+           "from runtime import cli\nfrom runtime.log import peak_memory\n" \
+           "cli.run(sample_ddp.main, sample_ddp.build_parser())\nprint('GiB', peak_memory(torch.device('cpu')))"
     peaks = []
     for count in (2000, 20_000):
         out = subprocess.run([sys.executable, "-c", code, "--ckpt", "c.pt", "--num-fid-samples", str(count), "--device", "cpu",

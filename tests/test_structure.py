@@ -1,4 +1,4 @@
-"""Who may import whom (see the file map of README.md), and that importing does nothing else."""
+"""Which file may import which (the order of docs/extending.md's map), and that importing does nothing else."""
 
 import ast
 import subprocess
@@ -7,53 +7,68 @@ import sys
 import pytest
 from conftest import ROOT
 
-LIBRARIES = {"models", "diffusion", "autoencoders", "data", "metrics", "runtime", "checkpoint"}
-SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - LIBRARIES
-ALLOWED = {"checkpoint": {"models"}}
-INSIDE_DIFFUSION = {
-    "schedules": set(), "samplers": set(), "reuse": set(), "guidance": {"schedules"}, "flow": {"samplers", "schedules"},
-    "gaussian_diffusion": {"samplers", "schedules"}, "__init__": {"flow", "gaussian_diffusion", "schedules"},
-}
+ORDER = """
+runtime/__init__ runtime/files runtime/randomness runtime/pictures runtime/processes runtime/cli runtime/log
+diffusion/schedules diffusion/samplers diffusion/gaussian_diffusion diffusion/flow diffusion/guidance
+diffusion/reuse diffusion/__init__
+models small_models
+pipeline/__init__ pipeline/spec pipeline/checkpoint pipeline/autoencoders pipeline/generation
+training/__init__ training/datasets training/order training/objective training/state training/runs training/previews
+evaluation/__init__ evaluation/metrics evaluation/image_sets evaluation/extractors evaluation/survey evaluation/figures
+""".split()  # a file imports those that stand before it
+SCRIPTS = ["train", "sample", "sample_ddp", "extract_features", "evaluate"]
+LINES = {"models": 550}  # at most; of any other file, about 350
 
 
-def imports(path):
-    """Names of the modules that a file imports, at any depth of it: absolute ones, and relative ones with their dot."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(name):
+    """The files of this project that a file imports, at any depth of its code."""
+    folder = name.split("/")[0] if "/" in name else ""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            names |= {f".{node.module}"} if node.module else {f".{alias.name}" for alias in node.names}
+            modules = [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
-    return names
+            package = ".".join(filter(None, [folder, node.module])) if node.level else node.module
+            modules = [(package, alias.name) for alias in node.names]
+        else:
+            continue
+        for package, member in modules:
+            path = package.replace(".", "/")
+            candidates = [f"{path}/{member}", path, f"{path}/__init__"]
+            found |= set([c for c in candidates if c in ORDER or c in SCRIPTS][:1])
+    return found
 
 
-@pytest.mark.parametrize("module", sorted(LIBRARIES - {"diffusion"}))
-def test_libraries_import_none_of_each_other(module):
-    assert imports(ROOT / f"{module}.py") & (LIBRARIES | SCRIPTS) <= ALLOWED.get(module, set())
+def test_every_file_has_its_place():
+    there = {str(path.relative_to(ROOT))[:-3] for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
+             if path.parts[len(ROOT.parts)] not in ("tests", "benchmarks") and not path.parts[len(ROOT.parts)].startswith(".")}
+    assert there == {*ORDER, *SCRIPTS}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "diffusion").glob("*.py")), ids=lambda path: path.stem)
-def test_diffusion_knows_no_network(path):
-    found = imports(path)
-    assert not found & (LIBRARIES | SCRIPTS)
-    assert {name[1:] for name in found if name.startswith(".")} <= INSIDE_DIFFUSION[path.stem]
+@pytest.mark.parametrize("name", ORDER)
+def test_a_file_imports_only_what_stands_before_it(name):
+    assert imported(name) <= set(ORDER[: ORDER.index(name)])
 
 
-@pytest.mark.parametrize("script", sorted(SCRIPTS))
-def test_of_the_scripts_only_sample_is_imported(script):
-    assert imports(ROOT / f"{script}.py") & SCRIPTS <= {"sample"}
+@pytest.mark.parametrize("name", [*SCRIPTS, *(f"benchmarks/{path.stem}" for path in (ROOT / "benchmarks").glob("*.py"))])
+def test_nothing_imports_a_script(name):
+    assert not imported(name) & set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", [*ORDER, *SCRIPTS])
+def test_files_are_short(name):
+    assert (ROOT / f"{name}.py").read_text().count("\n") <= LINES.get(name, 350)
 
 
 def test_importing_has_no_global_effects():
     """Neither threads, seeds, grad mode nor TF32 change, and diffusers, which is slow, is not loaded."""
+    modules = [name.replace("/__init__", "").replace("/", ".") for name in [*ORDER, *SCRIPTS]]
     code = f"""
 import sys, torch
 state = lambda: (torch.initial_seed(), torch.is_grad_enabled(), torch.backends.cudnn.allow_tf32,
                  torch.backends.cuda.matmul.allow_tf32, torch.get_num_threads(), torch.get_default_dtype())
 before = state()
-import {', '.join(sorted(LIBRARIES | SCRIPTS))}
+import {', '.join(modules)}
 assert state() == before
 assert "diffusers" not in sys.modules
 """

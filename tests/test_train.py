@@ -18,12 +18,14 @@ from conftest import ROOT, TINY_RUN, assert_one_line, patched, run_script
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
-import runtime
 import sample
 import train
-from autoencoders import Pixels
 from diffusion import create_diffusion
+from pipeline import checkpoint
+from pipeline.autoencoders import Pixels
+from runtime.processes import start_world
+from training.objective import Draws, Objective
+from training.state import OptimizerArgs, Training
 
 FLOW = ["--diffusion-args", '{"objective": "flow"}']
 
@@ -172,7 +174,7 @@ def test_photographs_train_through_a_vae_with_flips_and_validation(photographs, 
 
 def draws(process, shape, count, step):
     model = SimpleNamespace(in_channels=shape[0], input_size=shape[1:])
-    return train.Draws.at(("train", 0, step), process, count, model, torch.device("cpu"))
+    return Draws.at(("train", 0, step), process, count, model, torch.device("cpu"))
 
 
 def test_draws_of_a_batch_fall_out_to_its_parts_and_depend_on_the_step():
@@ -196,7 +198,7 @@ def test_labels_are_dropped_at_their_rate():
     n, images = 4000, torch.tensor([[[[0, 255]]]], dtype=torch.uint8).expand(4000, 1, 1, 2)
     drawn = draws(create_diffusion(""), (1, 1, 2), n, 0)
     data = SimpleNamespace(kind="images", classes=range(10))
-    objective = train.Objective(Process(), Pixels(), data, label_drop=0.2, precision="fp32")
+    objective = Objective(Process(), Pixels(), data, label_drop=0.2, precision="fp32")
     objective.losses(None, images, torch.full((n,), 7), drawn)
     assert set(seen["y"].tolist()) == {7, 10}
     assert (seen["y"] == 10).float().mean().item() == pytest.approx(0.2, abs=0.03)
@@ -206,15 +208,15 @@ def test_labels_are_dropped_at_their_rate():
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
-    args = checkpoint.OptimizerArgs(warmup_steps=4, schedule="cosine")
+    args = OptimizerArgs(warmup_steps=4, schedule="cosine")
     assert [args.factor(step, 10_000) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1], abs=1e-5)
     assert args.factor(5_000, 10_000) == pytest.approx(0.5)
     assert args.factor(10_000, 10_000) == pytest.approx(0)
-    assert checkpoint.OptimizerArgs().factor(123, 1000) == 1
+    assert OptimizerArgs().factor(123, 1000) == 1
 
 
 def test_the_ema_warms_up_to_its_decay():
-    training = checkpoint.Training.begin(torch.nn.Linear(1, 1, bias=False), None, 1.0, checkpoint.OptimizerArgs())
+    training = Training.begin(torch.nn.Linear(1, 1, bias=False), None, 1.0, OptimizerArgs())
     for training.step, decay in ((0, 0.1), (90, 0.91), (10**6, 0.95)):
         torch.nn.init.constant_(training.model.weight, 3.0)
         torch.nn.init.constant_(training.ema.weight, 1.0)
@@ -349,8 +351,8 @@ def test_a_step_never_waits_for_the_device(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = train.build_parser().parse_args(list(map(str, [
         *TINY_RUN, "--log-every", 3, "--max-steps", 9, "--grad-accum", 2, "--optimizer-args", '{"clip_norm": 1.0}'])))
-    trainer = train.Trainer(args, runtime.start_world("cpu"))
-    monkeypatch.setattr(runtime.signal, "signal", lambda *_: None)
+    trainer = train.Trainer(args, start_world("cpu"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     trainer.begin()
     trainer.step()  # starts to read
     with NoSynchronisation():

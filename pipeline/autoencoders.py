@@ -9,20 +9,18 @@ Every autoencoder has
     identity()                     what features cached from it must have been made with
 
 Where latents are cached, `encode` falls in two: `sample(moments(images), noise)`.
-
-`Reconstruction` is the objective by which train.py trains an autoencoder of one's own.
 """
 
 import hashlib
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-SSIM_WINDOW = 7  # pixels
+from pipeline import checkpoint
+from runtime.pictures import to_unit_range
+
 HUB_IDS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
 
@@ -137,11 +135,6 @@ def digest_of(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 -> float in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
 @torch.no_grad()
 def latents_of(autoencoder: nn.Module, batch: Tensor, kind: str, noise: Tensor) -> Tensor:
     """The latents (B, C, h, w) of a batch of a data set, whose `kind` tells what it holds (see data.py)."""
@@ -194,52 +187,13 @@ def load_autoencoder_kl(source: str) -> nn.Module:
     raise ValueError(f"--vae {source}: cannot load an AutoencoderKL from {hub_id}: {reason}")
 
 
-def load_autoencoder(vae: str, device: torch.device | str = "cpu",
-                     restore: Callable[[str], nn.Module] | None = None) -> nn.Module:
+def load_autoencoder(vae: str, device: torch.device | str = "cpu") -> nn.Module:
     """The autoencoder of `--vae`: "pixels", "ema" or "mse" (Stable Diffusion's), a local folder, a hub id, or a checkpoint
-    or run of an autoencoder that train.py trained, whose network `restore` reads."""
+    or run of an autoencoder that train.py trained."""
     if vae == "pixels":
         return Pixels()
     path = Path(vae)
     source = str(path.resolve()) if path.exists() else vae
     if path.suffix == ".pt" or (path / "checkpoints").is_dir():
-        if restore is None:
-            raise ValueError(f"--vae {vae} is a checkpoint: load_autoencoder needs restore=checkpoint.restore_network")
-        return TrainedAutoencoder(source, restore(source)).to(device)
+        return TrainedAutoencoder(source, checkpoint.restore_network(source)).to(device)
     return SDVAE(source).to(device)
-
-
-# --- to train one --------------------------------------------------------------------------------
-
-
-class Reconstruction:
-    """The objective of an autoencoder, in the shape of a diffusion process: MSE + 1 - SSIM of images in [-1, 1]."""
-
-    validation_terms = ("loss", "psnr", "ssim")
-
-    def sample_times(self, count: int, generator: torch.Generator) -> Tensor:
-        """There is no time: (count,) zeros."""
-        return torch.zeros(count, device=generator.device)
-
-    def training_losses(self, model: Callable, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None,
-                        noise: Tensor | None = None) -> dict[str, Tensor]:
-        """{"loss", "psnr" in dB, "ssim"} of the reconstruction of images (B, C, H, W): (B,) each."""
-        images = model(x_start, t, **(model_kwargs or {})).float()
-        mse = (images - x_start).square().flatten(1).mean(dim=1)
-        similarity = ssim(images, x_start)
-        seen = (images.detach().clamp(-1, 1) - x_start).square().flatten(1).mean(dim=1)
-        return {"loss": mse + 1 - similarity, "psnr": 10 * torch.log10(4 / seen.clamp(min=1e-10)), "ssim": similarity}
-
-
-def ssim(a: Tensor, b: Tensor, window: int = SSIM_WINDOW) -> Tensor:
-    """Structural similarity (Wang et al., 2004) of images (B, C, H, W) in [-1, 1]: (B,), 1 where they are equal.
-
-    Means, variances and covariance are of each `window` x `window` that lies inside the image, all pixels alike.
-    """
-    stabilise_mean, stabilise_variance = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    mean_a, mean_b, aa, bb, ab = (F.avg_pool2d(x, window, stride=1) for x in (a, b, a * a, b * b, a * b))
-    mean_product = mean_a * mean_b
-    variances = aa - mean_a**2 + bb - mean_b**2
-    similarity = ((2 * mean_product + stabilise_mean) * (2 * (ab - mean_product) + stabilise_variance)
-                  / ((mean_a**2 + mean_b**2 + stabilise_mean) * (variances + stabilise_variance)))
-    return similarity.flatten(1).mean(dim=1)

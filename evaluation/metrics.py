@@ -14,19 +14,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d
+from torch import Tensor
 
-PIXELS = 32  # FD-pixel32: images are averaged to at most so many pixels a side
 SPLIT = 5000  # images of one Inception Score
 NEIGHBOUR = 3  # whose distance is a feature's radius
 BLOCK = 10_000  # features a side of a block of distances: ADM's, by which it chooses between fp16 and fp32
 
-# --- Fréchet distance ----------------------------------------------------------------------------
+# --- Fréchet distance ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * root)
 
 
-# --- Inception Score -----------------------------------------------------------------------------
+# --- Inception Score -------------------------------------------------------------------------------
 
 
 class InceptionScore:
@@ -129,7 +126,7 @@ class InceptionScore:
         return float(np.mean(scores))
 
 
-# --- precision and recall ------------------------------------------------------------------------
+# --- precision and recall --------------------------------------------------------------------------
 
 
 def precision_and_recall(real: Tensor, fake: Tensor, precision: str = "adm") -> tuple[float, float]:
@@ -190,47 +187,7 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return products.mul_(-2).add_(norms(a)[:, None]).add_(norms(b)).clamp_(min=0)
 
 
-# --- Inception -----------------------------------------------------------------------------------
-
-
-class Inception:
-    """ADM's features of images (B, H, W, 3) uint8: "pool" is `pool_3` (B, 2048); "spatial" the first 7 channels of
-    `mixed_6/conv`, (B, 17 * 17 * 7) with channels last; "logits" 1,008 logits without bias.
-
-    The network and TensorFlow 1's resize to 299x299 are torch-fidelity's.
-
-    Args:
-        weights: torch-fidelity's file, which is a pickle: make sure that it is the published one.
-
-    Raises:
-        ValueError: torch-fidelity is not installed.
-    """
-
-    def __init__(self, weights: Path, device: torch.device):
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError:
-            raise ValueError("FID's Inception needs the package torch-fidelity: pip install '.[eval]'; --weights none gives "
-                             "figures without it") from None
-        network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights)
-        network.Mixed_6d.branch1x1.register_forward_hook(self._see)
-        self.network = network.to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
-
-    def _see(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        self.mixed_6 = output
-
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        pool, logits = self.network(images.permute(0, 3, 1, 2))
-        spatial = self.mixed_6[:, :7].permute(0, 2, 3, 1).flatten(1)
-        return {"pool": pool, "spatial": spatial, "logits": logits}
-
-
-# --- figures without Inception -------------------------------------------------------------------
-
-
-def pixel_features(images: Tensor) -> Tensor:
-    """(B, C, H, W) uint8 -> (B, C, h, w) in [-1, 1], area-averaged to at most PIXELS a side."""
-    return adaptive_avg_pool2d(images.float() / 127.5 - 1, [min(PIXELS, side) for side in images.shape[2:]])
+# --- nearest images --------------------------------------------------------------------------------
 
 
 class Nearest:
@@ -252,22 +209,3 @@ class Nearest:
 
     def distances(self) -> Tensor:
         return (self.squares / self.features.shape[1]).sqrt()
-
-
-class Classifier(nn.Module):
-    """A small convolutional classifier of `pixel_features` (B, 3, h, w), whose features stand in for Inception's."""
-
-    def __init__(self, num_classes: int, width: int = 32):
-        def conv(channels: int, out_channels: int) -> list[nn.Module]:
-            return [nn.Conv2d(channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()]
-
-        super().__init__()
-        self.features = nn.Sequential(  # (B, 3, h, w) -> (B, 4 width)
-            *conv(3, width),
-            nn.MaxPool2d(2), *conv(width, 2 * width), *conv(2 * width, 2 * width),
-            nn.MaxPool2d(2), *conv(2 * width, 4 * width), *conv(4 * width, 4 * width),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Linear(4 * width, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))

@@ -1,6 +1,6 @@
 """Time and peak memory of evaluate.py, on an Inception of random weights: where the real ones are not at hand.
 
-    python benchmarks/evaluation.py REF SAMPLES --json evaluation.json          # evaluate.py's own flags, but for --weights
+    python benchmarks/evaluation_time.py REF SAMPLES --json evaluation.json    # evaluate.py's flags without --weights
 
 Its five figures mean nothing; the work is that of the real network.
 """
@@ -14,7 +14,8 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checkpoint
+from evaluation import extractors
+from runtime.files import digest
 
 EVALUATE = str(Path(__file__).resolve().parent.parent / "evaluate.py")
 
@@ -22,7 +23,7 @@ EVALUATE = str(Path(__file__).resolve().parent.parent / "evaluate.py")
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         weights = random_weights(Path(folder))
-        checkpoint.INCEPTION_SHA256 = checkpoint.digest(weights)
+        extractors.INCEPTION_SHA256 = digest(weights)
         sys.argv = [EVALUATE, *sys.argv[1:], "--weights", str(weights)]
         runpy.run_path(EVALUATE, run_name="__main__")
 

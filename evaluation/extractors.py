@@ -1,0 +1,142 @@
+"""images -> features: Inception, a small classifier, pixels."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from evaluation.image_sets import ImageSet
+from pipeline import checkpoint
+from runtime.files import digest, download
+
+# The network of FID, converted from TensorFlow's of 2015 by torch-fidelity.
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+PIXELS = 32  # FD-pixel32: images are averaged to at most so many pixels a side
+STAND_INS = {"pixels": "FD-pixel32", "classifier": "FD-classifier"}
+
+
+class Inception:
+    """ADM's features of images (B, H, W, 3) uint8: "pool" is `pool_3` (B, 2048); "spatial" the first 7 channels of
+    `mixed_6/conv`, (B, 17 * 17 * 7) with channels last; "logits" 1,008 logits without bias.
+
+    The network and TensorFlow 1's resize to 299x299 are torch-fidelity's.
+
+    Args:
+        weights: torch-fidelity's file, which is a pickle: make sure that it is the published one.
+
+    Raises:
+        ValueError: torch-fidelity is not installed.
+    """
+
+    def __init__(self, weights: Path, device: torch.device):
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError:
+            raise ValueError("FID's Inception needs the package torch-fidelity: pip install '.[eval]'; --weights none gives "
+                             "figures without it") from None
+        network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights)
+        network.Mixed_6d.branch1x1.register_forward_hook(self._see)
+        self.network = network.to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
+
+    def _see(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        self.mixed_6 = output
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        pool, logits = self.network(images.permute(0, 3, 1, 2))
+        spatial = self.mixed_6[:, :7].permute(0, 2, 3, 1).flatten(1)
+        return {"pool": pool, "spatial": spatial, "logits": logits}
+
+
+def inception_weights(path: str | None) -> Path:
+    """The file of FID's Inception: the given one, or that of torch's cache, or a download; ValueError where it is another."""
+    if path is not None and not Path(path).is_file():
+        raise FileNotFoundError(f"--weights {path} is no file")
+    file = Path(path) if path is not None else download(
+        INCEPTION, INCEPTION_URL, "Apache 2.0", lambda file: digest(file) == INCEPTION_SHA256)
+    if (found := digest(file)) != INCEPTION_SHA256:
+        raise ValueError(f"--weights {file} is not {INCEPTION}: its sha256 is {found}, expected {INCEPTION_SHA256}"
+                         f"{'; delete it, to download it again' if path is None else ''}")
+    return file
+
+
+def pixel_features(images: Tensor) -> Tensor:
+    """(B, C, H, W) uint8 -> (B, C, h, w) in [-1, 1], area-averaged to at most PIXELS a side."""
+    return adaptive_avg_pool2d(images.float() / 127.5 - 1, [min(PIXELS, side) for side in images.shape[2:]])
+
+
+def pixels(images: Tensor) -> Tensor:
+    """-> (B, 3, h, w)"""
+    return pixel_features(images.permute(0, 3, 1, 2))
+
+
+def flat_pixels(images: Tensor) -> dict[str, Tensor]:
+    """Channel by channel."""
+    return {"pixels": pixels(images).flatten(1)}
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier of `pixel_features` (B, 3, h, w), whose features stand in for Inception's."""
+
+    def __init__(self, num_classes: int, width: int = 32):
+        def conv(channels: int, out_channels: int) -> list[nn.Module]:
+            return [nn.Conv2d(channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()]
+
+        super().__init__()
+        self.features = nn.Sequential(  # (B, 3, h, w) -> (B, 4 width)
+            *conv(3, width),
+            nn.MaxPool2d(2), *conv(width, 2 * width), *conv(2 * width, 2 * width),
+            nn.MaxPool2d(2), *conv(2 * width, 4 * width), *conv(4 * width, 4 * width),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(4 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+class ClassifierFeatures:
+    """Features and predictions of a classifier that benchmarks/classifier.py trained."""
+
+    def __init__(self, path: str, size: tuple[int, int], device: torch.device):
+        state = checkpoint.load(path, "--classifier")
+        if "classifier" not in state:
+            raise ValueError(f"--classifier {path} was not written by benchmarks/classifier.py")
+        spec = state["spec"]
+        own, given = tuple(spec["size"]), tuple(pixels(torch.zeros(1, *size, 3, dtype=torch.uint8)).shape[2:])
+        if own != given:
+            raise ValueError(f"--classifier {path} was trained on images of {own[0]}x{own[1]}; these are {given[0]}x{given[1]}")
+        self.network = Classifier(**spec["network"])
+        checkpoint.load_weights(self.network, state["classifier"], Path(path))
+        self.network.to(device).eval()
+        self.about = {"path": path, "sha256": digest(Path(path)),
+                      **{key: spec[key] for key in ("data", "test_images", "test_accuracy")}}
+
+    def check_labels(self, samples: ImageSet) -> None:
+        """ValueError where a label is none of the classifier's; wrong arrays of labels are found here, too."""
+        labels, count = samples.images and samples.images.labels, self.network.head.out_features
+        if labels is not None and not (0 <= labels.min() and labels.max() < count):
+            raise ValueError(f"{samples.flag} {samples.source}: arr_1 holds labels from {labels.min()} to {labels.max()}; the "
+                             f"classifier has {count} classes, 0..{count - 1}")
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.network.features(pixels(images))
+        return {"classifier": features, "predictions": self.network.head(features).argmax(dim=1)}
+
+
+def open_extractors(args, ref: ImageSet, samples: ImageSet, device: torch.device) -> dict[str, Callable]:
+    """By name, those that the flags ask for, where there are images to see."""
+    extractors = {}
+    seen = samples.images or ref.images
+    if args.classifier:
+        if seen is None:
+            raise ValueError("--classifier needs images; REF and SAMPLES hold statistics")
+        classifier = extractors["classifier"] = ClassifierFeatures(args.classifier, seen.size, device)
+        classifier.check_labels(samples)
+    if args.weights == "none" or args.training_images:
+        extractors["pixels"] = flat_pixels
+    if args.weights != "none" and seen:
+        extractors["inception"] = Inception(inception_weights(args.weights), device)
+    return extractors

@@ -1,0 +1,100 @@
+"""What is reported, with its floor."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluation.extractors import STAND_INS
+from evaluation.image_sets import STATISTICS, ImageSet
+from evaluation.metrics import frechet_distance, precision_and_recall
+from evaluation.survey import Survey
+
+ENOUGH = 50_000  # images of a published FID
+
+
+@dataclass
+class Figure:
+    """`floor`: the same figure of real images, and of how many."""
+
+    name: str
+    value: float | None
+    remark: str = ""
+    floor: float | None = None
+    floor_of: str = ""
+
+
+def inception_figures(ref: ImageSet, samples: ImageSet, seen: Survey, drawn: Survey, pr_precision: str,
+                      device: torch.device) -> list[Figure]:
+    """ADM's five; a figure that a side's statistics do not allow has no value, and says why."""
+    theirs, own = ({name: one.gaussian() for name, one in side.moments.items() if name in STATISTICS} for side in (seen, drawn))
+    theirs, own = theirs | ref.statistics, own | samples.statistics
+    few = samples.count is not None and samples.count < ENOUGH
+    label, remark = (f"-{samples.count}", f"biased upwards, as N is below {ENOUGH:,}") if few else ("", "")
+    if samples.count is None:
+        remark = "of an unknown number of samples: their statistics do not tell"
+    figures = []
+    for name, title in (("pool", "FID"), ("spatial", "sFID")):
+        if name in theirs and name in own:
+            figures.append(Figure(f"{title}{label}", frechet_distance(theirs[name], own[name]), remark))
+        else:
+            lacking = " and ".join(side.flag for side, has in ((ref, theirs), (samples, own)) if name not in has)
+            figures.append(Figure(title, None, f"skipped: {lacking} lacks {' and '.join(STATISTICS[name][:2])}"))
+    without = " and ".join(side.flag for side in (ref, samples) if side.images is None)
+    skipped = f"skipped: statistics without images in {without}"
+    if samples.images:
+        figures.append(Figure("Inception Score", drawn.inception_score.value(), f"of {len(samples.images):,} images"))
+    else:
+        figures.append(Figure("Inception Score", None, skipped))
+    if without:
+        return [*figures, Figure("Precision", None, skipped), Figure("Recall", None, skipped)]
+    near = precision_and_recall(seen.features("pool").to(device), drawn.features("pool").to(device), pr_precision)
+    remark = f"of {len(ref.images):,} real images and {len(samples.images):,} samples, {pr_precision} distances"
+    return [*figures, *(Figure(title, share, remark) for title, share in zip(("Precision", "Recall"), near))]
+
+
+def stand_in_figures(seen: Survey, drawn: Survey, floor: tuple[Survey, Survey, str] | None,
+                     extractors: dict[str, Callable]) -> list[Figure]:
+    figures = []
+    about = extractors["classifier"].about if "classifier" in extractors else {}
+    remark = about and f"{about['path']}, sha256 {about['sha256']}, test accuracy {about['test_accuracy']:.4f}"
+    for name, title in STAND_INS.items():
+        if name in extractors and floor:
+            first, rest, count = floor
+            gaussians = {side: side.moments[name].gaussian() for side in (seen, drawn, first, rest)}
+            if name == "pixels":
+                shown = distinct(seen, drawn, len(gaussians[seen].mean))
+                gaussians = {side: gaussian.at(shown) for side, gaussian in gaussians.items()}
+            of = f"of {drawn.moments[name].count:,} samples and {seen.moments[name].count:,} real images"
+            fewer = "" if rest is seen else "; real images of fewer, and so higher (--training-images: of as many)"
+            figures.append(Figure(title, frechet_distance(gaussians[seen], gaussians[drawn]),
+                                  f"{of}{fewer}{f'; {remark}' if name == 'classifier' else ''}",
+                                  frechet_distance(gaussians[first], gaussians[rest]), count))
+        elif name in extractors:
+            figures.append(Figure(title, None, "skipped: statistics without images in REF or SAMPLES"))
+    if about:
+        share = drawn.correct / drawn.labelled if drawn.labelled else None
+        figures.append(Figure("Label accuracy", share, remark if drawn.labelled else "skipped: no labels (arr_1) in SAMPLES",
+                              about["test_accuracy"], f"the classifier's test part, N = {about['test_images']:,}"))
+    return figures
+
+
+def distinct(a: Survey, b: Survey, dimensions: int) -> np.ndarray:
+    """The dimensions of pixels to be compared: channels that are equal throughout both sets are counted once."""
+    channels = np.arange(dimensions).reshape(3, -1)
+    return channels[[c for c in range(3) if not any(a.equal[e, c] and b.equal[e, c] for e in range(c))]].ravel()
+
+
+def memorisation_figures(nearest: list[Tensor]) -> list[Figure]:
+    """Distances to the nearest training image; a network that copies is nearer to it than held-out images are."""
+    held_out, samples = nearest
+    count, bound = f"REF, N = {len(held_out):,}", held_out.quantile(0.01)
+    remark = "root mean square of pixels in [-1, 1]"
+    share, doubt = (samples < bound).double().mean().item(), "share of the samples"
+    if bound < 1e-6:
+        share, doubt = None, "no figure: more than 1 % of REF are copies of training images, and not held out"
+    return [
+        Figure("Nearest training image, median", samples.median().item(), remark, held_out.median().item(), count),
+        Figure("Nearer than 99 % of held-out", share, doubt, (held_out < bound).double().mean().item(), count)]

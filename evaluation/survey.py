@@ -1,0 +1,128 @@
+"""A look at every image of a set, over processes."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from evaluation.extractors import STAND_INS, flat_pixels
+from evaluation.image_sets import BATCH, ImageSet
+from evaluation.metrics import Gaussian, InceptionScore, Moments, Nearest
+from runtime.files import in_batches
+from runtime.processes import World
+from runtime.randomness import generator
+
+
+class Survey:
+    """What the extractors saw of a set: filled batch by batch, and merged over processes."""
+
+    def __init__(self):
+        self.moments: dict[str, Moments] = {}  # by name of features
+        self.kept = defaultdict(list)  # by name, [(position, features of a batch)]
+        self.inception_score = InceptionScore()
+        self.correct = self.labelled = 0
+        self.equal = dict.fromkeys(itertools.combinations(range(3), 2), True)  # channels, throughout
+
+    def update(self, positions: np.ndarray, images: Tensor, labels: np.ndarray | None, features: dict[str, Tensor],
+               kept: list[str]) -> None:
+        for a, b in self.equal:
+            self.equal[a, b] = self.equal[a, b] and bool((images[..., a] == images[..., b]).all())
+        for name, values in features.items():
+            if name == "logits":
+                self.inception_score.update(positions, values.cpu())
+            elif name == "predictions":
+                if labels is not None:
+                    self.correct += int((values.cpu().numpy() == labels).sum())
+                    self.labelled += len(labels)
+            else:
+                self.moments.setdefault(name, Moments(values.shape[1], values.device)).update(values)
+                if name in kept:
+                    self.kept[name].append((positions[0], values.cpu()))
+
+    def cpu(self) -> "Survey":
+        """Itself, ready to travel."""
+        self.moments = {name: moments.cpu() for name, moments in self.moments.items()}
+        return self
+
+    def merge(self, other: "Survey") -> None:
+        for name, moments in other.moments.items():
+            self.moments.setdefault(name, Moments(len(moments.mean))).merge(moments)
+            self.kept[name] += other.kept[name]
+        self.inception_score.merge(other.inception_score)
+        self.correct, self.labelled = self.correct + other.correct, self.labelled + other.labelled
+        self.equal = {pair: equal and other.equal[pair] for pair, equal in self.equal.items()}
+
+    def gaussians(self) -> dict[str, Gaussian]:
+        """Fitted to each kind of features, by name."""
+        return {name: moments.gaussian() for name, moments in self.moments.items()}
+
+    def features(self, name: str) -> Tensor:
+        """(N, D), in the order of the images."""
+        return torch.cat([features for _, features in sorted(self.kept[name], key=lambda batch: batch[0])])
+
+
+def survey(image_set: ImageSet, extractors: dict[str, Callable], world: World, kept: list[str] = (),
+           indices: np.ndarray | None = None, title: str = "") -> Survey:
+    """Show the images of a set, or some of them, to the extractors: the whole Survey on the main process."""
+    own = Survey()
+    if image_set.images is None:
+        return own
+    indices = np.arange(len(image_set.images)) if indices is None else indices
+    labels = image_set.images.labels if "classifier" in extractors else None
+    for positions, images in read_batches(image_set.images, indices, world, title or image_set.flag):
+        features = {}
+        for extract in extractors.values():
+            features |= extract(images)
+        own.update(positions, images, None if labels is None else labels[indices[positions]], features, kept)
+    whole = Survey()
+    for part in world.gather(own.cpu()):
+        whole.merge(part)
+    return whole
+
+
+def read_batches(images, indices: np.ndarray, world: World, title: str) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """This process's batches of images: (their positions among `indices`, (B, H, W, 3) uint8 on the device).
+
+    One batch is read while another is worked on.
+    """
+    batches = in_batches(len(indices), BATCH)[world.rank :: world.size]
+    with ThreadPoolExecutor(1) as reader, tqdm(total=len(indices), desc=title, unit="image", disable=not world.is_main) as bar:
+        arrays = images.read(indices[batch] for batch in batches)
+        coming = reader.submit(next, arrays, None)
+        for batch in batches:
+            arrived, coming = coming.result(), reader.submit(next, arrays, None)
+            yield batch, torch.from_numpy(arrived).to(world.device)
+            bar.update(min(len(batch) * world.size, bar.total - bar.n))
+
+
+def survey_floor(ref: ImageSet, samples: ImageSet, training: ImageSet | None, seen: Survey, extractors: dict[str, Callable],
+                 world: World) -> tuple[Survey, Survey, str] | None:
+    """Real images against real ones: as many training images as samples against REF, or without those, two parts of REF.
+
+    Returns: both, and how many images are in each; None where there is nothing to compare.
+    """
+    extractors = {name: extract for name, extract in extractors.items() if name in STAND_INS}
+    if not extractors or ref.images is None or samples.images is None:
+        return None
+    real, most = (training, len(training.images)) if training else (ref, len(ref.images) // 2)
+    order = torch.randperm(len(real.images), generator=generator("floor")).numpy()
+    count = min(len(samples.images), most)
+    first = survey(real, extractors, world, indices=np.sort(order[:count]), title="real images")
+    rest = seen if training else survey(real, extractors, world, indices=np.sort(order[count:]), title="real images")
+    return first, rest, f"N = {count:,} against {len(ref.images) if training else len(order) - count:,}"
+
+
+def survey_nearest(training: ImageSet, surveys: list[Survey], world: World) -> list[Tensor]:
+    """For each survey of pixels, the distances (N,) of its images to the nearest training image; on the main process."""
+    features = world.on_main(lambda: [one.features("pixels") for one in surveys])
+    nearest = Nearest(torch.cat(features))
+    for _, images in read_batches(training.images, np.arange(len(training.images)), world, training.flag):
+        nearest.update(flat_pixels(images)["pixels"].cpu())
+    for part in world.gather(nearest.squares)[1:]:
+        nearest.squares = nearest.squares.minimum(part)
+    return list(nearest.distances().split([len(part) for part in features]))

@@ -1,0 +1,168 @@
+"""Command lines: flags over a config, checks of what was given, and an error as one line."""
+
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import jsonargparse
+import torch.distributed as dist
+
+from runtime.processes import CommonError
+
+
+class ArgumentParser(jsonargparse.ArgumentParser):
+    """Flags over a YAML `--config`, whichever comes first on the command line; an error is one line and exit code 2."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False)
+        self.add_argument("--config", action="config", help="YAML file of flags, written with underscores; flags override it")
+
+    def add_device_argument(self) -> None:
+        self.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one, else cpu")
+
+    def add_shared_arguments(self) -> None:
+        """The flags that every script with a network of ours has."""
+        self.add_device_argument()
+        self.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast, fp32 weights")
+        self.add_argument("--compile", action="store_true", help="torch.compile the model")
+
+    def add_data_arguments(self) -> None:
+        """The flags of the scripts that read images."""
+        self.add_argument("--data-path", required=True, help="digits, mnist, cifar10, a folder of classes, or cached features")
+        self.add_argument("--data-root", default="data", help="where named data sets lie")
+        self.add_argument("--vae", type=str | None, help="ema (default), mse, pixels, a folder, an own run, or a hub id")
+        self.add_argument("--image-size", type=int | None, help="default: the data's own, 256 for a folder of classes")
+        self.add_argument("--num-classes", type=int | None, help="default: the data's, with which it must agree")
+        self.add_argument("--num-workers", type=int, default=min(4, os.cpu_count()), help="of each process, to read data")
+
+    def parse_args(self, args=None, *rest, **options):
+        args = list(sys.argv[1:] if args is None else args)
+        configs = []
+        for i in reversed(range(len(args))):
+            if args[i] == "--config":
+                configs = args[i : i + 2] + configs
+                del args[i : i + 2]
+            elif args[i].startswith("--config="):
+                configs = [args.pop(i), *configs]
+            elif re.match(r"--[\w-]+\.\w+\.", args[i]):
+                self.error(f"{args[i]}: a dotted flag changes one entry of a dictionary, not an entry of an entry")
+        return super().parse_args(configs + args, *rest, **options)
+
+    def dump(self, *args, **options) -> str:
+        """The flags as YAML, each below its help: what --print_config prints."""
+        helps = {action.dest: action.help for action in self._actions}
+        return re.sub(r"^(\w+):", lambda key: f"# {helps[key[1]]}\n{key[0]}", super().dump(*args, **options), flags=re.M)
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        fail(plain_words(message))
+
+
+def plain_words(message: object, is_flag: bool = True) -> str:
+    """jsonargparse's message, shortened to the flag (or key), what it takes and what it got."""
+    def name(key: re.Match) -> str:
+        return f"--{key[1].replace('_', '-')}:" if is_flag else f"{key[1]}:"
+
+    text = re.sub(r'Parser key "([\w.]+)"(?: element \d+)?:', name, one_line(message))
+    text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* Given value: (.*)",
+                  r"Expected one of \1. Got value: \2", text)
+    return re.sub(r"<class '(\w+)'>", r"\1", text).replace("NoneType", "null")
+
+
+def check_arguments(function: Callable, arguments: dict, flag: str, skip: set[str] = frozenset(),
+                    beside: tuple[str, ...] = ()) -> dict:
+    """`arguments`, with names and types as the signature of `function` has them; ValueError that names the flag.
+
+    `skip` are parameters that the flag does not take, `beside` keys that it takes for others than `function`.
+    """
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    add = parser.add_class_arguments if inspect.isclass(function) else parser.add_function_arguments
+    add(function, as_group=False, skip=set(skip))
+    allowed = [action.dest for action in parser._actions if action.dest != "help"]
+    for name in arguments:
+        if name not in allowed:
+            raise ValueError(f"{flag}: unknown key {name!r}; allowed: {', '.join([*allowed, *beside])}")
+    try:
+        checked = parser.parse_object(dict(arguments)).as_dict()
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(f"{flag}: {plain_words(error, is_flag=False)}") from None
+    return {name: checked[name] for name in arguments}
+
+
+def check_numbers(args, names: list[str], allowed: str, fine: Callable[[float], bool]) -> None:
+    """ValueError that names the first flag whose number (or one of whose numbers) is not fine; None is left alone."""
+    for name in names:
+        given = getattr(args, name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if value is not None and not fine(value):
+                raise ValueError(f"--{name.replace('_', '-')} {value} is not {allowed}")
+
+
+def check_data_arguments(args) -> None:
+    check_numbers(args, ["image_size", "num_classes"], "at least 1", lambda n: n >= 1)
+    check_numbers(args, ["num_workers"], "at least 0", lambda n: n >= 0)
+
+
+def naming(flag: str, function: Callable):
+    """The function's result; a ValueError, or what a wrong number breaks inside a library, names the flag it came from."""
+    try:
+        return function()
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"{flag}: {error}") from None
+
+
+def run(main: Callable, parser: ArgumentParser) -> None:
+    """Run a script's main on the command line's flags. What a user can mend is one line on stderr and exit code 2.
+
+    That is an OSError, a ValueError raised in this project's own code (one from inside a library is a bug here, and keeps
+    its traceback), and the loss of another process. After a failure the process group is not destroyed, which would wait
+    for the others.
+    """
+    args = parser.parse_args()
+    try:
+        main(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, CommonError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        ours = raised_in.is_relative_to(Path(__file__).parent.parent) and ".venv" not in raised_in.parts
+        if not isinstance(error, ValueError) or ours:
+            fail(error, common=isinstance(error, CommonError))
+        raise
+    except RuntimeError as error:
+        if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)):
+            reason = str(error).split(". ")[0]
+            fail(f"lost another process of this run; the same command continues it from its last checkpoint ({reason})")
+        raise
+
+
+def fail(message: object, common: bool = False) -> None:
+    """Say it in one line and exit with code 2: the main process what is common to all, else the first one to fail."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" if common else first_to_fail():
+        where = "" if rank == "0" else f" (rank {rank})"
+        print(f"{Path(sys.argv[0]).name}: error: {one_line(message)}{where}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(2)  # the collectives under way never end, nor would an orderly exit
+    sys.exit(2)
+
+
+def first_to_fail() -> bool:
+    """Whether no other process has told a failure yet: a lost process is missed by all the others at once."""
+    if not dist.is_initialized():
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+    except RuntimeError:  # the store is gone with the machine that held it
+        return True
+
+
+def one_line(message: object) -> str:
+    return " ".join(str(message).split())

@@ -1,0 +1,160 @@
+"""The log of a run, trackers that mirror it, a stopwatch, and memory."""
+
+import importlib.util
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from tqdm import tqdm
+
+from runtime import cli
+from runtime.processes import World
+
+
+class Stopwatch:
+    """The time that steps took since the last reading, from each `start` to its `stop`."""
+
+    def __init__(self):
+        self.seconds, self.steps = 0.0, 0
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        self.seconds += time.perf_counter() - self.started
+        self.steps += 1
+
+    def read(self, batch_size: int, waited: float) -> dict[str, float]:
+        """Images a second, and the share of the time that was `waited` for data."""
+        values = {"images_per_second": self.steps * batch_size / self.seconds, "data_wait_share": waited / self.seconds}
+        self.seconds, self.steps = 0.0, 0
+        return values
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory in use so far, in GiB: of tensors on a GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on a Mac
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class Log:
+    """A run's `log.txt`, `metrics.jsonl` and `config.yaml`, mirrored to a tracker. Silent but on the main process."""
+
+    def __init__(self, folder: Path, world: World, step: int, tracker: str, config: dict):
+        self.folder, self.active = folder, world.is_main
+        if not self.active:
+            return
+        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        self.metrics = folder / "metrics.jsonl"
+        if self.metrics.exists():  # what an interrupted run logged after its last checkpoint will be logged again
+            lines = self.metrics.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            temporary = self.metrics.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            temporary.replace(self.metrics)
+        try:
+            self.tracker = TRACKERS[tracker](folder, config, step)
+        except Exception as error:  # whatever its server answers
+            raise ValueError(f"--tracker {tracker} does not start: {error}") from None
+
+    def say(self, text: str) -> None:
+        if self.active:
+            tqdm.write(text)
+            sys.stdout.flush()
+            with open(self.folder / "log.txt", "a") as file:
+                file.write(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n")
+
+    def record(self, step: int, **scalars: float) -> None:
+        """One line of metrics.jsonl; what is not finite is null there."""
+        if self.active:
+            finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+            line = {"step": step, "time": round(time.time(), 1)} | finite
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint that survives a power cut shall find its log
+            self.say(", ".join(f"{name} {value:.5g}" for name, value in ({"step": step} | scalars).items()))
+            self._track("scalars", step, scalars)
+
+    def image(self, step: int, path: Path) -> None:
+        if self.active:
+            self._track("image", step, path)
+
+    def close(self) -> None:
+        if self.active:
+            self._track("close")
+
+    def _track(self, method: str, *values) -> None:
+        """Tell the tracker. A run is worth more than its mirror: when that fails, the run goes on without it."""
+        try:
+            getattr(self.tracker, method)(*values)
+        except Exception as error:
+            self.tracker = NoTracker(self.folder, {}, 0)
+            self.say(f"The tracker failed, and is told no more: {cli.one_line(error)}")
+
+
+class NoTracker:
+    """What a tracker is asked; this one does nothing. `step`: of the checkpoint that is continued."""
+
+    def __init__(self, folder: Path, config: dict, step: int): ...
+    def scalars(self, step: int, values: dict[str, float]) -> None: ...
+    def image(self, step: int, path: Path) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoardTracker(NoTracker):
+    """Event files under the run's folder."""
+
+    def __init__(self, folder: Path, config: dict, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
+        self.writer.add_text("config", f"```\n{json.dumps(config, indent=2, default=str)}\n```")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def image(self, step: int, path: Path) -> None:
+        self.writer.add_image("preview", np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class MLflowTracker(NoTracker):
+    """A run named as its folder, on the server of MLFLOW_TRACKING_URI; the run's id lies in the folder, to continue it."""
+
+    def __init__(self, folder: Path, config: dict, step: int):
+        import mlflow
+        self.mlflow, id_file = mlflow, folder / "mlflow_run_id"
+        run = mlflow.start_run(run_id=id_file.read_text() if id_file.exists() else None, run_name=folder.name)
+        if not id_file.exists():
+            id_file.write_text(run.info.run_id)
+            mlflow.log_params(config)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self.mlflow.log_metrics(values, step=step)
+
+    def image(self, step: int, path: Path) -> None:
+        self.mlflow.log_artifact(str(path), "previews")
+
+    def close(self) -> None:
+        self.mlflow.end_run()
+
+
+def check_tracker(name: str) -> None:
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise ValueError(f"--tracker {name} needs the package {name}: pip install '.[track]'")
+
+
+TRACKERS = {"none": NoTracker, "tensorboard": TensorBoardTracker, "mlflow": MLflowTracker}

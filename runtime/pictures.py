@@ -1,0 +1,78 @@
+"""Pictures: open, crop, uint8 <-> [-1, 1], grids, PNG and GIF."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+from torchvision.utils import make_grid
+
+MAX_COLUMNS = 10
+LEGIBLE = 64  # pixels: smaller pictures are enlarged by a whole factor
+
+
+@contextmanager
+def picture(path: str | Path) -> Iterator[Image.Image]:
+    """An image file, opened; its header is read, its pixels when they are asked for. OSError that names a damaged one."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # a damaged file fails in many ways
+        raise OSError(f"cannot read the image {path}: {error}") from None
+
+
+def open_rgb(path: str | Path) -> Image.Image:
+    """A picture as RGB; greyscale, CMYK and transparent files become RGB."""
+    with picture(path) as image:
+        return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """ADM's crop: halve by boxes while that stays large enough, bicubic to the shorter side, cut out the middle.
+
+    Returns: (size, size, 3) uint8, or (size, size) of a greyscale image.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.Resampling.BICUBIC)
+    pixels = np.asarray(image)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 -> float in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] -> (B, H, W, C) uint8, rounded to the nearest level."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def save_grid(images: Tensor, path: Path, columns: int, description: dict | None = None) -> None:
+    """Write images (B, H, W, C) uint8 as one PNG, with the description as its text chunks."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in (description or {}).items():
+        info.add_text(key, str(value))
+    temporary = path.with_name(f".{path.name}.tmp")
+    grid(images, columns).save(temporary, format="PNG", pnginfo=info)
+    temporary.replace(path)
+
+
+def grid(images: Tensor, columns: int) -> Image.Image:
+    """Images (B, H, W, C) uint8 beside and below each other, small ones enlarged."""
+    factor = max(1, math.ceil(LEGIBLE / min(images.shape[1:3])))
+    pixels = make_grid(images.permute(0, 3, 1, 2), nrow=columns, padding=max(1, 2 // factor), pad_value=255)
+    return Image.fromarray(pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(1, 2, 0).numpy())
+
+
+def save_gif(frames: list[Image.Image], path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    frames[0].save(temporary, format="GIF", save_all=True, append_images=frames[1:], duration=400, loop=0)
+    temporary.replace(path)

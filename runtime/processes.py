@@ -1,0 +1,186 @@
+"""The processes of a run, their signals, and what moves to their devices."""
+
+import contextlib
+import os
+import signal
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT = timedelta(hours=2)  # of the other processes, while the main one downloads or counts a folder's images
+
+
+class CommonError(Exception):
+    """What is wrong for all processes at once; the main one says it."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `rank` of `size`, and the device it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+    counts: Counter = field(default_factory=Counter, compare=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def add(self, name: str, amount: int) -> int:
+        """Add to a count that all processes share; its new value."""
+        if self.size > 1:
+            return dist.distributed_c10d._get_default_store().add(name, amount)
+        self.counts[name] += amount
+        return self.counts[name]
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over all processes."""
+        total = value.clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total / self.size
+
+    def on_main(self, function: Callable):
+        """The main process's result of a function, on every process; what it raises there ends them all."""
+        outcome, failure = [None, None], None
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except Exception as error:
+                outcome[1], failure = str(error), error
+        if self.size > 1:
+            dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise failure or CommonError(outcome[1])
+        return outcome[0]
+
+    def main_first(self, function: Callable):
+        """Every process's own result of a function that the main one calls first, to download what the others find."""
+        results = []
+        self.on_main(lambda: results.append(function()))
+        return results[0] if results else function()
+
+    def gather(self, part: object) -> list:
+        """The part of each process, in the order of ranks; on the main process alone, empty on the others."""
+        parts = [None] * self.size if self.is_main else None
+        if self.size > 1:
+            dist.gather_object(part, parts)
+        return [part] if self.size == 1 else parts or []
+
+
+def start_world(device: str | None) -> World:
+    """Join the other processes that torchrun started, if it did; `device` None takes CUDA where there is one."""
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[kind]:
+        raise ValueError(f"--device {kind}: this machine has none; available: "
+                         f"{', '.join(name for name, there in available.items() if there)}")
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if kind == "cuda":
+        if local_size > torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node {local_size} is more than this machine's {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(local_rank)
+    target = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if "RANK" not in os.environ:
+        return World(0, 1, target)
+    if not dist.is_initialized():
+        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=fresh_store(store, rank, size), rank=rank,
+                                world_size=size, device_id=target if kind == "cuda" else None, timeout=TIMEOUT)
+    return World(dist.get_rank(), dist.get_world_size(), target)
+
+
+def fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of torchrun's store that the processes of this start alone know.
+
+    torchrun keeps one store over restarts, with the addresses of dead processes in it, to which the new ones would
+    connect; nor do its restart counts agree between machines (pytorch issue 135712). So rank 0 invents a name, and tells
+    it to every process that asks under a name of its own.
+    """
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks/{rank}", name)
+        answer = store.get(f"answer/{name}").decode()
+        store.set(f"{answer}/{rank}", "knows")
+        return dist.PrefixStore(answer, store)
+    asking = set(range(1, size))
+    while asking:
+        for other in asking.copy():
+            if store.check([f"{name}/{other}"]):
+                asking.remove(other)
+            elif store.check([f"asks/{other}"]):  # a dead process may have asked: then the living one will ask anew
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
+
+
+def distribute(model: nn.Module, world: World) -> nn.Module:
+    """A network `model(x, t, y)` under DDP, where there are processes to share the work with.
+
+    DDP sorts its buckets after the first backward pass, by when gradients came, and so sums in another order from then
+    on. That pass is made here, with gradients thrown away, for a continued run to sum as one that was never stopped.
+    """
+    if world.size == 1:
+        return model
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    x, t = (torch.zeros(1, *shape, device=world.device) for shape in ((model.in_channels, *model.input_size), ()))
+    for _ in range(2):  # they are sorted at the beginning of the second pass
+        network(x, t, t.long()).sum().backward()
+        model.zero_grad(set_to_none=True)
+    return network
+
+
+class Stopped(Exception):
+    """All processes agreed to stop."""
+
+
+class StopSignal:
+    """SIGTERM and SIGINT, heard by any process and answered by all of them at the same moment.
+
+    The processes agree over gloo, host to host: no process waits for its GPU.
+    """
+
+    def __init__(self, world: World):
+        self.name = ""
+        self.group = dist.new_group(backend="gloo") if world.size > 1 else None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame) -> None:
+        self.name = signal.Signals(number).name
+
+    def check(self) -> None:
+        """To be called by all processes together: raises Stopped on all if any of them heard a signal."""
+        heard = torch.tensor(float(bool(self.name)))
+        if self.group is not None:
+            dist.all_reduce(heard, dist.ReduceOp.MAX, group=self.group)
+        if heard:
+            raise Stopped(self.name or "a signal to another process")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copied without waiting for what the GPU has still to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

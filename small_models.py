@@ -1,0 +1,174 @@
+"""The networks of small systems: MLP, ConvAdaLN, Autoencoder; and NETWORKS, every registry in one."""
+
+from collections import ChainMap
+from functools import partial
+
+import torch
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models import Backbone, DiT_models, TimestepEmbedder
+
+
+class MLP(Backbone):
+    """MinDiff's network for digits, on flat pixels: [x | t | label] -> Linear -> Mish -> LayerNorm -> Linear.
+
+    The null label's embedding is zero.
+    """
+
+    def __init__(self, input_size: int | tuple[int, int] = 28, in_channels: int = 1, hidden_size: int = 4096,
+                 label_features: int = 239, num_classes: int = 10, learn_sigma: bool = False,
+                 gradient_checkpointing: bool = False):
+        super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, size_multiple=1)
+        if label_features < 1 or hidden_size < 1:
+            raise ValueError(f"label_features ({label_features}) and hidden_size ({hidden_size}) must be at least 1")
+        h, w = self.input_size
+        pixels = in_channels * h * w
+        self.embedding_table = nn.Embedding(num_classes, label_features)
+        self.norm = nn.LayerNorm(label_features)
+        self.blocks = nn.ModuleList([MLPBlock(pixels + 1 + label_features, hidden_size)])
+        self.head = nn.Linear(hidden_size, pixels * (2 if learn_sigma else 1))
+        self.default_split = 1
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """t (B,) in 0..1000, y (B,) in 0..L -> c (B, 1 + label features)."""
+        label = self.embedding_table(y.clamp(max=self.num_classes - 1)) * (y < self.num_classes)[:, None]
+        return torch.cat([t[:, None].to(label.dtype) / 1000, self.norm(label)], dim=1)
+
+    def encode(self, x: Tensor, c: Tensor, split: int | None = None) -> tuple[Tensor]:
+        """x (B, C, H, W) -> x (B, C H W), or the hidden layer (B, hidden_size)."""
+        return (self.run_blocks(self.blocks[: self.resolve_split(split)], x.flatten(1), c),)
+
+    def decode(self, state: tuple[Tensor], c: Tensor, split: int | None = None) -> Tensor:
+        """-> (B, C or 2C, H, W)"""
+        x = self.run_blocks(self.blocks[self.resolve_split(split) :], state[0], c)
+        return self.head(x).view(len(x), self.out_channels, *self.input_size)
+
+
+class MLPBlock(nn.Module):
+    """[x | c] -> Linear -> Mish -> LayerNorm."""
+
+    def __init__(self, in_features: int, hidden_size: int):
+        super().__init__()
+        self.linear = nn.Linear(in_features, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.norm(F.mish(self.linear(torch.cat([x, c], dim=1))))
+
+
+class ConvAdaLN(Backbone):
+    """MinDiff's denoiser of small latents: 3x3 convolutions at one resolution, modulated by t and label."""
+
+    def __init__(self, input_size: int | tuple[int, int] = 8, in_channels: int = 8, hidden_size: int = 256, depth: int = 8,
+                 num_classes: int = 10, learn_sigma: bool = False, gradient_checkpointing: bool = False):
+        super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, size_multiple=1)
+        if depth < 1 or hidden_size < 8 or hidden_size % 8:
+            raise ValueError(f"depth ({depth}) must be at least 1, hidden_size ({hidden_size}) a multiple of 8")
+        self.stem = nn.Conv2d(in_channels, hidden_size, kernel_size=3, padding=1)
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size // 2)
+        self.embedder = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.Mish())
+        self.blocks = nn.ModuleList(ConvAdaLNBlock(hidden_size) for _ in range(depth))
+        self.head = nn.Sequential(nn.Mish(), nn.GroupNorm(8, hidden_size),
+                                  nn.Conv2d(hidden_size, self.out_channels, kernel_size=3, padding=1))
+        self.default_split = round(depth * 18 / 28)
+        for conv in (self.head[-1], *(block.conv0 for block in self.blocks)):
+            nn.init.zeros_(conv.weight)
+            nn.init.zeros_(conv.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """t (B,) in 0..1000, y (B,) in 0..L -> c (B, D)."""
+        label = self.embedding_table(y)
+        time = TimestepEmbedder.timestep_embedding(t, label.shape[1]).to(label.dtype)
+        return self.embedder(torch.cat([time, label], dim=1))
+
+    def encode(self, x: Tensor, c: Tensor, split: int | None = None) -> tuple[Tensor]:
+        """x (B, C, H, W) -> (B, D, H, W) after the first `split` blocks."""
+        return (self.run_blocks(self.blocks[: self.resolve_split(split)], self.stem(x), c),)
+
+    def decode(self, state: tuple[Tensor], c: Tensor, split: int | None = None) -> Tensor:
+        """-> (B, C or 2C, H, W)"""
+        return self.head(self.run_blocks(self.blocks[self.resolve_split(split) :], state[0], c)).contiguous()
+
+
+class ConvAdaLNBlock(nn.Module):
+    """x + conv0(GroupNorm(Mish(scale * conv(GroupNorm(x)) + shift))), with conv0 zero at first, and scale 1."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(8, hidden_size)
+        self.conv = nn.Conv2d(hidden_size, hidden_size, kernel_size=3, padding=1)
+        self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.norm0 = nn.GroupNorm(8, hidden_size)
+        self.conv0 = nn.Conv2d(hidden_size, hidden_size, kernel_size=3, padding=1)
+        nn.init.zeros_(self.modulation.bias)
+        nn.init.ones_(self.modulation.bias[:hidden_size])
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        scale, shift = self.modulation(c)[..., None, None].chunk(2, dim=1)  # (B, D, 1, 1) each
+        return x + self.conv0(self.norm0(F.mish(scale * self.conv(self.norm(x)) + shift)))
+
+
+class Autoencoder(nn.Module):
+    """MinDiff's convolutional autoencoder: images (B, C, H, W) <-> latents (B, 8, H/4, W/4), F4-C8, each latent standardised.
+
+    There is no noise and no KL term: a latent has mean 0 and variance 1 over its C, H and W.
+    """
+
+    FACTOR, LATENT_CHANNELS = 4, 8
+
+    def __init__(self, input_size: int | tuple[int, int] = 32, in_channels: int = 3, hidden_size: int = 32):
+        super().__init__()
+        self.input_size, self.in_channels = to_2tuple(input_size), in_channels
+        if any(size < 1 or size % self.FACTOR for size in self.input_size):
+            raise ValueError(f"input_size {self.input_size} (H, W) must be positive multiples of {self.FACTOR}")
+        if hidden_size < 8 or hidden_size % 8:
+            raise ValueError(f"hidden_size {hidden_size} is not a positive multiple of 8")
+        widths = [hidden_size, 2 * hidden_size, 4 * hidden_size]
+
+        def conv(channels: int, out_channels: int) -> nn.Conv2d:
+            return nn.Conv2d(channels, out_channels, kernel_size=3, padding=1)
+
+        def stage(narrow: int, wide: int, resample: nn.Module, down: bool) -> list[nn.Module]:
+            first, second = ((narrow, wide), (wide, wide)) if down else ((wide, wide), (wide, narrow))
+            return [nn.GroupNorm(8, first[0]), conv(*first), nn.Mish(), resample,
+                    nn.GroupNorm(8, second[0]), conv(*second), nn.Mish()]
+
+        self.encoder = nn.Sequential(
+            conv(in_channels, widths[0]), nn.Mish(),
+            *stage(widths[0], widths[1], nn.AvgPool2d(2), down=True), *stage(widths[1], widths[2], nn.AvgPool2d(2), down=True),
+            nn.GroupNorm(8, widths[2]), conv(widths[2], self.LATENT_CHANNELS))
+        self.decoder = nn.Sequential(
+            conv(self.LATENT_CHANNELS, widths[2]), nn.Mish(),
+            *stage(widths[1], widths[2], nn.Upsample(scale_factor=2), down=False),
+            *stage(widths[0], widths[1], nn.Upsample(scale_factor=2), down=False),
+            nn.GroupNorm(8, widths[0]), conv(widths[0], in_channels))
+        self.to(memory_format=torch.channels_last)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> latents (B, 8, H/4, W/4)."""
+        latents = self.encoder(images)
+        return F.layer_norm(latents, latents.shape[1:]).contiguous()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """-> (B, C, H, W), near [-1, 1]."""
+        return self.decoder(latents)
+
+    def forward(self, x: Tensor, t: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        """The reconstruction of x (B, C, H, W). Timesteps and labels have no say."""
+        return self.decode(self.encode(x))
+
+
+# -------------------------------------------------------------------------------------------------
+# Registries
+# -------------------------------------------------------------------------------------------------
+
+Small_models = {"MLP": partial(MLP), "ConvAdaLN": partial(ConvAdaLN)}
+Autoencoder_models = {"Autoencoder-F4C8": partial(Autoencoder)}
+
+DIFFUSION_NETWORKS = ChainMap(Small_models, DiT_models)  # views: what is added to a registry later is seen here
+NETWORKS = ChainMap(Autoencoder_models, Small_models, DiT_models)

@@ -1,0 +1,266 @@
+"""Data sets by name or path, features cached from them, the order in which training reads them, and sets of whole images.
+
+A data set answers `dataset.__getitems__(rows)` with a whole batch, (B, ...) and labels (B,) int64. It has
+    kind                    what the batch holds:
+        "images"            (B, C, H, W) uint8
+        "moments"           (B, 2C, h, w) fp16: mean and log-variance of an autoencoder's posterior
+        "latents"           (B, C, h, w) fp32, ready to be noised
+    classes                 names
+    image_size, channels    (H, W) and C of the images, cached or not
+    flip                    whether a mirror image is as good a picture, and at hand
+    made_by                 what is known of the autoencoder of cached features; they have `latent_shape` (C, h, w) too
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from runtime.pictures import center_crop, open_rgb
+
+NAMED = ("digits", "mnist", "cifar10")
+DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+FOLDER_IMAGE_SIZE = 256
+
+
+class Rows(NamedTuple):
+    """Which samples to read, (B,) int64, and which of them as mirror images, (B,) bool."""
+
+    indices: np.ndarray
+    mirrored: np.ndarray
+
+    @classmethod
+    def plain(cls, indices: np.ndarray) -> "Rows":
+        return cls(np.asarray(indices), np.zeros(len(indices), dtype=bool))
+
+
+class ArrayImages(Dataset):
+    """Images in memory: uint8 (N, H, W) or (N, H, W, C), labels (N,)."""
+
+    kind, made_by = "images", {}
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, classes: list[str], flip: bool, image_size: int | None):
+        images = images[..., None] if images.ndim == 3 else images
+        if image_size not in (None, images.shape[1]):
+            images = np.stack([np.atleast_3d(center_crop(Image.fromarray(i.squeeze()), image_size)) for i in images])
+        self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        self.classes, self.flip = classes, flip
+        self.channels, self.image_size = self.images.shape[1], tuple(self.images.shape[2:])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        return mirror(self.images[rows.indices], rows.mirrored), self.labels[rows.indices]
+
+
+class FolderImages(Dataset):
+    """A folder of classes, one sub-folder of pictures each; read, made RGB and cropped as they are asked for."""
+
+    kind, made_by = "images", {}
+    channels = 3
+    flip = True
+
+    def __init__(self, path: Path, image_size: int | None):
+        from torchvision.datasets import ImageFolder
+        try:
+            folder = ImageFolder(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"--data-path {path} is not a folder of classes, one sub-folder of images each: "
+                                    f"{error}") from None
+        self.paths = np.array([path for path, _ in folder.samples])  # arrays: worker processes share their memory
+        self.labels = torch.tensor([label for _, label in folder.samples])
+        self.classes = readable_names(folder.classes)
+        self.image_size = (image_size or FOLDER_IMAGE_SIZE,) * 2
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        pictures = [center_crop(open_rgb(path), self.image_size[0]) for path in self.paths[rows.indices]]
+        images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+        return mirror(images, rows.mirrored), self.labels[rows.indices]
+
+
+class Features(Dataset):
+    """What extract_features.py wrote: `moments.npy` (N, 2, 2C, h, w) fp16, of each image and of its mirror image;
+    `labels.npy` (N,); and `meta.json`, written last. Read where it lies: memory does not grow with N.
+    """
+
+    kind = "moments"
+
+    def __init__(self, folder: Path, image_size: int | None):
+        if not (folder / "meta.json").is_file():
+            raise FileNotFoundError(f"--data-path {folder}: the extraction of its features is not finished; the same "
+                                    "extract_features.py command goes on with it")
+        self.folder, meta = folder, json.loads((folder / "meta.json").read_text())
+        self.classes, self.channels, self.flip = meta["classes"], meta["channels"], meta["flip"]
+        self.image_size, self.latent_shape = tuple(meta["image_size"]), tuple(meta["latent_shape"])
+        self.made_by = meta["autoencoder"]
+        self.map_files()
+        if image_size not in (None, self.image_size[0]):
+            raise ValueError(f"--image-size {image_size}: the features in {folder} are of images of {self.image_size[0]}")
+        if len(self.moments) != meta["rows"] or self.moments.shape[2:] != (2 * self.latent_shape[0], *self.latent_shape[1:]):
+            raise ValueError(f"--data-path {folder}: moments.npy has the shape {self.moments.shape}, meta.json tells otherwise")
+        self.skipped = np.array(meta["skipped"], dtype=np.int64)  # ascending rows that hold no image
+
+    def map_files(self) -> None:
+        try:
+            self.moments, self.labels = (np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("moments", "labels"))
+        except ValueError as error:
+            raise OSError(f"--data-path {self.folder}: a file of features is damaged: {error}") from None
+
+    def __getstate__(self) -> dict:  # a map would be sent to a worker process as all that is in it
+        return {name: value for name, value in vars(self).items() if name not in ("moments", "labels")}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.map_files()
+
+    def __len__(self) -> int:
+        return len(self.moments) - len(self.skipped)
+
+    def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        passed = np.searchsorted(self.skipped - np.arange(len(self.skipped)), rows.indices, side="right")
+        lines = rows.indices + passed
+        return (torch.from_numpy(self.moments[lines, rows.mirrored.astype(np.int64)]),
+                torch.from_numpy(self.labels[lines].astype(np.int64)))
+
+
+class FastDiTFeatures(Dataset):
+    """One file a sample, as fast-DiT's extract_features.py writes them: `imagenet256_features/{i}.npy` (1, C, h, w),
+    sampled and scaled already, and `imagenet256_labels/{i}.npy` (1,). There are no mirror images.
+    """
+
+    kind = "latents"
+    flip = False
+    channels = 3
+    made_by = {"scaling_factor": 0.18215, "shift_factor": 0.0}
+    FACTOR = 8  # of the images' size, in Stable Diffusion's autoencoder
+
+    def __init__(self, folder: Path, image_size: int | None, num_classes: int | None):
+        self.folder = folder
+        self.stems = np.array(sorted(path.stem for path in (folder / "imagenet256_features").glob("*.npy")))
+        if not len(self.stems):
+            raise FileNotFoundError(f"--data-path {folder}: imagenet256_features holds no .npy files")
+        self.latent_shape = self.read("features", self.stems[0]).shape[1:]
+        self.image_size = tuple(self.FACTOR * size for size in self.latent_shape[1:])
+        if image_size not in (None, self.image_size[0]):
+            raise ValueError(f"--image-size {image_size}: the features in {folder} are of images of {self.image_size[0]}")
+        self.classes = imagenet_names() if num_classes in (None, 1000) else [str(i) for i in range(num_classes)]
+
+    def __len__(self) -> int:
+        return len(self.stems)
+
+    def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        stems = self.stems[rows.indices]
+        latents = np.concatenate([self.read("features", stem) for stem in stems])
+        labels = np.concatenate([self.read("labels", stem) for stem in stems]).astype(np.int64)
+        if labels.min() < 0 or labels.max() >= len(self.classes):
+            raise ValueError(f"--num-classes {len(self.classes)}: {self.folder} has the label {labels.max()}")
+        return torch.from_numpy(latents).float(), torch.from_numpy(labels)
+
+    def read(self, part: str, stem: str) -> np.ndarray:
+        path = self.folder / f"imagenet256_{part}" / f"{stem}.npy"
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise OSError(f"cannot read {path}: {error}") from None
+
+
+def load_dataset(name: str, image_size: int | None = None, data_root: str = "data", split: str = "train",
+                 num_classes: int | None = None) -> Dataset:
+    """A data set by `--data-path`: a name in NAMED, a folder of classes, or of features cached from one.
+
+    Args:
+        image_size: H = W; None keeps the size of a named set, and crops a folder's pictures to 256.
+        data_root: where named sets lie, or are downloaded to.
+        split: "train" or "val", the held-out part: the test part of a named set, the folder `val` or `test` beside a
+            folder `train`.
+        num_classes: must be the data's; only fast-DiT's features do not tell (1,000 by default).
+    """
+    dataset = open_dataset(name, image_size, data_root, split, num_classes)
+    if num_classes not in (None, len(dataset.classes)):
+        raise ValueError(f"--num-classes {num_classes}: {name} has {len(dataset.classes)} classes")
+    return dataset
+
+
+def open_dataset(name: str, image_size: int | None, data_root: str, split: str, num_classes: int | None) -> Dataset:
+    match name:
+        case "digits":
+            return digits(split, image_size)
+        case "mnist":
+            mnist = torchvision_dataset("MNIST", data_root, split)
+            return ArrayImages(mnist.data.numpy(), mnist.targets, DIGIT_NAMES, flip=False, image_size=image_size)
+        case "cifar10":
+            cifar = torchvision_dataset("CIFAR10", data_root, split)
+            return ArrayImages(cifar.data, cifar.targets, cifar.classes, flip=True, image_size=image_size)
+    path = Path(name)
+    if not path.is_dir():
+        raise FileNotFoundError(f"--data-path {name} is neither a folder nor one of {', '.join(NAMED)}")
+    folder = path if split == "train" else held_out_folder(path)
+    if (folder / "moments.npy").exists():
+        return Features(folder, image_size)
+    if (folder / "imagenet256_features").is_dir():
+        return FastDiTFeatures(folder, image_size, num_classes)
+    return FolderImages(folder, image_size)
+
+
+def digits(split: str, image_size: int | None) -> ArrayImages:
+    """scikit-learn's 1,797 scans of digits, 8x8; a quarter, stratified, is held out."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    images = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    parts = train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)
+    images, labels = (parts[0], parts[2]) if split == "train" else (parts[1], parts[3])
+    return ArrayImages(images, labels, DIGIT_NAMES, flip=False, image_size=image_size)
+
+
+def torchvision_dataset(kind: str, root: str, split: str) -> Dataset:
+    """MNIST or CIFAR10: as it lies under `root`, else downloaded to it."""
+    import torchvision
+
+    dataset = getattr(torchvision.datasets, kind)
+    try:
+        return dataset(root, train=split == "train", download=True)  # downloads nothing that is already there
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+    raise FileNotFoundError(f"--data-root {root}: {kind} is not there and cannot be downloaded: {reason}")
+
+
+def held_out_folder(path: Path) -> Path:
+    """The folder `val` or `test` beside a folder `train`."""
+    for name in ("val", "test"):
+        if path.name == "train" and (path.parent / name).is_dir():
+            return path.parent / name
+    raise FileNotFoundError(f"--val-every needs held-out images: a folder val or test beside a folder train; "
+                            f"--data-path is {path}")
+
+
+def readable_names(folders: list[str]) -> list[str]:
+    """English names for ImageNet's folders (n02099601 -> golden retriever); any other name as it is."""
+    from timm.data import ImageNetInfo
+
+    imagenet = ImageNetInfo()
+    known = set(imagenet.label_names())
+    return [imagenet.label_name_to_description(name) if name in known else name for name in folders]
+
+
+def imagenet_names() -> list[str]:
+    from timm.data import ImageNetInfo
+    return readable_names(ImageNetInfo().label_names())
+
+
+def mirror(images: Tensor, mirrored: np.ndarray) -> Tensor:
+    """Mirror those of the images (B, C, H, W) that are to be."""
+    if not mirrored.any():
+        return images
+    return torch.where(torch.from_numpy(mirrored).view(-1, 1, 1, 1), images.flip(-1), images)

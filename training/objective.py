@@ -1,0 +1,90 @@
+"""What a training step draws, and what it minimises."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusion import create_diffusion
+from pipeline.autoencoders import latents_of
+from runtime.processes import autocast
+from runtime.randomness import generator
+
+SSIM_WINDOW = 7  # pixels
+
+
+class Draws(NamedTuple):
+    """All random numbers of one step, for the rows of a batch: a function of the address alone."""
+
+    noise: Tensor      # (B, C, H, W) of the diffusion
+    posterior: Tensor  # (B, C, H, W) of the autoencoder
+    t: Tensor          # (B,)
+    drop: Tensor       # (B,) uniform: below label_drop, a label becomes the null class
+
+    @classmethod
+    def at(cls, address: tuple, process, batch_size: int, model: nn.Module, device: torch.device) -> "Draws":
+        source = generator(*address, device=device)
+        normal = partial(torch.randn, (batch_size, model.in_channels, *model.input_size), generator=source, device=device)
+        return cls(normal(), normal(), process.sample_times(batch_size, source),
+                   torch.rand(batch_size, generator=source, device=device))
+
+    def rows(self, rows: slice) -> "Draws":
+        return Draws(*(draw[rows] for draw in self))
+
+
+class Objective(NamedTuple):
+    """What is minimised: a batch of the data set and its labels -> the loss of each sample."""
+
+    process: object
+    autoencoder: nn.Module
+    data: object        # what batches are of
+    label_drop: float   # the share of labels that become the null class
+    precision: str
+
+    def losses(self, model: nn.Module, batch: Tensor, labels: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """batch (B, ...), labels (B,) -> "loss", and what it consists of or goes with it: (B,) each."""
+        latents = latents_of(self.autoencoder, batch, self.data.kind, draws.posterior)
+        y = torch.where(draws.drop < self.label_drop, len(self.data.classes), labels)
+        with autocast(batch.device, self.precision):
+            return self.process.training_losses(model, latents, draws.t, dict(y=y), draws.noise)
+
+
+def process_of(spec: dict) -> object:
+    """What a spec's network is trained by."""
+    return Reconstruction() if spec["sampling"] is None else create_diffusion("", **spec["diffusion"])
+
+
+class Reconstruction:
+    """The objective of an autoencoder, in the shape of a diffusion process: MSE + 1 - SSIM of images in [-1, 1]."""
+
+    validation_terms = ("loss", "psnr", "ssim")
+
+    def sample_times(self, count: int, generator: torch.Generator) -> Tensor:
+        """There is no time: (count,) zeros."""
+        return torch.zeros(count, device=generator.device)
+
+    def training_losses(self, model: Callable, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None,
+                        noise: Tensor | None = None) -> dict[str, Tensor]:
+        """{"loss", "psnr" in dB, "ssim"} of the reconstruction of images (B, C, H, W): (B,) each."""
+        images = model(x_start, t, **(model_kwargs or {})).float()
+        mse = (images - x_start).square().flatten(1).mean(dim=1)
+        similarity = ssim(images, x_start)
+        seen = (images.detach().clamp(-1, 1) - x_start).square().flatten(1).mean(dim=1)
+        return {"loss": mse + 1 - similarity, "psnr": 10 * torch.log10(4 / seen.clamp(min=1e-10)), "ssim": similarity}
+
+
+def ssim(a: Tensor, b: Tensor, window: int = SSIM_WINDOW) -> Tensor:
+    """Structural similarity (Wang et al., 2004) of images (B, C, H, W) in [-1, 1]: (B,), 1 where they are equal.
+
+    Means, variances and covariance are of each `window` x `window` that lies inside the image, all pixels alike.
+    """
+    stabilise_mean, stabilise_variance = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    mean_a, mean_b, aa, bb, ab = (F.avg_pool2d(x, window, stride=1) for x in (a, b, a * a, b * b, a * b))
+    mean_product = mean_a * mean_b
+    variances = aa - mean_a**2 + bb - mean_b**2
+    similarity = ((2 * mean_product + stabilise_mean) * (2 * (ab - mean_product) + stabilise_variance)
+                  / ((mean_a**2 + mean_b**2 + stabilise_mean) * (variances + stabilise_variance)))
+    return similarity.flatten(1).mean(dim=1)

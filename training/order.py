@@ -1,0 +1,140 @@
+"""Which samples a step reads, and how they arrive."""
+
+import atexit
+import signal
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from training.datasets import Rows
+
+
+class GlobalOrder:
+    """Which samples step k reads: a new permutation each epoch, a function of (seed, epoch, position) and nothing else.
+
+    Batches run on across the end of an epoch, so that every sample is read equally often.
+
+    Args:
+        length: samples of the data set.
+        batch_size: of the global batch, over all processes.
+        rank, world_size, grad_accum: of this process; `rows` are the rows of a global batch that its micro-batches take.
+        flip: whether half of the samples, drawn from (seed, step), are read as mirror images.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, grad_accum: int = 1,
+                 flip: bool = False):
+        if batch_size % (world_size * grad_accum):
+            raise ValueError(f"--global-batch-size {batch_size} is not divisible by {world_size} processes * "
+                             f"--grad-accum {grad_accum}")
+        self.length, self.batch_size, self.seed, self.flip = length, batch_size, seed, flip
+        size = batch_size // (world_size * grad_accum)
+        starts = [(micro * world_size + rank) * size for micro in range(grad_accum)]
+        self.rows = [slice(start, start + size) for start in starts]
+        self._permutations: dict[int, np.ndarray] = {}
+
+    def batch(self, step: int) -> Rows:
+        """The global batch of step `step`, from 0."""
+        epochs, positions = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), self.length)
+        indices = [self._permutation(epoch)[positions[epochs == epoch]] for epoch in np.unique(epochs)]
+        mirrored = np.random.default_rng((self.seed, step, 1)).random(self.batch_size) < (0.5 if self.flip else 0.0)
+        return Rows(np.concatenate(indices), mirrored)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._permutations:
+            self._permutations = {key: value for key, value in self._permutations.items() if key == epoch - 1}
+            self._permutations[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+        return self._permutations[epoch]
+
+
+class MicroBatches:
+    """Batch sampler: the samples of each of this process's micro-batches, step after step."""
+
+    def __init__(self, order: GlobalOrder, steps: range):
+        self.order, self.steps = order, steps
+
+    def __len__(self) -> int:
+        return len(self.steps) * len(self.order.rows)
+
+    def __iter__(self) -> Iterator[Rows]:
+        for step in self.steps:
+            batch = self.order.batch(step)
+            for rows in self.order.rows:
+                yield Rows(*(part[rows] for part in batch))
+
+
+class Batches:
+    """Iterator over this process's micro-batches, on `device`; the next one is on its way while one is used.
+
+    `waited` counts the seconds that the reader spent waiting for data.
+    """
+
+    def __init__(self, dataset: Dataset, order: GlobalOrder, steps: range, num_workers: int, device: torch.device):
+        self.device, self.waited = device, 0.0
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # beside the stream that computes
+        self.loader = read_ahead(dataset, MicroBatches(order, steps), num_workers, pin_memory=device.type == "cuda")
+        self.upcoming = None
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        start = time.perf_counter()
+        ready = self.upcoming or self._fetch()
+        if self.copies and ready:
+            torch.cuda.current_stream().wait_stream(self.copies)
+            for part in ready:
+                part.record_stream(torch.cuda.current_stream())
+        self.upcoming = self._fetch()
+        self.waited += time.perf_counter() - start
+        if ready is None:
+            raise StopIteration
+        return ready
+
+    def read_waited(self) -> float:
+        """The seconds since the last reading."""
+        waited, self.waited = self.waited, 0.0
+        return waited
+
+    def _fetch(self) -> tuple[Tensor, Tensor] | None:
+        batch = next(self.loader, None)
+        with torch.cuda.stream(self.copies):  # no stream is the current one
+            return batch and tuple(part.to(self.device, non_blocking=True) for part in batch)
+
+
+def read_ahead(dataset: Dataset, batches: object, num_workers: int, pin_memory: bool = False) -> Iterator:
+    """What the data set answers to each element of `batches`, in order, read by worker processes."""
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=as_is, pin_memory=pin_memory,
+                        worker_init_fn=leave_signals_to_the_parent)
+    reader = in_one_line(loader)
+    atexit.register(reader.close)  # ends the workers, who do not hear the signal that Python would end them with
+    return reader
+
+
+def in_one_line(loader: DataLoader) -> Iterator:
+    """The batches; what a worker raised is told without the worker's traceback.
+
+    Raises:
+        OSError: a file cannot be read, or a worker died.
+    """
+    try:
+        yield from loader
+    except (OSError, ValueError) as error:
+        raise type(error)(str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(f"a data worker died ({error}); was it killed for lack of memory? Try fewer --num-workers") from None
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and torchrun's SIGTERM reach the whole process group; the parent shall still get its batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch

@@ -1,0 +1,53 @@
+"""Pictures of a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from pipeline.generation import DIT_LABELS, generate, settings_for
+from runtime.pictures import MAX_COLUMNS, save_gif, save_grid, to_uint8, to_unit_range
+from runtime.processes import World, autocast
+from training.datasets import Rows
+
+PREVIEW_ROWS = 4
+
+
+def preview(ema: nn.Module, autoencoder: nn.Module, spec: dict, path: Path, world: World, args,
+            progress: Callable[[], object], data) -> None:
+    """Write a grid of samples, a class a column, always from the same noise; the processes share the work. Of an
+    autoencoder, its reconstructions of some of the data."""
+    if spec["sampling"] is None:
+        world.on_main(lambda: preview_reconstructions(ema, data, path, args.precision))
+        return
+    count = len(spec["classes"])
+    labels = (DIT_LABELS if count == 1000 else list(range(min(count, MAX_COLUMNS)))) * PREVIEW_ROWS
+    mine = range(world.rank, len(labels), world.size) or range(1)  # all take part, for `progress` waits for all
+    sampling = settings_for(spec, precision=args.precision)
+    with tqdm(total=sampling.process.num_timesteps, desc="preview", leave=False, disable=not world.is_main) as bar:
+        drawn = generate(ema, autoencoder, [labels[i] for i in mine], mine, args.global_seed, sampling,
+                         lambda step: (progress(), bar.update())).cpu()
+    if parts := world.gather(drawn):
+        images = drawn.new_empty(len(labels), *drawn.shape[1:])
+        for rank, part in enumerate(parts[: len(labels)]):
+            images[rank :: world.size] = part
+        save_grid(images, path, columns=len(labels) // PREVIEW_ROWS)
+
+
+def preview_reconstructions(ema: nn.Module, data, path: Path, precision: str) -> None:
+    """Write a grid of images from all over a data set, each row above a row of their reconstructions."""
+    rows = np.linspace(0, len(data) - 1, PREVIEW_ROWS // 2 * MAX_COLUMNS).round().astype(int)
+    images, device = data.__getitems__(Rows.plain(rows))[0], next(ema.parameters()).device
+    with autocast(device, precision), torch.no_grad():
+        reconstructed = to_uint8(ema(to_unit_range(images.to(device)))).cpu()
+    rows_of = [part.split(MAX_COLUMNS) for part in (images.permute(0, 2, 3, 1), reconstructed)]
+    save_grid(torch.cat([row for pair in zip(*rows_of) for row in pair]), path, MAX_COLUMNS)
+
+
+def save_previews_gif(folder: Path) -> None:
+    """`previews.gif`, of all `previews/*.png` of a run's folder, in the order of their steps."""
+    save_gif([Image.open(path) for path in sorted((folder / "previews").glob("*.png"))], folder / "previews.gif")

@@ -1,0 +1,152 @@
+"""What changes from step to step: weights, EMA, optimizer, meter; and their settings."""
+
+import copy
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from runtime.processes import CommonError
+
+
+@dataclass
+class OptimizerArgs:
+    """train.py's --optimizer-args: AdamW, how its learning rate runs, and when a run gives up."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip_norm: float = math.inf
+    max_skipped: int = 20         # steps in a row whose loss or gradient norm is not finite
+    patience: int | None = None   # validations in a row without a better loss
+
+    def __post_init__(self):
+        for name, fine in (("betas", all(0 <= beta < 1 for beta in self.betas)), ("weight_decay", self.weight_decay >= 0),
+                           ("warmup_steps", self.warmup_steps >= 0), ("clip_norm", self.clip_norm > 0),
+                           ("max_skipped", self.max_skipped > 0), ("patience", self.patience is None or self.patience > 0)):
+            if not fine:
+                raise ValueError(f"--optimizer-args: {name} {getattr(self, name)} is out of range")
+
+    def factor(self, step: int, max_steps: int) -> float:
+        """What --lr is multiplied by in step `step`, from 0: a linear warm-up, then 1, or half a cosine to 0."""
+        cosine = 0.5 * (1 + math.cos(math.pi * step / max_steps)) if self.schedule == "cosine" else 1.0
+        return cosine * min(1.0, (step + 1) / (self.warmup_steps + 1))
+
+
+@dataclass
+class Training:
+    """All that changes from step to step: what a training checkpoint holds beside what describes it."""
+
+    model: nn.Module
+    ema: nn.Module
+    opt: torch.optim.Optimizer
+    meter: nn.Module                      # losses since the last line of the log
+    step: int = 0                         # optimizer steps taken
+    validated: int = 0                    # the step of the last validation
+    best: float = math.inf                # the lowest validation loss of the EMA
+    validations_since_best: int = 0
+    saved: int = 0                        # the step of the newest checkpoint in the run's folder, not part of one
+
+    @classmethod
+    def begin(cls, model: nn.Module, meter: nn.Module, lr: float, args: OptimizerArgs) -> "Training":
+        trained = [p for p in model.parameters() if p.requires_grad]
+        opt = torch.optim.AdamW(trained, lr, args.betas, weight_decay=args.weight_decay, fused=True)
+        return cls(model, copy.deepcopy(model).eval().requires_grad_(False), opt, meter)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are trained."""
+        return self.opt.param_groups[0]["params"]
+
+    @cached_property
+    def averaged(self) -> tuple[list, list]:
+        """The weights of the EMA, and those that they follow."""
+        return list(self.ema.parameters()), list(self.model.parameters())
+
+    def set_lr(self, lr: float) -> float:
+        self.opt.param_groups[0]["lr"] = lr
+        return lr
+
+    def update_ema(self, decay: float) -> None:
+        """ema <- decay * ema + (1 - decay) * model, with a smaller decay in the first steps."""
+        decay = min(decay, (1 + self.step) / (10 + self.step))
+        get_ema_multi_avg_fn(decay)(*self.averaged, None)
+
+    def validated_at(self, loss: float) -> bool:
+        """Note a validation loss; whether it is the lowest so far."""
+        self.validated = self.step
+        better = loss < self.best
+        self.validations_since_best = 0 if better else self.validations_since_best + 1
+        self.best = loss if better else self.best
+        return better
+
+    def state_dict(self) -> dict:
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "ema", "opt", "meter")}
+        return parts | {name: getattr(self, name) for name in ("step", "validated", "best", "validations_since_best")}
+
+    def load_state_dict(self, state: dict) -> None:
+        group = {name: self.opt.param_groups[0][name] for name in ("betas", "weight_decay")}
+        for name in ("model", "ema", "opt", "meter"):
+            getattr(self, name).load_state_dict(state[name])
+        self.opt.param_groups[0].update(group)  # as --optimizer-args now has them
+        self.meter.forgive()
+        for name in ("step", "validated", "best", "validations_since_best"):
+            setattr(self, name, state[name])
+
+    @property
+    def size(self) -> int:
+        """Bytes of a checkpoint: the weights twice, and AdamW's two moments of what is trained."""
+        weights = [*self.model.state_dict().values(), *self.ema.state_dict().values()]
+        return sum(tensor.nbytes for tensor in weights + 2 * self.parameters)
+
+
+class LossMeter(nn.Module):
+    """The training loss and how many steps were skipped, counted on the device and read only where a line is logged.
+
+    A step whose loss or gradient norm is not finite on any process is skipped by all. The buffers belong to a checkpoint.
+    """
+
+    HORIZON = 100  # steps of the moving mean
+
+    def __init__(self):
+        super().__init__()
+        for name in ("total", "count", "seen", "moving_mean", "skipped", "row", "longest_row"):
+            self.register_buffer(name, torch.zeros(()))
+
+    def update(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Count a step; 1.0 if it must be skipped, else 0.0, as AdamW's `found_inf` takes it. The loss is all processes'."""
+        skip = (~(loss.isfinite() & grad_norm.isfinite())).float()
+        loss = torch.where(skip > 0, 0.0, loss)
+        self.total += loss
+        self.count += 1 - skip
+        self.seen += 1 - skip
+        self.moving_mean += (1 - skip) * (loss - self.moving_mean) / self.seen.clamp(1, self.HORIZON)
+        self.skipped += skip
+        self.row.add_(skip).mul_(skip)
+        self.longest_row.copy_(torch.maximum(self.longest_row, self.row))
+        return skip
+
+    def forgive(self) -> None:
+        """Begin a new row: what was skipped before a restart shall not end the run after it."""
+        self.row.zero_()
+        self.longest_row.zero_()
+
+    def read(self, max_skipped: int) -> dict[str, float]:
+        """The mean loss since the last reading (nan if every step was skipped), its moving mean, all steps ever skipped.
+
+        Raises:
+            CommonError: so many steps in a row were skipped that the run has gone wrong.
+        """
+        if (row := int(self.longest_row)) >= max_skipped:
+            raise CommonError(f"{row} steps in a row had a loss or gradient norm that is not finite. They were skipped: the "
+                              "last checkpoint is good. Try a lower --lr, or clip_norm in --optimizer-args")
+        values = {"loss": (self.total / self.count).item(), "loss_moving_mean": self.moving_mean.item(),
+                  "skipped_steps": int(self.skipped)}
+        for buffer in (self.total, self.count, self.longest_row):
+            buffer.zero_()
+        return values
