@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from jsonargparse import Namespace
 
 from evaluation.extractors import INCEPTION, INCEPTION_SHA256, open_extractors
 from evaluation.figures import Figure, inception_figures, memorisation_figures, stand_in_figures
@@ -29,14 +30,14 @@ from evaluation.image_sets import (
     REFERENCE_IMAGES,
     ImageSet,
     array_names,
+    damage_as_oserror,
     open_images,
     read_statistics,
     save_statistics,
-    told_as_damage,
 )
 from evaluation.survey import survey, survey_floor, survey_nearest
-from runtime import cli
-from runtime.files import check_output, replace_text
+from runtime import UserError, cli
+from runtime.files import check_output, write_text
 from runtime.log import peak_memory
 from runtime.processes import start_world
 from training.datasets import NAMED
@@ -61,12 +62,13 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
-def main(args) -> None:
+def main(args: Namespace) -> None:
     torch.set_grad_enabled(False)
     world, start = start_world(args.device), time.perf_counter()
     exact_products()
     ref, samples, training = world.main_first(lambda: open_sets(args))
-    extractors = world.main_first(lambda: open_extractors(args, ref, samples or ref, world.device))
+    extractors = world.main_first(lambda: open_extractors(
+        ref, samples or ref, world.device, args.weights, args.classifier, pixels=bool(args.training_images)))
     kept = [name for name, needed in {"pool": samples, "pixels": training}.items() if needed]
 
     seen = survey(ref, extractors, world, kept)
@@ -92,7 +94,7 @@ def main(args) -> None:
         print(*(side.say() for side in (ref, samples, training) if side), *say(figures), sep="\n")
         print(f"{report['seconds']} s, {report['peak_memory_gib']} GiB at most; processes: {world.size}")
         if args.json:
-            replace_text(Path(args.json), json.dumps(report, indent=2) + "\n")
+            write_text(Path(args.json), json.dumps(report, indent=2) + "\n")
             print(f"Wrote {args.json}")
 
 
@@ -106,59 +108,55 @@ def exact_products() -> None:
 # --- the sets ------------------------------------------------------------------------------------
 
 
-def open_sets(args) -> tuple[ImageSet, ImageSet | None, ImageSet | None]:
+def open_sets(args: Namespace) -> tuple[ImageSet, ImageSet | None, ImageSet | None]:
     """REF, SAMPLES and --training-images. What is wrong with them, and with what is asked of them, is found here."""
     if args.samples is None and (not args.save_stats or args.classifier or args.training_images or args.json):
-        raise ValueError("SAMPLES is missing; only with --save-stats, and nothing else to measure, is REF enough")
+        raise UserError("SAMPLES is missing; only with --save-stats, and nothing else to measure, is REF enough")
     if args.save_stats and args.weights == "none":
-        raise ValueError("--save-stats writes statistics of Inception's features; --weights none leaves them out")
+        raise UserError("--save-stats writes statistics of Inception's features; --weights none leaves them out")
     sources = [Path(source).resolve() for source in (args.ref, args.samples, args.training_images) if source]
     if args.save_stats and Path(args.save_stats).resolve() in sources:
-        raise ValueError(f"--save-stats {args.save_stats} would overwrite its own images; name another file")
+        raise UserError(f"--save-stats {args.save_stats} would overwrite its own images; name another file")
     if args.training_images and args.ref not in NAMED and sources[0] == sources[-1]:
-        raise ValueError(f"--training-images {args.training_images} is REF; the check needs held-out images for REF")
-    check_output("--json", args.json, ".json")
-    samples = open_set(args.samples, "SAMPLES", args) if args.samples else None
+        raise UserError(f"--training-images {args.training_images} is REF; the check needs held-out images for REF")
+    if args.json:
+        with cli.prefix_errors("--json"):
+            check_output(args.json, ".json")
+    samples = open_set(args.samples, "SAMPLES", args.data_root) if args.samples else None
     size = samples.images.size if samples and samples.images else None
-    ref = open_set(args.ref, "REF", args, size)
-    training = open_set(args.training_images, "--training-images", args, size, "train") if args.training_images else None
+    ref = open_set(args.ref, "REF", args.data_root, size)
+    training = None
+    if args.training_images:
+        training = open_set(args.training_images, "--training-images", args.data_root, size, "train")
     if args.save_stats and ref.statistics:
-        raise ValueError(f"--save-stats: REF {ref.source} holds statistics already")
+        raise UserError(f"--save-stats: REF {ref.source} holds statistics already")
     if args.save_stats:
         count, (height, width) = min(len(ref.images), REFERENCE_IMAGES), ref.images.size
-        check_output("--save-stats", args.save_stats, ".npz", count * height * width * 3)
+        with cli.prefix_errors("--save-stats"):
+            check_output(args.save_stats, ".npz", count * height * width * 3)
     for one in filter(None, (ref, samples, training)):
         if one.images is None and (args.weights == "none" or args.training_images):
-            raise ValueError(f"{one.flag} {one.source} holds statistics of Inception's features, without images; "
-                             f"{'--weights none' if args.weights == 'none' else '--training-images'} needs images")
+            raise UserError(f"{one.title} {one.source} holds statistics of Inception's features, without images; "
+                            f"{'--weights none' if args.weights == 'none' else '--training-images'} needs images")
         if one.images and size and one.images.size != size:
-            raise ValueError(f"SAMPLES are {size[0]}x{size[1]} (height x width), the images of {one.flag} "
-                             f"{one.images.size[0]}x{one.images.size[1]}; expected one size")
+            raise UserError(f"SAMPLES are {size[0]}x{size[1]} (height x width), the images of {one.title} "
+                            f"{one.images.size[0]}x{one.images.size[1]}; expected one size")
     return ref, samples, training
 
 
-def open_set(source: str, flag: str, args, size: tuple[int, int] | None = None, split: str = "val") -> ImageSet:
+def open_set(source: str, title: str, data_root: str, size: tuple[int, int] | None = None, split: str = "val") -> ImageSet:
     statistics, count, path = {}, None, Path(source)
     if path.is_file() and zipfile.is_zipfile(path):
-        with told_as_damage(f"{flag} {source}"), zipfile.ZipFile(path) as file:
+        with damage_as_oserror(f"{title} {source}"), zipfile.ZipFile(path) as file:
             names = set(array_names(file))
         if names & {"mu", "sigma", "mu_s", "sigma_s"}:
-            statistics, count = read_statistics(path, flag, names)
+            statistics, count = read_statistics(path, title, names)
             if "arr_0" not in names:
-                return ImageSet(flag, source, None, statistics, count)
-    images = open_images(source, flag, size, args.data_root, split)
+                return ImageSet(title, source, None, statistics, count)
+    images = open_images(source, title, size, data_root, split)
     if len(images) < 4:
-        raise ValueError(f"{flag} {source} has {len(images)} images; expected at least 4, for a third neighbour")
-    return ImageSet(flag, source, images, statistics, count)
-
-
-# --- features of images: (B, H, W, 3) uint8 -> {name: (B, D)} ----------------------------------------
-
-
-# --- a look at every image -----------------------------------------------------------------------
-
-
-# --- figures -------------------------------------------------------------------------------------
+        raise UserError(f"{title} {source} has {len(images)} images; expected at least 4, for a third neighbour")
+    return ImageSet(title, source, images, statistics, count)
 
 
 def say(figures: list[Figure]) -> list[str]:

@@ -17,17 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jsonargparse import Namespace
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from pipeline.autoencoders import load_autoencoder
-from runtime import cli
-from runtime.files import check_writable, replace_text
+from pipeline.autoencoders import Pixels, load_autoencoder
+from runtime import UserError, cli
+from runtime.files import check_writable, write_text
 from runtime.pictures import to_unit_range
 from runtime.processes import autocast, start_world
-from training.datasets import Rows, load_dataset
+from training.datasets import Rows, TrainingData, load_dataset
 from training.order import read_ahead
 
 PENDING, SKIPPED = -2, -1  # in labels.npy, of rows that hold no image (yet)
@@ -43,15 +44,16 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
-def main(args) -> None:
+def main(args: Namespace) -> None:
     torch.set_grad_enabled(False)
     world = start_world(args.device)
     cli.check_data_arguments(args)
     cli.check_numbers(args, ["per_proc_batch_size"], "at least 1", lambda n: n >= 1)
     cli.check_numbers(args, ["max_skipped"], "a share, 0..1", lambda x: 0 <= x <= 1)
     data = world.main_first(lambda: load_dataset(args.data_path, args.image_size, args.data_root, num_classes=args.num_classes))
-    autoencoder = world.main_first(lambda: load_autoencoder(args.vae or "ema", world.device))
-    meta = describe_features(data, autoencoder, args)
+    with cli.prefix_errors("--vae"):
+        autoencoder = world.main_first(lambda: load_autoencoder(args.vae or "ema", world.device))
+        meta = describe_features(data, autoencoder, args.data_path)
     folder = world.on_main(lambda: check_writable(args.features_path))
     todo = world.on_main(lambda: lay_out(folder, meta))
     if args.compile:
@@ -76,17 +78,17 @@ def main(args) -> None:
         print(f"{folder} is complete: {len(todo):,} of {len(data):,} images encoded now, {time.perf_counter() - start:.0f} s")
 
 
-def describe_features(data: Dataset, autoencoder: nn.Module, args) -> dict:
-    """What meta.json will say, but for the rows that were skipped."""
+def describe_features(data: TrainingData, autoencoder: nn.Module, data_path: str) -> dict:
+    """What meta.json will say, except for the rows that were skipped."""
     if data.kind != "images":
-        raise ValueError(f"--data-path {args.data_path} holds features already")
-    if args.vae == "pixels":
-        raise ValueError("--vae pixels: pixels need no features, train.py reads them as they are")
+        raise UserError(f"--data-path {data_path} holds features already")
+    if isinstance(autoencoder, Pixels):
+        raise UserError("pixels need no features, train.py reads them as they are")
     return {
         "autoencoder": autoencoder.spec | autoencoder.identity(),
         "latent_shape": autoencoder.latent_shape(data.image_size, data.channels),
         "image_size": data.image_size, "channels": data.channels, "classes": data.classes, "flip": data.flip,
-        "rows": len(data), "dtype": "float16", "data_path": args.data_path,
+        "rows": len(data), "dtype": "float16", "data_path": data_path,
     }
 
 
@@ -94,7 +96,7 @@ def lay_out(folder: Path, meta: dict) -> np.ndarray:
     """Lay the files out, or find them as a run that was killed left them; the rows still to be encoded.
 
     Raises:
-        ValueError: the folder holds features of other images, or of another autoencoder.
+        UserError: the folder holds features of other images, or of another autoencoder.
         OSError: the disk has no space for them.
     """
     meta = json.loads(json.dumps(meta))
@@ -103,8 +105,8 @@ def lay_out(folder: Path, meta: dict) -> np.ndarray:
         if path.exists():
             stored = json.loads(path.read_text())
             if different := [key for key in meta if stored[key] != meta[key]]:
-                raise ValueError(f"--features-path {folder} holds other features: their {different[0]} is "
-                                 f"{stored[different[0]]}, not {meta[different[0]]}")
+                raise UserError(f"--features-path {folder} holds other features: their {different[0]} is "
+                                f"{stored[different[0]]}, not {meta[different[0]]}")
             return np.flatnonzero(np.load(folder / "labels.npy", mmap_mode="r") < 0) if path == begun else np.array([], int)
     channels, *size = meta["latent_shape"]
     shape = (meta["rows"], 2, 2 * channels, *size)
@@ -120,7 +122,7 @@ def lay_out(folder: Path, meta: dict) -> np.ndarray:
 class Readable(Dataset):
     """The rows asked for (B,); the images of those that can be read; and the labels (B,), SKIPPED for the others."""
 
-    def __init__(self, data: Dataset):
+    def __init__(self, data: TrainingData):
         self.data = data
 
     def __getitems__(self, rows: Tensor) -> tuple[np.ndarray, Tensor, np.ndarray]:
@@ -171,23 +173,23 @@ def write(moments: RowFile, labels: RowFile, rows: np.ndarray, encoded: Tensor, 
     labels.write(rows, found)
 
 
-def finish(folder: Path, data: Dataset, meta: dict, limit: float) -> None:
-    """List what was skipped, and declare the features complete; ValueError where too much was skipped."""
+def finish(folder: Path, data: TrainingData, meta: dict, limit: float) -> None:
+    """List what was skipped, and declare the features complete; UserError where too much was skipped."""
     if (folder / "meta.json").exists():
         return
     labels = np.load(folder / "labels.npy", mmap_mode="r")
     if pending := int((labels == PENDING).sum()):
-        raise ValueError(f"--features-path {folder} lacks {pending} images; the same command goes on with them")
+        raise UserError(f"--features-path {folder} lacks {pending} images; the same command goes on with them")
     skipped = np.flatnonzero(labels == SKIPPED)
-    (folder / "skipped.txt").write_text("".join(f"{why_unreadable(data, row)}\n" for row in skipped))
+    write_text(folder / "skipped.txt", "".join(f"{why_unreadable(data, row)}\n" for row in skipped))
     if len(skipped) > limit:
-        raise ValueError(f"{len(skipped)} of {len(data)} images cannot be read, more than --max-skipped allows; they are "
-                         f"listed in {folder / 'skipped.txt'}. Mend or remove them, and start the same command again")
+        raise UserError(f"{len(skipped)} of {len(data)} images cannot be read, more than --max-skipped allows; they are "
+                        f"listed in {folder / 'skipped.txt'}. Mend or remove them, and start the same command again")
     write_json(folder / "meta.json", meta | {"images": len(data) - len(skipped), "skipped": skipped.tolist()})
     (folder / "unfinished.json").unlink(missing_ok=True)
 
 
-def why_unreadable(data: Dataset, row: int) -> str:
+def why_unreadable(data: TrainingData, row: int) -> str:
     try:
         data.__getitems__(Rows.plain([row]))
     except OSError as error:
@@ -196,7 +198,7 @@ def why_unreadable(data: Dataset, row: int) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
-    replace_text(path, json.dumps(content, indent=1))
+    write_text(path, json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

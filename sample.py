@@ -3,7 +3,7 @@
     python sample.py --ckpt results/digits --class-labels "3 seven"
     python sample.py --image-size 512 --seed 1            # the published DiT-XL/2
 
-`generate` is the one way from noise to images: training's previews and sample_ddp.py call it too.
+pipeline/generation.py holds `generate`, the only way from noise to images.
 """
 
 import difflib
@@ -12,16 +12,28 @@ import time
 from pathlib import Path
 
 import torch
+from jsonargparse import Namespace
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline.generation import BATCH, DIT_LABELS, Sampling, add_sampling_arguments, decode, generate, prepare
-from runtime import cli
-from runtime.files import check_writable, replace_text
+from pipeline.generation import (
+    BATCH,
+    DIT_LABELS,
+    Sampling,
+    add_sampling_arguments,
+    compile_network,
+    decode,
+    generate,
+    restore_autoencoder,
+    restore_checkpoint,
+)
+from pipeline.spec import BareWeights, SamplingSettings
+from runtime import UserError, cli
+from runtime.files import check_writable, write_text
 from runtime.pictures import MAX_COLUMNS, grid, save_gif, save_grid
 from runtime.processes import start_world, synchronize
 
-MOMENTS = 10  # of a trajectory
+TRAJECTORY_FRAMES = 10  # states that a trajectory shows
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -35,20 +47,27 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
-def main(args) -> None:
+def main(args: Namespace) -> None:
     torch.set_grad_enabled(False)
     world = start_world(args.device)
     out = Path(args.out)
     if out.is_dir():
-        raise ValueError(f"--out {out} is a folder; name the PNG to write")
+        raise UserError(f"--out {out} is a folder; name the PNG to write")
     if out.suffix == ".txt":
-        raise ValueError(f"--out {out}: name the PNG; the labels go to a .txt beside it")
+        raise UserError(f"--out {out}: name the PNG; the labels go to a .txt beside it")
     cli.check_numbers(args, ["num_samples"], "at least 1", lambda n: n >= 1)
-    restored, autoencoder, sampling = prepare(args, world)
-    labels = parse_labels(args.class_labels, restored.spec["classes"])
+    given = SamplingSettings.given(vars(args))
+    bare = BareWeights(args.model, args.image_size, args.num_classes, vae="mse", cfg_scale=4.0)  # as DiT's sample.py
+
+    restored = restore_checkpoint(world, args.ckpt, bare, args.vae)
+    sampling = Sampling.of(restored.spec, given, restored.model)
+    autoencoder = restore_autoencoder(world, restored, sampling, same=args.vae is None)
+    labels = parse_labels(args.class_labels, restored.spec.classes)
     check_writable(out.parent)
-    if sampling.reuse:
-        print(sampling.reuse)
+    if args.compile:
+        compile_network(restored.model)
+    if sampling.plan:
+        print(sampling.plan)
 
     order = torch.tensor(labels * args.num_samples)  # row by row: more rows leave the first ones as they are
     batches = torch.arange(len(order)).split(BATCH)
@@ -60,27 +79,22 @@ def main(args) -> None:
         watch.end()
     images = torch.cat(images)
 
-    names = [restored.spec["classes"][label] for label in labels]
+    names = [restored.spec.classes[label] for label in labels]
     columns = min(len(labels), MAX_COLUMNS)
-    description = {"checkpoint": restored.path, "seed": args.seed, "labels": labels, "classes": names} | sampling.describe()
+    description = {"checkpoint": restored.path, "seed": args.seed, "labels": labels, "classes": names} | sampling.record()
     save_grid(images, out, columns, description)
     written = [out]
     if args.class_labels:
         written.append(out.with_suffix(".txt"))
-        replace_text(written[-1], "".join(f"{label} {name}\n" for label, name in zip(labels, names)))
+        write_text(written[-1], "".join(f"{label} {name}\n" for label, name in zip(labels, names)))
     if args.trajectory:
         written += save_trajectory(watch.states, autoencoder, sampling, out, description)
-    model_calls, block_calls = sampling.calls(len(restored.model.blocks))
-    print(f"{watch.sampling_seconds / len(images):.3g} s an image, for {model_calls} calls of the model and {block_calls} of "
-          f"its blocks; decoding {watch.decoding_seconds / len(images):.3g} s an image")
+    blocks = sampling.block_calls(restored.model)
+    print(f"{watch.sampling_seconds / len(images):.3g} s an image, for {sampling.model_calls} calls of the model"
+          f"{'' if blocks is None else f' and {blocks} of its blocks'}; decoding "
+          f"{watch.decoding_seconds / len(images):.3g} s an image")
     print(f"Wrote {', '.join(map(str, written))}: {len(images)} images of {', '.join(names)} in "
           f"{watch.sampling_seconds + watch.decoding_seconds:.1f} s")
-
-
-# --- noise -> image ------------------------------------------------------------------------------
-
-
-# --- for train.py: what a checkpoint will say of itself, and pictures of a run -------------------
 
 
 # --- labels and pictures -------------------------------------------------------------------------
@@ -96,22 +110,22 @@ def parse_labels(words: list[str | int] | None, classes: list[str]) -> list[int]
             ids.setdefault(synonym, []).append(i)
     labels = [parse_label(word, ids, len(classes)) for word in re.split(r"[\s,]+", " ".join(map(str, words))) if word]
     if not labels:
-        raise ValueError("--class-labels is empty; give ids or names, or leave the flag out")
+        raise UserError("--class-labels is empty; give ids or names, or leave the flag out")
     return labels
 
 
 def parse_label(word: str, ids: dict[str, list[int]], count: int) -> int:
     found = [] if word.isdecimal() else ids.get(normalise(word), [])
     if len(found) > 1:
-        raise ValueError(f"--class-labels {word} names several classes; their ids are {', '.join(map(str, found))}")
+        raise UserError(f"--class-labels {word} names several classes; their ids are {', '.join(map(str, found))}")
     if found:
         return found[0]
     if re.fullmatch(r"-?\d+", word):
         if 0 <= int(word) < count:
             return int(word)
-        raise ValueError(f"--class-labels {word} is not in 0..{count - 1}, the classes of this checkpoint")
+        raise UserError(f"--class-labels {word} is not in 0..{count - 1}, the classes of this checkpoint")
     near = difflib.get_close_matches(normalise(word), ids, n=3, cutoff=0.4)
-    raise ValueError(f"--class-labels {word} is not a class of this checkpoint"
+    raise UserError(f"--class-labels {word} is not a class of this checkpoint"
                      + (f"; nearest: {', '.join(near)}" if near else f"; its ids are 0..{count - 1}"))
 
 
@@ -127,7 +141,8 @@ class Watch:
 
     def __init__(self, sampling: Sampling, batches: int, device: torch.device, keep_states: bool):
         self.steps, self.device = sampling.process.num_timesteps, device
-        self.moments = {round(i * (self.steps - 1) / (MOMENTS - 1)) for i in range(MOMENTS)} if keep_states else set()
+        frames = [round(i * (self.steps - 1) / (TRAJECTORY_FRAMES - 1)) for i in range(TRAJECTORY_FRAMES)]
+        self.frames = set(frames) if keep_states else set()
         self.states: list[dict[str, Tensor]] = []  # {"sample", "pred_xstart"}, (up to MAX_COLUMNS, C, H, W) each
         self.sampling_seconds = self.decoding_seconds = 0.0
         self.done = 0  # steps
@@ -137,7 +152,7 @@ class Watch:
         self.mark = time.perf_counter()
 
     def step(self, state: dict[str, Tensor]) -> None:
-        if self.done in self.moments:  # of the first batch
+        if self.done in self.frames:  # of the first batch
             self.states.append({name: tensor[:MAX_COLUMNS].clone() for name, tensor in state.items()})
         self.done += 1
         self.bar.update()
@@ -160,10 +175,10 @@ def save_trajectory(states: list[dict[str, Tensor]], autoencoder: nn.Module, sam
     """A strip (PNG) and a film (GIF) of the first pictures on their way: x_t above, or left of, the x_0 predicted from it."""
     x_t, x_0 = (torch.stack([decode(autoencoder, state[name], sampling).cpu() for state in states])
                 for name in ("sample", "pred_xstart"))
-    rows = torch.stack([x_t, x_0]).permute(2, 0, 1, 3, 4, 5)  # (pictures, 2, moments, H, W, C)
+    rows = torch.stack([x_t, x_0]).permute(2, 0, 1, 3, 4, 5)  # (pictures, 2, frames, H, W, C)
     strip, film = (out.with_name(f"{out.stem}-trajectory.{kind}") for kind in ("png", "gif"))
     save_grid(rows.flatten(0, 2), strip, len(states), description)
-    save_gif([grid(rows[:, :, moment].flatten(0, 1), 2) for moment in range(len(states))], film)
+    save_gif([grid(rows[:, :, frame].flatten(0, 1), 2) for frame in range(len(states))], film)
     return [strip, film]
 
 

@@ -19,19 +19,28 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import ActionYesNo
+from jsonargparse import ActionYesNo, Namespace
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from evaluation.image_sets import NpzImages, save_npz
 from pipeline import checkpoint
-from pipeline.generation import add_sampling_arguments, generate, prepare
-from runtime import cli
-from runtime.files import check_writable, hold, in_batches, replace_text
+from pipeline.generation import (
+    Sampling,
+    add_sampling_arguments,
+    compile_network,
+    generate,
+    restore_autoencoder,
+    restore_checkpoint,
+)
+from pipeline.spec import BareWeights, SamplingSettings
+from runtime import UserError, cli
+from runtime.files import atomic, check_writable, in_batches, lock_folder, write_text
 from runtime.processes import World, start_world, synchronize
 from runtime.randomness import generator
 
@@ -54,17 +63,25 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
-def main(args) -> None:
+def main(args: Namespace) -> None:
     torch.set_grad_enabled(False)
     cli.check_numbers(args, ["num_fid_samples", "per_proc_batch_size"], "at least 1", lambda n: n >= 1)
     world = start_world(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    restored, autoencoder, sampling = prepare(args, world, bare_vae="ema", bare_cfg_scale=1.5)  # DiT's
-    count, (height, width) = args.num_fid_samples, restored.spec["image_size"]
-    label = label_rule(args, restored.model.num_classes)
+    given = SamplingSettings.given(vars(args))
+    bare = BareWeights(args.model, args.image_size, args.num_classes, vae="ema", cfg_scale=1.5)  # as DiT's sample_ddp.py
+
+    restored = restore_checkpoint(world, args.ckpt, bare, args.vae)
+    sampling = Sampling.of(restored.spec, given, restored.model)
+    autoencoder = restore_autoencoder(world, restored, sampling, same=args.vae is None)
+    if args.compile:
+        compile_network(restored.model)
+    count, (height, width) = args.num_fid_samples, restored.spec.image_size
+    label = label_rule(args.global_seed, args.balanced, restored.model.num_classes)
     out = Path(args.sample_dir) / f"{name_of(restored, sampling, args)}.npz"
     world.on_main(lambda: check_writable(out.parent))
-    done, todo = world.on_main(lambda: open_output(out, settings_of(restored, autoencoder, sampling, args), args))
+    record = record_of(restored, autoencoder, sampling, args)
+    done, todo = world.on_main(lambda: open_output(out, record, args.overwrite, count, args.per_proc_batch_size))
     drawn = sum(map(len, todo))
     needed = (drawn + (0 if out.exists() else count)) * height * width * 3  # parts, and the .npz beside them
     world.on_main(lambda: check_writable(out.parent, needed))
@@ -80,40 +97,31 @@ def main(args) -> None:
         print(f"Wrote {out}: {count} images, {said}")
 
 
-def name_of(restored: checkpoint.Restored, sampling, args) -> str:
+def name_of(restored: checkpoint.Restored, sampling: Sampling, args: Namespace) -> str:
     """A file name that tells the settings, those that are out of the ordinary only where they are."""
     spec = restored.spec
     return "-".join([
-        spec["model"]["name"].replace("/", "-"), restored.name, f"size-{spec['image_size'][0]}",
-        f"vae-{Path(spec['vae']).name}",
-        f"cfg-{sampling.cfg_scale}-{sampling.cfg_channels}",
-        *(["interval-{:g}-{:g}".format(*sampling.guidance_interval)] if sampling.guidance_interval else []),
-        *(["thresholded"] if sampling.dynamic_thresholding else []),
-        f"{sampling.sampler}-{sampling.num_sampling_steps}",
-        *([f"eta-{sampling.eta}"] if sampling.eta else []),
-        *([f"{args.reuse}-{sum(sampling.reuse.keys)}-keys"] if sampling.reuse else []),
-        sampling.precision, f"seed-{args.global_seed}",
-        *(["balanced"] if args.balanced else []),
+        spec.model.name.replace("/", "-"), restored.name, f"size-{spec.image_size[0]}", f"vae-{Path(spec.vae).name}",
+        *sampling.file_name_parts(), f"seed-{args.global_seed}", *(["balanced"] if args.balanced else []),
         str(args.num_fid_samples)])
 
 
-def settings_of(restored: checkpoint.Restored, autoencoder, sampling, args) -> dict:
+def record_of(restored: checkpoint.Restored, autoencoder: nn.Module, sampling: Sampling, args: Namespace) -> dict[str, Any]:
     """All that the images depend on, as NAME.json tells it."""
     spec = restored.spec
-    settings = {
-        "checkpoint": restored.name, "checkpoint_sha256": restored.sha256(),
-        "model": spec["model"]["name"],
-        "image_size": spec["image_size"], "vae": spec["vae"], "vae_identity": autoencoder.identity(),
+    record = {
+        "checkpoint": restored.name, "checkpoint_sha256": restored.sha256(), "model": spec.model.name,
+        "image_size": spec.image_size, "vae": spec.vae, "vae_identity": autoencoder.identity(),
         "images": args.num_fid_samples, "seed": args.global_seed, "labels": "balanced" if args.balanced else "random",
         "tf32": args.tf32, "compile": args.compile}
-    return json.loads(json.dumps(settings | sampling.describe()))  # as it will be read
+    return json.loads(json.dumps(record | sampling.record()))  # as it will be read
 
 
-def label_rule(args, num_classes: int) -> Callable[[int], int]:
+def label_rule(seed: int, balanced: bool, num_classes: int) -> Callable[[int], int]:
     """The label of image i: uniform over the classes, addressed by (seed, i), or the classes in turn."""
-    if args.balanced:
+    if balanced:
         return lambda i: i % num_classes
-    return lambda i: int(torch.randint(num_classes, (), generator=generator("label", args.global_seed, i)))
+    return lambda i: int(torch.randint(num_classes, (), generator=generator("label", seed, i)))
 
 
 # --- the output, from its first part to the whole -------------------------------------------------
@@ -123,25 +131,26 @@ def parts_of(out: Path) -> Path:
     return out.with_suffix(".parts")
 
 
-def open_output(out: Path, settings: dict, args) -> tuple[list[range], list[range]]:
+def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int,
+                batch_size: int) -> tuple[list[range], list[range]]:
     """Begin or continue an output, locked for this process: the batches that are there, and those that are missing."""
     record, parts, pictures = out.with_suffix(".json"), parts_of(out), out.with_suffix("")
     found = read_record(record)
     stale = found != settings and (record.exists() or out.exists() or pictures.exists() or any(parts.glob("*.npy")))
-    if stale and not args.overwrite:
+    if stale and not overwrite:
         differ = [f"{key} was {found.get(key)!r}" for key in settings | found if found.get(key) != settings.get(key)]
-        raise ValueError(f"--sample-dir: {out.with_suffix('')} exists from other settings "
-                         f"({', '.join(differ) if found else f'{record.name} does not tell them'}); --overwrite deletes it")
+        raise UserError(f"--sample-dir: {out.with_suffix('')} exists from other settings "
+                        f"({', '.join(differ) if found else f'{record.name} does not tell them'}); --overwrite deletes it")
     parts.mkdir(exist_ok=True)
-    hold(parts, "", "wait for it to end")
+    lock_folder(parts, "", "wait for it to end")
     if stale:
         shutil.rmtree(pictures, ignore_errors=True)
-        for file in (*parts.glob("*.npy"), out, record):  # the record last: a kill between them shall not mix two outputs
+        for file in (*parts.glob("*.npy"), out, record):  # the record last: a kill between them must not mix two outputs
             file.unlink(missing_ok=True)
     if out.exists():
         return [], []
-    replace_text(record, json.dumps(settings, indent=2) + "\n")
-    return share_out(list(map(range_of, parts.glob("*.npy"))), args.num_fid_samples, args.per_proc_batch_size)
+    write_text(record, json.dumps(settings, indent=2) + "\n")
+    return share_out(list(map(range_of, parts.glob("*.npy"))), count, batch_size)
 
 
 def read_record(path: Path) -> dict:
@@ -195,9 +204,8 @@ def write_pngs(out: Path) -> None:
     def write(i: int, image: np.ndarray) -> None:
         path = folder / f"{i:06d}.png"
         if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            Image.fromarray(image).save(temporary, format="PNG")
-            temporary.replace(path)
+            with atomic(path) as file:
+                Image.fromarray(image).save(file, format="PNG")
 
     images = NpzImages(out)
     blocks = in_batches(len(images), PNG_BLOCK)
@@ -252,12 +260,9 @@ def fetch(images: Tensor) -> Callable[[], Tensor]:
 def write_part(parts: Path, indices: range, arrived: Callable[[], Tensor]) -> int:
     """Write a batch, (B, H, W, 1 or 3) -> (B, H, W, 3), whole or not at all; how many images it has."""
     images, path = arrived(), part_path(parts, indices)
-    temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")  # a lost process may still be writing its own
-    with open(temporary, "wb") as file:
+    own = f".{socket.gethostname()}.{os.getpid()}"  # a lost process may still be writing the same batch
+    with atomic(path, own) as file:
         np.save(file, images.expand(*images.shape[:3], 3).numpy())
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
     return len(indices)
 
 

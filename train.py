@@ -13,12 +13,12 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
+from jsonargparse import Namespace
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.autoencoders import check_features, load_autoencoder
-from pipeline.spec import build_model
-from runtime import cli
+from runtime import UserError, cli
 from runtime.files import check_writable
 from runtime.log import TRACKERS, Log, Stopwatch, check_tracker, peak_memory
 from runtime.processes import Stopped, StopSignal, World, distribute, start_world
@@ -28,7 +28,7 @@ from training.datasets import Rows, load_dataset
 from training.objective import Draws, Objective, process_of
 from training.order import Batches, GlobalOrder
 from training.previews import preview, save_previews_gif
-from training.runs import begin_or_continue, describe, flags_of, save_run
+from training.runs import begin_or_continue, describe, save_run
 from training.state import LossMeter, OptimizerArgs, Training
 
 VAL_IMAGES, VAL_BATCH = 4096, 64
@@ -43,7 +43,7 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--model", default="DiT-XL/2", choices=list(NETWORKS), help="a preset of models.py")
     parser.add_argument("--model-args", type=dict, default={}, help="arguments of the network, over its preset's")
     parser.add_argument("--diffusion-args", type=dict, default={}, help="of create_diffusion; label_drop (0.1); sampling")
-    parser.add_argument("--optimizer-args", type=dict, default={}, help="checkpoint.OptimizerArgs: betas, schedule, …")
+    parser.add_argument("--optimizer-args", type=dict, default={}, help="training/state.py's OptimizerArgs: betas, schedule, …")
     parser.add_argument("--epochs", type=int, default=1400, help="passes over the data")
     parser.add_argument("--max-steps", type=int | None, help="optimizer steps, in place of --epochs")
     parser.add_argument("--global-batch-size", type=int, default=256, help="over all processes")
@@ -65,32 +65,35 @@ def build_parser() -> cli.ArgumentParser:
 class Trainer:
     """What a run is made of, one step of it, and what is due after a step."""
 
-    def __init__(self, args, world: World):
+    def __init__(self, args: Namespace, world: World):
         self.args, self.world, self.optim = args, world, check_flags(args)
+        self.flags = {name: value for name, value in args.as_dict().items() if name != "config"}  # as checkpoints hold them
         load = partial(load_dataset, args.data_path, args.image_size, args.data_root, num_classes=args.num_classes)
         self.data = world.main_first(load)
-        self.held_out = load(split="val") if args.val_every else None
-        if self.held_out and (self.held_out.classes, self.held_out.kind) != (self.data.classes, self.data.kind):
-            raise ValueError(f"--val-every: the held-out part of --data-path {args.data_path} holds other classes or kinds")
+        with cli.prefix_errors("--val-every"):
+            self.held_out = load(split="val") if args.val_every else None
+            if self.held_out and (self.held_out.classes, self.held_out.kind) != (self.data.classes, self.data.kind):
+                raise UserError(f"the held-out part of --data-path {args.data_path} holds other classes or kinds")
         self.order = GlobalOrder(len(self.data), args.global_batch_size, args.global_seed, world.rank, world.size,
                                  args.grad_accum, self.data.flip)
         self.max_steps = args.max_steps or math.ceil(args.epochs * len(self.data) / args.global_batch_size)
         vae = args.vae or ("pixels" if args.model in Autoencoder_models else self.data.made_by.get("vae", "ema"))
-        self.autoencoder = world.main_first(lambda: load_autoencoder(vae, world.device))
-        check_features(self.autoencoder, self.data, self.held_out)
-        self.spec, label_drop = describe(args, self.data, self.autoencoder)
+        with cli.prefix_errors("--vae"):
+            self.autoencoder = world.main_first(lambda: load_autoencoder(vae, world.device))
+            check_features(self.autoencoder, self.data, self.held_out)
+        self.spec, label_drop = describe(args.model, args.model_args, args.diffusion_args, self.data, self.autoencoder)
         self.objective = Objective(process_of(self.spec), self.autoencoder, self.data, label_drop, args.precision)
         torch.manual_seed(args.global_seed)  # nothing but the initialisation draws from it
-        model = build_model(self.spec["model"]).to(world.device).train()
+        model = self.spec.model.build().to(world.device).train()
         self.state = Training.begin(model, LossMeter().to(world.device), args.lr, self.optim)
 
     def begin(self) -> None:
         """Open the run, continue what lies there, and start to read."""
         args, world, state = self.args, self.world, self.state
         world.on_main(lambda: check_writable(args.results_dir, state.size))
-        self.folder, remarks = begin_or_continue(state, self.spec, args, world)
+        self.folder, remarks = begin_or_continue(state, self.spec, self.flags, world)
         self.first = state.step
-        self.log = Log(self.folder, world, self.first, args.tracker, flags_of(args))
+        self.log = Log(self.folder, world, self.first, args.tracker, self.flags)
         self.log.say(f"{self.folder}: {len(self.data):,} samples, {world.size} x {world.device.type}; {'; '.join(remarks)}; "
                      f"{self.first} of {self.max_steps} steps done")
         self.network = distribute(state.model, world)
@@ -133,7 +136,7 @@ class Trainer:
         return loss
 
     def finish_step(self) -> None:
-        """Do what is due after this step, but what was done before an interruption; Stopped where a signal was heard."""
+        """Validate, save and preview where due, skipping what was already done. Raises Stopped on a signal."""
         args, state, world = self.args, self.state, self.world
         if self.held_out and self.due(args.val_every) and state.validated < state.step:
             self.validate()
@@ -141,7 +144,8 @@ class Trainer:
             self.save()
         picture = self.folder / "previews" / f"{state.step:07d}.png"
         if self.due(args.preview_every) and (state.step > self.first or not world.on_main(picture.exists)):
-            preview(state.ema, self.autoencoder, self.spec, picture, world, args, self.stop.check, self.held_out or self.data)
+            preview(state.ema, self.autoencoder, self.spec, picture, world, args.global_seed, args.precision, self.stop.check,
+                    self.held_out or self.data)
             self.log.image(state.step, picture)
         if not self.over:
             self.stop.check()
@@ -168,7 +172,7 @@ class Trainer:
             self.save("best.pt")
 
     def save(self, name: str = "") -> None:
-        self.world.on_main(lambda: save_run(self.folder, self.state, self.spec, self.args, name))
+        self.world.on_main(lambda: save_run(self.folder, self.state, self.spec, self.flags, name))
 
     @property
     def over(self) -> bool:
@@ -179,17 +183,18 @@ class Trainer:
         return self.over or (every > 0 and self.state.step % every == 0)
 
 
-def check_flags(args) -> OptimizerArgs:
+def check_flags(args: Namespace) -> OptimizerArgs:
     cli.check_data_arguments(args)
     for names, allowed, fine in (
             ("epochs max_steps global_batch_size grad_accum log_every ckpt_every", "at least 1", lambda n: n >= 1),
             ("global_seed preview_every val_every keep_last", "at least 0", lambda n: n >= 0),
             ("lr", "a positive number", lambda x: 0 < x < math.inf), ("ema_decay", "in [0, 1)", lambda x: 0 <= x < 1)):
         cli.check_numbers(args, names.split(), allowed, fine)
-    return OptimizerArgs(**cli.check_arguments(OptimizerArgs, args.optimizer_args, "--optimizer-args"))
+    with cli.prefix_errors("--optimizer-args"):
+        return OptimizerArgs(**cli.check_arguments(OptimizerArgs, args.optimizer_args))
 
 
-def main(args) -> None:
+def main(args: Namespace) -> None:
     world = start_world(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     check_tracker(args.tracker)

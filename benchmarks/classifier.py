@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from jsonargparse import Namespace
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation.extractors import Classifier, pixel_features
 from pipeline import checkpoint
-from runtime import cli
+from runtime import UserError, cli
 from runtime.files import check_output, in_batches
 from runtime.processes import start_world
 from runtime.randomness import generator
@@ -41,13 +42,14 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
-def main(args) -> None:
+def main(args: Namespace) -> None:
     world, start = start_world(args.device), time.perf_counter()
     if world.size > 1:
-        raise ValueError("this script is for one process; start it without torchrun")
+        raise UserError("this script is for one process; start it without torchrun")
     cli.check_numbers(args, ["epochs"], "at least 1", lambda n: n >= 1)
     cli.check_numbers(args, ["lr"], "above 0", lambda x: x > 0)
-    check_output("--out", args.out, ".pt")
+    with cli.prefix_errors("--out"):
+        check_output(args.out, ".pt")
     data, held_out = (load_dataset(args.data_path, args.image_size, args.data_root, split) for split in ("train", "val"))
     images, labels = read_all(data)
     torch.manual_seed(args.seed)
@@ -66,7 +68,7 @@ def main(args) -> None:
 def read_all(data) -> tuple[Tensor, Tensor]:
     """Images (N, 3, h, w) as the classifier sees them, and labels (N,)."""
     if data.kind != "images":
-        raise ValueError("--data-path holds features; a classifier is trained on images")
+        raise UserError("--data-path holds features; a classifier is trained on images")
     parts = [data.__getitems__(Rows.plain(rows)) for rows in in_batches(len(data), BATCH)]
     images = torch.cat([pixel_features(images) for images, _ in parts])
     return images.expand(-1, 3, -1, -1).contiguous(), torch.cat([labels for _, labels in parts])

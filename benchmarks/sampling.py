@@ -30,22 +30,32 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from jsonargparse import Namespace
+from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from diffusion import FlowMatching
 from evaluation.extractors import pixel_features
-from evaluation.metrics import Gaussian, Moments, frechet_distance
+from evaluation.metrics import Gaussian, RunningCovariance, frechet_distance
 from pipeline import checkpoint
-from pipeline.generation import BATCH, Sampling, add_sampling_arguments, generate, prepare, settings_for
-from runtime import cli
-from runtime.files import check_output, in_batches, replace_text
+from pipeline.generation import (
+    BATCH,
+    Sampling,
+    add_sampling_arguments,
+    compile_network,
+    generate,
+    restore_autoencoder,
+    restore_checkpoint,
+)
+from pipeline.spec import BareWeights, SamplingSettings, Spec
+from runtime import UserError, cli
+from runtime.files import check_output, in_batches, write_text
 from runtime.processes import start_world, synchronize
 from training.datasets import Rows, load_dataset
 
@@ -88,17 +98,23 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
-def main(args) -> None:
+def main(args: Namespace) -> None:
     torch.set_grad_enabled(False)
-    check(args)
+    check_flags(args)
     world = start_world(args.device)
-    restored, autoencoder, sampling = prepare(args, world)
+    given = SamplingSettings.given(vars(args))
+    bare = BareWeights(args.model, args.image_size, args.num_classes)
+    restored = restore_checkpoint(world, args.ckpt, bare, args.vae)
+    sampling = Sampling.of(restored.spec, given, restored.model)
+    autoencoder = restore_autoencoder(world, restored, sampling, same=args.vae is None)
+    if args.compile:
+        compile_network(restored.model)
     rows = make_rows(args, restored, sampling, world.device)
-    report = open_report(args.out, settings_of(args.as_dict(), rows, restored, world.device))
+    report = open_report(args.out, report_settings(args.as_dict(), rows, restored, world.device))
     first, real = next(iter(rows)), real_gaussian(args, restored.spec) if args.samples else None
     for name, row in rows.items():
-        if row.reuse:
-            print(f"{name}: {row.reuse}", flush=True)
+        if row.plan:
+            print(f"{name}: {row.plan}", flush=True)
 
     def fill(cells: dict, key: object, measure: Callable, *given) -> None:
         """Measure a cell of the report that is not there yet."""
@@ -109,7 +125,7 @@ def main(args) -> None:
     draw = partial(draw_in_turn, restored.model, autoencoder)
     for batch_size in args.batch_sizes if args.repeats else []:
         fill(report["times"], batch_size, time_rows, draw, rows, batch_size, args.repeats, world.device)
-    exact = make_sampling(restored, args.precision, EXACT)
+    exact = make_sampling(restored.spec, restored.model, sampling.settings, EXACT)
     states = cache(lambda name: final_states(draw, rows.get(name, exact), args.seeds[0]))
     for name, row in rows.items():
         fill(report["rmse"], name, rmse, states, name, nearest(row, first, rows[first]))
@@ -124,57 +140,59 @@ def main(args) -> None:
         print(f"Wrote {args.out}{f' and {picture}' if picture else ''}")
 
 
-def check(args) -> None:
+def check_flags(args: Namespace) -> None:
     cli.check_numbers(args, ["repeats"], "at least 0", lambda n: n >= 0)
     cli.check_numbers(args, ["samples"], "0 or at least 2", lambda n: n == 0 or n >= 2)
     if min(args.batch_sizes) < 1:
-        raise ValueError(f"--batch-sizes {' '.join(map(str, args.batch_sizes))}: each must be at least 1")
+        raise UserError(f"--batch-sizes {' '.join(map(str, args.batch_sizes))}: each must be at least 1")
     if args.samples and not args.data_path:
-        raise ValueError(f"--samples {args.samples} needs --data-path, the images to measure the distance from")
+        raise UserError(f"--samples {args.samples} needs --data-path, the images to measure the distance from")
     if args.reuse != "none" and args.rows and "flags" not in args.rows:
-        raise ValueError(f"--reuse {args.reuse} is measured by the row flags, which --rows lacks")
-    check_output("--out", args.out, ".json")
+        raise UserError(f"--reuse {args.reuse} is measured by the row flags, which --rows lacks")
+    if args.out:
+        with cli.prefix_errors("--out"):
+            check_output(args.out, ".json")
 
 
 # --- the rows ------------------------------------------------------------------------------------
 
 
-def make_rows(args, restored: checkpoint.Restored, flags: Sampling, device: torch.device) -> dict[str, Sampling]:
+def make_rows(args: Namespace, restored: checkpoint.Restored, flags: Sampling, device: torch.device) -> dict[str, Sampling]:
     """The rows that were asked for, or all that apply; the first is the reference."""
     reference = "heun-50" if isinstance(flags.process, FlowMatching) else "ddpm-250"
-    useless = {"interval": flags.cfg_scale == 1, "bf16": device.type == "cpu" or args.precision == "bf16"}
+    useless = {"interval": flags.settings.cfg_scale == 1, "bf16": device.type == "cpu" or args.precision == "bf16"}
     own = ["plain", "flags"] if args.reuse != "none" else []
     every = [reference, *(name for name in ROWS if not useless.get(name)), *own]
 
     def make(name: str) -> Sampling:
         if name in ("plain", "flags"):
-            return flags if name == "flags" else replace(flags, reuse=None)
+            off = dict(reuse="none", key_steps=None, reuse_args={})
+            return flags if name == "flags" else Sampling.of(restored.spec, vars(flags.settings) | off)
         difference = REFERENCES[name] if name in REFERENCES else REFERENCES[reference] | ROWS[name]
         if "guidance_interval" in difference and args.guidance_interval:
             difference = difference | {"guidance_interval": args.guidance_interval}
-        return cli.naming(f"--rows {name}", partial(make_sampling, restored, args.precision, difference))
+        with cli.prefix_errors(f"--rows {name}", *cli.WRONG_VALUE):
+            return make_sampling(restored.spec, restored.model, flags.settings, difference)
 
     return {name: make(name) for name in args.rows or every}
 
 
-def make_sampling(restored: checkpoint.Restored, precision: str, difference: dict) -> Sampling:
-    """The checkpoint's settings, without its interval, and `difference` above them."""
-    given = {"precision": precision, "reuse": None, "key_steps": None} | difference
-    precision, kind, key_steps = (given.pop(name) for name in ("precision", "reuse", "key_steps"))
-    settings = restored.spec["sampling"] | {"guidance_interval": None} | given
-    sampling = settings_for(restored.spec | {"sampling": settings}, precision=precision)
-    return sampling.with_reuse(restored.model, kind, key_steps) if kind else sampling
+def make_sampling(spec: Spec, model: nn.Module, flags: SamplingSettings, difference: dict[str, Any]) -> Sampling:
+    """Guidance, its channels, thresholding and precision of the flags, guided everywhere, and `difference` above them."""
+    plain = dict(guidance_interval=None, eta=0.0, reuse="none", key_steps=None, reuse_args={})
+    return Sampling.of(spec, vars(flags) | plain | difference, model)
 
 
 # --- the report, a JSON that grows cell by cell --------------------------------------------------
 
 
-def settings_of(flags: dict, rows: dict[str, Sampling], restored: checkpoint.Restored, device: torch.device) -> dict:
+def report_settings(flags: dict[str, Any], rows: dict[str, Sampling], restored: checkpoint.Restored,
+                    device: torch.device) -> dict[str, Any]:
     """All that the figures depend on, as it will be read from the JSON; times of other batch sizes may be added to it."""
     other = ("config", "ckpt", "out", "device", "batch_sizes", "repeats")
     flags = {name: value for name, value in flags.items() if name not in other}
     machine = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    own = {name: dict(zip(("model_calls", "block_calls"), row.calls(len(restored.model.blocks)))) | row.describe()
+    own = {name: dict(model_calls=row.model_calls, block_calls=row.block_calls(restored.model)) | row.record()
            for name, row in rows.items()}
     about = {"checkpoint": restored.name, "sha256": restored.sha256(), "device": machine,
              "torch": torch.__version__}
@@ -182,22 +200,22 @@ def settings_of(flags: dict, rows: dict[str, Sampling], restored: checkpoint.Res
 
 
 def open_report(out: str | None, settings: dict) -> dict:
-    """Begin a report, or go on with the one at --out; ValueError where that is of other settings."""
+    """Begin a report, or go on with the one at --out; UserError where that is of other settings."""
     if out is None or not Path(out).exists():
         return {"settings": settings, "times": {}, "rmse": {}, "distances": {name: {} for name in settings["rows"]}}
     try:
         found = json.loads(Path(out).read_text())
         stored = dict(found["settings"])
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"--out {out} exists and is no report of this script; name another file") from None
+        raise UserError(f"--out {out} exists and is no report of this script; name another file") from None
     if differ := [key for key in settings if stored.get(key) != settings[key]]:
-        raise ValueError(f"--out {out} has the figures of another {', '.join(differ)}; name another file, or delete it")
+        raise UserError(f"--out {out} has the figures of another {', '.join(differ)}; name another file, or delete it")
     return found
 
 
 def save(out: str | None, report: dict) -> None:
     if out:
-        replace_text(Path(out), json.dumps(report, indent=2) + "\n")
+        write_text(Path(out), json.dumps(report, indent=2) + "\n")
 
 
 # --- what is measured ----------------------------------------------------------------------------
@@ -250,9 +268,9 @@ def times(own: list[tuple[float, float]], first: list[tuple[float, float]] | Non
 
 def nearest(row: Sampling, first_name: str, first: Sampling) -> str | None:
     """Whose last states a row should have: those of the first, of "exact", or of none."""
-    if (row.sampler, row.eta, row.times) == (first.sampler, first.eta, first.times):
+    if solver_of(row) == solver_of(first):
         return first_name
-    return None if row.sampler == "ddpm" or row.eta else "exact"
+    return None if row.settings.sampler == "ddpm" or row.settings.eta else "exact"
 
 
 def rmse(states: Callable[[str], Tensor], name: str, to: str | None) -> dict:
@@ -273,26 +291,30 @@ def distance(draw: Callable, sampling: Sampling, seed: int, samples: int, real: 
     return frechet_distance(gaussian_of(draw(sampling, batch, seed).permute(0, 3, 1, 2) for batch in batches), real)
 
 
-def real_gaussian(args, spec: dict) -> Gaussian:
+def solver_of(row: Sampling) -> tuple:
+    return row.settings.sampler, row.settings.eta, row.times
+
+
+def real_gaussian(args: Namespace, spec: Spec) -> Gaussian:
     """That of the held-out images, or of a folder without such a part as it is."""
-    open_split = partial(load_dataset, args.data_path, spec["image_size"][0], args.data_root)
+    open_split = partial(load_dataset, args.data_path, spec.image_size[0], args.data_root)
     try:
         dataset = open_split(split="val")
     except FileNotFoundError:
         dataset = open_split(split="train")
-    if dataset.kind != "images" or dataset.channels != spec["channels"] or list(dataset.classes) != list(spec["classes"]):
-        raise ValueError(f"--data-path {args.data_path} does not hold images of the checkpoint's {spec['channels']} channels "
-                         f"and {len(spec['classes'])} classes")
+    if dataset.kind != "images" or dataset.channels != spec.channels or list(dataset.classes) != list(spec.classes):
+        raise UserError(f"--data-path {args.data_path} does not hold images of the checkpoint's {spec['channels']} channels "
+                        f"and {len(spec['classes'])} classes")
     return gaussian_of(dataset.__getitems__(Rows.plain(rows))[0] for rows in in_batches(len(dataset), BATCH))
 
 
 def gaussian_of(batches: Iterable[Tensor]) -> Gaussian:
     """Of the pixels of images (B, C, H, W) uint8, averaged to at most 32x32."""
-    moments = None
+    running = None
     for images in batches:
         features = pixel_features(images).flatten(1)
-        moments = (moments or Moments(features.shape[1])).update(features)
-    return moments.gaussian()
+        running = (running or RunningCovariance(features.shape[1])).update(features)
+    return running.gaussian()
 
 
 # --- what is said of it --------------------------------------------------------------------------

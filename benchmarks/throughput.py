@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from jsonargparse import Namespace
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -38,8 +39,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from diffusion import create_diffusion
 from models import DiT_models
-from runtime import cli
-from runtime.files import check_writable
+from runtime import UserError, cli
+from runtime.files import check_writable, write_text
 from runtime.processes import autocast, start_world, synchronize
 from small_models import DIFFUSION_NETWORKS
 
@@ -239,15 +240,16 @@ def ratios(results: list[dict]) -> str:
                      for result in results)
 
 
-def main(args) -> None:
+def main(args: Namespace) -> None:
     cli.check_numbers(args, ["image_size", "repeats"], "at least 1", lambda n: n >= 1)
     if min(args.batch_size) < 1 or args.image_size % 8:
-        raise ValueError(f"--batch-size {args.batch_size} must be positive, --image-size {args.image_size} a multiple of 8")
+        raise UserError(f"--batch-size {args.batch_size} must be positive, --image-size {args.image_size} a multiple of 8")
     if args.out:
         check_writable(Path(args.out).parent)
     device = start_world(args.device).device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    macs = cli.naming("--image-size", lambda: {name: count_macs(name, args.image_size // 8) for name in args.models})
+    with cli.prefix_errors("--image-size", *cli.WRONG_VALUE):
+        macs = {name: count_macs(name, args.image_size // 8) for name in args.models}
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}")
 
@@ -261,7 +263,7 @@ def main(args) -> None:
         report = {"device": machine, "torch": torch.__version__, "date": f"{date.today()}",
                   "settings": {name: value for name, value in args.as_dict().items() if name != "config"},
                   "results": list(itertools.chain(*results.values()))}
-        Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
+        write_text(Path(args.out), json.dumps(report, indent=2) + "\n")
     print(f"images/s over {args.models[0]}'s:")
     for setting in settings:
         print(f"  {setting}: {ratios(results[setting])}")

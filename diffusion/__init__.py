@@ -1,5 +1,7 @@
 """Diffusion processes, their losses and samplers. `create_diffusion` builds a process from DiT's arguments."""
 
+from runtime import UserError
+
 from .flow import FlowMatching
 from .gaussian_diffusion import GaussianDiffusion
 from .schedules import named_betas, space_timesteps
@@ -42,23 +44,23 @@ def create_diffusion(
             there is less of it at every t. Not for flow.
     """
     if objective not in OBJECTIVES:
-        raise ValueError(f"objective {objective!r} is unknown; allowed: {', '.join(OBJECTIVES)}")
+        raise UserError(f"objective {objective!r} is unknown; allowed: {', '.join(OBJECTIVES)}")
     if not isinstance(diffusion_steps, int) or diffusion_steps < 1:
-        raise ValueError(f"diffusion_steps {diffusion_steps!r} is not a whole number of at least 1")
+        raise UserError(f"diffusion_steps {diffusion_steps!r} is not a whole number of at least 1")
     if predict_xstart and objective not in ("epsilon", "x0"):
-        raise ValueError(f"predict_xstart contradicts objective {objective!r}")
+        raise UserError(f"predict_xstart contradicts objective {objective!r}")
     timesteps = space_timesteps(diffusion_steps, "" if timestep_respacing is None else timestep_respacing)
 
     if objective == "flow":
         gaussian = dict(noise_schedule=noise_schedule != "linear", use_kl=use_kl, sigma_small=sigma_small,
                         rescale_learned_sigmas=rescale_learned_sigmas, input_scale=input_scale != 1)
         if any(gaussian.values()):
-            raise ValueError(f"{', '.join(name for name, given in gaussian.items() if given)}: without meaning for flow")
+            raise UserError(f"{', '.join(name for name, given in gaussian.items() if given)}: without meaning for flow")
         return FlowMatching(len(timesteps), time_sampling, flow_loss)
 
     for name, given, default in (("time_sampling", time_sampling, "uniform"), ("flow_loss", flow_loss, "velocity")):
         if given != default:
-            raise ValueError(f"{name} {given!r} needs objective 'flow'")
+            raise UserError(f"{name} {given!r} needs objective 'flow'")
     return GaussianDiffusion(
         named_betas(noise_schedule, diffusion_steps),
         timesteps,

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from runtime import UserError
+
 from .samplers import SamplingLoops
 from .schedules import MODEL_TIME
 
@@ -34,9 +36,9 @@ class FlowMatching(SamplingLoops):
 
     def __init__(self, num_timesteps: int = 1000, time_sampling: str = "uniform", loss: str = "velocity"):
         if time_sampling not in TIME_SAMPLING:
-            raise ValueError(f"time_sampling {time_sampling!r} is unknown; allowed: {', '.join(TIME_SAMPLING)}")
+            raise UserError(f"time_sampling {time_sampling!r} is unknown; allowed: {', '.join(TIME_SAMPLING)}")
         if loss not in LOSSES:
-            raise ValueError(f"flow_loss {loss!r} is unknown; allowed: {', '.join(LOSSES)}")
+            raise UserError(f"flow_loss {loss!r} is unknown; allowed: {', '.join(LOSSES)}")
         self.loss = loss
         self.num_timesteps = num_timesteps
         self.time_sampling = time_sampling

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime import UserError
+
 from .samplers import SamplingLoops
 from .schedules import MODEL_TIME
 
@@ -43,14 +45,14 @@ class GaussianDiffusion(SamplingLoops):
                  variance: str = "learned_range", loss: str = "mse", input_scale: float = 1.0):
         for value, allowed in ((prediction, PREDICTIONS), (variance, VARIANCES), (loss, LOSSES)):
             if value not in allowed:
-                raise ValueError(f"{value!r} is unknown; allowed: {', '.join(allowed)}")
+                raise UserError(f"{value!r} is unknown; allowed: {', '.join(allowed)}")
         if not (0 < np.min(betas) and np.max(betas) < 1):
-            raise ValueError("betas must lie between 0 and 1")
+            raise UserError("betas must lie between 0 and 1")
         if not 0 < input_scale < math.inf:
-            raise ValueError(f"input_scale {input_scale} is not a positive number")
+            raise UserError(f"input_scale {input_scale} is not a positive number")
         if input_scale != 1 and (variance == "learned_range" or loss == "rescaled_kl"):
-            raise ValueError(f"input_scale {input_scale} needs learn_sigma false and no use_kl: the likelihood of the bound is "
-                             "that of pixels in [-1, 1]")
+            raise UserError(f"input_scale {input_scale} needs learn_sigma false and no use_kl: the likelihood of the bound is "
+                            "that of pixels in [-1, 1]")
         self.input_scale = input_scale
         self.prediction, self.variance, self.loss = prediction, variance, loss
         self.learn_sigma = variance == "learned_range"
@@ -131,8 +133,8 @@ class GaussianDiffusion(SamplingLoops):
         out = model(x, self._at("model_times", t), **(model_kwargs or {})).to(x.dtype)
         channels = x.shape[1] * (2 if self.learn_sigma else 1)
         if out.shape[1] != channels:
-            raise ValueError(f"the model returned {out.shape[1]} channels; a process with variance {self.variance!r} takes "
-                             f"{channels}: learn_sigma of the model and of create_diffusion must agree")
+            raise UserError(f"the model returned {out.shape[1]} channels; a process with variance {self.variance!r} takes "
+                            f"{channels}: learn_sigma of the model and of create_diffusion must agree")
         pred_xstart = self._xstart_from(out[:, : x.shape[1]], x, t)
         pred_xstart = denoised_fn(pred_xstart) if denoised_fn else pred_xstart
         pred_xstart = pred_xstart.clamp(-self.input_scale, self.input_scale) if clip_denoised else pred_xstart

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from runtime import UserError
+
 from .schedules import MODEL_TIME
 
 
@@ -55,7 +57,7 @@ def dynamic_threshold(x_start: Tensor, percentile: float = 0.99, maximum: float 
 
 def check_scale(scale: float) -> None:
     if not (isinstance(scale, int | float) and math.isfinite(scale) and scale >= 0):
-        raise ValueError(f"--cfg-scale {scale} is not a finite number of at least 0 (1 = no guidance)")
+        raise UserError(f"`cfg_scale` {scale} is not a finite number of at least 0 (1 = no guidance)")
 
 
 def check_interval(interval: tuple[float, float] | None) -> None:
@@ -64,4 +66,4 @@ def check_interval(interval: tuple[float, float] | None) -> None:
     numbers = [value for value in interval if isinstance(value, int | float)]
     if not (len(interval) == len(numbers) == 2 and 0 <= numbers[0] <= numbers[1] <= MODEL_TIME):
         given = " ".join(f"{value:g}" if value in numbers else str(value) for value in interval)
-        raise ValueError(f"--guidance-interval {given} is not LO HI with 0 <= LO <= HI <= {MODEL_TIME}")
+        raise UserError(f"`guidance_interval` {given} is not LO HI with 0 <= LO <= HI <= {MODEL_TIME}")

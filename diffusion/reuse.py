@@ -24,6 +24,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from runtime import UserError
+
 State = tuple[Tensor, ...]
 
 PRIOR_NOISE_BELOW = 300  # t, from which on prior noise is added
@@ -81,21 +83,21 @@ def plan(kind: str, times: Iterable[float], guided: Iterable[bool], depth: int, 
         prior_noise: the paper's 0.003, see add_prior_noise.
     """
     if kind not in DEFAULTS:
-        raise ValueError(f"--reuse {kind!r} is unknown; allowed: none, {', '.join(DEFAULTS)}")
+        raise UserError(f"`reuse` {kind!r} is unknown; allowed: none, {', '.join(DEFAULTS)}")
     default = DEFAULTS[kind]
     if split is None:
         split = {None: default_split, -1: depth}[default["split"]]
     order = default["order"] if order is None else order
     warm_up = max(default["warm_up"], order + 1) if warm_up is None else warm_up
     if not 0 <= split <= depth:
-        raise ValueError(f"--reuse-args: split {split} is not in 0..{depth}, the number of the network's blocks")
+        raise UserError(f"`reuse_args`: split {split} is not in 0..{depth}, the number of the network's blocks")
     if order < 0 or warm_up < max(1, order):
-        raise ValueError(f"--reuse-args: order {order} and warm_up {warm_up} are not 0 <= order <= warm_up, warm_up >= 1")
+        raise UserError(f"`reuse_args`: order {order} and warm_up {warm_up} are not 0 <= order <= warm_up, warm_up >= 1")
     if parallel < 1:
-        raise ValueError(f"--reuse-args: parallel {parallel} is not at least 1")
+        raise UserError(f"`reuse_args`: parallel {parallel} is not at least 1")
     times, branches = tuple(times), tuple(1 + on for on in guided)
     if not 0 <= prior_noise < math.inf:
-        raise ValueError(f"--reuse-args: prior_noise {prior_noise} is not a finite number of at least 0")
+        raise UserError(f"`reuse_args`: prior_noise {prior_noise} is not a finite number of at least 0")
     rule = default["key_steps"] if key_steps is None else key_steps
     keys = key_evaluations(rule, len(times))
     comes_back = [before < after for before, after in pairwise((branches[0], *branches))]
@@ -117,11 +119,11 @@ def key_evaluations(rule: str, count: int) -> list[bool]:
         return [k % int(every) == 0 for k in range(count)]
     words = rule.replace(",", " ").split()
     if not words or not all(word.isdecimal() for word in words):
-        raise ValueError(f"--key-steps {rule!r} is not understood; write paper, every:N, or numbers such as 0,3,6")
+        raise UserError(f"`key_steps` {rule!r} is not understood; write paper, every:N, or numbers such as 0,3,6")
     numbers = set(map(int, words))
     if 0 not in numbers or max(numbers) >= count:
-        raise ValueError(f"--key-steps {rule}: the numbers must begin with 0, before which there is nothing to reuse, and "
-                         f"end below {count}, the evaluations of this sampler")
+        raise UserError(f"`key_steps` {rule}: the numbers must begin with 0, before which there is nothing to reuse, and "
+                        f"end below {count}, the evaluations of this sampler")
     return [k in numbers for k in range(count)]
 
 
@@ -151,6 +153,8 @@ class Reuse:
     def encode(self, k: int, x: Tensor, t: Tensor, y: Tensor) -> None:
         """Compute the features of both branches, and what the extrapolation needs of them."""
         state = self.network.encode(x, self.network.condition(t, y), self.plan.split)
+        if k == 0:
+            check_state(state, len(y))
         parts = list(zip(*(features.split(self.batch_size) for features in state)))
         time, present = self.plan.times[k], self.plan.branches
         for branch, part in enumerate(parts):
@@ -171,6 +175,13 @@ class Reuse:
         """A branch's features at t, by the polynomial through the computed ones."""
         times, states = zip(*self.computed[branch])
         return tuple(extrapolate(times, values, t) for values in zip(*states))
+
+
+def check_state(state: object, rows: int) -> None:
+    """UserError where a network's encode does not return what the seam asks for."""
+    if not (isinstance(state, tuple) and state and all(isinstance(part, Tensor) and len(part) == rows for part in state)):
+        raise UserError(f"`reuse`: the network's encode must return a tuple of tensors with the batch ({rows}) as their first "
+                        f"dimension; it returned {type(state).__name__}")
 
 
 def extrapolate(times: tuple[float, ...], values: tuple[Tensor, ...], t: float) -> Tensor:

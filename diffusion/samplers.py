@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from runtime import UserError
+
 NoiseSource = Callable[[int], Tensor]
 DenoisedFn = Callable[[Tensor], Tensor] | None
 Steps = Iterator[dict[str, Tensor]]
@@ -117,15 +119,15 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp, "euler": euler, "heun": 
 
 
 def get_sampler(name: str, process, eta: float = 0.0) -> Callable[..., Steps]:
-    """The sampler of that name; ValueError where it cannot serve the process, or has no use for eta."""
+    """The sampler of that name; UserError where it cannot serve the process, or has no use for eta."""
     if name not in SAMPLERS:
-        raise ValueError(f"--sampler {name!r} is unknown; allowed: {', '.join(SAMPLERS)}")
+        raise UserError(f"`sampler` {name!r} is unknown; allowed: {', '.join(SAMPLERS)}")
     if name == "ddpm" and not hasattr(process, "p_mean_variance"):
-        raise ValueError(f"--sampler ddpm needs a Gaussian process; for a flow checkpoint use {', '.join(list(SAMPLERS)[1:])}")
+        raise UserError(f"`sampler` ddpm needs a Gaussian process; for a flow checkpoint use {', '.join(list(SAMPLERS)[1:])}")
     if not 0 <= eta <= 1:
-        raise ValueError(f"--eta {eta} is not in 0..1")
+        raise UserError(f"`eta` {eta} is not in 0..1")
     if eta and name != "ddim":
-        raise ValueError(f"--eta {eta} has a meaning for --sampler ddim only, not for {name}")
+        raise UserError(f"`eta` {eta} has a meaning for `sampler` ddim only, not for {name}")
     return partial(ddim, eta=eta) if eta else SAMPLERS[name]
 
 

@@ -6,6 +6,8 @@ from functools import partial
 
 import numpy as np
 
+from runtime import UserError
+
 MODEL_TIME = 1000  # models take t on the scale 0..1000, whatever the process
 
 
@@ -56,10 +58,10 @@ SCHEDULES = {
 def named_betas(name: str, num_timesteps: int) -> np.ndarray:
     """The betas of a schedule in SCHEDULES: (num_timesteps,) float64."""
     if name not in SCHEDULES:
-        raise ValueError(f"noise_schedule {name!r} is unknown; allowed: {', '.join(SCHEDULES)}")
+        raise UserError(f"noise_schedule {name!r} is unknown; allowed: {', '.join(SCHEDULES)}")
     betas = SCHEDULES[name](num_timesteps)
     if betas.max() >= 1:
-        raise ValueError(f"noise_schedule {name!r} needs more than {num_timesteps} diffusion_steps: a beta would reach 1")
+        raise UserError(f"noise_schedule {name!r} needs more than {num_timesteps} diffusion_steps: a beta would reach 1")
     return betas
 
 
@@ -78,7 +80,7 @@ def space_timesteps(num_timesteps: int, respacing: str | int) -> list[int]:
     for section, count in enumerate(counts):
         length = size + (section < extra)
         if count > length:
-            raise ValueError(f"respacing {respacing!r}: a section has only {length} timesteps, {count} were asked for")
+            raise UserError(f"respacing {respacing!r}: a section has only {length} timesteps, {count} were asked for")
         stride = (length - 1) / (count - 1) if count > 1 else 1
         timesteps += [start + round(stride * i) for i in range(count)]
         start += length
@@ -87,7 +89,7 @@ def space_timesteps(num_timesteps: int, respacing: str | int) -> list[int]:
 
 def parse_count(text: str, respacing: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
-        raise ValueError(f"respacing {respacing!r} is not understood; write '', '250', '10,10,5' or 'ddim50', counts from 1")
+        raise UserError(f"respacing {respacing!r} is not understood; write '', '250', '10,10,5' or 'ddim50', counts from 1")
     return int(text)
 
 
@@ -96,7 +98,7 @@ def strided_timesteps(num_timesteps: int, count: int) -> list[int]:
     kept = {len(range(0, num_timesteps, n)): n for n in range(num_timesteps, 0, -1)}
     if count not in kept:
         nearest = sorted(sorted(kept, key=lambda other: abs(other - count))[:2])
-        raise ValueError(
+        raise UserError(
             f"respacing 'ddim{count}': no whole stride over {num_timesteps} timesteps keeps {count}; the nearest that "
             f"exist are ddim{' and ddim'.join(map(str, nearest))}, and '{count}' spreads {count} unevenly")
     return list(range(0, num_timesteps, kept[count]))

@@ -1,0 +1,1 @@
+"""From two sets of images to figures: sets, features, surveys, metrics."""

@@ -9,7 +9,10 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from evaluation.image_sets import ImageSet
 from pipeline import checkpoint
-from runtime.files import digest, download
+from runtime import UserError
+from runtime.cli import prefix_errors
+from runtime.files import download, sha256
+from runtime.pictures import to_unit_range
 
 # The network of FID, converted from TensorFlow's of 2015 by torch-fidelity.
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
@@ -29,15 +32,15 @@ class Inception:
         weights: torch-fidelity's file, which is a pickle: make sure that it is the published one.
 
     Raises:
-        ValueError: torch-fidelity is not installed.
+        UserError: torch-fidelity is not installed.
     """
 
     def __init__(self, weights: Path, device: torch.device):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError:
-            raise ValueError("FID's Inception needs the package torch-fidelity: pip install '.[eval]'; --weights none gives "
-                             "figures without it") from None
+            raise UserError("FID's Inception needs the package torch-fidelity: pip install '.[eval]'; `weights` none gives "
+                            "figures without it") from None
         network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights)
         network.Mixed_6d.branch1x1.register_forward_hook(self._see)
         self.network = network.to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
@@ -52,30 +55,30 @@ class Inception:
 
 
 def inception_weights(path: str | None) -> Path:
-    """The file of FID's Inception: the given one, or that of torch's cache, or a download; ValueError where it is another."""
+    """The file of FID's Inception: the given one, or that of torch's cache, or a download; UserError where it is another."""
     if path is not None and not Path(path).is_file():
-        raise FileNotFoundError(f"--weights {path} is no file")
+        raise FileNotFoundError(f"`weights` {path} is no file")
     file = Path(path) if path is not None else download(
-        INCEPTION, INCEPTION_URL, "Apache 2.0", lambda file: digest(file) == INCEPTION_SHA256)
-    if (found := digest(file)) != INCEPTION_SHA256:
-        raise ValueError(f"--weights {file} is not {INCEPTION}: its sha256 is {found}, expected {INCEPTION_SHA256}"
-                         f"{'; delete it, to download it again' if path is None else ''}")
+        INCEPTION, INCEPTION_URL, "Apache 2.0", lambda file: sha256(file) == INCEPTION_SHA256)
+    if (found := sha256(file)) != INCEPTION_SHA256:
+        raise UserError(f"`weights` {file} is not {INCEPTION}: its sha256 is {found}, expected {INCEPTION_SHA256}"
+                        f"{'; delete it, to download it again' if path is None else ''}")
     return file
 
 
 def pixel_features(images: Tensor) -> Tensor:
     """(B, C, H, W) uint8 -> (B, C, h, w) in [-1, 1], area-averaged to at most PIXELS a side."""
-    return adaptive_avg_pool2d(images.float() / 127.5 - 1, [min(PIXELS, side) for side in images.shape[2:]])
+    return adaptive_avg_pool2d(to_unit_range(images), [min(PIXELS, side) for side in images.shape[2:]])
 
 
-def pixels(images: Tensor) -> Tensor:
+def rgb_pixels(images: Tensor) -> Tensor:
     """-> (B, 3, h, w)"""
     return pixel_features(images.permute(0, 3, 1, 2))
 
 
 def flat_pixels(images: Tensor) -> dict[str, Tensor]:
     """Channel by channel."""
-    return {"pixels": pixels(images).flatten(1)}
+    return {"pixels": rgb_pixels(images).flatten(1)}
 
 
 class Classifier(nn.Module):
@@ -101,42 +104,50 @@ class ClassifierFeatures:
     """Features and predictions of a classifier that benchmarks/classifier.py trained."""
 
     def __init__(self, path: str, size: tuple[int, int], device: torch.device):
-        state = checkpoint.load(path, "--classifier")
+        with prefix_errors("`classifier`"):
+            state = checkpoint.load(path)
         if "classifier" not in state:
-            raise ValueError(f"--classifier {path} was not written by benchmarks/classifier.py")
+            raise UserError(f"`classifier` {path} was not written by benchmarks/classifier.py")
         spec = state["spec"]
-        own, given = tuple(spec["size"]), tuple(pixels(torch.zeros(1, *size, 3, dtype=torch.uint8)).shape[2:])
+        own, given = tuple(spec["size"]), tuple(rgb_pixels(torch.zeros(1, *size, 3, dtype=torch.uint8)).shape[2:])
         if own != given:
-            raise ValueError(f"--classifier {path} was trained on images of {own[0]}x{own[1]}; these are {given[0]}x{given[1]}")
+            raise UserError(f"`classifier` {path} was trained on images of {own[0]}x{own[1]}; these are {given[0]}x{given[1]}")
         self.network = Classifier(**spec["network"])
         checkpoint.load_weights(self.network, state["classifier"], Path(path))
         self.network.to(device).eval()
-        self.about = {"path": path, "sha256": digest(Path(path)),
+        self.about = {"path": path, "sha256": sha256(Path(path)),
                       **{key: spec[key] for key in ("data", "test_images", "test_accuracy")}}
 
     def check_labels(self, samples: ImageSet) -> None:
-        """ValueError where a label is none of the classifier's; wrong arrays of labels are found here, too."""
+        """UserError where a label is none of the classifier's; wrong arrays of labels are found here, too."""
         labels, count = samples.images and samples.images.labels, self.network.head.out_features
         if labels is not None and not (0 <= labels.min() and labels.max() < count):
-            raise ValueError(f"{samples.flag} {samples.source}: arr_1 holds labels from {labels.min()} to {labels.max()}; the "
-                             f"classifier has {count} classes, 0..{count - 1}")
+            raise UserError(f"{samples.title} {samples.source}: arr_1 holds labels from {labels.min()} to {labels.max()}; the "
+                            f"classifier has {count} classes, 0..{count - 1}")
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        features = self.network.features(pixels(images))
+        features = self.network.features(rgb_pixels(images))
         return {"classifier": features, "predictions": self.network.head(features).argmax(dim=1)}
 
 
-def open_extractors(args, ref: ImageSet, samples: ImageSet, device: torch.device) -> dict[str, Callable]:
-    """By name, those that the flags ask for, where there are images to see."""
+def open_extractors(ref: ImageSet, samples: ImageSet, device: torch.device, weights: str | None, classifier: str | None,
+                    pixels: bool) -> dict[str, Callable]:
+    """The extractors that are wanted, by name, where there are images to see.
+
+    Args:
+        weights: of Inception; None takes torch's cache or a download, "none" does without Inception.
+        classifier: a file of benchmarks/classifier.py, or None.
+        pixels: whether pixels are wanted even beside Inception.
+    """
     extractors = {}
     seen = samples.images or ref.images
-    if args.classifier:
+    if classifier:
         if seen is None:
-            raise ValueError("--classifier needs images; REF and SAMPLES hold statistics")
-        classifier = extractors["classifier"] = ClassifierFeatures(args.classifier, seen.size, device)
-        classifier.check_labels(samples)
-    if args.weights == "none" or args.training_images:
+            raise UserError("`classifier` needs images; REF and SAMPLES hold statistics")
+        extractors["classifier"] = ClassifierFeatures(classifier, seen.size, device)
+        extractors["classifier"].check_labels(samples)
+    if weights == "none" or pixels:
         extractors["pixels"] = flat_pixels
-    if args.weights != "none" and seen:
-        extractors["inception"] = Inception(inception_weights(args.weights), device)
+    if weights != "none" and seen:
+        extractors["inception"] = Inception(inception_weights(weights), device)
     return extractors

@@ -40,9 +40,9 @@ def inception_figures(ref: ImageSet, samples: ImageSet, seen: Survey, drawn: Sur
         if name in theirs and name in own:
             figures.append(Figure(f"{title}{label}", frechet_distance(theirs[name], own[name]), remark))
         else:
-            lacking = " and ".join(side.flag for side, has in ((ref, theirs), (samples, own)) if name not in has)
+            lacking = " and ".join(side.title for side, has in ((ref, theirs), (samples, own)) if name not in has)
             figures.append(Figure(title, None, f"skipped: {lacking} lacks {' and '.join(STATISTICS[name][:2])}"))
-    without = " and ".join(side.flag for side in (ref, samples) if side.images is None)
+    without = " and ".join(side.title for side in (ref, samples) if side.images is None)
     skipped = f"skipped: statistics without images in {without}"
     if samples.images:
         figures.append(Figure("Inception Score", drawn.inception_score.value(), f"of {len(samples.images):,} images"))

@@ -1,6 +1,5 @@
 """Sets of whole images to be evaluated, and statistics: read and written."""
 
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.metrics import Gaussian
-from runtime.files import in_batches
+from runtime import UserError
+from runtime.files import atomic, in_batches
 from runtime.pictures import open_rgb, picture
 from training.datasets import NAMED, ArrayImages, load_dataset
 
@@ -26,7 +26,7 @@ REFERENCE_IMAGES = 10_000  # in a reference file, for precision and recall
 class ImageSet:
     """One side of a comparison: images, or statistics of Inception's features, or both."""
 
-    flag: str
+    title: str                # what the user calls the set
     source: str
     images: object | None  # see open_images
     statistics: dict[str, Gaussian] = field(default_factory=dict)
@@ -48,13 +48,13 @@ class ImageSet:
         if self.statistics:
             count = "an unknown number of" if self.statistics_of is None else f"{self.statistics_of:,}"
             said.append(f"statistics of {count} images")
-        return f"{self.flag} {self.source}: {', '.join(said)}"
+        return f"{self.title} {self.source}: {', '.join(said)}"
 
 
-def read_statistics(path: Path, flag: str, names: set[str]) -> tuple[dict[str, Gaussian], int | None]:
+def read_statistics(path: Path, title: str, names: set[str]) -> tuple[dict[str, Gaussian], int | None]:
     """ADM's statistics in an `.npz`, and of how many images they are, where `n` tells it."""
     statistics = {}
-    with told_as_damage(f"{flag} {path}"), np.load(path, allow_pickle=False) as file:
+    with damage_as_oserror(f"{title} {path}"), np.load(path, allow_pickle=False) as file:
         for name, (mu, sigma, dimensions) in STATISTICS.items():
             if not {mu, sigma} & names:
                 continue
@@ -62,14 +62,14 @@ def read_statistics(path: Path, flag: str, names: set[str]) -> tuple[dict[str, G
                 mean, covariance = (np.asarray(file[key], dtype=np.float64) for key in (mu, sigma))
                 count = int(file["n"]) if "n" in names else None
             except (KeyError, ValueError, TypeError) as error:  # missing, or objects, which are not unpickled
-                raise ValueError(f"{flag} {path}: {mu}, {sigma} and n cannot be read as numbers: {error}") from None
+                raise UserError(f"{title} {path}: {mu}, {sigma} and n cannot be read as numbers: {error}") from None
             if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
-                raise ValueError(f"{flag} {path}: {mu} is {mean.shape} and {sigma} {covariance.shape}; expected "
-                                 f"({dimensions},) and ({dimensions}, {dimensions})")
+                raise UserError(f"{title} {path}: {mu} is {mean.shape} and {sigma} {covariance.shape}; expected "
+                                f"({dimensions},) and ({dimensions}, {dimensions})")
             if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-                raise ValueError(f"{flag} {path}: {mu} or {sigma} has values that are not finite")
+                raise UserError(f"{title} {path}: {mu} or {sigma} has values that are not finite")
             if not np.allclose(covariance, covariance.T):
-                raise ValueError(f"{flag} {path}: {sigma} is not symmetric, and no covariance")
+                raise UserError(f"{title} {path}: {sigma} is not symmetric, and no covariance")
             statistics[name] = Gaussian(mean, covariance)
     return statistics, count
 
@@ -87,22 +87,22 @@ def save_statistics(path: Path, ref: ImageSet, gaussians: dict[str, Gaussian]) -
     print(f"Wrote {path}: statistics of {ref.count:,} images, and {count:,} of them")
 
 
-def open_images(source: str, flag: str, size: tuple[int, int] | None = None, data_root: str = "data", split: str = "val"):
+def open_images(source: str, title: str, size: tuple[int, int] | None = None, data_root: str = "data", split: str = "val"):
     """A set of images: an `.npz` as ADM's, a folder of pictures, or the part `split` of a named data set.
 
     Args:
-        flag: what the user calls the set, for errors.
+        title: what the user calls the set, for errors.
         size: (H, W) to bring a named set to; files are taken as they are.
     """
     path = Path(source)
     if source in NAMED:
         return NamedImages(load_dataset(source, size and size[0], data_root, split))
     if path.is_dir():
-        return PictureFolder(path, flag)
+        return PictureFolder(path, title)
     if not path.is_file():
-        raise FileNotFoundError(f"{flag} {source} does not exist; expected an .npz, a folder of images, or one of "
+        raise FileNotFoundError(f"{title} {source} does not exist; expected an .npz, a folder of images, or one of "
                                 f"{', '.join(NAMED)}")
-    return NpzImages(path, flag)
+    return NpzImages(path, title)
 
 
 class NpzImages:
@@ -111,19 +111,19 @@ class NpzImages:
     Nothing in it is unpickled.
     """
 
-    def __init__(self, path: Path, flag: str = "the file"):
-        self.path, self.name = path, f"{flag} {path}"
-        with told_as_damage(self.name), zipfile.ZipFile(path) as file:
+    def __init__(self, path: Path, title: str = "the file"):
+        self.path, self.name = path, f"{title} {path}"
+        with damage_as_oserror(self.name), zipfile.ZipFile(path) as file:
             self.arrays = array_names(file)
             if "arr_0" not in self.arrays:
-                raise ValueError(f"{self.name} has no arr_0 among its arrays ({', '.join(self.arrays) or 'none'}); "
-                                 "expected images (N, H, W, 3) uint8 as arr_0")
+                raise UserError(f"{self.name} has no arr_0 among its arrays ({', '.join(self.arrays) or 'none'}); "
+                                "expected images (N, H, W, 3) uint8 as arr_0")
             with file.open("arr_0.npy") as array:
                 shape, fortran_order, dtype = npy_header(array, self.name)
                 self.start = array.tell()
         if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran_order:
-            raise ValueError(f"{self.name}: arr_0 is {'object' if dtype.hasobject else dtype} {shape}"
-                             f"{' in Fortran order' if fortran_order else ''}; expected uint8 (N, H, W, 3)"
+            raise UserError(f"{self.name}: arr_0 is {'object' if dtype.hasobject else dtype} {shape}"
+                            f"{' in Fortran order' if fortran_order else ''}; expected uint8 (N, H, W, 3)"
                              f"{', as np.ascontiguousarray makes it' if fortran_order else ''}")
         self.count, self.size = shape[0], shape[1:3]
 
@@ -132,14 +132,14 @@ class NpzImages:
 
     @cached_property
     def labels(self) -> np.ndarray | None:
-        """ValueError where there are other labels than integers, one an image."""
+        """UserError where there are other labels than integers, one an image."""
         if "arr_1" not in self.arrays:
             return None
-        with told_as_damage(self.name), zipfile.ZipFile(self.path) as file, file.open("arr_1.npy") as array:
+        with damage_as_oserror(self.name), zipfile.ZipFile(self.path) as file, file.open("arr_1.npy") as array:
             shape, _, dtype = npy_header(array, self.name)
             if shape != (self.count,) or dtype.kind not in "iu":
-                raise ValueError(f"{self.name}: arr_1 is {'object' if dtype.hasobject else dtype} {shape}; expected labels, "
-                                 f"integers ({self.count},)")
+                raise UserError(f"{self.name}: arr_1 is {'object' if dtype.hasobject else dtype} {shape}; expected labels, "
+                                f"integers ({self.count},)")
             content = array.read()
             if len(content) != self.count * dtype.itemsize:
                 raise EOFError("arr_1 ends early")
@@ -147,7 +147,7 @@ class NpzImages:
 
     def read(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Indices should ascend from batch to batch: a step back reads the file from its beginning."""
-        with told_as_damage(self.name), zipfile.ZipFile(self.path) as file, file.open("arr_0.npy") as array:
+        with damage_as_oserror(self.name), zipfile.ZipFile(self.path) as file, file.open("arr_0.npy") as array:
             for indices in batches:
                 images = np.empty((len(indices), *self.size, 3), dtype=np.uint8)
                 for image, index in zip(images, indices):
@@ -162,17 +162,17 @@ class PictureFolder:
 
     labels = None
 
-    def __init__(self, path: Path, flag: str):
+    def __init__(self, path: Path, title: str):
         from torchvision.datasets.folder import IMG_EXTENSIONS
         self.paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
         if not self.paths:
-            raise FileNotFoundError(f"{flag} {path}: the folder holds no images ({' '.join(IMG_EXTENSIONS)})")
+            raise FileNotFoundError(f"{title} {path}: the folder holds no images ({' '.join(IMG_EXTENSIONS)})")
         self.threads = ThreadPoolExecutor()  # pictures are decoded without Python's lock
         sizes = list(self.threads.map(picture_size, self.paths))
         for file, size in zip(self.paths, sizes):
             if size != sizes[0]:
-                raise ValueError(f"{flag} {path}: the images must be of one size; {self.paths[0].relative_to(path)} is "
-                                 f"{sizes[0][1]}x{sizes[0][0]}, {file.relative_to(path)} {size[1]}x{size[0]} (width x height)")
+                raise UserError(f"{title} {path}: the images must be of one size; {self.paths[0].relative_to(path)} is "
+                                f"{sizes[0][1]}x{sizes[0][0]}, {file.relative_to(path)} {size[1]}x{size[0]} (width x height)")
         self.size = sizes[0]
 
     def __len__(self) -> int:
@@ -204,7 +204,7 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def told_as_damage(name: str):
+def damage_as_oserror(name: str):
     """What a damaged `.npz` raises while it is read, as an OSError of one line."""
     try:
         yield
@@ -229,9 +229,8 @@ def npy_header(array: zipfile.ZipExtFile, name: str) -> tuple[tuple[int, ...], b
 
 def save_npz(path: Path, shape: tuple[int, ...], images: Iterable[np.ndarray], **arrays: np.ndarray) -> None:
     """Write an `.npz`, whole or not at all: `arr_0` of that shape, uint8, which comes in blocks, and the other arrays."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
+        with atomic(path) as whole, zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as file:
             with file.open("arr_0.npy", "w", force_zip64=True) as array:
                 np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
                 for block in images:
@@ -239,9 +238,5 @@ def save_npz(path: Path, shape: tuple[int, ...], images: Iterable[np.ndarray], *
             for name, values in arrays.items():
                 with file.open(f"{name}.npy", "w") as array:
                     np.lib.format.write_array(array, np.asarray(values), allow_pickle=False)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error.strerror or error}") from None

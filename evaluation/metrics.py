@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime import UserError
+
 SPLIT = 5000  # images of one Inception Score
 NEIGHBOUR = 3  # whose distance is a feature's radius
 BLOCK = 10_000  # features a side of a block of distances: ADM's, by which it chooses between fp16 and fp32
@@ -45,7 +47,7 @@ class Gaussian:
         return vectors * np.sqrt(np.where(values > noise, values, 0.0))
 
 
-class Moments:
+class RunningCovariance:
     """Mean and scatter of features that arrive in batches: float64, about the running mean (Chan, Golub & LeVeque, 1979).
 
     They lie where the features do, or on the CPU where that device has no float64.
@@ -57,7 +59,7 @@ class Moments:
         self.mean = torch.zeros(dimensions, dtype=torch.float64, device=self.device)
         self.scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64, device=self.device)
 
-    def update(self, features: Tensor) -> "Moments":
+    def update(self, features: Tensor) -> "RunningCovariance":
         """Add a batch (B, D)."""
         x = features.to(self.device).double()
         mean = x.mean(dim=0)
@@ -65,7 +67,7 @@ class Moments:
         self.scatter.addmm_((x - mean).T, x - mean)
         return self
 
-    def merge(self, other: "Moments") -> "Moments":
+    def merge(self, other: "RunningCovariance") -> "RunningCovariance":
         if other.count:
             self._move(other.count, other.mean.to(self.device))
             self.scatter += other.scatter.to(self.device)
@@ -78,8 +80,8 @@ class Moments:
         self.mean += delta * (count / total)
         self.count = total
 
-    def cpu(self) -> "Moments":
-        return Moments(len(self.mean)).merge(self)
+    def cpu(self) -> "RunningCovariance":
+        return RunningCovariance(len(self.mean)).merge(self)
 
     def gaussian(self) -> Gaussian:
         """Of at least two samples, on the CPU."""
@@ -136,10 +138,10 @@ def precision_and_recall(real: Tensor, fake: Tensor, precision: str = "adm") -> 
     the squared distances, see `distance_blocks`: blocks of BLOCK x BLOCK, with which up to 2 GB are in use.
 
     Raises:
-        ValueError: a set has fewer than four images, so that none has a third neighbour.
+        UserError: a set has fewer than four images, so that none has a third neighbour.
     """
     if min(len(real), len(fake)) <= NEIGHBOUR:
-        raise ValueError(f"precision and recall need at least {NEIGHBOUR + 1} images in each set, for a third neighbour")
+        raise UserError(f"precision and recall need at least {NEIGHBOUR + 1} images in each set, for a third neighbour")
     real_radii, fake_radii = radii(real, precision), radii(fake, precision)
     real_near = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     fake_near = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from evaluation.extractors import STAND_INS, flat_pixels
 from evaluation.image_sets import BATCH, ImageSet
-from evaluation.metrics import Gaussian, InceptionScore, Moments, Nearest
+from evaluation.metrics import Gaussian, InceptionScore, Nearest, RunningCovariance
 from runtime.files import in_batches
 from runtime.processes import World
 from runtime.randomness import generator
@@ -22,7 +22,7 @@ class Survey:
     """What the extractors saw of a set: filled batch by batch, and merged over processes."""
 
     def __init__(self):
-        self.moments: dict[str, Moments] = {}  # by name of features
+        self.moments: dict[str, RunningCovariance] = {}  # by name of features
         self.kept = defaultdict(list)  # by name, [(position, features of a batch)]
         self.inception_score = InceptionScore()
         self.correct = self.labelled = 0
@@ -40,7 +40,7 @@ class Survey:
                     self.correct += int((values.cpu().numpy() == labels).sum())
                     self.labelled += len(labels)
             else:
-                self.moments.setdefault(name, Moments(values.shape[1], values.device)).update(values)
+                self.moments.setdefault(name, RunningCovariance(values.shape[1], values.device)).update(values)
                 if name in kept:
                     self.kept[name].append((positions[0], values.cpu()))
 
@@ -51,7 +51,7 @@ class Survey:
 
     def merge(self, other: "Survey") -> None:
         for name, moments in other.moments.items():
-            self.moments.setdefault(name, Moments(len(moments.mean))).merge(moments)
+            self.moments.setdefault(name, RunningCovariance(len(moments.mean))).merge(moments)
             self.kept[name] += other.kept[name]
         self.inception_score.merge(other.inception_score)
         self.correct, self.labelled = self.correct + other.correct, self.labelled + other.labelled
@@ -74,7 +74,7 @@ def survey(image_set: ImageSet, extractors: dict[str, Callable], world: World, k
         return own
     indices = np.arange(len(image_set.images)) if indices is None else indices
     labels = image_set.images.labels if "classifier" in extractors else None
-    for positions, images in read_batches(image_set.images, indices, world, title or image_set.flag):
+    for positions, images in read_batches(image_set.images, indices, world, title or image_set.title):
         features = {}
         for extract in extractors.values():
             features |= extract(images)
@@ -121,7 +121,7 @@ def survey_nearest(training: ImageSet, surveys: list[Survey], world: World) -> l
     """For each survey of pixels, the distances (N,) of its images to the nearest training image; on the main process."""
     features = world.on_main(lambda: [one.features("pixels") for one in surveys])
     nearest = Nearest(torch.cat(features))
-    for _, images in read_batches(training.images, np.arange(len(training.images)), world, training.flag):
+    for _, images in read_batches(training.images, np.arange(len(training.images)), world, training.title):
         nearest.update(flat_pixels(images)["pixels"].cpu())
     for part in world.gather(nearest.squares)[1:]:
         nearest.squares = nearest.squares.minimum(part)

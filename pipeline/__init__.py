@@ -1,0 +1,1 @@
+"""From a checkpoint's name to pictures: the spec, the file, the autoencoder, generation."""

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import checkpoint
+from pipeline.spec import Spec
+from runtime import UserError
 from runtime.pictures import to_unit_range
 
 HUB_IDS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -82,17 +84,17 @@ class SDVAE(nn.Module):
 
     def identity(self) -> dict:
         """Its scale, and the sha256 of its weights, whatever file they lie in."""
-        return {"sha256": digest_of(self.vae), "scaling_factor": self.scale, "shift_factor": self.shift}
+        return {"sha256": weights_sha256(self.vae), "scaling_factor": self.scale, "shift_factor": self.shift}
 
 
 class TrainedAutoencoder(nn.Module):
-    """An autoencoder that train.py trained (models.Autoencoder): deterministic, its latents standardised."""
+    """An autoencoder that train.py trained (small_models.Autoencoder): deterministic, its latents standardised."""
 
     bounded = False
 
     def __init__(self, source: str, network: nn.Module):
         super().__init__()
-        self.spec, self.network = {"vae": source, "vae_sha256": digest_of(network)}, network
+        self.spec, self.network = {"vae": source, "vae_sha256": weights_sha256(network)}, network
 
     def latent_shape(self, image_size: tuple[int, int], channels: int) -> tuple[int, int, int]:
         network = self.network
@@ -118,15 +120,15 @@ class TrainedAutoencoder(nn.Module):
 
 def shrunk(image_size: tuple[int, int], channels: int, vae: str, in_channels: int, latent_channels: int,
            factor: int) -> tuple[int, int, int]:
-    """The shape of latents `factor` times smaller than their images; ValueError where --vae does not take such images."""
+    """The shape of latents `factor` times smaller than their images; UserError where the autoencoder takes no such images."""
     if channels != in_channels:
-        raise ValueError(f"--vae {vae} takes images of {in_channels} channels, not of {channels}; --vae pixels takes any")
+        raise UserError(f"{vae} takes images of {in_channels} channels, not of {channels}; pixels takes any")
     if any(size % factor for size in image_size):
-        raise ValueError(f"--image-size {image_size} is not divisible by {factor}, the factor of --vae {vae}")
+        raise UserError(f"{vae}: `image_size` {image_size} is not divisible by {factor}, the factor of this autoencoder")
     return (latent_channels, *(size // factor for size in image_size))
 
 
-def digest_of(network: nn.Module) -> str:
+def weights_sha256(network: nn.Module) -> str:
     """The sha256 of a network's weights."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
@@ -137,7 +139,7 @@ def digest_of(network: nn.Module) -> str:
 
 @torch.no_grad()
 def latents_of(autoencoder: nn.Module, batch: Tensor, kind: str, noise: Tensor) -> Tensor:
-    """The latents (B, C, h, w) of a batch of a data set, whose `kind` tells what it holds (see data.py)."""
+    """The latents (B, C, h, w) of a batch of a data set, whose `kind` tells what it holds (see training/datasets.py)."""
     match kind:
         case "images":
             return autoencoder.encode(to_unit_range(batch), noise)
@@ -148,25 +150,25 @@ def latents_of(autoencoder: nn.Module, batch: Tensor, kind: str, noise: Tensor) 
 
 
 def check_features(autoencoder: nn.Module, *datasets) -> None:
-    """ValueError where one of the data sets (or None) holds features that another autoencoder made."""
+    """UserError where one of the data sets (or None) holds features that another autoencoder made."""
     features = [data for data in datasets if data is not None and data.kind != "images"]
     if features and isinstance(autoencoder, Pixels):
-        raise ValueError("--vae pixels: --data-path holds features, which only the autoencoder that made them can decode")
+        raise UserError("pixels: `data_path` holds features, which only the autoencoder that made them can decode")
     identity = autoencoder.identity() if features else {}
     for data in features:
         own = identity | {"latent_shape": autoencoder.latent_shape(data.image_size, data.channels)}
         for key, value in (data.made_by | {"latent_shape": data.latent_shape}).items():
             if key != "vae" and own.get(key) != value:  # its name may differ: a folder may have moved
-                raise ValueError(f"--vae {autoencoder.spec['vae']} is not the autoencoder of the features in --data-path: "
-                                 f"their {key} is {value}, its is {own.get(key)}")
+                raise UserError(f"{autoencoder.spec['vae']} is not the autoencoder of the features in `data_path`: "
+                                f"their {key} is {value}, its is {own.get(key)}")
 
 
-def check_autoencoder(autoencoder: nn.Module, spec: dict) -> None:
-    """ValueError where a checkpoint's spec was written with other weights of the autoencoder: a run may have gone on since."""
-    expected, found = spec.get("vae_sha256"), autoencoder.spec.get("vae_sha256")
+def check_autoencoder(autoencoder: nn.Module, spec: Spec) -> None:
+    """UserError where a checkpoint's spec was written with other weights of the autoencoder: a run may have gone on since."""
+    expected, found = spec.vae_sha256, autoencoder.spec.get("vae_sha256")
     if expected != found:
-        raise ValueError(f"--vae {spec['vae']} has other weights than the model was trained with: their sha256 is {found}, "
-                         f"expected {expected}; --vae may name where the right ones lie")
+        raise UserError(f"{spec.vae} has other weights than the model was trained with: their sha256 is {found}, "
+                        f"expected {expected}; `vae` may name where the right ones lie")
 
 
 def load_autoencoder_kl(source: str) -> nn.Module:
@@ -176,7 +178,7 @@ def load_autoencoder_kl(source: str) -> nn.Module:
     hub_id = HUB_IDS.get(source, source)
     is_path = hub_id.startswith((".", "/", "~")) or hub_id.count("/") != 1 or Path(hub_id).parent.is_dir()
     if is_path and not Path(hub_id).is_dir():
-        raise FileNotFoundError(f"--vae {source}: no such folder; allowed: ema, mse, pixels, a folder that "
+        raise FileNotFoundError(f"{source}: no such folder; allowed: ema, mse, pixels, a folder that "
                                 "AutoencoderKL.save_pretrained wrote, the run or checkpoint of an autoencoder, or a hub id "
                                 "owner/name")
     try:
@@ -184,16 +186,16 @@ def load_autoencoder_kl(source: str) -> nn.Module:
             return AutoencoderKL.from_pretrained(hub_id, low_cpu_mem_usage=False).eval()
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-    raise ValueError(f"--vae {source}: cannot load an AutoencoderKL from {hub_id}: {reason}")
+    raise UserError(f"{source}: cannot load an AutoencoderKL from {hub_id}: {reason}")
 
 
 def load_autoencoder(vae: str, device: torch.device | str = "cpu") -> nn.Module:
-    """The autoencoder of `--vae`: "pixels", "ema" or "mse" (Stable Diffusion's), a local folder, a hub id, or a checkpoint
+    """The autoencoder called "pixels", "ema" or "mse" (Stable Diffusion's), a local folder, a hub id, or a checkpoint
     or run of an autoencoder that train.py trained."""
     if vae == "pixels":
         return Pixels()
     path = Path(vae)
     source = str(path.resolve()) if path.exists() else vae
     if path.suffix == ".pt" or (path / "checkpoints").is_dir():
-        return TrainedAutoencoder(source, checkpoint.restore_network(source)).to(device)
+        return TrainedAutoencoder(source, checkpoint.restore_autoencoder(source)).to(device)
     return SDVAE(source).to(device)

@@ -1,21 +1,30 @@
-"""(seed, index, label) -> image: the only way from noise to pictures."""
+"""(seed, index, label) -> image: the only way from noise to pictures.
+
+    restored = restore_checkpoint(world, ckpt)                    # network and spec
+    sampling = Sampling.of(restored.spec, given, restored.model)  # settings, made ready for that network
+    autoencoder = restore_autoencoder(world, restored)            # latent -> image
+    images = generate(restored.model, autoencoder, labels, indices, seed, sampling)
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusion import FlowMatching, GaussianDiffusion, create_diffusion
-from diffusion.guidance import check_interval, check_scale, dynamic_threshold, guide, in_interval
-from diffusion.reuse import DEFAULTS, Plan, Reuse, add_prior_noise, plan
-from diffusion.samplers import SAMPLERS, evaluation_times, get_sampler
+from diffusion import create_diffusion
+from diffusion.guidance import dynamic_threshold, guide, in_interval
+from diffusion.process import Network, Process, Seam, check, offers
+from diffusion.reuse import Plan, Reuse, add_prior_noise, plan
+from diffusion.samplers import evaluation_times, get_sampler
 from pipeline import checkpoint
 from pipeline.autoencoders import check_autoencoder, load_autoencoder
-from pipeline.spec import RECOMMENDED
-from runtime import cli
+from pipeline.spec import BareWeights, SamplingSettings, Spec
+from runtime import UserError
+from runtime.cli import WRONG_VALUE, ArgumentParser, check_arguments, prefix_errors
 from runtime.pictures import to_uint8
 from runtime.processes import World, autocast, to_device
 from runtime.randomness import generator
@@ -24,100 +33,87 @@ from small_models import DIFFUSION_NETWORKS
 DIT_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # the eight classes of DiT's figures
 BATCH = 64  # images drawn at once
 DECODE_BATCH = 16  # a VAE's decoder takes far more memory an image than the network
-FIXED = {"kind", "times", "guided", "depth", "default_split", "key_steps"}  # of reuse.plan: not for --reuse-args
+DERIVED = {"kind", "times", "guided", "depth", "default_split", "key_steps"}  # arguments of reuse.plan not in `reuse_args`
 
 
-def add_sampling_arguments(parser: cli.ArgumentParser) -> None:
-    """The flags that sample.py and sample_ddp.py share."""
+def add_sampling_arguments(parser: ArgumentParser) -> None:
+    """The flags that every script has that samples."""
     parser.add_shared_arguments()
     parser.add_argument("--ckpt", type=str | None, help="checkpoint, run folder or published name; default: DiT-XL/2's")
     parser.add_argument("--model", choices=list(DIFFUSION_NETWORKS), help="for bare weights (DiT-XL/2)")
     parser.add_argument("--image-size", type=int | None, help="for bare weights (256)")
     parser.add_argument("--num-classes", type=int | None, help="for bare weights (1000)")
     parser.add_argument("--vae", type=str | None, help="ema, mse, pixels, a folder, own run, hub id; default: the checkpoint's")
-    parser.add_argument("--cfg-scale", type=float | None, help="guidance, 1 = none; default: the checkpoint's")
-    parser.add_argument("--cfg-channels", type=int | None, help="guided channels; default: the checkpoint's")
-    parser.add_argument("--num-sampling-steps", type=str | int | None,
-                        help="steps, or a respacing string such as ddim50; default: the checkpoint's")
-    parser.add_argument("--sampler", choices=list(SAMPLERS), help="default: the checkpoint's")
-    parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0..1")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"),
-                        help="timesteps, 0..1000, with guidance; elsewhere the unconditional half is not computed")
-    parser.add_argument("--dynamic-thresholding", type=bool | None,
-                        help="true, false: Imagen's bound of predicted pixels; default: the checkpoint's")
-    parser.add_argument("--reuse", choices=["none", *DEFAULTS], default="none",
-                        help="run most blocks on key steps only, and reuse or forecast their features elsewhere")
-    parser.add_argument("--key-steps", type=str | None, help="paper (for encoder), every:N (every:4 for forecast), or 0,3,6")
-    parser.add_argument("--reuse-args", type=dict, default={}, help="split, order, warm_up, parallel, prior_noise")
+    SamplingSettings.add_flags(parser)
 
 
-def prepare(args, world: World, bare_vae: str = "mse",
-            bare_cfg_scale: float = 4.0) -> tuple[checkpoint.Restored, nn.Module, "Sampling"]:
-    """Network, autoencoder and settings of `generate`, from a checkpoint and the flags that override it.
+# --- checkpoint -> network, settings, autoencoder ---------------------------------------------------
 
-    `bare_vae` and `bare_cfg_scale` are the defaults for bare weights, those of DiT's sample.py.
+
+def restore_checkpoint(world: World, ckpt: str | None, bare: BareWeights = BareWeights(),
+                       vae: str | None = None) -> checkpoint.Restored:
+    """The network of a checkpoint on this process's device, and its spec.
+
+    Args:
+        ckpt, bare, vae: as of checkpoint.restore. A run's folder stands for its newest checkpoint, the same one on every
+            process, although a run under way may write another one meanwhile.
+
+    Raises:
+        UserError: it is an autoencoder, or no network that can be sampled from.
     """
-    if args.cfg_scale is not None:
-        check_scale(args.cfg_scale)
-    if args.reuse == "none" and (args.key_steps is not None or args.reuse_args):
-        raise ValueError("--key-steps and --reuse-args have a meaning beside --reuse encoder or forecast only")
-    reuse_args = cli.check_arguments(plan, args.reuse_args, "--reuse-args", skip=FIXED)
-    ckpt = world.on_main(lambda: newest(args.ckpt))
-    restored = world.main_first(lambda: checkpoint.restore(
-        ckpt, args.model, args.image_size, args.num_classes, args.vae, bare_vae, bare_cfg_scale))
-    if restored.spec["sampling"] is None:
-        raise ValueError(f"--ckpt {restored.path} is an autoencoder, which has nothing to sample from; pass it as --vae")
-    given = {name: getattr(args, name) for name in RECOMMENDED if getattr(args, name) is not None}
-    restored.spec["sampling"] = restored.spec["sampling"] | given
-    sampling = settings_for(restored.spec, args.eta, args.precision)
-    model = restored.model.to(world.device)
-    if args.reuse != "none":
-        sampling = sampling.with_reuse(model, args.reuse, args.key_steps, **reuse_args)
-    autoencoder = world.main_first(lambda: load_autoencoder(restored.spec["vae"], world.device))
-    if args.vae is None:
-        check_autoencoder(autoencoder, restored.spec)
-    latent_shape = autoencoder.latent_shape(tuple(restored.spec["image_size"]), restored.spec["channels"])
-    if latent_shape != (model.in_channels, *model.input_size):
-        raise ValueError(f"--vae {restored.spec['vae']} has latents of shape {latent_shape}, the model takes "
-                         f"{(model.in_channels, *model.input_size)}")
-    check_thresholding(sampling, autoencoder)
-    if args.compile:  # the two that a plain call consists of, as one with reuse does
-        model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
-    return restored, autoencoder, sampling
+    def newest() -> str | None:
+        with prefix_errors("`ckpt`"):
+            return str(checkpoint.resolve(ckpt)) if ckpt is not None and Path(ckpt).is_dir() else ckpt
 
-
-def newest(ckpt: str | None) -> str | None:
-    """A run's folder as its newest checkpoint, which for a run under way is another one a moment later."""
-    return str(checkpoint.resolve(ckpt)) if ckpt is not None and Path(ckpt).is_dir() else ckpt
-
-
-# --- noise -> image --------------------------------------------------------------------------------
+    path = world.on_main(newest)
+    restored = world.main_first(lambda: checkpoint.restore(path, bare, vae))
+    if restored.spec.is_autoencoder:
+        raise UserError(f"`ckpt` {restored.path} is an autoencoder, which has nothing to sample from; pass it as `vae`")
+    check(restored.model, Network, "sampling needs")
+    restored.model.to(world.device)
+    return restored
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How `generate` samples. Checked when made, with the flags' names in the errors."""
+    """Settings made ready for one network: with the number of guided channels, the process, and what is reused when."""
 
-    process: GaussianDiffusion | FlowMatching
-    num_sampling_steps: str | int  # the respacing that the process has
-    sampler: str
-    cfg_scale: float
-    cfg_channels: int
-    guidance_interval: tuple[float, float] | None = None
-    dynamic_thresholding: bool = False
-    eta: float = 0.0
-    reuse: Plan | None = None
-    precision: str = "fp32"
+    settings: SamplingSettings
+    process: Process
+    plan: Plan | None = None  # None without reuse
+
+    @classmethod
+    def of(cls, spec: Spec, given: dict[str, Any] | None = None, model: nn.Module | None = None) -> "Sampling":
+        """The settings that a spec recommends, with `given` above them.
+
+        Args:
+            model: the network; needed for `reuse` only.
+
+        Raises:
+            UserError: a setting is not allowed for this network and process, or the network has no seam for `reuse`.
+        """
+        settings = replace(spec.sampling, **given or {})
+        with prefix_errors(f"`num_sampling_steps` {settings.num_sampling_steps}", *WRONG_VALUE):
+            process = create_diffusion(settings.num_sampling_steps, **spec.diffusion)
+        channels = spec.model.args.get("in_channels", 4)
+        guided = channels if settings.cfg_channels is None else settings.cfg_channels
+        if not isinstance(guided, int) or not 1 <= guided <= channels:
+            raise UserError(f"`cfg_channels` {guided} is not in 1..{channels}, the channels of this model")
+        sampling = cls(replace(settings, cfg_channels=guided), process)
+        return replace(sampling, plan=sampling._plan(model)) if settings.reuse != "none" else sampling
 
     def __post_init__(self):
         self.solver()
-        check_scale(self.cfg_scale)
-        check_interval(self.guidance_interval)
-        if not isinstance(self.dynamic_thresholding, bool):
-            raise ValueError(f"--dynamic-thresholding {self.dynamic_thresholding!r} is neither true nor false")
+
+    def _plan(self, model: nn.Module) -> Plan:
+        settings = self.settings
+        check(model, Seam, f"`reuse` {settings.reuse} needs")
+        with prefix_errors("`reuse_args`"):
+            args = check_arguments(plan, settings.reuse_args, skip=DERIVED)
+        return plan(settings.reuse, self.times, self.guided, len(model.blocks), model.default_split, settings.key_steps, **args)
 
     def solver(self) -> Callable:
-        return get_sampler(self.sampler, self.process, self.eta)
+        return get_sampler(self.settings.sampler, self.process, self.settings.eta)
 
     @cached_property
     def times(self) -> tuple[float, ...]:
@@ -127,58 +123,95 @@ class Sampling:
     @property
     def guided(self) -> tuple[bool, ...]:
         """Whether there is guidance, at each evaluation of the model."""
-        return in_interval(self.times, self.cfg_scale, self.guidance_interval)
+        return in_interval(self.times, self.settings.cfg_scale, self.settings.guidance_interval)
 
-    def with_reuse(self, model: nn.Module, kind: str, key_steps: str | None = None, **reuse_args) -> "Sampling":
-        """The same with features reused; arguments are those of reuse.plan."""
-        return replace(self, reuse=plan(kind, self.times, self.guided, len(model.blocks), model.default_split, key_steps,
-                                        **reuse_args))
+    @property
+    def model_calls(self) -> int:
+        """How often an image goes through the model, both branches of guidance counted."""
+        return len(self.times) + sum(self.guided)
 
-    def calls(self, depth: int) -> tuple[int, int]:
-        """How often an image goes through a model of so many blocks, and through one of its blocks."""
-        model_calls = len(self.times) + sum(self.guided)
-        return model_calls, self.reuse.block_calls() if self.reuse else depth * model_calls
+    def block_calls(self, model: nn.Module) -> int | None:
+        """How often an image goes through one of the model's blocks; None where it tells of none."""
+        if self.plan:
+            return self.plan.block_calls()
+        return len(model.blocks) * self.model_calls if hasattr(model, "blocks") else None
 
-    def describe(self) -> dict:
-        """What every output records."""
-        named = ("sampler", "eta", "cfg_scale", "cfg_channels", "guidance_interval", "dynamic_thresholding", "precision")
-        return {"steps": self.num_sampling_steps} | {name: getattr(self, name) for name in named} | {
-            "reuse": str(self.reuse or "none")}
+    def record(self) -> dict[str, Any]:
+        """What NAME.json and the text chunks of a PNG say."""
+        return self.settings.record(reuse=str(self.plan or "none"))
 
-
-def settings_for(spec: dict, eta: float = 0.0, precision: str = "fp32") -> Sampling:
-    """The settings that the spec's "sampling" has, checked."""
-    given = spec["sampling"]
-    process = cli.naming(f"--num-sampling-steps {given['num_sampling_steps']}",
-                             lambda: create_diffusion(given["num_sampling_steps"], **spec["diffusion"]))
-    channels = spec["model"]["args"].get("in_channels", 4)
-    guided = channels if given["cfg_channels"] is None else given["cfg_channels"]
-    if not isinstance(guided, int) or not 1 <= guided <= channels:
-        raise ValueError(f"--cfg-channels {guided} is not in 1..{channels}, the channels of this model")
-    return Sampling(process, **given | {"cfg_channels": guided}, eta=eta, precision=precision)
+    def file_name_parts(self) -> list[str]:
+        plan = f"{self.settings.reuse}-{sum(self.plan.keys)}-keys" if self.plan else "none"
+        return self.settings.file_name_parts(reuse=plan)
 
 
-def check_thresholding(sampling: Sampling, autoencoder: nn.Module) -> None:
-    if sampling.dynamic_thresholding and not autoencoder.bounded:
-        raise ValueError(f"--dynamic-thresholding is for pixels in [-1, 1]; --vae {autoencoder.spec['vae']} has latents")
+def restore_autoencoder(world: World, restored: checkpoint.Restored, sampling: Sampling, same: bool = True) -> nn.Module:
+    """The autoencoder of a checkpoint's spec, on this process's device.
+
+    Args:
+        same: it must have the weights that the network was trained with. False where the user chose another one.
+
+    Raises:
+        UserError: its latents are not what the network takes, or not what the settings are for.
+    """
+    spec, model = restored.spec, restored.model
+    with prefix_errors("`vae`"):
+        autoencoder = world.main_first(lambda: load_autoencoder(spec.vae, world.device))
+        if same:
+            check_autoencoder(autoencoder, spec)
+        latent_shape = autoencoder.latent_shape(spec.image_size, spec.channels)
+    if latent_shape != (model.in_channels, *model.input_size):
+        raise UserError(f"`vae` {spec.vae} has latents of shape {latent_shape}, the model takes "
+                        f"{(model.in_channels, *model.input_size)}")
+    check_thresholding(sampling.settings, autoencoder)
+    return autoencoder
+
+
+def check_thresholding(settings: SamplingSettings, autoencoder: nn.Module) -> None:
+    if settings.dynamic_thresholding and not autoencoder.bounded:
+        raise UserError(f"`dynamic_thresholding` is for pixels in [-1, 1]; {autoencoder.spec['vae']} has latents")
+
+
+def compile_network(model: nn.Module) -> None:
+    """torch.compile a network: the two halves that a call consists of where it has a seam, as reuse calls them one by one."""
+    if offers(model, Seam):
+        model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
+    else:
+        model.compile()
+
+
+# --- noise -> image ------------------------------------------------------------------------------
 
 
 def generate(model: nn.Module, autoencoder: nn.Module, labels: list[int], indices: range | list[int], seed: int,
              sampling: Sampling, on_step: Callable[[dict[str, Tensor]], object] = lambda step: None) -> Tensor:
     """Images (B, H, W, C) uint8 on the model's device, one for each label and index: (seed, index, label) -> image.
 
-    Start noise is addressed by (seed, index), later noise by (seed, index, step): an image does not depend on the batch
-    that it is drawn in, nor on the device. `on_step` is called with {"sample", "pred_xstart"} after each step.
+    Start noise is addressed by (seed, index), later noise by (seed, index, step): an image depends neither on the batch
+    that it is drawn in nor on the device, up to rounding.
+
+    >>> from pipeline import checkpoint
+    >>> from pipeline.autoencoders import load_autoencoder
+    >>> restored = checkpoint.restore("results/digits")
+    >>> autoencoder = load_autoencoder(restored.spec.vae)
+    >>> sampling = Sampling.of(restored.spec, {"num_sampling_steps": 8})
+    >>> generate(restored.model, autoencoder, [3, 7], [0, 1], seed=0, sampling=sampling).shape
+    torch.Size([2, 8, 8, 1])
+
+    Args:
+        labels: class ids, one an image.
+        indices: which images of the seed's endless sequence.
+        on_step: called with {"sample", "pred_xstart"} after each step.
     """
-    device = next(model.parameters()).device
+    settings, device = sampling.settings, next(model.parameters()).device
     y = to_device(torch.tensor(labels), device)
-    with torch.no_grad(), autocast(device, sampling.precision):
-        network = Reuse(model, sampling.reuse, len(labels)) if sampling.reuse else model
-        network = guide(network, y, model.num_classes, sampling.cfg_scale, sampling.cfg_channels, sampling.guided)
+    with torch.no_grad(), autocast(device, settings.precision):
+        network = Reuse(model, sampling.plan, len(labels)) if sampling.plan else model
+        network = guide(network, y, model.num_classes, settings.cfg_scale, settings.cfg_channels, sampling.guided)
         noise = addressed_noise(model, seed, indices)
-        steps = sampling.solver()(sampling.process, network, noise, lambda step: addressed_noise(model, seed, indices, step),
+        steps = sampling.solver()(sampling.process, network, noise, partial(addressed_noise, model, seed, indices),
                                   bound(sampling, autoencoder))
-        for step in add_prior_noise(steps, noise, sampling.reuse) if sampling.reuse else steps:
+        for step in add_prior_noise(steps, noise, sampling.plan) if sampling.plan else steps:
             x = step["sample"]
             on_step(step)
     return decode(autoencoder, x, sampling)
@@ -187,7 +220,7 @@ def generate(model: nn.Module, autoencoder: nn.Module, labels: list[int], indice
 def bound(sampling: Sampling, autoencoder: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """What keeps predicted pixels in [-1, 1]; latents have no such bound."""
     scale = sampling.process.input_scale
-    if sampling.dynamic_thresholding:
+    if sampling.settings.dynamic_thresholding:
         return lambda x_0: scale * dynamic_threshold(x_0 / scale)
     return (lambda x_0: x_0.clamp(-scale, scale)) if autoencoder.bounded else None
 

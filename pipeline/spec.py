@@ -1,53 +1,317 @@
-"""What a checkpoint says of itself."""
+"""What a checkpoint says of itself: how to rebuild its network, process and autoencoder, and how to sample from it.
 
-import argparse
+In memory it is a `Spec`; in the file it is a plain dict, `Spec.to_dict`, whose values are numbers, strings, lists and dicts:
+
+    model           {"name": the preset, "class": of the network, "args": every argument of its constructor}
+    diffusion       arguments of create_diffusion
+    vae             of load_autoencoder;  vae_sha256: of its weights, where train.py trained it
+    image_size      (H, W);  channels: of an image
+    classes         names, in the order of their ids
+    sampling        the recommended settings of sampling; None for an autoencoder, from which nothing is sampled
+
+`SamplingSettings` is the one list of the settings of sampling.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import cache, partial
+from typing import Any
 
 from torch import nn
 
+from diffusion.guidance import check_interval, check_scale
+from diffusion.process import Process
+from diffusion.reuse import DEFAULTS
+from diffusion.samplers import SAMPLERS
+from runtime import UserError
+from runtime.cli import ArgumentParser
 from small_models import NETWORKS
 
-RECOMMENDED = ("sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "guidance_interval", "dynamic_thresholding")
+# --- the settings of sampling ----------------------------------------------------------------------
 
 
-def describe_bare_weights(state: dict, model: str | None, image_size: int | None, num_classes: int | None, vae: str,
-                          cfg_scale: float) -> dict:
-    """The spec of weights that DiT's code wrote: an epsilon model on Stable Diffusion's latents."""
-    stored = vars(state["args"]) if isinstance(state.get("args"), argparse.Namespace) else {}
-    given = {key: value for key, value in (("model", model), ("image_size", image_size), ("num_classes", num_classes))
-             if value is not None}
-    args = {"model": "DiT-XL/2", "image_size": 256, "num_classes": 1000, "vae": vae} | given | stored
-    model, image_size, num_classes = args["model"], args["image_size"], args["num_classes"]
-    if image_size < 8 or image_size % 8 or num_classes < 1:
-        raise ValueError(f"--image-size {image_size} must be a positive multiple of 8, --num-classes {num_classes} positive")
-    return {
-        "model": {"name": model, "args": {"input_size": image_size // 8, "num_classes": num_classes}},
-        "diffusion": {},
-        "vae": args["vae"],
-        "image_size": (image_size, image_size),
-        "channels": 3,
-        "classes": imagenet_classes() if num_classes == 1000 else [str(i) for i in range(num_classes)],
-        "sampling": {"sampler": "ddpm", "num_sampling_steps": "250", "cfg_scale": cfg_scale, "cfg_channels": 3},
-    }
+def setting(default: Any, help: str = "", recommended: bool = False, key: str | None = "",
+            part: Callable[[Any], str] | None = None, **flag: Any) -> Any:
+    """A field of SamplingSettings.
+
+    Args:
+        default: where neither a checkpoint nor a flag says otherwise.
+        help: of the flag. Without it the field has no flag of its own.
+        recommended: a checkpoint recommends a value, and that value is the flag's default.
+        key: the field's name in NAME.json and in a PNG's text chunks; "" is the field's own name, None leaves it out.
+        part: value -> its part of the file name of sample_ddp.py; "" for none.
+        flag: further arguments of add_argument: type, choices, nargs, metavar.
+    """
+    flag["default"] = None if recommended else default
+    metadata = dict(help=help, recommended=recommended, key=key, part=part, flag=flag)
+    return field(default_factory=dict, metadata=metadata) if default == {} else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How images are drawn. A new setting is one field here and its use in generation.py.
+
+    The flags of the sampling scripts, `--diffusion-args.sampling`, a checkpoint's recommendation, the file name of
+    sample_ddp.py, NAME.json and the text chunks of a PNG are derived from the fields, in this order.
+
+    Raises:
+        UserError: a value is not allowed, whatever the network.
+    """
+
+    cfg_scale: float = setting(            # of classifier-free guidance
+        1.0, "guidance, 1 = none", True, part="cfg-{}".format, type=float | None)
+    cfg_channels: int | None = setting(    # how many of the first channels are guided; None: all
+        None, "guided channels", True, part=str, type=int | None)
+    guidance_interval: tuple[float, float] | None = setting(  # timesteps, 0..1000; None: everywhere
+        None, "timesteps, 0..1000, with guidance; elsewhere the unconditional half is not computed", True,
+        part=lambda interval: "interval-{:g}-{:g}".format(*interval) if interval else "",
+        type=float, nargs=2, metavar=("LO", "HI"))
+    dynamic_thresholding: bool = setting(  # for pixels only
+        False, "true, false: Imagen's bound of predicted pixels", True, part=lambda on: "thresholded" if on else "",
+        type=bool | None)
+    sampler: str = setting(                # of diffusion/samplers.py
+        "ddpm", "the solver", True, part=str, choices=list(SAMPLERS))
+    num_sampling_steps: str | int = setting(  # the respacing of the process
+        250, "steps, or a respacing string such as ddim50", True, key="steps", part=str, type=str | int | None)
+    eta: float = setting(                  # of ddim
+        0.0, "noise of ddim, 0..1", part=lambda eta: f"eta-{eta}" if eta else "", type=float)
+    reuse: str = setting(                  # of features, see diffusion/reuse.py
+        "none", "run most blocks on key steps only, and reuse or forecast their features elsewhere",
+        part=lambda kind: "" if kind == "none" else kind, choices=["none", *DEFAULTS])
+    key_steps: str | None = setting(       # the rule of reuse; None: the kind's own
+        None, "paper (for encoder), every:N (every:4 for forecast), or 0,3,6", key=None, type=str | None)
+    reuse_args: dict = setting(            # further arguments of reuse.plan
+        {}, "split, order, warm_up, parallel, prior_noise", key=None, type=dict)
+    precision: str = setting("fp32", part=str)  # its flag is one that all scripts share
+
+    def __post_init__(self):
+        check_scale(self.cfg_scale)
+        check_interval(self.guidance_interval)
+        if not isinstance(self.dynamic_thresholding, bool):
+            raise UserError(f"`dynamic_thresholding` {self.dynamic_thresholding!r} is neither true nor false")
+        if self.reuse == "none" and (self.key_steps is not None or self.reuse_args):
+            raise UserError("`key_steps` and `reuse_args` have a meaning only with `reuse` encoder or forecast")
+
+    @classmethod
+    def add_flags(cls, parser: ArgumentParser) -> None:
+        """A flag for each setting."""
+        for one in fields(cls):
+            about = one.metadata
+            if about["help"]:
+                remark = "; default: the checkpoint's" if about["recommended"] else ""
+                parser.add_argument(f"--{one.name.replace('_', '-')}", help=about["help"] + remark, **about["flag"])
+
+    @classmethod
+    def given(cls, flags: dict[str, Any]) -> dict[str, Any]:
+        """Those of a script's flags that are settings and were given, checked as far as no network is needed."""
+        found = {one.name: flags[one.name] for one in fields(cls) if flags.get(one.name) is not None}
+        cls(**found)
+        return found
+
+    @classmethod
+    def recommendable(cls) -> list[str]:
+        """The names of the settings that a checkpoint recommends."""
+        return [one.name for one in fields(cls) if one.metadata["recommended"]]
+
+    @classmethod
+    def recommend(cls, process: Process, label_drop: float, given: dict[str, Any]) -> "SamplingSettings":
+        """What a new checkpoint recommends: what its process does, with `given` above it."""
+        if not isinstance(given, dict) or set(given) - set(cls.recommendable()):
+            raise UserError(f"{given} is not a dictionary with the keys {', '.join(cls.recommendable())}")
+        own = dict(process.recommended)
+        own["num_sampling_steps"] = min(own["num_sampling_steps"], process.num_timesteps)
+        if label_drop == 0:  # there is no unconditional half to guide by
+            own["cfg_scale"] = 1.0
+        return cls(**own | given)
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> "SamplingSettings":
+        """A checkpoint's recommendation."""
+        return cls(**stored)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {name: getattr(self, name) for name in self.recommendable()}
+
+    def record(self, **said: str) -> dict[str, Any]:
+        """What NAME.json and the text chunks of a PNG say; `said` replaces a setting by what came of it."""
+        return {one.metadata["key"] or one.name: said.get(one.name, getattr(self, one.name))
+                for one in fields(self) if one.metadata["key"] is not None}
+
+    def file_name_parts(self, **said: str) -> list[str]:
+        """The parts of a file name that tell the settings; those that are out of the ordinary only where they are."""
+        parts = [one.metadata["part"](said.get(one.name, getattr(self, one.name)))
+                 for one in fields(self) if one.metadata["part"]]
+        return list(filter(None, parts))
+
+
+# --- the network -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How to build a network again, whatever becomes of today's presets."""
+
+    name: str             # the preset, as --model names it
+    class_name: str       # of the network
+    args: dict[str, Any]  # every argument of its constructor
+
+    @classmethod
+    def of_preset(cls, name: str, args: dict[str, Any]) -> "ModelSpec":
+        """A preset of today with `args` above it.
+
+        Raises:
+            UserError: there is no such preset.
+        """
+        if name not in NETWORKS:
+            raise UserError(f"`model` {name} is unknown; allowed: {', '.join(NETWORKS)}")
+        constructor, preset = constructor_of(name)
+        return cls(name, constructor.__name__, defaults_of(constructor) | preset | args)
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> "ModelSpec":
+        name, args = stored["name"], stored["args"]
+        if "class" in stored:
+            constructor = find_constructor(name, stored["class"])
+            return cls(name, stored["class"], defaults_of(constructor) | args)  # defaults: of arguments that came later
+        if name in presets_of_ff27331():
+            class_name, preset = presets_of_ff27331()[name]
+            return cls(name, class_name, defaults_of(find_constructor(name, class_name)) | preset | args)
+        return cls.of_preset(name, args)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "class": self.class_name, "args": self.args}
+
+    def build(self) -> nn.Module:
+        """The network, with initial weights. A wrong argument raises what its constructor raises."""
+        return find_constructor(self.name, self.class_name)(**self.args)
+
+
+def constructor_of(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    """What builds a preset, and the arguments that the preset fixes. An entry of a registry may be any callable."""
+    entry = NETWORKS[name]
+    return (entry.func, entry.keywords) if isinstance(entry, partial) else (entry, {})
+
+
+def defaults_of(constructor: Callable) -> dict[str, Any]:
+    parameters = inspect.signature(constructor).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+
+
+def find_constructor(name: str, class_name: str) -> Callable[..., nn.Module]:
+    """The constructor of that name, the preset's own first."""
+    own = [constructor_of(name)[0]] if name in NETWORKS else []
+    for constructor in own + [constructor_of(other)[0] for other in NETWORKS]:
+        if constructor.__name__ == class_name:
+            return constructor
+    raise UserError(f"the checkpoint holds a network of class {class_name} (preset {name}), which no registry has; a class "
+                    "of one's own must be registered before, as docs/extending.md shows")
+
+
+@cache
+def presets_of_ff27331() -> dict[str, tuple[str, dict[str, Any]]]:
+    """name -> class and arguments of the presets of commit ff27331: what older checkpoints do not say of their network.
+
+    Frozen: a later change of models.py must not change what those checkpoints mean.
+    """
+    common = dict(learn_sigma=True, gradient_checkpointing=False)
+    dit = dict(input_size=32, in_channels=4, num_classes=1000, mlp_ratio=4.0, adaln="zero", class_token=False, **common)
+    dinext = dict(input_size=32, in_channels=4, num_classes=1000, mlp_ratio=3.0, adaln="zero", **common)
+    unet = dict(input_size=32, in_channels=4, num_classes=1000, mlp_ratio=3.0, **common)
+    small = dict(num_classes=10, learn_sigma=False, gradient_checkpointing=False)
+    isotropic = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+    u = {"S": (128, (2, 4, 8, 4, 2)), "B": (256, (2, 4, 8, 4, 2)), "L": (384, (3, 6, 12, 6, 3)), "XL": (512, (3, 6, 12, 6, 3))}
+    table: dict[str, tuple[str, dict[str, Any]]] = {}
+    for size, (depth, width, heads) in isotropic.items():
+        for patch in (2, 4, 8):
+            shape = dict(patch_size=patch, depth=depth, hidden_size=width)
+            table[f"DiT-{size}/{patch}"] = "DiT", dit | shape | dict(num_heads=heads)
+            table[f"DiNext-{size}/{patch}"] = "DiNext", dinext | shape
+    for size, (width, depths) in u.items():
+        table[f"DiNext-U-{size}"] = "DiNextU", unet | dict(hidden_size=width, depths=depths)
+    table["PixArt-B/2"] = "DiT", table["DiT-B/2"][1] | dict(adaln="single", class_token=True)
+    table["MLP"] = "MLP", small | dict(input_size=28, in_channels=1, hidden_size=4096, label_features=239)
+    table["ConvAdaLN"] = "ConvAdaLN", small | dict(input_size=8, in_channels=8, hidden_size=256, depth=8)
+    table["Autoencoder-F4C8"] = "Autoencoder", dict(input_size=32, in_channels=3, hidden_size=32)
+    return table
+
+
+# --- the whole -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a checkpoint says of itself. The module's docstring has its form in a file."""
+
+    model: ModelSpec
+    diffusion: dict[str, Any]          # arguments of create_diffusion; empty for an autoencoder
+    vae: str                           # of load_autoencoder
+    image_size: tuple[int, int]        # (H, W) of an image
+    channels: int                      # of an image
+    classes: list[str]                 # names, in the order of their ids
+    sampling: SamplingSettings | None  # recommended; None for an autoencoder
+    vae_sha256: str | None = None      # of the autoencoder's weights, where train.py trained it
+
+    @property
+    def is_autoencoder(self) -> bool:
+        """Whether the network is an autoencoder, from which nothing is sampled."""
+        return self.sampling is None
+
+    @classmethod
+    def from_dict(cls, stored: object) -> "Spec":
+        """Raises UserError where something is missing, or of a kind that this version does not know."""
+        names = {one.name for one in fields(cls)}
+        given = set(stored) if isinstance(stored, dict) else set()
+        if missing := names - given - {"vae_sha256"}:
+            raise UserError(f"its description lacks {', '.join(sorted(missing))}")
+        if unknown := given - names:
+            raise UserError(f"its description has {', '.join(sorted(unknown))}, which this version does not know")
+        sampling = stored["sampling"]
+        return cls(**stored | dict(
+            model=ModelSpec.from_dict(stored["model"]), image_size=tuple(stored["image_size"]),
+            sampling=None if sampling is None else SamplingSettings.from_dict(sampling)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain dict that a checkpoint holds."""
+        plain = {one.name: getattr(self, one.name) for one in fields(self)}
+        if self.vae_sha256 is None:
+            del plain["vae_sha256"]
+        return plain | {"model": self.model.to_dict(), "sampling": self.sampling and self.sampling.to_dict()}
+
+    def with_vae(self, vae: str | None) -> "Spec":
+        return replace(self, vae=vae) if vae else self
+
+
+@dataclass(frozen=True)
+class BareWeights:
+    """What bare weights, such as DiT's published ones, are said to be. None: what their file says, else DiT-XL/2 at 256."""
+
+    model: str | None = None
+    image_size: int | None = None
+    num_classes: int | None = None
+    vae: str = "mse"
+    cfg_scale: float = 4.0
+
+    def spec(self, stored: dict[str, Any]) -> Spec:
+        """An epsilon model on Stable Diffusion's latents. `stored`: the flags of DiT's own trainer, where the file has them."""
+        given = {key: getattr(self, key) for key in ("model", "image_size", "num_classes") if getattr(self, key) is not None}
+        args = {"model": "DiT-XL/2", "image_size": 256, "num_classes": 1000, "vae": self.vae} | given | stored
+        model, image_size, num_classes = args["model"], args["image_size"], args["num_classes"]
+        if image_size < 8 or image_size % 8 or num_classes < 1:
+            raise UserError(f"`image_size` {image_size} must be a positive multiple of 8, `num_classes` {num_classes} positive")
+        return Spec(
+            model=ModelSpec.of_preset(model, {"input_size": image_size // 8, "num_classes": num_classes}),
+            diffusion={},
+            vae=args["vae"],
+            image_size=(image_size, image_size),
+            channels=3,
+            classes=imagenet_classes() if num_classes == 1000 else [str(i) for i in range(num_classes)],
+            sampling=SamplingSettings(sampler="ddpm", num_sampling_steps="250", cfg_scale=self.cfg_scale, cfg_channels=3),
+        )
 
 
 def imagenet_classes() -> list[str]:
+    """The English names of ImageNet's 1,000 classes."""
     from timm.data import ImageNetInfo
     return ImageNetInfo().label_descriptions()
-
-
-def build_model(description: dict) -> nn.Module:
-    """{"name", "args"} -> a network."""
-    if description["name"] not in NETWORKS:
-        raise ValueError(f"--model {description['name']} is unknown; allowed: {', '.join(NETWORKS)}")
-    return NETWORKS[description["name"]](**description["args"])
-
-
-def recommend(process, label_drop: float, given: dict) -> dict:
-    """The spec's "sampling": what its process recommends, with what was given to --diffusion-args as `sampling` above it."""
-    sampling = process.recommended | {"cfg_channels": None, "guidance_interval": None, "dynamic_thresholding": False}
-    sampling["num_sampling_steps"] = min(sampling["num_sampling_steps"], process.num_timesteps)
-    if label_drop == 0:  # there is no unconditional half to guide by
-        sampling["cfg_scale"] = 1.0
-    if not isinstance(given, dict) or set(given) - set(sampling):
-        raise ValueError(f"--diffusion-args: sampling {given} is not a dictionary with the keys {', '.join(sampling)}")
-    return sampling | given

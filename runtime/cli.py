@@ -4,13 +4,14 @@ import inspect
 import os
 import re
 import sys
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jsonargparse
 import torch.distributed as dist
 
+from runtime import UserError
 from runtime.processes import CommonError
 
 
@@ -72,11 +73,15 @@ def plain_words(message: object, is_flag: bool = True) -> str:
     return re.sub(r"<class '(\w+)'>", r"\1", text).replace("NoneType", "null")
 
 
-def check_arguments(function: Callable, arguments: dict, flag: str, skip: set[str] = frozenset(),
-                    beside: tuple[str, ...] = ()) -> dict:
-    """`arguments`, with names and types as the signature of `function` has them; ValueError that names the flag.
+def check_arguments(function: Callable, arguments: dict, skip: set[str] = frozenset(), beside: tuple[str, ...] = ()) -> dict:
+    """`arguments`, with names and types as the signature of `function` has them.
 
-    `skip` are parameters that the flag does not take, `beside` keys that it takes for others than `function`.
+    Args:
+        skip: parameters that are not to be given.
+        beside: further keys, allowed for others than `function`, to be named in the error.
+
+    Raises:
+        UserError: a key is unknown, or a value is of another type.
     """
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     add = parser.add_class_arguments if inspect.isclass(function) else parser.add_function_arguments
@@ -84,42 +89,52 @@ def check_arguments(function: Callable, arguments: dict, flag: str, skip: set[st
     allowed = [action.dest for action in parser._actions if action.dest != "help"]
     for name in arguments:
         if name not in allowed:
-            raise ValueError(f"{flag}: unknown key {name!r}; allowed: {', '.join([*allowed, *beside])}")
+            raise UserError(f"unknown key {name!r}; allowed: {', '.join([*allowed, *beside])}")
     try:
         checked = parser.parse_object(dict(arguments)).as_dict()
     except jsonargparse.ArgumentError as error:
-        raise ValueError(f"{flag}: {plain_words(error, is_flag=False)}") from None
+        raise UserError(plain_words(error, is_flag=False)) from None
     return {name: checked[name] for name in arguments}
 
 
-def check_numbers(args, names: list[str], allowed: str, fine: Callable[[float], bool]) -> None:
-    """ValueError that names the first flag whose number (or one of whose numbers) is not fine; None is left alone."""
+def check_numbers(args: jsonargparse.Namespace, names: list[str], allowed: str, fine: Callable[[float], bool]) -> None:
+    """UserError that names the first flag whose number (or one of whose numbers) is not fine; None is left alone."""
     for name in names:
         given = getattr(args, name)
         for value in given if isinstance(given, tuple) else (given,):
             if value is not None and not fine(value):
-                raise ValueError(f"--{name.replace('_', '-')} {value} is not {allowed}")
+                raise UserError(f"`{name}` {value} is not {allowed}")
 
 
-def check_data_arguments(args) -> None:
+def check_data_arguments(args: jsonargparse.Namespace) -> None:
     check_numbers(args, ["image_size", "num_classes"], "at least 1", lambda n: n >= 1)
     check_numbers(args, ["num_workers"], "at least 0", lambda n: n >= 0)
 
 
-def naming(flag: str, function: Callable):
-    """The function's result; a ValueError, or what a wrong number breaks inside a library, names the flag it came from."""
+@contextmanager
+def prefix_errors(prefix: str, *also: type[Exception]) -> Iterator[None]:
+    """What a user can mend within this block says first where it came from. `also`: exceptions that become UserErrors."""
     try:
-        return function()
-    except (ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"{flag}: {error}") from None
+        yield
+    except (UserError, OSError, *also) as error:
+        kind = type(error) if isinstance(error, UserError | OSError) else UserError
+        raise kind(f"{prefix}: {error}") from None
 
 
-def run(main: Callable, parser: ArgumentParser) -> None:
+WRONG_VALUE = (ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError)  # what one causes inside a library
+
+
+def as_flags(message: object, parser: ArgumentParser) -> str:
+    """A message in which each parameter in backticks is written as the flag of that name, where the script has one."""
+    flags = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
+    return re.sub(r"`(\w+)`", lambda name: flags.get(name[1], name[1]), one_line(message))
+
+
+def run(main: Callable[[jsonargparse.Namespace], None], parser: ArgumentParser) -> None:
     """Run a script's main on the command line's flags. What a user can mend is one line on stderr and exit code 2.
 
-    That is an OSError, a ValueError raised in this project's own code (one from inside a library is a bug here, and keeps
-    its traceback), and the loss of another process. After a failure the process group is not destroyed, which would wait
-    for the others.
+    That is a UserError, an OSError, and the loss of another process. After a failure the process group is not destroyed:
+    that would wait for the others.
     """
     args = parser.parse_args()
     try:
@@ -129,12 +144,8 @@ def run(main: Callable, parser: ArgumentParser) -> None:
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, CommonError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        ours = raised_in.is_relative_to(Path(__file__).parent.parent) and ".venv" not in raised_in.parts
-        if not isinstance(error, ValueError) or ours:
-            fail(error, common=isinstance(error, CommonError))
-        raise
+    except (UserError, OSError) as error:
+        fail(as_flags(error, parser), common=isinstance(error, CommonError))
     except RuntimeError as error:
         if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)):
             reason = str(error).split(". ")[0]

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, sha256, downloads, a folder's lock, and whether it can be written to."""
+"""Files: written whole or not at all, sha256, downloads, locked folders, and whether something can be written."""
 
 import fcntl
 import hashlib
@@ -7,15 +7,55 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
 
-LOCK_PATIENCE = 180  # seconds, of a restart
+from runtime import UserError
+
+LOCK_PATIENCE = 180  # seconds that a restart waits for a lock
+
+# --- writing ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic(path: Path, unique: str = "") -> Iterator[BinaryIO]:
+    """Write a file whole or not at all: whoever reads `path` finds the old file or the new one, even after a power cut.
+
+    Args:
+        unique: makes the temporary file's name one's own, where several processes may write the same file.
+    """
+    temporary = path.with_name(f".{path.name}{unique}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file, whole or not at all."""
+    with atomic(path) as file:
+        file.write(text.encode())
 
 
 class HashingFile:
@@ -40,28 +80,19 @@ class HashingFile:
         self.file.flush()
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def digest_file(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
-
-
-def digest(path: Path) -> str:
-    """The sha256 of a file."""
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_file(path: Path) -> Path:
+    """The file beside `path` that holds its sha256, as sha256sum writes and checks it."""
+    return path.with_name(f"{path.name}.sha256")
+
+
 def download(name: str, url: str, licence: str, complete: Callable[[Path], bool]) -> Path:
-    """A file in torch's cache, fetched over https at the first time; OSError that says what else to do."""
+    """A file in torch's cache, fetched over https the first time; OSError that says what else to do."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if path.is_file():
         return path
@@ -80,6 +111,9 @@ def download(name: str, url: str, licence: str, complete: Callable[[Path], bool]
     return path
 
 
+# --- folders ---------------------------------------------------------------------------------------
+
+
 def check_writable(folder: str | Path, size: int = 0) -> Path:
     """Create a folder if need be; OSError that names it where nothing can be written to it, or not `size` bytes."""
     folder = Path(folder)
@@ -94,23 +128,24 @@ def check_writable(folder: str | Path, size: int = 0) -> Path:
     return folder
 
 
-def check_output(flag: str, path: str | None, suffix: str, size: int = 0) -> None:
-    """ValueError or OSError that names the flag where it is not the name of such a file, or cannot be written."""
-    if path is not None:
-        if Path(path).suffix != suffix:
-            raise ValueError(f"{flag} {path} is not the name of a {suffix}")
-        check_writable(Path(path).parent, size)
+def check_output(path: str | Path, suffix: str, size: int = 0) -> None:
+    """UserError where it is not the name of such a file, OSError where it cannot be written."""
+    if Path(path).suffix != suffix:
+        raise UserError(f"{path} is not the name of a {suffix}")
+    check_writable(Path(path).parent, size)
 
 
-def is_restart() -> bool:
-    """Whether torchrun started this process anew."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def lock_folder(folder: Path, launch: str, advice: str) -> None:
+    """Lock a folder until this process ends.
 
+    A restart waits a while: the server of a network file system takes its time to notice that a machine is gone.
 
-def hold(folder: Path, launch: str, advice: str = "choose another --run-name") -> None:
-    """Lock a folder until this process ends; ValueError where another process holds it.
+    Args:
+        launch: what torchrun's restarts of one launch have in common.
+        advice: what to do where another process holds the lock.
 
-    A restart waits a while: the server of a network file system is slow to miss a machine that is gone.
+    Raises:
+        UserError: another process holds it.
     """
     handle, path = os.open(folder / "lock", os.O_CREAT | os.O_RDWR), folder / "launch"
     restart = is_restart() and (path.read_text() if path.is_file() else launch) == launch
@@ -121,9 +156,14 @@ def hold(folder: Path, launch: str, advice: str = "choose another --run-name") -
             time.sleep(1 if restart else 0)
         except OSError as error:
             return print(f"{folder} cannot be locked ({error.strerror}): do not start this run twice at once", file=sys.stderr)
-    raise ValueError(f"another process is at work in {folder}; {advice}")
+    raise UserError(f"another process is at work in {folder}; {advice}")
+
+
+def is_restart() -> bool:
+    """Whether torchrun started this process anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def in_batches(count: int, size: int) -> list[np.ndarray]:
-    """0..count-1, so many at a time."""
+    """The numbers 0..count-1, `size` at a time."""
     return np.split(np.arange(count), range(size, count, size))

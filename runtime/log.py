@@ -15,7 +15,8 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from runtime import cli
+from runtime import UserError, cli
+from runtime.files import write_text
 from runtime.processes import World
 
 
@@ -54,18 +55,16 @@ class Log:
         self.folder, self.active = folder, world.is_main
         if not self.active:
             return
-        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         self.metrics = folder / "metrics.jsonl"
         if self.metrics.exists():  # what an interrupted run logged after its last checkpoint will be logged again
             lines = self.metrics.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            temporary = self.metrics.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
-            temporary.replace(self.metrics)
+            write_text(self.metrics, "".join(kept))
         try:
             self.tracker = TRACKERS[tracker](folder, config, step)
         except Exception as error:  # whatever its server answers
-            raise ValueError(f"--tracker {tracker} does not start: {error}") from None
+            raise UserError(f"`tracker` {tracker} does not start: {error}") from None
 
     def say(self, text: str) -> None:
         if self.active:
@@ -139,7 +138,7 @@ class MLflowTracker(NoTracker):
         self.mlflow, id_file = mlflow, folder / "mlflow_run_id"
         run = mlflow.start_run(run_id=id_file.read_text() if id_file.exists() else None, run_name=folder.name)
         if not id_file.exists():
-            id_file.write_text(run.info.run_id)
+            write_text(id_file, run.info.run_id)
             mlflow.log_params(config)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -154,7 +153,7 @@ class MLflowTracker(NoTracker):
 
 def check_tracker(name: str) -> None:
     if name != "none" and importlib.util.find_spec(name) is None:
-        raise ValueError(f"--tracker {name} needs the package {name}: pip install '.[track]'")
+        raise UserError(f"`tracker` {name} needs the package {name}: pip install '.[track]'")
 
 
 TRACKERS = {"none": NoTracker, "tensorboard": TensorBoardTracker, "mlflow": MLflowTracker}

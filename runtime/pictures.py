@@ -11,6 +11,8 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from runtime.files import atomic
+
 MAX_COLUMNS = 10
 LEGIBLE = 64  # pixels: smaller pictures are enlarged by a whole factor
 
@@ -60,9 +62,8 @@ def save_grid(images: Tensor, path: Path, columns: int, description: dict | None
     info = PngImagePlugin.PngInfo()
     for key, value in (description or {}).items():
         info.add_text(key, str(value))
-    temporary = path.with_name(f".{path.name}.tmp")
-    grid(images, columns).save(temporary, format="PNG", pnginfo=info)
-    temporary.replace(path)
+    with atomic(path) as file:
+        grid(images, columns).save(file, format="PNG", pnginfo=info)
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
@@ -73,6 +74,5 @@ def grid(images: Tensor, columns: int) -> Image.Image:
 
 
 def save_gif(frames: list[Image.Image], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    frames[0].save(temporary, format="GIF", save_all=True, append_images=frames[1:], duration=400, loop=0)
-    temporary.replace(path)
+    with atomic(path) as file:
+        frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], duration=400, loop=0)

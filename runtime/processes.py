@@ -15,11 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from runtime import UserError
+
 TIMEOUT = timedelta(hours=2)  # of the other processes, while the main one downloads or counts a folder's images
 
 
-class CommonError(Exception):
-    """What is wrong for all processes at once; the main one says it."""
+class CommonError(UserError):
+    """What is wrong on all processes at once: the main one reports it."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,12 @@ def start_world(device: str | None) -> World:
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[kind]:
-        raise ValueError(f"--device {kind}: this machine has none; available: "
+        raise UserError(f"`device` {kind}: this machine has none; available: "
                          f"{', '.join(name for name, there in available.items() if there)}")
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if kind == "cuda":
         if local_size > torch.cuda.device_count():
-            raise ValueError(f"--nproc_per_node {local_size} is more than this machine's {torch.cuda.device_count()} GPUs")
+            raise UserError(f"--nproc_per_node {local_size} is more than this machine's {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local_rank)
     target = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if "RANK" not in os.environ:

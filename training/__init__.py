@@ -1,0 +1,1 @@
+"""From images to a checkpoint: data, order, objective, state, the folder of a run, previews."""

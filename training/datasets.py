@@ -1,19 +1,16 @@
-"""Data sets by name or path, features cached from them, the order in which training reads them, and sets of whole images.
+"""Data sets by name or path, and features cached from them.
 
-A data set answers `dataset.__getitems__(rows)` with a whole batch, (B, ...) and labels (B,) int64. It has
-    kind                    what the batch holds:
-        "images"            (B, C, H, W) uint8
-        "moments"           (B, 2C, h, w) fp16: mean and log-variance of an autoencoder's posterior
-        "latents"           (B, C, h, w) fp32, ready to be noised
-    classes                 names
-    image_size, channels    (H, W) and C of the images, cached or not
-    flip                    whether a mirror image is as good a picture, and at hand
-    made_by                 what is known of the autoencoder of cached features; they have `latent_shape` (C, h, w) too
+A data set answers `dataset.__getitems__(rows)` with a whole batch and its labels; `TrainingData` lists all that it offers.
+Its `kind` tells what the batch holds:
+    "images"            (B, C, H, W) uint8
+    "moments"           (B, 2C, h, w) fp16: mean and log-variance of an autoencoder's posterior
+    "latents"           (B, C, h, w) fp32, ready to be noised
+Cached features have `latent_shape` (C, h, w) too.
 """
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pipeline.spec import imagenet_classes
+from runtime import UserError
 from runtime.pictures import center_crop, open_rgb
 
-NAMED = ("digits", "mnist", "cifar10")
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 FOLDER_IMAGE_SIZE = 256
 
@@ -37,6 +35,22 @@ class Rows(NamedTuple):
     @classmethod
     def plain(cls, indices: np.ndarray) -> "Rows":
         return cls(np.asarray(indices), np.zeros(len(indices), dtype=bool))
+
+
+class TrainingData(Protocol):
+    """What a data set must offer. `rows` may come in any order and number; an unreadable sample is an OSError."""
+
+    kind: str                    # what __getitems__ answers, see the top of this file
+    classes: list[str]           # names, in the order of the labels
+    image_size: tuple[int, int]  # (H, W) of the images, cached or not
+    channels: int                # C of the images, cached or not
+    flip: bool                   # whether training may use mirror images: half of the samples are then mirrored
+    made_by: dict[str, Any]      # what is known of the autoencoder of cached features; {} for images
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The batch (B, ...), and its labels (B,) int64."""
 
 
 class ArrayImages(Dataset):
@@ -72,7 +86,7 @@ class FolderImages(Dataset):
         try:
             folder = ImageFolder(path)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"--data-path {path} is not a folder of classes, one sub-folder of images each: "
+            raise FileNotFoundError(f"`data_path` {path} is not a folder of classes, one sub-folder of images each: "
                                     f"{error}") from None
         self.paths = np.array([path for path, _ in folder.samples])  # arrays: worker processes share their memory
         self.labels = torch.tensor([label for _, label in folder.samples])
@@ -97,7 +111,7 @@ class Features(Dataset):
 
     def __init__(self, folder: Path, image_size: int | None):
         if not (folder / "meta.json").is_file():
-            raise FileNotFoundError(f"--data-path {folder}: the extraction of its features is not finished; the same "
+            raise FileNotFoundError(f"`data_path` {folder}: the extraction of its features is not finished; the same "
                                     "extract_features.py command goes on with it")
         self.folder, meta = folder, json.loads((folder / "meta.json").read_text())
         self.classes, self.channels, self.flip = meta["classes"], meta["channels"], meta["flip"]
@@ -105,16 +119,16 @@ class Features(Dataset):
         self.made_by = meta["autoencoder"]
         self.map_files()
         if image_size not in (None, self.image_size[0]):
-            raise ValueError(f"--image-size {image_size}: the features in {folder} are of images of {self.image_size[0]}")
+            raise UserError(f"`image_size` {image_size}: the features in {folder} are of images of {self.image_size[0]}")
         if len(self.moments) != meta["rows"] or self.moments.shape[2:] != (2 * self.latent_shape[0], *self.latent_shape[1:]):
-            raise ValueError(f"--data-path {folder}: moments.npy has the shape {self.moments.shape}, meta.json tells otherwise")
+            raise UserError(f"`data_path` {folder}: moments.npy has the shape {self.moments.shape}, meta.json tells otherwise")
         self.skipped = np.array(meta["skipped"], dtype=np.int64)  # ascending rows that hold no image
 
     def map_files(self) -> None:
         try:
             self.moments, self.labels = (np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("moments", "labels"))
         except ValueError as error:
-            raise OSError(f"--data-path {self.folder}: a file of features is damaged: {error}") from None
+            raise OSError(f"`data_path` {self.folder}: a file of features is damaged: {error}") from None
 
     def __getstate__(self) -> dict:  # a map would be sent to a worker process as all that is in it
         return {name: value for name, value in vars(self).items() if name not in ("moments", "labels")}
@@ -148,12 +162,12 @@ class FastDiTFeatures(Dataset):
         self.folder = folder
         self.stems = np.array(sorted(path.stem for path in (folder / "imagenet256_features").glob("*.npy")))
         if not len(self.stems):
-            raise FileNotFoundError(f"--data-path {folder}: imagenet256_features holds no .npy files")
+            raise FileNotFoundError(f"`data_path` {folder}: imagenet256_features holds no .npy files")
         self.latent_shape = self.read("features", self.stems[0]).shape[1:]
         self.image_size = tuple(self.FACTOR * size for size in self.latent_shape[1:])
         if image_size not in (None, self.image_size[0]):
-            raise ValueError(f"--image-size {image_size}: the features in {folder} are of images of {self.image_size[0]}")
-        self.classes = imagenet_names() if num_classes in (None, 1000) else [str(i) for i in range(num_classes)]
+            raise UserError(f"`image_size` {image_size}: the features in {folder} are of images of {self.image_size[0]}")
+        self.classes = imagenet_classes() if num_classes in (None, 1000) else [str(i) for i in range(num_classes)]
 
     def __len__(self) -> int:
         return len(self.stems)
@@ -163,7 +177,7 @@ class FastDiTFeatures(Dataset):
         latents = np.concatenate([self.read("features", stem) for stem in stems])
         labels = np.concatenate([self.read("labels", stem) for stem in stems]).astype(np.int64)
         if labels.min() < 0 or labels.max() >= len(self.classes):
-            raise ValueError(f"--num-classes {len(self.classes)}: {self.folder} has the label {labels.max()}")
+            raise UserError(f"`num_classes` {len(self.classes)}: {self.folder} has the label {labels.max()}")
         return torch.from_numpy(latents).float(), torch.from_numpy(labels)
 
     def read(self, part: str, stem: str) -> np.ndarray:
@@ -175,10 +189,11 @@ class FastDiTFeatures(Dataset):
 
 
 def load_dataset(name: str, image_size: int | None = None, data_root: str = "data", split: str = "train",
-                 num_classes: int | None = None) -> Dataset:
-    """A data set by `--data-path`: a name in NAMED, a folder of classes, or of features cached from one.
+                 num_classes: int | None = None) -> TrainingData:
+    """A data set: one in NAMED, a folder of classes, or features cached from one.
 
     Args:
+        name: a name in NAMED, or the path of a folder.
         image_size: H = W; None keeps the size of a named set, and crops a folder's pictures to 256.
         data_root: where named sets lie, or are downloaded to.
         split: "train" or "val", the held-out part: the test part of a named set, the folder `val` or `test` beside a
@@ -187,23 +202,16 @@ def load_dataset(name: str, image_size: int | None = None, data_root: str = "dat
     """
     dataset = open_dataset(name, image_size, data_root, split, num_classes)
     if num_classes not in (None, len(dataset.classes)):
-        raise ValueError(f"--num-classes {num_classes}: {name} has {len(dataset.classes)} classes")
+        raise UserError(f"`num_classes` {num_classes}: {name} has {len(dataset.classes)} classes")
     return dataset
 
 
-def open_dataset(name: str, image_size: int | None, data_root: str, split: str, num_classes: int | None) -> Dataset:
-    match name:
-        case "digits":
-            return digits(split, image_size)
-        case "mnist":
-            mnist = torchvision_dataset("MNIST", data_root, split)
-            return ArrayImages(mnist.data.numpy(), mnist.targets, DIGIT_NAMES, flip=False, image_size=image_size)
-        case "cifar10":
-            cifar = torchvision_dataset("CIFAR10", data_root, split)
-            return ArrayImages(cifar.data, cifar.targets, cifar.classes, flip=True, image_size=image_size)
+def open_dataset(name: str, image_size: int | None, data_root: str, split: str, num_classes: int | None) -> TrainingData:
+    if name in NAMED:
+        return NAMED[name](split, image_size, data_root)
     path = Path(name)
     if not path.is_dir():
-        raise FileNotFoundError(f"--data-path {name} is neither a folder nor one of {', '.join(NAMED)}")
+        raise FileNotFoundError(f"`data_path` {name} is neither a folder nor one of {', '.join(NAMED)}")
     folder = path if split == "train" else held_out_folder(path)
     if (folder / "moments.npy").exists():
         return Features(folder, image_size)
@@ -212,7 +220,7 @@ def open_dataset(name: str, image_size: int | None, data_root: str, split: str, 
     return FolderImages(folder, image_size)
 
 
-def digits(split: str, image_size: int | None) -> ArrayImages:
+def digits(split: str, image_size: int | None, data_root: str) -> ArrayImages:
     """scikit-learn's 1,797 scans of digits, 8x8; a quarter, stratified, is held out."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -224,7 +232,17 @@ def digits(split: str, image_size: int | None) -> ArrayImages:
     return ArrayImages(images, labels, DIGIT_NAMES, flip=False, image_size=image_size)
 
 
-def torchvision_dataset(kind: str, root: str, split: str) -> Dataset:
+def mnist(split: str, image_size: int | None, data_root: str) -> ArrayImages:
+    found = torchvision_dataset("MNIST", data_root, split)
+    return ArrayImages(found.data.numpy(), found.targets, DIGIT_NAMES, flip=False, image_size=image_size)
+
+
+def cifar10(split: str, image_size: int | None, data_root: str) -> ArrayImages:
+    found = torchvision_dataset("CIFAR10", data_root, split)
+    return ArrayImages(found.data, found.targets, found.classes, flip=True, image_size=image_size)
+
+
+def torchvision_dataset(kind: str, root: str, split: str) -> TrainingData:
     """MNIST or CIFAR10: as it lies under `root`, else downloaded to it."""
     import torchvision
 
@@ -233,7 +251,10 @@ def torchvision_dataset(kind: str, root: str, split: str) -> Dataset:
         return dataset(root, train=split == "train", download=True)  # downloads nothing that is already there
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-    raise FileNotFoundError(f"--data-root {root}: {kind} is not there and cannot be downloaded: {reason}")
+    raise FileNotFoundError(f"`data_root` {root}: {kind} is not there and cannot be downloaded: {reason}")
+
+
+NAMED = {"digits": digits, "mnist": mnist, "cifar10": cifar10}  # (split, image_size, data_root) -> data set
 
 
 def held_out_folder(path: Path) -> Path:
@@ -241,8 +262,7 @@ def held_out_folder(path: Path) -> Path:
     for name in ("val", "test"):
         if path.name == "train" and (path.parent / name).is_dir():
             return path.parent / name
-    raise FileNotFoundError(f"--val-every needs held-out images: a folder val or test beside a folder train; "
-                            f"--data-path is {path}")
+    raise FileNotFoundError(f"no held-out images: `data_path` {path} is not a folder train with a folder val or test beside it")
 
 
 def readable_names(folders: list[str]) -> list[str]:
@@ -252,11 +272,6 @@ def readable_names(folders: list[str]) -> list[str]:
     imagenet = ImageNetInfo()
     known = set(imagenet.label_names())
     return [imagenet.label_name_to_description(name) if name in known else name for name in folders]
-
-
-def imagenet_names() -> list[str]:
-    from timm.data import ImageNetInfo
-    return readable_names(ImageNetInfo().label_names())
 
 
 def mirror(images: Tensor, mirrored: np.ndarray) -> Tensor:

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion import create_diffusion
+from diffusion.process import TrainingProcess
 from pipeline.autoencoders import latents_of
+from pipeline.spec import Spec
 from runtime.processes import autocast
 from runtime.randomness import generator
+from training.datasets import TrainingData
 
 SSIM_WINDOW = 7  # pixels
 
@@ -25,7 +28,7 @@ class Draws(NamedTuple):
     drop: Tensor       # (B,) uniform: below label_drop, a label becomes the null class
 
     @classmethod
-    def at(cls, address: tuple, process, batch_size: int, model: nn.Module, device: torch.device) -> "Draws":
+    def at(cls, address: tuple, process: TrainingProcess, batch_size: int, model: nn.Module, device: torch.device) -> "Draws":
         source = generator(*address, device=device)
         normal = partial(torch.randn, (batch_size, model.in_channels, *model.input_size), generator=source, device=device)
         return cls(normal(), normal(), process.sample_times(batch_size, source),
@@ -38,9 +41,9 @@ class Draws(NamedTuple):
 class Objective(NamedTuple):
     """What is minimised: a batch of the data set and its labels -> the loss of each sample."""
 
-    process: object
+    process: TrainingProcess
     autoencoder: nn.Module
-    data: object        # what batches are of
+    data: TrainingData  # what batches are of
     label_drop: float   # the share of labels that become the null class
     precision: str
 
@@ -52,9 +55,9 @@ class Objective(NamedTuple):
             return self.process.training_losses(model, latents, draws.t, dict(y=y), draws.noise)
 
 
-def process_of(spec: dict) -> object:
+def process_of(spec: Spec) -> TrainingProcess:
     """What a spec's network is trained by."""
-    return Reconstruction() if spec["sampling"] is None else create_diffusion("", **spec["diffusion"])
+    return Reconstruction() if spec.is_autoencoder else create_diffusion("", **spec.diffusion)
 
 
 class Reconstruction:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from runtime import UserError
 from training.datasets import Rows
 
 
@@ -28,8 +29,8 @@ class GlobalOrder:
     def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, grad_accum: int = 1,
                  flip: bool = False):
         if batch_size % (world_size * grad_accum):
-            raise ValueError(f"--global-batch-size {batch_size} is not divisible by {world_size} processes * "
-                             f"--grad-accum {grad_accum}")
+            raise UserError(f"`global_batch_size` {batch_size} is not divisible by {world_size} processes * "
+                            f"`grad_accum` {grad_accum}")
         self.length, self.batch_size, self.seed, self.flip = length, batch_size, seed, flip
         size = batch_size // (world_size * grad_accum)
         starts = [(micro * world_size + rank) * size for micro in range(grad_accum)]
@@ -109,12 +110,12 @@ def read_ahead(dataset: Dataset, batches: object, num_workers: int, pin_memory: 
     """What the data set answers to each element of `batches`, in order, read by worker processes."""
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=as_is, pin_memory=pin_memory,
                         worker_init_fn=leave_signals_to_the_parent)
-    reader = in_one_line(loader)
+    reader = unwrap_worker_errors(loader)
     atexit.register(reader.close)  # ends the workers, who do not hear the signal that Python would end them with
     return reader
 
 
-def in_one_line(loader: DataLoader) -> Iterator:
+def unwrap_worker_errors(loader: DataLoader) -> Iterator:
     """The batches; what a worker raised is told without the worker's traceback.
 
     Raises:
@@ -127,7 +128,7 @@ def in_one_line(loader: DataLoader) -> Iterator:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise OSError(f"a data worker died ({error}); was it killed for lack of memory? Try fewer --num-workers") from None
+        raise OSError(f"a data worker died ({error}); was it killed for lack of memory? Try fewer `num_workers`") from None
 
 
 def leave_signals_to_the_parent(worker: int) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Pictures of a run: samples of the EMA weights, or reconstructions where the network is an autoencoder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,27 +9,33 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from pipeline.generation import DIT_LABELS, generate, settings_for
+from pipeline.generation import DIT_LABELS, Sampling, generate
+from pipeline.spec import Spec
 from runtime.pictures import MAX_COLUMNS, save_gif, save_grid, to_uint8, to_unit_range
 from runtime.processes import World, autocast
-from training.datasets import Rows
+from training.datasets import Rows, TrainingData
 
 PREVIEW_ROWS = 4
 
 
-def preview(ema: nn.Module, autoencoder: nn.Module, spec: dict, path: Path, world: World, args,
-            progress: Callable[[], object], data) -> None:
-    """Write a grid of samples, a class a column, always from the same noise; the processes share the work. Of an
-    autoencoder, its reconstructions of some of the data."""
-    if spec["sampling"] is None:
-        world.on_main(lambda: preview_reconstructions(ema, data, path, args.precision))
+def preview(ema: nn.Module, autoencoder: nn.Module, spec: Spec, path: Path, world: World, seed: int, precision: str,
+            progress: Callable[[], object], data: TrainingData) -> None:
+    """Write a grid of samples, a class a column, always from the same noise; the processes share the work.
+
+    For an autoencoder: reconstructions of some of the data.
+
+    Args:
+        progress: called after each step, by all processes together; it may raise, to stop.
+    """
+    if spec.is_autoencoder:
+        world.on_main(lambda: preview_reconstructions(ema, data, path, precision))
         return
-    count = len(spec["classes"])
+    count = len(spec.classes)
     labels = (DIT_LABELS if count == 1000 else list(range(min(count, MAX_COLUMNS)))) * PREVIEW_ROWS
     mine = range(world.rank, len(labels), world.size) or range(1)  # all take part, for `progress` waits for all
-    sampling = settings_for(spec, precision=args.precision)
+    sampling = Sampling.of(spec, {"precision": precision})
     with tqdm(total=sampling.process.num_timesteps, desc="preview", leave=False, disable=not world.is_main) as bar:
-        drawn = generate(ema, autoencoder, [labels[i] for i in mine], mine, args.global_seed, sampling,
+        drawn = generate(ema, autoencoder, [labels[i] for i in mine], mine, seed, sampling,
                          lambda step: (progress(), bar.update())).cpu()
     if parts := world.gather(drawn):
         images = drawn.new_empty(len(labels), *drawn.shape[1:])
@@ -38,7 +44,7 @@ def preview(ema: nn.Module, autoencoder: nn.Module, spec: dict, path: Path, worl
         save_grid(images, path, columns=len(labels) // PREVIEW_ROWS)
 
 
-def preview_reconstructions(ema: nn.Module, data, path: Path, precision: str) -> None:
+def preview_reconstructions(ema: nn.Module, data: TrainingData, path: Path, precision: str) -> None:
     """Write a grid of images from all over a data set, each row above a row of their reconstructions."""
     rows = np.linspace(0, len(data) - 1, PREVIEW_ROWS // 2 * MAX_COLUMNS).round().astype(int)
     images, device = data.__getitems__(Rows.plain(rows))[0], next(ema.parameters()).device

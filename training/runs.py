@@ -1,120 +1,140 @@
-"""The folder of a run: open, continue, save; and what its flags say of the checkpoint to be."""
+"""The folder of a run: open, continue, save; and what its flags say becomes the Spec of its checkpoints."""
 
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from diffusion import create_diffusion
+from diffusion.process import Network, Process, check
 from pipeline import checkpoint
 from pipeline.autoencoders import Pixels
-from pipeline.checkpoint import DamagedError
-from pipeline.generation import check_thresholding, settings_for
-from pipeline.spec import build_model, recommend
-from runtime import cli
-from runtime.files import digest_file, hold, is_restart, replace_text
-from small_models import NETWORKS, Autoencoder_models
+from pipeline.generation import Sampling, check_thresholding
+from pipeline.spec import ModelSpec, SamplingSettings, Spec, constructor_of, defaults_of
+from runtime import UserError
+from runtime.cli import WRONG_VALUE, check_arguments, prefix_errors
+from runtime.files import is_restart, lock_folder, sha256_file, write_text
+from runtime.processes import World
+from small_models import Autoencoder_models
+from training.datasets import TrainingData
 from training.objective import SSIM_WINDOW
 from training.state import Training
 
+# --- flags -> Spec -----------------------------------------------------------------------------------
 
-def describe(args, data, autoencoder: nn.Module) -> tuple[dict, float]:
-    """The `spec` of train.py's flags (see checkpoint.py), every one of them checked, and the share of labels to drop."""
-    if args.model in Autoencoder_models:
-        return describe_autoencoder(args, data, autoencoder), 0.0
-    given = {"label_drop": 0.1, "sampling": {}} | args.diffusion_args
+
+def describe(model: str, model_args: dict[str, Any], diffusion_args: dict[str, Any], data: TrainingData,
+             autoencoder: nn.Module) -> tuple[Spec, float]:
+    """The Spec of a network to be trained, every argument checked, and the share of labels to drop.
+
+    Args:
+        model: a name in NETWORKS.
+        model_args: of its constructor, over its preset's.
+        diffusion_args: of create_diffusion; `label_drop` (0.1); `sampling`, over what the process recommends.
+    """
+    if model in Autoencoder_models:
+        return describe_autoencoder(model, model_args, diffusion_args, data, autoencoder), 0.0
+    given = {"label_drop": 0.1, "sampling": {}} | diffusion_args
     label_drop, sampling = given.pop("label_drop"), given.pop("sampling")
-    if not isinstance(label_drop, int | float) or not 0 <= label_drop <= 1:
-        raise ValueError(f"--diffusion-args: label_drop {label_drop} is not a share, 0..1")
-    diffusion = cli.check_arguments(create_diffusion, given, "--diffusion-args", {"timestep_respacing"},
-                                        ("label_drop", "sampling"))
-    process = cli.naming("--diffusion-args", lambda: create_diffusion("", **diffusion))
-    channels, *size = autoencoder.latent_shape(data.image_size, data.channels)
-    from_data = dict(input_size=tuple(size), in_channels=channels, num_classes=len(data.classes),
-                     learn_sigma=process.learn_sigma)
-    spec = spec_of(args, from_data, diffusion, data, autoencoder, recommend(process, label_drop, sampling))
-    cli.naming("--diffusion-args: sampling", lambda: check_thresholding(settings_for(spec), autoencoder))
+    with prefix_errors("`diffusion_args`", *WRONG_VALUE):
+        if not isinstance(label_drop, int | float) or not 0 <= label_drop <= 1:
+            raise UserError(f"label_drop {label_drop} is not a share, 0..1")
+        diffusion = check_arguments(create_diffusion, given, {"timestep_respacing"}, ("label_drop", "sampling"))
+        process = create_diffusion("", **diffusion)
+        check(process, Process, "a process needs")
+    with prefix_errors("`vae`"):
+        channels, *size = autoencoder.latent_shape(data.image_size, data.channels)
+    from_data = dict(input_size=tuple(size), in_channels=channels, num_classes=len(data.classes))
+    if "learn_sigma" in defaults_of(constructor_of(model)[0]):
+        from_data["learn_sigma"] = process.learn_sigma
+    elif process.learn_sigma:
+        raise UserError(f"`diffusion_args`: learn_sigma is true, but `model` {model} has no such argument, and so no channels "
+                        "for a learned variance; set learn_sigma to false")
+    with prefix_errors("`diffusion_args`: sampling", *WRONG_VALUE):
+        settings = SamplingSettings.recommend(process, label_drop, sampling)
+    spec = spec_of(model, model_args, from_data, diffusion, data, autoencoder, settings)
+    with prefix_errors("`diffusion_args`: sampling", *WRONG_VALUE):
+        check_thresholding(Sampling.of(spec).settings, autoencoder)
     return spec, label_drop
 
 
-def describe_autoencoder(args, data, autoencoder: nn.Module) -> dict:
-    """The spec of an autoencoder to be trained: nothing of it is sampled."""
-    if args.diffusion_args or not isinstance(autoencoder, Pixels) or data.kind != "images":
-        raise ValueError(f"--model {args.model} is trained on images by their reconstruction: with --vae pixels, and without "
-                         "--diffusion-args")
+def describe_autoencoder(model: str, model_args: dict[str, Any], diffusion_args: dict[str, Any], data: TrainingData,
+                         autoencoder: nn.Module) -> Spec:
+    """The Spec of an autoencoder to be trained."""
+    if diffusion_args or not isinstance(autoencoder, Pixels) or data.kind != "images":
+        raise UserError(f"`model` {model} is trained on images by their reconstruction: with `vae` pixels, and without "
+                        "`diffusion_args`")
     if min(data.image_size) < SSIM_WINDOW:
-        raise ValueError(f"--image-size {data.image_size} is less than the {SSIM_WINDOW} pixels of SSIM's window")
+        raise UserError(f"`image_size` {data.image_size} is less than the {SSIM_WINDOW} pixels of SSIM's window")
     from_data = dict(input_size=tuple(data.image_size), in_channels=data.channels)
-    return spec_of(args, from_data, {}, data, autoencoder, None)
+    return spec_of(model, model_args, from_data, {}, data, autoencoder, None)
 
 
-def spec_of(args, from_data: dict, diffusion: dict, data, autoencoder: nn.Module, sampling: dict | None) -> dict:
-    network = NETWORKS[args.model].func
-    chosen = cli.check_arguments(network, args.model_args, "--model-args", set(from_data))
-    spec = {
-        "model": {"name": args.model, "args": from_data | chosen},
-        "diffusion": diffusion,
-        **autoencoder.spec,
-        "image_size": tuple(data.image_size),
-        "channels": data.channels,
-        "classes": list(data.classes),
-        "sampling": sampling,
-    }
-    with torch.device("meta"):
-        cli.naming("--image-size, --model-args", lambda: build_model(spec["model"]))
+def spec_of(model: str, model_args: dict[str, Any], from_data: dict[str, Any], diffusion: dict[str, Any], data: TrainingData,
+            autoencoder: nn.Module, sampling: SamplingSettings | None) -> Spec:
+    """The Spec, after its network was built once without memory."""
+    with prefix_errors("`model_args`"):
+        chosen = check_arguments(constructor_of(model)[0], model_args, set(from_data))
+    spec = Spec(ModelSpec.of_preset(model, from_data | chosen), diffusion, image_size=tuple(data.image_size),
+                channels=data.channels, classes=list(data.classes), sampling=sampling, **autoencoder.spec)
+    with torch.device("meta"), prefix_errors("`image_size`, `model_args`", *WRONG_VALUE):
+        network = spec.model.build()
+    if sampling:
+        check(network, Network, "training needs")
     return spec
 
 
 # --- the folder ------------------------------------------------------------------------------------
 
 
-def begin_or_continue(training: Training, spec: dict, args, world) -> tuple[Path, list[str]]:
-    """Open the run's folder; `training` continues its newest checkpoint, else --resume, else takes --init-from's weights.
+def begin_or_continue(training: Training, spec: Spec, flags: dict[str, Any], world: World) -> tuple[Path, list[str]]:
+    """Open the run's folder; `training` continues its newest checkpoint, else `resume`, else takes `init_from`'s weights.
+
+    Args:
+        flags: those of the run, as its checkpoints hold them.
 
     Returns: the folder, and sentences for the log.
     """
-    results, remarks = Path(args.results_dir), ["Fresh weights"]
-    begun = world.on_main(lambda: args.run_name and checkpoint.latest(results / args.run_name))
+    results, run_name, remarks = Path(flags["results_dir"]), flags["run_name"], ["Fresh weights"]
+    begun = world.on_main(lambda: run_name and checkpoint.latest(results / run_name))
     if not begun:  # else neither flag is needed any more
-        if args.resume:
-            remarks, _ = continue_from(training, checkpoint.resolve(args.resume, "--resume"), spec, args)
-        elif args.init_from:
-            remarks = [world.main_first(lambda: init_from(training, args.init_from))]
-    folder = world.on_main(lambda: open_run(results, args.run_name, args.model))
-    newest, damaged = world.on_main(lambda: latest_intact(folder))
+        if flags["resume"]:
+            with prefix_errors("`resume`"):
+                remarks, _ = continue_from(training, checkpoint.resolve(flags["resume"]), spec, flags)
+        elif flags["init_from"]:
+            remarks = [world.main_first(lambda: init_from(training, flags["init_from"]))]
+    folder = world.on_main(lambda: open_run(results, run_name, spec.model.name))
+    newest, damaged = world.on_main(lambda: newest_undamaged(folder))
     if newest:
-        remarks, as_described = continue_from(training, newest, spec, args)
+        remarks, as_described = continue_from(training, newest, spec, flags)
         training.saved = training.step if as_described else 0
-    return folder, [f"{args.model}, {sum(p.numel() for p in training.parameters):,} parameters", *damaged, *remarks]
+    parameters = sum(p.numel() for p in training.parameters)
+    return folder, [f"{spec.model.name}, {parameters:,} parameters", *damaged, *remarks]
 
 
-def flags_of(args) -> dict:
-    """The flags of a run, as a checkpoint and a config hold them."""
-    return {name: value for name, value in args.as_dict().items() if name != "config"}
-
-
-def identity(spec: dict, flags: dict) -> dict:
-    """What must not change while a run is continued."""
-    fixed = {f"--{key.replace('_', '-')}": flags[key] for key in ("global_batch_size", "global_seed")}
-    fixed["--diffusion-args"] = {key: value for key, value in flags["diffusion_args"].items() if key != "sampling"}
-    model = {"model": spec["model"]["name"], **{f"model argument {key}": value for key, value in spec["model"]["args"].items()}}
+def fixed_settings(spec: Spec, flags: dict[str, Any]) -> dict[str, Any]:
+    """What must not change while a run is continued, by the words in which an error names it."""
+    fixed = {f"`{key}`": flags[key] for key in ("global_batch_size", "global_seed")}
+    fixed["`diffusion_args`"] = {key: value for key, value in flags["diffusion_args"].items() if key != "sampling"}
+    model = {"model": spec.model.name, **{f"model argument {key}": value for key, value in spec.model.args.items()}}
     model.pop("model argument gradient_checkpointing", None)
-    vae = "vae_sha256" if "vae_sha256" in spec else "vae"  # a folder may have moved
-    return model | fixed | {key: spec[key] for key in (vae, "image_size", "channels", "classes")}
+    vae = "vae_sha256" if spec.vae_sha256 else "vae"  # a folder may have moved
+    return model | fixed | {key: getattr(spec, key) for key in (vae, "image_size", "channels", "classes")}
 
 
 def open_run(results: Path, run_name: str | None, model: str) -> Path:
-    """The folder of this run: `run_name`, made or found again, or a new `NNN-model`; held until this process ends.
+    """The folder of this run: `run_name`, made or found again, or a new `NNN-model`; locked until this process ends.
 
     A torchrun restart finds the folder that its launch opened, by the launch's run id.
 
     Raises:
-        ValueError: another process holds it.
+        UserError: another process has locked it.
     """
     if run_name is not None and (not run_name or Path(run_name).name != run_name):
-        raise ValueError(f"--run-name {run_name!r} is not the name of a folder in --results-dir")
+        raise UserError(f"`run_name` {run_name!r} is not the name of a folder in `results_dir`")
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
     if launch == "none":  # torchrun's default, the same for every launch: its agent's process tells them apart
         launch = f"{socket.gethostname()}-{os.getppid()}"
@@ -125,8 +145,8 @@ def open_run(results: Path, run_name: str | None, model: str) -> Path:
     folder = folder or new_folder(results, model.replace("/", "-"))
     for part in ("checkpoints", "previews"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    hold(folder, launch)
-    replace_text(folder / "launch", launch)
+    lock_folder(folder, launch, "choose another `run_name`")
+    write_text(folder / "launch", launch)
     return folder
 
 
@@ -142,18 +162,18 @@ def new_folder(results: Path, model: str) -> Path:
         return folder
 
 
-def save_run(folder: Path, training: Training, spec: dict, args, name: str = "") -> None:
+def save_run(folder: Path, training: Training, spec: Spec, flags: dict[str, Any], name: str = "") -> None:
     """Write `checkpoints/{name}`, or else this step's checkpoint, unless the folder has it, and delete what is too old."""
-    state = training.state_dict() | {"args": flags_of(args), "spec": spec}
+    state = training.state_dict() | {"args": flags, "spec": spec.to_dict()}
     if name:
         checkpoint.save(folder / "checkpoints" / name, state)
     elif training.saved != training.step:
-        keep_last, every = args.keep_last if isinstance(args.keep_last, tuple) else (args.keep_last, 0)
-        save_step(folder, state, keep_last, every * args.ckpt_every)
+        keep_last, every = flags["keep_last"] if isinstance(flags["keep_last"], tuple) else (flags["keep_last"], 0)
+        save_step(folder, state, keep_last, every * flags["ckpt_every"])
         training.saved = training.step
 
 
-def save_step(folder: Path, state: dict, keep_last: int, every: int) -> None:
+def save_step(folder: Path, state: dict[str, Any], keep_last: int, every: int) -> None:
     """Write `checkpoints/{step:07d}.pt`, then delete the numbered ones that are no longer wanted.
 
     Args:
@@ -164,60 +184,62 @@ def save_step(folder: Path, state: dict, keep_last: int, every: int) -> None:
     for path in checkpoint.steps_of(folder)[: -keep_last if keep_last else 0]:
         if not every or int(path.stem) % every:
             path.unlink()
-            digest_file(path).unlink(missing_ok=True)
+            sha256_file(path).unlink(missing_ok=True)
 
 
-def latest_intact(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint, None where there is none at all; and a sentence on each newer one, set aside.
+def newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that can be read, None where there is none at all; and a sentence on each newer one, set aside.
 
     Raises:
-        ValueError: all of them are damaged.
+        UserError: all of them are damaged.
     """
     remarks = []
     for path in reversed(checkpoint.steps_of(folder)):
         try:
-            checkpoint.load(path, "checkpoint")
-        except DamagedError as error:
+            checkpoint.load(path)
+        except checkpoint.DamagedError as error:
             path.rename(f"{path}.damaged")
-            remarks.append(f"{error}; it is now {path.name}.damaged, and the one before is used")
+            remarks.append(f"checkpoint {error}; it is now {path.name}.damaged, and the one before is used")
         else:
             return path, remarks
     if damaged := list((folder / "checkpoints").glob("[0-9]*.pt.damaged")):
-        raise ValueError(f"{folder} has only damaged checkpoints, such as {damaged[0].name}; another --run-name begins anew")
+        raise UserError(f"{folder} has only damaged checkpoints, such as {damaged[0].name}; another `run_name` begins anew")
     return None, remarks
 
 
-def continue_from(training: Training, path: str | Path, spec: dict, args) -> tuple[list[str], bool]:
+def continue_from(training: Training, path: Path, spec: Spec, flags: dict[str, Any]) -> tuple[list[str], bool]:
     """Load a checkpoint of this run.
 
     Returns: sentences for the log, on each flag that has changed; whether the checkpoint's own description is still right.
 
     Raises:
-        ValueError: it is of another run.
+        UserError: it is of another run.
     """
-    state, args = checkpoint.load(path, "checkpoint"), flags_of(args)
+    state = checkpoint.load(path)
     if missing := {"args", "spec", *training.state_dict()} - set(state):
-        raise ValueError(f"{path} is no checkpoint to continue, it lacks {', '.join(sorted(missing))}; --init-from takes its "
-                         "weights alone")
-    stored, wanted = identity(state["spec"], state["args"]), identity(spec, args)
+        raise UserError(f"{path} is no checkpoint to continue, it lacks {', '.join(sorted(missing))}; `init_from` takes its "
+                        "weights alone")
+    stored_spec = checkpoint.spec_of(state, path)
+    stored, wanted = fixed_settings(stored_spec, state["args"]), fixed_settings(spec, flags)
     for key in sorted(wanted | stored, key=lambda key: (key.startswith("model argument"), key != "model")):  # the model first
         if stored.get(key) != wanted.get(key):
-            raise ValueError(f"{path} was trained with {key} {stored.get(key)}, not {wanted.get(key)}: choose another "
-                             "--run-name, or take its weights alone with --init-from")
+            raise UserError(f"{path} was trained with {key} {stored.get(key)}, not {wanted.get(key)}: choose another "
+                            "`run_name`, or take its weights alone with `init_from`")
     training.load_state_dict(state)
     free = ("data_path", "max_steps", "epochs", "lr", "ema_decay", "diffusion_args", "optimizer_args", "precision")
-    changed = [f"--{key.replace('_', '-')} was {state['args'][key]}, is now {args[key]}"
-               for key in free if state["args"][key] != args[key]]
-    return [f"Continuing {path}", *changed], state["spec"] == spec
+    changed = [f"--{key.replace('_', '-')} was {state['args'][key]}, is now {flags[key]}"
+               for key in free if state["args"][key] != flags[key]]
+    return [f"Continuing {path}", *changed], stored_spec == spec
 
 
-def init_from(training: "Training", source: str) -> str:
+def init_from(training: Training, source: str) -> str:
     """Take from a checkpoint the weights whose name and shape fit; says which did and which did not."""
-    path = checkpoint.resolve(source, "--init-from")
-    weights, own = checkpoint.weights_of(checkpoint.load(path, "--init-from"), path), training.model.state_dict()
-    fitting = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
-    if not fitting:
-        raise ValueError(f"--init-from {source}: none of its {len(weights)} tensors fits this model")
+    with prefix_errors("`init_from`"):
+        path = checkpoint.resolve(source)
+        weights, own = checkpoint.weights_of(checkpoint.load(path), path), training.model.state_dict()
+        fitting = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
+        if not fitting:
+            raise UserError(f"{source}: none of its {len(weights)} tensors fits this model")
     for network in (training.model, training.ema):
         network.load_state_dict(fitting, strict=False)
     fresh = sorted(set(own) - set(fitting))

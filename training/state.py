@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from runtime import UserError
 from runtime.processes import CommonError
 
 
@@ -30,7 +32,7 @@ class OptimizerArgs:
                            ("warmup_steps", self.warmup_steps >= 0), ("clip_norm", self.clip_norm > 0),
                            ("max_skipped", self.max_skipped > 0), ("patience", self.patience is None or self.patience > 0)):
             if not fine:
-                raise ValueError(f"--optimizer-args: {name} {getattr(self, name)} is out of range")
+                raise UserError(f"{name} {getattr(self, name)} is out of range")
 
     def factor(self, step: int, max_steps: int) -> float:
         """What --lr is multiplied by in step `step`, from 0: a linear warm-up, then 1, or half a cosine to 0."""
@@ -45,7 +47,7 @@ class Training:
     model: nn.Module
     ema: nn.Module
     opt: torch.optim.Optimizer
-    meter: nn.Module                      # losses since the last line of the log
+    meter: "LossMeter"                    # losses since the last line of the log
     step: int = 0                         # optimizer steps taken
     validated: int = 0                    # the step of the last validation
     best: float = math.inf                # the lowest validation loss of the EMA
@@ -53,7 +55,7 @@ class Training:
     saved: int = 0                        # the step of the newest checkpoint in the run's folder, not part of one
 
     @classmethod
-    def begin(cls, model: nn.Module, meter: nn.Module, lr: float, args: OptimizerArgs) -> "Training":
+    def begin(cls, model: nn.Module, meter: "LossMeter", lr: float, args: OptimizerArgs) -> "Training":
         trained = [p for p in model.parameters() if p.requires_grad]
         opt = torch.optim.AdamW(trained, lr, args.betas, weight_decay=args.weight_decay, fused=True)
         return cls(model, copy.deepcopy(model).eval().requires_grad_(False), opt, meter)
@@ -94,7 +96,7 @@ class Training:
         for name in ("model", "ema", "opt", "meter"):
             getattr(self, name).load_state_dict(state[name])
         self.opt.param_groups[0].update(group)  # as --optimizer-args now has them
-        self.meter.forgive()
+        self.meter.reset_streak()
         for name in ("step", "validated", "best", "validations_since_best"):
             setattr(self, name, state[name])
 
@@ -115,7 +117,7 @@ class LossMeter(nn.Module):
 
     def __init__(self):
         super().__init__()
-        for name in ("total", "count", "seen", "moving_mean", "skipped", "row", "longest_row"):
+        for name in ("total", "count", "seen", "moving_mean", "skipped", "streak", "longest_streak"):
             self.register_buffer(name, torch.zeros(()))
 
     def update(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
@@ -127,14 +129,19 @@ class LossMeter(nn.Module):
         self.seen += 1 - skip
         self.moving_mean += (1 - skip) * (loss - self.moving_mean) / self.seen.clamp(1, self.HORIZON)
         self.skipped += skip
-        self.row.add_(skip).mul_(skip)
-        self.longest_row.copy_(torch.maximum(self.longest_row, self.row))
+        self.streak.add_(skip).mul_(skip)
+        self.longest_streak.copy_(torch.maximum(self.longest_streak, self.streak))
         return skip
 
-    def forgive(self) -> None:
-        """Begin a new row: what was skipped before a restart shall not end the run after it."""
-        self.row.zero_()
-        self.longest_row.zero_()
+    def reset_streak(self) -> None:
+        """Count from zero again: steps skipped before a restart must not end the run after it."""
+        self.streak.zero_()
+        self.longest_streak.zero_()
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args, **kwargs) -> object:
+        """Checkpoints of ff27331 and before call the streak a row."""
+        return super().load_state_dict({key.replace("row", "streak"): value for key, value in state_dict.items()},
+                                       *args, **kwargs)
 
     def read(self, max_skipped: int) -> dict[str, float]:
         """The mean loss since the last reading (nan if every step was skipped), its moving mean, all steps ever skipped.
@@ -142,11 +149,11 @@ class LossMeter(nn.Module):
         Raises:
             CommonError: so many steps in a row were skipped that the run has gone wrong.
         """
-        if (row := int(self.longest_row)) >= max_skipped:
-            raise CommonError(f"{row} steps in a row had a loss or gradient norm that is not finite. They were skipped: the "
-                              "last checkpoint is good. Try a lower --lr, or clip_norm in --optimizer-args")
+        if (streak := int(self.longest_streak)) >= max_skipped:
+            raise CommonError(f"{streak} steps in a row had a loss or gradient norm that is not finite. They were skipped: the "
+                              "last checkpoint is good. Try a lower `lr`, or clip_norm in `optimizer_args`")
         values = {"loss": (self.total / self.count).item(), "loss_moving_mean": self.moving_mean.item(),
                   "skipped_steps": int(self.skipped)}
-        for buffer in (self.total, self.count, self.longest_row):
+        for buffer in (self.total, self.count, self.longest_streak):
             buffer.zero_()
         return values
