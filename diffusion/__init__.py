@@ -1,12 +1,14 @@
 """Diffusion processes, their losses and samplers. `create_diffusion` builds a process from DiT's arguments."""
 
+from collections.abc import Callable
+from typing import Any
+
 from runtime import UserError
 
 from .flow import FlowMatching
 from .gaussian_diffusion import GaussianDiffusion
+from .process import Process
 from .schedules import named_betas, space_timesteps
-
-OBJECTIVES = ("epsilon", "x0", "v", "flow")
 
 
 def create_diffusion(
@@ -22,7 +24,7 @@ def create_diffusion(
     time_sampling: str = "uniform",
     flow_loss: str = "velocity",
     input_scale: float = 1.0,
-) -> GaussianDiffusion | FlowMatching:
+) -> Process:
     """Build a process. All but the last four arguments, and all defaults, are DiT's.
 
     Args:
@@ -43,6 +45,7 @@ def create_diffusion(
         input_scale: x_0 is that many times the data (Chen, arXiv:2301.10972, without its normalisation of x_t); below 1
             there is less of it at every t. Not for flow.
     """
+    arguments = dict(locals())
     if objective not in OBJECTIVES:
         raise UserError(f"objective {objective!r} is unknown; allowed: {', '.join(OBJECTIVES)}")
     if not isinstance(diffusion_steps, int) or diffusion_steps < 1:
@@ -50,22 +53,34 @@ def create_diffusion(
     if predict_xstart and objective not in ("epsilon", "x0"):
         raise UserError(f"predict_xstart contradicts objective {objective!r}")
     timesteps = space_timesteps(diffusion_steps, "" if timestep_respacing is None else timestep_respacing)
+    return OBJECTIVES[objective](timesteps, arguments)
 
-    if objective == "flow":
-        gaussian = dict(noise_schedule=noise_schedule != "linear", use_kl=use_kl, sigma_small=sigma_small,
-                        rescale_learned_sigmas=rescale_learned_sigmas, input_scale=input_scale != 1)
-        if any(gaussian.values()):
-            raise UserError(f"{', '.join(name for name, given in gaussian.items() if given)}: without meaning for flow")
-        return FlowMatching(len(timesteps), time_sampling, flow_loss)
 
-    for name, given, default in (("time_sampling", time_sampling, "uniform"), ("flow_loss", flow_loss, "velocity")):
-        if given != default:
-            raise UserError(f"{name} {given!r} needs objective 'flow'")
+def gaussian(timesteps: list[int], arguments: dict[str, Any]) -> GaussianDiffusion:
+    """The process of DDPM. `arguments` are those of create_diffusion."""
+    for name, default in (("time_sampling", "uniform"), ("flow_loss", "velocity")):
+        if arguments[name] != default:
+            raise UserError(f"{name} {arguments[name]!r} needs objective 'flow'")
+    learn_sigma, sigma_small = arguments["learn_sigma"], arguments["sigma_small"]
+    use_kl, rescaled = arguments["use_kl"], arguments["rescale_learned_sigmas"]
     return GaussianDiffusion(
-        named_betas(noise_schedule, diffusion_steps),
+        named_betas(arguments["noise_schedule"], arguments["diffusion_steps"]),
         timesteps,
-        prediction="x0" if predict_xstart else objective,
+        prediction="x0" if arguments["predict_xstart"] else arguments["objective"],
         variance="learned_range" if learn_sigma else "fixed_small" if sigma_small else "fixed_large",
-        loss="rescaled_kl" if use_kl else "rescaled_mse" if rescale_learned_sigmas else "mse",
-        input_scale=input_scale,
+        loss="rescaled_kl" if use_kl else "rescaled_mse" if rescaled else "mse",
+        input_scale=arguments["input_scale"],
     )
+
+
+def flow(timesteps: list[int], arguments: dict[str, Any]) -> FlowMatching:
+    """The straight path. `arguments` are those of create_diffusion; those that mean nothing to it must be left alone."""
+    defaults = dict(noise_schedule="linear", use_kl=False, sigma_small=False, rescale_learned_sigmas=False, input_scale=1)
+    if given := [name for name, default in defaults.items() if arguments[name] != default]:
+        raise UserError(f"{', '.join(given)}: without meaning for flow")
+    return FlowMatching(len(timesteps), arguments["time_sampling"], arguments["flow_loss"])
+
+
+# objective -> (kept timesteps, arguments of create_diffusion) -> process; one's own goes in here (docs/extending.md)
+OBJECTIVES: dict[str, Callable[[list[int], dict[str, Any]], Process]] = {
+    "epsilon": gaussian, "x0": gaussian, "v": gaussian, "flow": flow}

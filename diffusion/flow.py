@@ -31,6 +31,8 @@ class FlowMatching(SamplingLoops):
             (MinDiff's): they are (1 - t)^2 and t^2 times the first.
     """
 
+    validation_terms = ("loss",)
+    input_scale = 1.0  # x_0 is the data as it is
     learn_sigma = False  # a deterministic path has no variance to learn
     recommended = {"sampler": "heun", "num_sampling_steps": 50, "cfg_scale": 1.0}
 

@@ -39,6 +39,7 @@ class GaussianDiffusion(SamplingLoops):
         input_scale: x_0 is so many times the data that `training_losses` is given; who samples divides by it.
     """
 
+    validation_terms = ("loss",)
     recommended = {"sampler": "ddpm", "num_sampling_steps": 250, "cfg_scale": 4.0}
 
     def __init__(self, betas: np.ndarray, timesteps: list[int] | None = None, prediction: str = "epsilon",

@@ -22,12 +22,14 @@ from tqdm import tqdm
 
 from runtime import UserError
 
+from .process import Process
+
 NoiseSource = Callable[[int], Tensor]
 DenoisedFn = Callable[[Tensor], Tensor] | None
 Steps = Iterator[dict[str, Tensor]]
 
 
-def ddpm(process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None) -> Steps:
+def ddpm(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None) -> Steps:
     """Ancestral sampling from p(x_{t-1} | x_t) with the process's own variance (DDPM, arXiv:2006.11239, Algorithm 2)."""
     for step, (t, t_next) in enumerate(pairwise(process.grid)):
         times = torch.full((len(x),), t, device=x.device)
@@ -38,7 +40,7 @@ def ddpm(process, model: Callable, x: Tensor, noise_source: NoiseSource, denoise
         yield {"sample": x, "pred_xstart": p["pred_xstart"]}
 
 
-def ddim(process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None,
+def ddim(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None,
          eta: float = 0.0) -> Steps:
     """DDIM (Song et al., arXiv:2010.02502, Eq. 12 and 16), in terms of (alpha, sigma), for either process.
 
@@ -56,7 +58,7 @@ def ddim(process, model: Callable, x: Tensor, noise_source: NoiseSource, denoise
         yield {"sample": x, "pred_xstart": x_0}
 
 
-def euler(process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None) -> Steps:
+def euler(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None) -> Steps:
     """First-order steps along the straight path (see `straighten`); one evaluation of the model a step."""
     for t, t_next in pairwise(process.grid):
         (scale, s), (scale_next, s_next) = straighten(process, t), straighten(process, t_next)
@@ -65,7 +67,7 @@ def euler(process, model: Callable, x: Tensor, noise_source: NoiseSource, denois
         yield {"sample": x, "pred_xstart": x_0}
 
 
-def heun(process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None) -> Steps:
+def heun(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None) -> Steps:
     """Second-order steps along the straight path: Euler, then the mean of the slopes at both ends.
 
     Two evaluations of the model a step, and one in the last, as in EDM (Karras et al., arXiv:2206.00364, Algorithm 1).
@@ -81,7 +83,7 @@ def heun(process, model: Callable, x: Tensor, noise_source: NoiseSource, denoise
         yield {"sample": x, "pred_xstart": x_0}
 
 
-def dpmpp(process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None) -> Steps:
+def dpmpp(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None) -> Steps:
     """DPM-Solver++(2M) (Lu et al., arXiv:2211.01095, Algorithm 2): second order with one evaluation of the model a step.
 
     x_0 is extrapolated from the last two predictions, linearly in lambda = log(alpha / sigma), and held over the step. The
@@ -106,7 +108,7 @@ def half_log_snr(alpha: float, sigma: float) -> float:
     return math.inf if sigma == 0 else -math.inf if alpha == 0 else math.log(alpha / sigma)
 
 
-def straighten(process, t: float) -> tuple[float, float]:
+def straighten(process: Process, t: float) -> tuple[float, float]:
     """The scale and position that make any path the straight one: x_t / scale = (1 - s) x_0 + s eps, with slope eps - x_0.
 
     For FlowMatching, (1, t).
@@ -118,7 +120,7 @@ def straighten(process, t: float) -> tuple[float, float]:
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp, "euler": euler, "heun": heun}
 
 
-def get_sampler(name: str, process, eta: float = 0.0) -> Callable[..., Steps]:
+def get_sampler(name: str, process: Process, eta: float = 0.0) -> Callable[..., Steps]:
     """The sampler of that name; UserError where it cannot serve the process, or has no use for eta."""
     if name not in SAMPLERS:
         raise UserError(f"`sampler` {name!r} is unknown; allowed: {', '.join(SAMPLERS)}")
@@ -131,7 +133,7 @@ def get_sampler(name: str, process, eta: float = 0.0) -> Callable[..., Steps]:
     return partial(ddim, eta=eta) if eta else SAMPLERS[name]
 
 
-def evaluation_times(sampler: Callable[..., Steps], process) -> tuple[float, ...]:
+def evaluation_times(sampler: Callable[..., Steps], process: Process) -> tuple[float, ...]:
     """The t, 0..1000, of every call that a sampler makes to its model, in order: listened to while it samples one number."""
     times = []
 
@@ -148,9 +150,6 @@ def evaluation_times(sampler: Callable[..., Steps], process) -> tuple[float, ...
 
 class SamplingLoops:
     """DiT's entry points, for any process. The generators above do the work."""
-
-    validation_terms = ("loss",)  # of what `training_losses` tells
-    input_scale = 1.0  # x_0, and so what the loops return, is so many times the data
 
     def p_sample_loop(self, model: Callable, shape: tuple[int, ...], noise: Tensor | None = None, **options) -> Tensor:
         """Samples of `shape` (B, C, H, W) after ancestral steps. Options: those of p_sample_loop_progressive."""

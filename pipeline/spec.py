@@ -71,7 +71,7 @@ class SamplingSettings:
         False, "true, false: Imagen's bound of predicted pixels", True, part=lambda on: "thresholded" if on else "",
         type=bool | None)
     sampler: str = setting(                # of diffusion/samplers.py
-        "ddpm", "the solver", True, part=str, choices=list(SAMPLERS))
+        "ddpm", "the solver", True, part=str, choices=SAMPLERS)
     num_sampling_steps: str | int = setting(  # the respacing of the process
         250, "steps, or a respacing string such as ddim50", True, key="steps", part=str, type=str | int | None)
     eta: float = setting(                  # of ddim
@@ -100,7 +100,8 @@ class SamplingSettings:
             about = one.metadata
             if about["help"]:
                 remark = "; default: the checkpoint's" if about["recommended"] else ""
-                parser.add_argument(f"--{one.name.replace('_', '-')}", help=about["help"] + remark, **about["flag"])
+                choices = {"choices": list(about["flag"]["choices"])} if "choices" in about["flag"] else {}
+                parser.add_argument(f"--{one.name.replace('_', '-')}", help=about["help"] + remark, **about["flag"] | choices)
 
     @classmethod
     def given(cls, flags: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ FLAGS = {
     "gaussian": ["--model", "DiT-S/2", "--model-args", '{"hidden_size": 8, "depth": 2, "num_heads": 2}', "--diffusion-args",
                  '{"sampling": {"sampler": "ddpm", "num_sampling_steps": "8", "cfg_scale": 1.5}}'],
     "flow": ["--model", "DiNext-U-S", "--model-args", '{"hidden_size": 4, "depths": [1, 1, 1, 1, 1]}', "--diffusion-args",
-             '{"objective": "flow", "time_sampling": "logit-normal", "sampling": {"sampler": "heun", "num_sampling_steps": 4}}'],
+             '{"objective": "flow", "time_sampling": "logit-normal", "sampling": {"sampler": "heun", '
+             '"num_sampling_steps": 4}}'],
     "autoencoder": ["--model", "Autoencoder-F4C8", "--model-args", '{"hidden_size": 8}'],
     "small": ["--model", "MLP", "--model-args", '{"hidden_size": 16, "label_features": 8}', "--diffusion-args",
               '{"objective": "flow", "flow_loss": "velocity+epsilon+x0"}'],
