@@ -1,19 +1,19 @@
 """Backbones for class-conditional (latent) diffusion: DiT, DiNext and DiNext-U.
 
-- DiT: Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv:2212.09748). State-dict keys, initialisation and
-  outputs are those of the published weights.
-- DiNext: the same depth and width with ConvNeXt-V2 blocks (Woo et al., arXiv:2301.00808) under adaLN-Zero.
-- DiNext-U: the same block at three resolutions, after FCDM (fully convolutional diffusion models).
-- PixArt: DiT with adaLN-single, its label one more key and value (Chen et al., arXiv:2310.00426; nano-diffusion).
+- DiT: Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv:2212.09748). State-dict keys and outputs are
+  those of the published weights; the initialisation is DiT's.
+- DiNext: ConvNeXt-V2 blocks (Woo et al., arXiv:2301.00808) with adaLN-Zero, at DiT's depths and widths.
+- DiNext-U: DiNext's block at three resolutions, as in FCDM (fully convolutional diffusion models).
+- PixArt: DiT with adaLN-single; the label is one more key and value (Chen et al., arXiv:2310.00426; nano-diffusion).
 
 Legend: B batch, C channels of the image or latent, H W its size, h w the size in tokens, N = h*w tokens, D width,
 p patch size, L number of classes. Inside a block the channels come last: (B, N, D) in DiT, (B, h, w, D) in DiNext.
 
-Every backbone is called as `model(x, t, y)` and falls in two at a seam, where features can be reused:
+Every backbone is called as `model(x, t, y)`. `forward` has two halves. Features can be reused at the seam between them:
 
-    c = model.condition(t, y)               # what the blocks are conditioned on
+    c = model.condition(t, y)               # the condition of the blocks
     state = model.encode(x, c, split)       # the first `split` blocks
-    out = model.decode(state, c, split)     # the other ones; (B, C or 2C, H, W)
+    out = model.decode(state, c, split)     # the remaining blocks: (B, C or 2C, H, W)
 """
 
 import math
@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps on the scale 0..1000, whole or fractional -> vectors: (B,) -> (B, D)."""
+    """Embed timesteps on the scale 0..1000, whole or fractional: (B,) -> (B, D)."""
 
     def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
         super().__init__()
@@ -45,7 +45,7 @@ class TimestepEmbedder(nn.Module):
 
     @staticmethod
     def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
-        """Sinusoids of `dim // 2` frequencies from 1 down to 1/max_period: (B,) -> (B, dim), cosines first, in fp32."""
+        """Cosines, then sines, of `dim // 2` frequencies from 1 down to 1/max_period: (B,) -> (B, dim), in fp32."""
         half = dim // 2
         frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
         angles = t[:, None].float() * frequencies
@@ -58,7 +58,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class ids 0..L-1, and the null class L that stands for "no label" -> vectors: (B,) -> (B, D)."""
+    """Embed class ids 0..L-1, and the null label L, which means "no label": (B,) -> (B, D)."""
 
     def __init__(self, num_classes: int, hidden_size: int):
         super().__init__()
@@ -69,17 +69,17 @@ class LabelEmbedder(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, with x (B, ..., D) and one (B, D) vector of each a sample."""
+    """x * (1 + scale) + shift: x is (B, ..., D); shift and scale are (B, D), one vector per sample."""
     return torch.addcmul(over_positions(shift, x), x, over_positions(1 + scale, x))  # one pass over x
 
 
 def over_positions(vector: Tensor, x: Tensor) -> Tensor:
-    """View (B, D) as (B, 1, ..., 1, D), to broadcast over the positions of x (B, ..., D)."""
+    """View a vector (B, D) as (B, 1, ..., 1, D): it then broadcasts over the positions of x (B, ..., D)."""
     return vector.view(len(vector), *[1] * (x.dim() - 2), -1)
 
 
 def sincos_position_embedding(grid_size: tuple[int, int], dim: int) -> Tensor:
-    """DiT's fixed position embedding: half of the channels for the column, half for the row: (1, h*w, dim)."""
+    """DiT's fixed position embedding, (1, h*w, dim): half of the channels for the column, then half for the row."""
     h, w = grid_size
     frequencies = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
 
@@ -92,17 +92,17 @@ def sincos_position_embedding(grid_size: tuple[int, int], dim: int) -> Tensor:
 
 
 class AdaLN(nn.Sequential):
-    """The projection of c (B, D) to `vectors` modulation vectors (B, vectors * D)."""
+    """Project c (B, D) to `vectors` modulation vectors: (B, vectors * D)."""
 
     def __init__(self, hidden_size: int, vectors: int):
         super().__init__(nn.SiLU(), nn.Linear(hidden_size, vectors * hidden_size))
 
 
 class AdaLNSingle(nn.Module):
-    """adaLN-single (PixArt-alpha, arXiv:2310.00426): modulation vectors that all blocks share, plus a table of one's own.
+    """adaLN-single (PixArt-alpha, arXiv:2310.00426): modulation vectors that all blocks share, plus a table per layer.
 
-    c (B, at least vectors * D), of which the first ones are the shared vectors -> (B, vectors * D). The final layer adds
-    its table to the first two, whatever the blocks make of these.
+    c (B, vectors * D or more) -> (B, vectors * D). c begins with the shared vectors. The final layer adds its table to the
+    first two of them, whatever their role in the blocks.
     """
 
     def __init__(self, hidden_size: int, vectors: int):
@@ -124,7 +124,7 @@ ADALN = {"zero": AdaLN, "single": AdaLNSingle}
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero: attention and MLP, each modulated before and gated after.
 
-    With a class token the last D values of c are one more key and value of attention.
+    With a class token, attention has one more key and value: the last D values of c.
     """
 
     VECTORS = 6
@@ -146,13 +146,13 @@ class DiTBlock(nn.Module):
 
     def attend(self, x: Tensor, c: Tensor) -> Tensor:
         if not self.class_token:
-            return self.attn(x)
-        token = c[:, None, -x.shape[-1] :]                          # (B, 1, D)
-        return self.attn(torch.cat([x, token], dim=1))[:, :-1]      # what the token itself attends to is not used
+            return self.attn(x)                                 # (B, N, D)
+        token = c[:, None, -x.shape[-1] :]                      # (B, 1, D)
+        return self.attn(torch.cat([x, token], dim=1))[:, :-1]  # (B, N, D), without the output at the token
 
 
 class DiNextBlock(nn.Module):
-    """ConvNeXt-V2 block with adaLN-Zero, one residual: depthwise 7x7 -> modulated LayerNorm -> MLP with GRN -> gate."""
+    """ConvNeXt-V2 block with adaLN-Zero and one residual: depthwise 7x7 -> modulated LayerNorm -> MLP with GRN -> gate."""
 
     VECTORS = 3
 
@@ -171,7 +171,7 @@ class DiNextBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm and a projection of each token to its p*p pixels: (B, ..., D) -> (B, ..., p*p*C)."""
+    """Modulated LayerNorm, then a projection of each token to its p*p pixels: (B, ..., D) -> (B, ..., p*p*C)."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int, adaln: str = "zero"):
         super().__init__()
@@ -180,12 +180,12 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = ADALN[adaln](hidden_size, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)         # (B, D) each
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # (B, ..., p*p*C)
 
 
 def channels_first(x: Tensor) -> Tensor:
-    """(B, h, w, D) -> (B, D, h, w), a view: a contiguous x is then in the channels_last memory format."""
+    """(B, h, w, D) -> (B, D, h, w), a view. The view of a contiguous x is in the channels_last memory format."""
     return x.permute(0, 3, 1, 2)
 
 
@@ -200,16 +200,23 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 class Backbone(nn.Module):
-    """What all networks share: sizes, the seam between encode and decode, DiT's guidance, gradient checkpointing.
+    """What the networks here share: sizes, `forward` from its two halves, DiT's guidance, gradient checkpointing.
 
-    A network adds `blocks`, in the order in which they run, and condition, encode and decode.
+    A network is `model(x, t, y)` with `in_channels`, `input_size` and `num_classes`. This is enough to train and to sample:
+    a network need not be a Backbone. Only `--reuse` needs the seam, which each subclass defines:
+
+    - `blocks`: the blocks, in the order in which they run. `default_split`: how many stand before the seam by default.
+    - `condition(t, y)` returns c, in any form that the two halves take.
+    - `encode(x, c, split)` returns a tuple of tensors, batch first: the features, then the skips still open.
+    - `decode(state, c, split)` takes that tuple and returns what `forward` returns.
 
     Args:
-        input_size: H = W, or (H, W), of the image or latent.
-        in_channels: C.
-        num_classes: L; label L is the null class. 1 makes the network unconditional in effect.
-        learn_sigma: the output has 2C channels, the second half for the variance.
-        gradient_checkpointing: recompute each block in the backward pass, for memory.
+        input_size: H = W, or (H, W), of the image or latent, in its pixels.
+        in_channels: C, the channels of the image or latent.
+        num_classes: L; label L is the null label. With 1 the network is in effect unconditional.
+        learn_sigma: the output has 2C channels; the second half is for the variance.
+        gradient_checkpointing: recompute each block in the backward pass. This saves memory and costs time.
+        size_multiple: H and W must be multiples of this.
     """
 
     def __init__(self, input_size: int | tuple[int, int], in_channels: int, num_classes: int, learn_sigma: bool,
@@ -232,18 +239,19 @@ class Backbone(nn.Module):
         return self.decode(self.encode(x, c), c)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
-        """DiT's classifier-free guidance on a doubled batch, whose second half carries the null label.
+        """DiT's classifier-free guidance on a doubled batch: the second half of y holds the null label.
 
-        Both halves see the first half of x; the first three channels are guided (all where there are fewer).
+        Both halves use the first half of x. The first three channels are guided, or all channels if there are fewer.
         """
         half = x[: len(x) // 2]
-        out = self(torch.cat([half, half]), t, y)
+        out = self(torch.cat([half, half]), t, y)  # (B, C or 2C, H, W), B the doubled batch
         guided = min(3, self.in_channels)
         conditional, unconditional = out[:, :guided].chunk(2)
         eps = unconditional + cfg_scale * (conditional - unconditional)
         return torch.cat([torch.cat([eps, eps]), out[:, guided:]], dim=1)
 
     def run_blocks(self, blocks: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
+        """Run `blocks` on x in order."""
         for block in blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, use_reentrant=False)
@@ -252,7 +260,7 @@ class Backbone(nn.Module):
         return x
 
     def resolve_split(self, split: int | None) -> int:
-        """The number of blocks before the seam; `default_split` for None."""
+        """The number of blocks before the seam. None stands for `default_split`."""
         split = self.default_split if split is None else split
         if not 0 <= split <= len(self.blocks):
             raise ValueError(f"split {split} is not in 0..{len(self.blocks)}, the number of blocks")
@@ -260,10 +268,10 @@ class Backbone(nn.Module):
 
 
 def initialize(network: nn.Module) -> None:
-    """DiT's initialisation, in place: Xavier matrices, N(0, 0.02) embedders, and zero for biases, modulations and output.
+    """Initialise as DiT does, in place: matrices by Xavier, embedders with std 0.02; biases, modulations and output are 0.
 
-    A zero gate makes every block the identity at first (adaLN-Zero), under adaLN-single too. Depthwise kernels keep
-    PyTorch's default.
+    A zero gate makes every block the identity at first (adaLN-Zero); this holds for adaLN-single too. Depthwise kernels
+    keep PyTorch's default.
     """
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -285,8 +293,17 @@ def initialize(network: nn.Module) -> None:
 class Isotropic(Backbone):
     """One resolution throughout: patches -> blocks -> pixels. DiT and DiNext add their blocks.
 
-    With adaln="single" all blocks share one projection of the condition; with a class token, of the timestep alone, and
-    the label is what attention sees of it.
+    With adaln="single" all blocks share one projection of the sum of the timestep's and the label's vectors. With a class
+    token it is a projection of the timestep's vector alone, and the label reaches the blocks through attention.
+
+    Args:
+        blocks: the blocks, called as `block(x, c)`, in the order in which they run.
+        token_format: "NLC" for tokens (B, N, D), "NHWC" for (B, h, w, D).
+        patch_size: p; H and W must be multiples of it.
+        hidden_size: D, the width of the tokens.
+        adaln, class_token: see DiT.
+
+    The other arguments are those of Backbone.
     """
 
     def __init__(self, blocks: list[nn.Module], token_format: str, input_size: int | tuple[int, int], patch_size: int,
@@ -303,11 +320,11 @@ class Isotropic(Backbone):
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, adaln)
         self.class_token = class_token
         self.shared_modulation = AdaLN(hidden_size, blocks[0].VECTORS) if adaln == "single" else None
-        self.default_split = round(len(blocks) * 18 / 28)  # Faster Diffusion's cut of DiT-XL, as a share
+        self.default_split = round(len(blocks) * 18 / 28)  # Faster Diffusion cuts DiT-XL after 18 of 28
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
-        """t (B,) in 0..1000, y (B,) in 0..L -> c (B, D), or what the blocks share of it (see AdaLNSingle, DiTBlock)."""
-        t, y = self.t_embedder(t), self.y_embedder(y)
+        """t (B,) in 0..1000, y (B,) in 0..L -> c (B, D); for adaln="single" see AdaLNSingle and DiTBlock."""
+        t, y = self.t_embedder(t), self.y_embedder(y)  # (B, D) each
         if self.shared_modulation is None:
             return t + y
         return torch.cat([self.shared_modulation(t), y], dim=1) if self.class_token else self.shared_modulation(t + y)
@@ -321,13 +338,13 @@ class Isotropic(Backbone):
         return (self.run_blocks(self.blocks[: self.resolve_split(split)], self.embed(x), c),)
 
     def decode(self, state: tuple[Tensor], c: Tensor, split: int | None = None) -> Tensor:
-        """The tokens after the first `split` blocks -> (B, C or 2C, H, W)."""
+        """What encode returned for the same split -> (B, C or 2C, H, W)."""
         (x,) = state
-        x = self.run_blocks(self.blocks[self.resolve_split(split) :], x, c)
-        return self.unpatchify(self.final_layer(x, c))
+        x = self.run_blocks(self.blocks[self.resolve_split(split) :], x, c)  # (B, N, D) or (B, h, w, D)
+        return self.unpatchify(self.final_layer(x, c))                       # (B, C or 2C, H, W)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """(B, N or h w, p*p*C) -> (B, C, H, W)."""
+        """(B, N, p*p*C) or (B, h, w, p*p*C) -> (B, C, H, W); C counts the channels of the output."""
         h, w = self.x_embedder.grid_size
         p = self.patch_size
         x = x.reshape(len(x), h, w, p, p, self.out_channels)
@@ -335,7 +352,25 @@ class Isotropic(Backbone):
 
 
 class DiT(Isotropic):
-    """Diffusion transformer. A published `.pt` loads with strict=True."""
+    """Diffusion transformer. A published `.pt` loads with strict=True.
+
+    Labels are dropped before the model, by the training loop (train.py's `label_drop`): the model draws no random numbers.
+    DiT's own train.py, run on this class as it is, drops none, and so trains a model that cannot be guided.
+
+    Args: the defaults are DiT-XL/2 on the latents of 256 x 256 ImageNet images.
+        input_size: H = W, or (H, W), of the image or latent; multiples of patch_size.
+        patch_size: p; a token stands for p x p pixels.
+        in_channels: C, the channels of the image or latent.
+        hidden_size: D, the width of the tokens; a multiple of num_heads and of 4.
+        depth: number of blocks.
+        num_heads: heads of attention in each block.
+        mlp_ratio: hidden width of a block's MLP, divided by D.
+        num_classes: L; label L is the null label.
+        learn_sigma: the output has 2C channels; the second half is for the variance.
+        gradient_checkpointing: recompute each block in the backward pass, which saves memory.
+        adaln: "zero": each block projects c itself. "single": all blocks share one projection (AdaLNSingle).
+        class_token: attention sees the label as one more key and value. Needs adaln="single".
+    """
 
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
                  hidden_size: int = 1152, depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0,
@@ -353,11 +388,22 @@ class DiT(Isotropic):
         initialize(self)
 
     def embed(self, x: Tensor) -> Tensor:
-        return self.x_embedder(x).contiguous() + self.pos_embed  # a transposed view; the sum would stay so in all blocks
+        # PatchEmbed returns a transposed view: without contiguous() the tokens would keep its strides in all blocks.
+        return self.x_embedder(x).contiguous() + self.pos_embed  # (B, N, D)
 
 
 class DiNext(Isotropic):
-    """DiT with ConvNeXt-V2 blocks: at equal depth and width, half the parameters and multiply-accumulates."""
+    """DiT with ConvNeXt-V2 blocks. At equal depth and width it has half of DiT's parameters and multiply-accumulates.
+
+    Args: the defaults are DiNext-XL/2 on the latents of 256 x 256 ImageNet images.
+        input_size: H = W, or (H, W), of the image or latent; multiples of patch_size.
+        patch_size: p; a token stands for p x p pixels.
+        in_channels: C, the channels of the image or latent.
+        hidden_size: D, the width of the tokens.
+        depth: number of blocks.
+        mlp_ratio: hidden width of a block's MLP, divided by D.
+        num_classes, learn_sigma, gradient_checkpointing, adaln: see DiT.
+    """
 
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
                  hidden_size: int = 1152, depth: int = 28, mlp_ratio: float = 3.0, num_classes: int = 1000,
@@ -367,16 +413,22 @@ class DiNext(Isotropic):
         super().__init__(blocks, "NHWC", input_size, patch_size, in_channels, hidden_size, num_classes, learn_sigma,
                          gradient_checkpointing, adaln)
         initialize(self)
-        self.to(memory_format=torch.channels_last)  # convolution kernels, as their inputs are
+        self.to(memory_format=torch.channels_last)  # kernels in the memory format of their inputs
 
 
 class DiNextU(Backbone):
-    """DiNext blocks in a U of three resolutions (1, 1/2, 1/4) and five stages, without patches, after FCDM.
+    """DiNext blocks in a U of three resolutions (1, 1/2, 1/4) and five stages, without patches, as in FCDM.
 
-    `hidden_size` is the width of the first stage; each halving of the resolution doubles it.
+    Args: the defaults are DiNext-U-S on the latents of 256 x 256 ImageNet images.
+        input_size: H = W, or (H, W), of the image or latent; multiples of 4.
+        in_channels: C, the channels of the image or latent.
+        hidden_size: D, the width of the first stage, even. Each halving of the resolution doubles the width.
+        depths: number of blocks of each stage.
+        mlp_ratio: hidden width of a block's MLP, divided by the block's width.
+        num_classes, learn_sigma, gradient_checkpointing: see DiT.
     """
 
-    LEVELS = (0, 1, 2, 1, 0)  # of the five stages: stage s runs at 1/2**level of the resolution
+    LEVELS = (0, 1, 2, 1, 0)  # stage s runs at 1/2**LEVELS[s] of the resolution
 
     def __init__(self, input_size: int | tuple[int, int] = 32, in_channels: int = 4, hidden_size: int = 128,
                  depths: tuple[int, int, int, int, int] = (2, 4, 8, 4, 2), mlp_ratio: float = 3.0,
@@ -391,20 +443,20 @@ class DiNextU(Backbone):
         self.y_embedders = nn.ModuleList(LabelEmbedder(num_classes, width) for width in widths)
         self.blocks = nn.ModuleList(
             DiNextBlock(widths[level], mlp_ratio) for level, depth in zip(self.LEVELS, depths) for _ in range(depth))
-        self.resamplers = nn.ModuleList(  # [s] stands before the first block of stage s + 1
+        self.resamplers = nn.ModuleList(  # resamplers[s] runs before the first block of stage s + 1
             [Downsample(widths[0]), Downsample(widths[1]), Upsample(widths[2]), Upsample(widths[1])])
         self.head = ConvHead(hidden_size, self.out_channels)
-        self.default_split = sum(depths[:3])  # the way down and the middle
+        self.default_split = sum(depths[:3])  # the two stages down and the middle one
         initialize(self)
-        self.to(memory_format=torch.channels_last)  # convolution kernels, as their inputs are
+        self.to(memory_format=torch.channels_last)  # kernels in the memory format of their inputs
 
     def condition(self, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        """t (B,) in 0..1000, y (B,) in 0..L -> one c a resolution: (B, D), (B, 2D), (B, 4D)."""
+        """t (B,) in 0..1000, y (B,) in 0..L -> one c per resolution: (B, D), (B, 2D), (B, 4D)."""
         return tuple(embed_t(t) + embed_y(y) for embed_t, embed_y in zip(self.t_embedders, self.y_embedders))
 
     def encode(self, x: Tensor, c: tuple[Tensor, ...], split: int | None = None) -> tuple[Tensor, ...]:
         """x (B, C, H, W) -> the features after the first `split` blocks, then the skips still open, outermost first."""
-        x = channels_last(self.stem(x))
+        x = channels_last(self.stem(x))  # (B, H, W, D)
         return self.run_stages((x,), c, 0, self.resolve_split(split))
 
     def decode(self, state: tuple[Tensor, ...], c: tuple[Tensor, ...], split: int | None = None) -> Tensor:
@@ -413,15 +465,15 @@ class DiNextU(Backbone):
         return self.head(x, c[0])
 
     def run_stages(self, state: tuple[Tensor, ...], c: tuple[Tensor, ...], start: int, stop: int) -> tuple[Tensor, ...]:
-        """Blocks start..stop-1. A change of resolution runs with the first block after it."""
+        """Run blocks start..stop-1. A resampler runs together with the block that follows it."""
         x, *skips = state
-        first = 0
+        first = 0  # the number of the stage's first block
         for stage, (level, depth) in enumerate(zip(self.LEVELS, self.depths)):
             if stage in (1, 2) and start <= first < stop:
                 skips.append(x)
-                x = self.resamplers[stage - 1](x)
+                x = self.resamplers[stage - 1](x)               # (B, h, w, D) -> (B, h/2, w/2, 2D)
             elif stage in (3, 4) and start <= first < stop:
-                x = self.resamplers[stage - 1](x, skips.pop())
+                x = self.resamplers[stage - 1](x, skips.pop())  # (B, h, w, D) -> (B, 2h, 2w, D/2)
             blocks = self.blocks[max(first, start) : min(first + depth, stop)]
             x = self.run_blocks(blocks, x, c[level])
             first += depth
@@ -429,7 +481,7 @@ class DiNextU(Backbone):
 
 
 class Downsample(nn.Module):
-    """(B, h, w, D) -> (B, h/2, w/2, 2D), by 3x3 convolution to D/2 and pixel unshuffle."""
+    """(B, h, w, D) -> (B, h/2, w/2, 2D), by a 3x3 convolution to D/2 channels and a pixel unshuffle."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -440,7 +492,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, h, w, D) and a skip (B, 2h, 2w, D/2) -> (B, 2h, 2w, D/2), by 3x3 convolution to 2D and pixel shuffle."""
+    """(B, h, w, D) and a skip (B, 2h, 2w, D/2) -> (B, 2h, 2w, D/2), by a 3x3 convolution to 2D and a pixel shuffle."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -449,11 +501,11 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = channels_last(F.pixel_shuffle(self.conv(channels_first(x)), 2))  # (B, 2h, 2w, D/2)
-        return self.merge(torch.cat([x, skip], dim=-1))
+        return self.merge(torch.cat([x, skip], dim=-1))                      # (B, 2h, 2w, D/2)
 
 
 class ConvHead(nn.Module):
-    """Modulated LayerNorm and a 3x3 convolution: (B, H, W, D) -> (B, C or 2C, H, W)."""
+    """Modulated LayerNorm, then a 3x3 convolution: (B, H, W, D) -> (B, C or 2C, H, W)."""
 
     def __init__(self, hidden_size: int, out_channels: int):
         super().__init__()
@@ -462,7 +514,7 @@ class ConvHead(nn.Module):
         self.adaLN_modulation = AdaLN(hidden_size, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)  # (B, D) each
         return self.linear(channels_first(modulate(self.norm_final(x), shift, scale))).contiguous()
 
 

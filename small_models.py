@@ -1,4 +1,7 @@
-"""The networks of small systems: MLP, ConvAdaLN, Autoencoder; and NETWORKS, every registry in one."""
+"""The networks of small systems: MLP, ConvAdaLN, Autoencoder. NETWORKS joins all registries.
+
+Legend: B batch, C channels of the image or latent, H W its size, D width, L number of classes.
+"""
 
 from collections import ChainMap
 from functools import partial
@@ -14,7 +17,16 @@ from models import Backbone, DiT_models, TimestepEmbedder
 class MLP(Backbone):
     """MinDiff's network for digits, on flat pixels: [x | t | label] -> Linear -> Mish -> LayerNorm -> Linear.
 
-    The null label's embedding is zero.
+    The null label's embedding is zero before its LayerNorm.
+
+    Args: the defaults are those for MNIST's digits.
+        input_size: H = W, or (H, W), of the image.
+        in_channels: C.
+        hidden_size: width of the hidden layer.
+        label_features: width of the label's embedding.
+        num_classes: L; label L is the null label.
+        learn_sigma: the output has 2C channels; the second half is for the variance.
+        gradient_checkpointing: recompute the hidden layer in the backward pass, which saves memory.
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 28, in_channels: int = 1, hidden_size: int = 4096,
@@ -34,22 +46,22 @@ class MLP(Backbone):
         nn.init.zeros_(self.head.bias)
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
-        """t (B,) in 0..1000, y (B,) in 0..L -> c (B, 1 + label features)."""
+        """t (B,) in 0..1000, y (B,) in 0..L -> c (B, 1 + label_features)."""
         label = self.embedding_table(y.clamp(max=self.num_classes - 1)) * (y < self.num_classes)[:, None]
         return torch.cat([t[:, None].to(label.dtype) / 1000, self.norm(label)], dim=1)
 
     def encode(self, x: Tensor, c: Tensor, split: int | None = None) -> tuple[Tensor]:
-        """x (B, C, H, W) -> x (B, C H W), or the hidden layer (B, hidden_size)."""
+        """x (B, C, H, W) -> flat pixels (B, C*H*W) for split 0, the hidden layer (B, hidden_size) for split 1."""
         return (self.run_blocks(self.blocks[: self.resolve_split(split)], x.flatten(1), c),)
 
     def decode(self, state: tuple[Tensor], c: Tensor, split: int | None = None) -> Tensor:
-        """-> (B, C or 2C, H, W)"""
-        x = self.run_blocks(self.blocks[self.resolve_split(split) :], state[0], c)
+        """What encode returned for the same split -> (B, C or 2C, H, W)."""
+        x = self.run_blocks(self.blocks[self.resolve_split(split) :], state[0], c)  # (B, hidden_size)
         return self.head(x).view(len(x), self.out_channels, *self.input_size)
 
 
 class MLPBlock(nn.Module):
-    """[x | c] -> Linear -> Mish -> LayerNorm."""
+    """[x | c] -> Linear -> Mish -> LayerNorm: (B, features of x and of c) -> (B, hidden_size)."""
 
     def __init__(self, in_features: int, hidden_size: int):
         super().__init__()
@@ -61,7 +73,17 @@ class MLPBlock(nn.Module):
 
 
 class ConvAdaLN(Backbone):
-    """MinDiff's denoiser of small latents: 3x3 convolutions at one resolution, modulated by t and label."""
+    """MinDiff's denoiser of small latents: 3x3 convolutions at one resolution, modulated by t and label.
+
+    Args: the defaults are those for the latents of Autoencoder on 32 x 32 images.
+        input_size: H = W, or (H, W), of the latent.
+        in_channels: C.
+        hidden_size: D, the width of the blocks; a multiple of 8.
+        depth: number of blocks.
+        num_classes: L; label L is the null label.
+        learn_sigma: the output has 2C channels; the second half is for the variance.
+        gradient_checkpointing: recompute each block in the backward pass, which saves memory.
+    """
 
     def __init__(self, input_size: int | tuple[int, int] = 8, in_channels: int = 8, hidden_size: int = 256, depth: int = 8,
                  num_classes: int = 10, learn_sigma: bool = False, gradient_checkpointing: bool = False):
@@ -74,7 +96,7 @@ class ConvAdaLN(Backbone):
         self.blocks = nn.ModuleList(ConvAdaLNBlock(hidden_size) for _ in range(depth))
         self.head = nn.Sequential(nn.Mish(), nn.GroupNorm(8, hidden_size),
                                   nn.Conv2d(hidden_size, self.out_channels, kernel_size=3, padding=1))
-        self.default_split = round(depth * 18 / 28)
+        self.default_split = round(depth * 18 / 28)  # the share of Isotropic
         for conv in (self.head[-1], *(block.conv0 for block in self.blocks)):
             nn.init.zeros_(conv.weight)
             nn.init.zeros_(conv.bias)
@@ -82,8 +104,8 @@ class ConvAdaLN(Backbone):
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
         """t (B,) in 0..1000, y (B,) in 0..L -> c (B, D)."""
-        label = self.embedding_table(y)
-        time = TimestepEmbedder.timestep_embedding(t, label.shape[1]).to(label.dtype)
+        label = self.embedding_table(y)                                                # (B, D/2)
+        time = TimestepEmbedder.timestep_embedding(t, label.shape[1]).to(label.dtype)  # (B, D/2)
         return self.embedder(torch.cat([time, label], dim=1))
 
     def encode(self, x: Tensor, c: Tensor, split: int | None = None) -> tuple[Tensor]:
@@ -91,12 +113,15 @@ class ConvAdaLN(Backbone):
         return (self.run_blocks(self.blocks[: self.resolve_split(split)], self.stem(x), c),)
 
     def decode(self, state: tuple[Tensor], c: Tensor, split: int | None = None) -> Tensor:
-        """-> (B, C or 2C, H, W)"""
+        """What encode returned for the same split -> (B, C or 2C, H, W)."""
         return self.head(self.run_blocks(self.blocks[self.resolve_split(split) :], state[0], c)).contiguous()
 
 
 class ConvAdaLNBlock(nn.Module):
-    """x + conv0(GroupNorm(Mish(scale * conv(GroupNorm(x)) + shift))), with conv0 zero at first, and scale 1."""
+    """x + conv0(GroupNorm(Mish(scale * conv(GroupNorm(x)) + shift))). At first the bias of scale is 1.
+
+    ConvAdaLN sets conv0 to zero at first, so that each block begins as the identity.
+    """
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -110,13 +135,19 @@ class ConvAdaLNBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         scale, shift = self.modulation(c)[..., None, None].chunk(2, dim=1)  # (B, D, 1, 1) each
-        return x + self.conv0(self.norm0(F.mish(scale * self.conv(self.norm(x)) + shift)))
+        return x + self.conv0(self.norm0(F.mish(scale * self.conv(self.norm(x)) + shift)))  # (B, D, H, W)
 
 
 class Autoencoder(nn.Module):
-    """MinDiff's convolutional autoencoder: images (B, C, H, W) <-> latents (B, 8, H/4, W/4), F4-C8, each latent standardised.
+    """MinDiff's convolutional autoencoder, F4-C8: images (B, C, H, W) <-> latents (B, 8, H/4, W/4).
 
-    There is no noise and no KL term: a latent has mean 0 and variance 1 over its C, H and W.
+    Each latent is standardised: it has mean 0 and variance 1 over its channels and positions. There is no noise and no KL
+    term.
+
+    Args: the defaults are those for CIFAR-10's images.
+        input_size: H = W, or (H, W), of the image; multiples of 4.
+        in_channels: C of the image.
+        hidden_size: width at full resolution, a multiple of 8. Each halving of the resolution doubles it.
     """
 
     FACTOR, LATENT_CHANNELS = 4, 8
@@ -155,11 +186,11 @@ class Autoencoder(nn.Module):
         return F.layer_norm(latents, latents.shape[1:]).contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """-> (B, C, H, W), near [-1, 1]."""
+        """Latents (B, 8, H/4, W/4) -> images (B, C, H, W), near [-1, 1]."""
         return self.decoder(latents)
 
     def forward(self, x: Tensor, t: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        """The reconstruction of x (B, C, H, W). Timesteps and labels have no say."""
+        """The reconstruction of x (B, C, H, W). t and y are ignored."""
         return self.decode(self.encode(x))
 
 
@@ -170,5 +201,5 @@ class Autoencoder(nn.Module):
 Small_models = {"MLP": partial(MLP), "ConvAdaLN": partial(ConvAdaLN)}
 Autoencoder_models = {"Autoencoder-F4C8": partial(Autoencoder)}
 
-DIFFUSION_NETWORKS = ChainMap(Small_models, DiT_models)  # views: what is added to a registry later is seen here
+DIFFUSION_NETWORKS = ChainMap(Small_models, DiT_models)  # a view: later additions to a registry appear in it
 NETWORKS = ChainMap(Autoencoder_models, Small_models, DiT_models)

@@ -70,7 +70,7 @@ class Trainer:
         self.flags = {name: value for name, value in args.as_dict().items() if name != "config"}  # as checkpoints hold them
         load = partial(load_dataset, args.data_path, args.image_size, args.data_root, num_classes=args.num_classes)
         self.data = world.main_first(load)
-        with cli.prefix_errors("--val-every"):
+        with cli.prefix_errors("--val-every:"):
             self.held_out = load(split="val") if args.val_every else None
             if self.held_out and (self.held_out.classes, self.held_out.kind) != (self.data.classes, self.data.kind):
                 raise UserError(f"the held-out part of --data-path {args.data_path} holds other classes or kinds")
@@ -190,7 +190,7 @@ def check_flags(args: Namespace) -> OptimizerArgs:
             ("global_seed preview_every val_every keep_last", "at least 0", lambda n: n >= 0),
             ("lr", "a positive number", lambda x: 0 < x < math.inf), ("ema_decay", "in [0, 1)", lambda x: 0 <= x < 1)):
         cli.check_numbers(args, names.split(), allowed, fine)
-    with cli.prefix_errors("--optimizer-args"):
+    with cli.prefix_errors("--optimizer-args:"):
         return OptimizerArgs(**cli.check_arguments(OptimizerArgs, args.optimizer_args))
 
 

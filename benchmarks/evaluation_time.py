@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation import extractors
-from runtime.files import digest
+from runtime.files import sha256
 
 EVALUATE = str(Path(__file__).resolve().parent.parent / "evaluate.py")
 
@@ -23,7 +23,7 @@ EVALUATE = str(Path(__file__).resolve().parent.parent / "evaluate.py")
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         weights = random_weights(Path(folder))
-        extractors.INCEPTION_SHA256 = digest(weights)
+        extractors.INCEPTION_SHA256 = sha256(weights)
         sys.argv = [EVALUATE, *sys.argv[1:], "--weights", str(weights)]
         runpy.run_path(EVALUATE, run_name="__main__")
 

@@ -171,7 +171,7 @@ def make_rows(args: Namespace, restored: checkpoint.Restored, flags: Sampling, d
         difference = REFERENCES[name] if name in REFERENCES else REFERENCES[reference] | ROWS[name]
         if "guidance_interval" in difference and args.guidance_interval:
             difference = difference | {"guidance_interval": args.guidance_interval}
-        with cli.prefix_errors(f"--rows {name}", *cli.WRONG_VALUE):
+        with cli.prefix_errors(f"--rows {name}:", *cli.WRONG_VALUE):
             return make_sampling(restored.spec, restored.model, flags.settings, difference)
 
     return {name: make(name) for name in args.rows or every}
@@ -303,8 +303,8 @@ def real_gaussian(args: Namespace, spec: Spec) -> Gaussian:
     except FileNotFoundError:
         dataset = open_split(split="train")
     if dataset.kind != "images" or dataset.channels != spec.channels or list(dataset.classes) != list(spec.classes):
-        raise UserError(f"--data-path {args.data_path} does not hold images of the checkpoint's {spec['channels']} channels "
-                        f"and {len(spec['classes'])} classes")
+        raise UserError(f"--data-path {args.data_path} does not hold images of the checkpoint's {spec.channels} channels "
+                        f"and {len(spec.classes)} classes")
     return gaussian_of(dataset.__getitems__(Rows.plain(rows))[0] for rows in in_batches(len(dataset), BATCH))
 
 

@@ -3,9 +3,9 @@
 Sources: DDPM (Ho et al., arXiv:2006.11239), Improved DDPM (Nichol & Dhariwal, arXiv:2102.09672), v-prediction
 (Salimans & Ho, arXiv:2202.00512).
 
-Legend: B batch, C channels, H W size, T timesteps of this process. t (B,) holds whole numbers 0..T-1, 0 nearest to the
-data; the model is given the same moment in the process before respacing, `timestep_map[t]`, on the scale 0..1000.
-abar is alphas_cumprod.
+Legend: B batch, C channels, H W size, T timesteps of this process. abar is alphas_cumprod. t (B,) holds whole numbers
+0..T-1; 0 is nearest to the data. The model receives the same time of the process before respacing, `timestep_map[t]`, on
+the scale 0..1000.
 """
 
 import math
@@ -28,18 +28,23 @@ LOSSES = ("mse", "rescaled_mse", "rescaled_kl")
 
 
 class GaussianDiffusion(SamplingLoops):
-    """A process of T = len(betas) steps, or of those of them that `timesteps` keeps.
+    """A Gaussian process with one step per beta, or with one step per timestep that `timesteps` keeps.
+
+    A comment or docstring that begins with "Every process" says what any process must offer (see process.py).
 
     Args:
-        betas: (T,) float64, between 0 and 1.
-        timesteps: ascending timesteps to keep (all by default); the kept ones are joined by larger betas.
+        betas: one per timestep, float64, between 0 and 1.
+        timesteps: ascending timesteps to keep (all by default). Larger betas join the kept ones.
         prediction: what the network's first C channels predict.
-        variance: of p(x_{t-1} | x_t): the posterior's, beta_t, or learned between the two by C more channels.
-        loss: "mse"; "rescaled_mse", the bound counted T/1000-fold beside it; "rescaled_kl", the bound alone, T-fold.
-        input_scale: x_0 is so many times the data that `training_losses` is given; who samples divides by it.
+        variance: of p(x_{t-1} | x_t). "fixed_small": the posterior's; "fixed_large": beta_t; "learned_range": C more
+            channels interpolate between these two.
+        loss: "mse", plus the bound if the variance is learned; "rescaled_mse", where that bound is multiplied by T/1000;
+            "rescaled_kl", the bound alone, multiplied by T.
+        input_scale: x_0 is the data given to `training_losses`, times this. The caller divides samples by it.
     """
 
     validation_terms = ("loss",)
+    # Every process: the sampler, number of steps and guidance scale that a new checkpoint recommends.
     recommended = {"sampler": "ddpm", "num_sampling_steps": 250, "cfg_scale": 4.0}
 
     def __init__(self, betas: np.ndarray, timesteps: list[int] | None = None, prediction: str = "epsilon",
@@ -56,6 +61,7 @@ class GaussianDiffusion(SamplingLoops):
                             "that of pixels in [-1, 1]")
         self.input_scale = input_scale
         self.prediction, self.variance, self.loss = prediction, variance, loss
+        # Every process: whether the network must return 2C channels, the second half for the variance.
         self.learn_sigma = variance == "learned_range"
         self.timestep_map = list(range(len(betas)) if timesteps is None else timesteps)
 
@@ -65,9 +71,10 @@ class GaussianDiffusion(SamplingLoops):
         betas = 1 - abar / abar_prev
         self.betas, self.alphas_cumprod, self.alphas_cumprod_prev = betas, abar, abar_prev
         self.num_timesteps = len(betas)
-        self.grid = tuple(range(self.num_timesteps - 1, -2, -1))  # the times a sampler visits; -1 is the data
+        # Every process: the num_timesteps + 1 times that a sampler visits, from noise to data. Here -1 is the data.
+        self.grid = tuple(range(self.num_timesteps - 1, -2, -1))
 
-        # q(x_{t-1} | x_t, x_0), DDPM Eq. 6-7. Its variance is 0 at t = 0: the log takes t = 1's there.
+        # q(x_{t-1} | x_t, x_0), DDPM Eq. 6-7. Its variance is 0 at t = 0, so the log uses that of t = 1 there.
         self.posterior_variance = betas * (1 - abar_prev) / (1 - abar)
         first = self.posterior_variance[1] if len(betas) > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
@@ -84,7 +91,7 @@ class GaussianDiffusion(SamplingLoops):
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
 
     def _at(self, name: str, t: Tensor, like: Tensor | None = None) -> Tensor:
-        """Row t (B,) of a table, in fp32 and shaped to broadcast with `like`. Tables are copied to a device once."""
+        """Entries t (B,) of a table, in fp32, shaped to broadcast with `like`. Tables are copied to each device once."""
         if t.device not in self._on_device:
             self._on_device[t.device] = {
                 key: torch.as_tensor(table, dtype=torch.float32).to(t.device)
@@ -105,6 +112,7 @@ class GaussianDiffusion(SamplingLoops):
         return mean, self._at("small_log_variance", t, x_t)
 
     def _xstart_from(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The x_0 (B, C, H, W) that follows from the network's prediction at x = x_t."""
         match self.prediction:
             case "epsilon":
                 return self._at("recip_alpha", t, x) * x - self._at("recip_snr", t, x) * prediction
@@ -114,6 +122,7 @@ class GaussianDiffusion(SamplingLoops):
                 return prediction
 
     def _target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network must predict: (B, C, H, W)."""
         match self.prediction:
             case "epsilon":
                 return noise
@@ -129,9 +138,9 @@ class GaussianDiffusion(SamplingLoops):
                         model_kwargs: dict | None = None) -> dict[str, Tensor]:
         """p(x_{t-1} | x_t): "mean", "variance", "log_variance" and "pred_xstart", each (B, C, H, W), in fp32.
 
-        `denoised_fn`, then clipping to what pixels reach, [-1, 1] at an input_scale of 1, is applied to the predicted x_0.
+        `denoised_fn` is applied to the predicted x_0. It is then clipped to the range of pixels: [-1, 1] times input_scale.
         """
-        out = model(x, self._at("model_times", t), **(model_kwargs or {})).to(x.dtype)
+        out = model(x, self._at("model_times", t), **(model_kwargs or {})).to(x.dtype)  # (B, C or 2C, H, W)
         channels = x.shape[1] * (2 if self.learn_sigma else 1)
         if out.shape[1] != channels:
             raise UserError(f"the model returned {out.shape[1]} channels; a process with variance {self.variance!r} takes "
@@ -141,26 +150,26 @@ class GaussianDiffusion(SamplingLoops):
         pred_xstart = pred_xstart.clamp(-self.input_scale, self.input_scale) if clip_denoised else pred_xstart
         mean, small = self.q_posterior_mean_variance(pred_xstart, x, t)
         match self.variance:
-            case "fixed_small":  # exactly 0 at t = 0, which a logarithm cannot say
+            case "fixed_small":  # exactly 0 at t = 0, where exp(log_variance) is not
                 log_variance, variance = small, self._at("posterior_variance", t, x)
             case "fixed_large":
                 log_variance = self._at("large_log_variance", t, x)
                 variance = log_variance.exp()
             case "learned_range":  # Improved DDPM Eq. 15
-                share = (out[:, x.shape[1] :] + 1) / 2
+                share = (out[:, x.shape[1] :] + 1) / 2  # (B, C, H, W)
                 log_variance = share * self._at("log_beta", t, x) + (1 - share) * small
                 variance = log_variance.exp()
         return {"mean": mean, "variance": variance.expand_as(x), "log_variance": log_variance.expand_as(x),
                 "pred_xstart": pred_xstart}
 
     def alpha_sigma(self, t: int) -> tuple[float, float]:
-        """x_t = alpha x_0 + sigma eps at a time of `grid`."""
+        """Every process: (alpha, sigma) of x_t = alpha x_0 + sigma eps, at any time t of `grid`."""
         abar = 1.0 if t == -1 else float(self.alphas_cumprod[t])
         return math.sqrt(abar), math.sqrt(1 - abar)
 
     def predict(self, model: Model, x: Tensor, t: int,
                 denoised_fn: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """The predicted x_0 and epsilon, (B, C, H, W) each, of a batch that stands at time t of `grid`."""
+        """Every process: the predicted x_0 and epsilon, (B, C, H, W) each, at any time t of `grid` except the data's."""
         times = torch.full((len(x),), t, device=x.device)
         x_start = self.p_mean_variance(model, x, times, clip_denoised=False, denoised_fn=denoised_fn)["pred_xstart"]
         alpha, sigma = self.alpha_sigma(t)
@@ -169,12 +178,15 @@ class GaussianDiffusion(SamplingLoops):
     # --- losses ----------------------------------------------------------------------------------
 
     def sample_times(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw the t of `count` training samples, uniform over 0..T-1: (count,), on the generator's device."""
+        """Every process: draw t for `count` training samples, (count,), on the generator's device. Uniform over 0..T-1."""
         return torch.randint(self.num_timesteps, (count,), generator=generator, device=generator.device)
 
     def training_losses(self, model: Model, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None,
                         noise: Tensor | None = None) -> dict[str, Tensor]:
-        """"loss" (B,), and the terms it is the sum of: "mse", and "vb" (bits per dimension) where the variance is learned."""
+        """Every process: "loss" and its terms, (B,) each, for data x_start (B, C, H, W) at t (B,).
+
+        "loss" is the sum of "mse" and, if the variance is learned, "vb" (bits per dimension); "rescaled_kl" has no terms.
+        """
         noise, x_start = torch.randn_like(x_start) if noise is None else noise, self.input_scale * x_start
         x_t = self.q_sample(x_start, t, noise)
         out = model(x_t, self._at("model_times", t), **(model_kwargs or {})).float()
@@ -182,14 +194,14 @@ class GaussianDiffusion(SamplingLoops):
             return {"loss": self._bound(out, x_start, x_t, t) * self.num_timesteps}
         prediction, *rest = out.split(x_start.shape[1], dim=1)
         terms = {"mse": mean_flat((self._target(x_start, noise, t) - prediction) ** 2)}
-        if self.learn_sigma:  # the bound trains the variance alone: the mean is held (Improved DDPM, section 3.1)
+        if self.learn_sigma:  # detach: the bound trains the variance alone, not the mean (Improved DDPM, section 3.1)
             terms["vb"] = self._bound(torch.cat([prediction.detach(), *rest], dim=1), x_start, x_t, t)
             if self.loss == "rescaled_mse":
                 terms["vb"] = terms["vb"] * (self.num_timesteps / 1000)
         return terms | {"loss": sum(terms.values())}
 
     def _bound(self, out: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The term of the variational bound at t, in bits per dimension: (B,). At t = 0 the decoder's likelihood."""
+        """The variational bound's term at t, in bits per dimension: (B,). At t = 0: the decoder's negative log-likelihood."""
         p = self.p_mean_variance(lambda *_: out, x_t, t, clip_denoised=False)
         true_mean, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
         kl = mean_flat(normal_kl(true_mean, true_log_variance, p["mean"], p["log_variance"]))
@@ -205,17 +217,17 @@ def mean_flat(x: Tensor) -> Tensor:
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
     """KL(N(mean1, variance1) || N(mean2, variance2)), elementwise, in nats.
 
-    The terms cancel: summed in another order, fp32 rounding alone moves the rescaled bound by 4e-5 at t = 999.
+    The terms cancel, so the order of the sum matters: another order moves the rescaled bound by 4e-5 at t = 999, in fp32.
     """
     return 0.5 * (-1.0 + log_variance2 - log_variance1 + torch.exp(log_variance1 - log_variance2)
                   + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
-    """log P, in nats, of x in [-1, 1] rounded to 256 levels, under N(means, exp(log_scales)^2). DDPM Eq. 13.
+    """log P, elementwise in nats, of x in [-1, 1] at 256 levels, under N(means, exp(log_scales)^2). DDPM Eq. 13.
 
-    The outermost levels reach to infinity. The normal CDF is the tanh approximation with which the published models
-    were trained.
+    The two outermost levels extend to infinity. The normal CDF is a tanh approximation: the published models were trained
+    with it.
     """
     def cdf(z: Tensor) -> Tensor:
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))

@@ -1,14 +1,14 @@
-"""Samplers: noise -> data, one generator a solver, all with one signature.
+"""Samplers: noise -> data. Each solver is one generator, and all have one signature.
 
     sampler(process, model, x, noise_source, denoised_fn=None) -> yields {"sample", "pred_xstart"} after each step
 
-- process: GaussianDiffusion or FlowMatching. Its `grid` holds the times to visit, from noise to data; at each of them
-  x_t = alpha x_0 + sigma eps, with (alpha, sigma) = process.alpha_sigma(t), and process.predict gives x_0 and eps.
-- model: (x (B, C, H, W), t (B,) in 0..1000) -> prediction; labels, guidance and reuse are already in it.
-- x: the start noise (B, C, H, W). The state keeps its dtype, fp32, whatever the model computes in.
-- noise_source: step number, from 0 -> fresh noise (B, C, H, W), for the samplers that need some.
+- process: GaussianDiffusion, FlowMatching or another Process. Its `grid` holds the times to visit, from noise to data. At
+  each of them x_t = alpha x_0 + sigma eps, with (alpha, sigma) = process.alpha_sigma(t). process.predict gives x_0 and eps.
+- model: (x (B, C, H, W), t (B,) in 0..1000) -> prediction. It already contains labels, guidance and reuse.
+- x: the start noise (B, C, H, W). The state keeps its dtype (fp32), whatever dtype the model computes in.
+- noise_source: number of the step, from 0 -> fresh noise (B, C, H, W). Only ddpm, and ddim with eta > 0, use it.
 - denoised_fn: applied to every predicted x_0, to clip or threshold it.
-- what is yielded as "sample" is the state itself: what a caller adds to it in place, the next step starts from.
+- The yielded "sample" is the state itself. If a caller changes it in place, the next step starts from the changed state.
 """
 
 import math
@@ -30,21 +30,24 @@ Steps = Iterator[dict[str, Tensor]]
 
 
 def ddpm(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None) -> Steps:
-    """Ancestral sampling from p(x_{t-1} | x_t) with the process's own variance (DDPM, arXiv:2006.11239, Algorithm 2)."""
+    """Ancestral sampling from p(x_{t-1} | x_t) with the process's own variance (DDPM, arXiv:2006.11239, Algorithm 2).
+
+    The process must offer p_mean_variance, as GaussianDiffusion does.
+    """
     for step, (t, t_next) in enumerate(pairwise(process.grid)):
         times = torch.full((len(x),), t, device=x.device)
         p = process.p_mean_variance(model, x, times, clip_denoised=False, denoised_fn=denoised_fn)
         x = p["mean"]
-        if t_next != process.grid[-1]:  # the last step is without noise
+        if t_next != process.grid[-1]:  # the last step adds no noise
             x = x + torch.exp(0.5 * p["log_variance"]) * noise_source(step)
         yield {"sample": x, "pred_xstart": p["pred_xstart"]}
 
 
 def ddim(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None,
          eta: float = 0.0) -> Steps:
-    """DDIM (Song et al., arXiv:2010.02502, Eq. 12 and 16), in terms of (alpha, sigma), for either process.
+    """DDIM (Song et al., arXiv:2010.02502, Eq. 12 and 16), in terms of (alpha, sigma), for any process.
 
-    eta 0 is deterministic, eta 1 has the noise of DDPM with the posterior's variance.
+    eta 0 is deterministic. eta 1 adds as much noise as DDPM with the posterior's variance.
     """
     for step, (t, t_next) in enumerate(pairwise(process.grid)):
         x_0, eps = process.predict(model, x, t, denoised_fn)
@@ -59,7 +62,7 @@ def ddim(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource
 
 
 def euler(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None) -> Steps:
-    """First-order steps along the straight path (see `straighten`); one evaluation of the model a step."""
+    """First-order steps along the straight path (see `straighten`). Each step evaluates the model once."""
     for t, t_next in pairwise(process.grid):
         (scale, s), (scale_next, s_next) = straighten(process, t), straighten(process, t_next)
         x_0, eps = process.predict(model, x, t, denoised_fn)
@@ -70,7 +73,7 @@ def euler(process: Process, model: Callable, x: Tensor, noise_source: NoiseSourc
 def heun(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None) -> Steps:
     """Second-order steps along the straight path: Euler, then the mean of the slopes at both ends.
 
-    Two evaluations of the model a step, and one in the last, as in EDM (Karras et al., arXiv:2206.00364, Algorithm 1).
+    Each step evaluates the model twice, the last one once, as in EDM (Karras et al., arXiv:2206.00364, Algorithm 1).
     """
     for t, t_next in pairwise(process.grid):
         (scale, s), (scale_next, s_next) = straighten(process, t), straighten(process, t_next)
@@ -84,11 +87,11 @@ def heun(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource
 
 
 def dpmpp(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None) -> Steps:
-    """DPM-Solver++(2M) (Lu et al., arXiv:2211.01095, Algorithm 2): second order with one evaluation of the model a step.
+    """DPM-Solver++(2M) (Lu et al., arXiv:2211.01095, Algorithm 2): second order, with one evaluation of the model per step.
 
-    x_0 is extrapolated from the last two predictions, linearly in lambda = log(alpha / sigma), and held over the step. The
-    first step, and the last one to sigma 0, are of first order, as is the second from pure noise (alpha 0). The order is 2
-    where lambda is bounded, and 2 but for a logarithm on the flow from noise to data.
+    x_0 is extrapolated from the last two predictions, linearly in lambda = log(alpha / sigma), and is constant over the step.
+    Some steps are of first order: the first; the last, if it ends at sigma 0; the second, if the first began at alpha 0. The
+    order is 2 where lambda is bounded. On the flow from noise to data it is 2 up to a logarithm.
     """
     x_0_last, h_last = None, math.inf
     for t, t_next in pairwise(process.grid):
@@ -96,9 +99,9 @@ def dpmpp(process: Process, model: Callable, x: Tensor, noise_source: NoiseSourc
         h = half_log_snr(alpha_next, sigma_next) - half_log_snr(alpha, sigma)
         x_0, _ = process.predict(model, x, t, denoised_fn)
         second_order = math.isfinite(h) and math.isfinite(h_last)
-        held = x_0 + h / (2 * h_last) * (x_0 - x_0_last) if second_order else x_0
+        x_0_step = x_0 + h / (2 * h_last) * (x_0 - x_0_last) if second_order else x_0
         ratio = sigma_next / sigma
-        x = ratio * x + (alpha_next - ratio * alpha) * held  # alpha_next (1 - e^-h) = alpha_next - ratio alpha
+        x = ratio * x + (alpha_next - ratio * alpha) * x_0_step  # alpha_next (1 - e^-h) = alpha_next - ratio alpha
         x_0_last, h_last = x_0, h
         yield {"sample": x, "pred_xstart": x_0}
 
@@ -109,9 +112,9 @@ def half_log_snr(alpha: float, sigma: float) -> float:
 
 
 def straighten(process: Process, t: float) -> tuple[float, float]:
-    """The scale and position that make any path the straight one: x_t / scale = (1 - s) x_0 + s eps, with slope eps - x_0.
+    """(scale, s) that turn any path into the straight one: x_t / scale = (1 - s) x_0 + s eps, with slope eps - x_0.
 
-    For FlowMatching, (1, t).
+    For FlowMatching they are (1, t).
     """
     alpha, sigma = process.alpha_sigma(t)
     return alpha + sigma, sigma / (alpha + sigma)
@@ -121,7 +124,7 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp, "euler": euler, "heun": 
 
 
 def get_sampler(name: str, process: Process, eta: float = 0.0) -> Callable[..., Steps]:
-    """The sampler of that name; UserError where it cannot serve the process, or has no use for eta."""
+    """The sampler `name`. UserError if it cannot serve the process, or if it does not use a given eta."""
     if name not in SAMPLERS:
         raise UserError(f"`sampler` {name!r} is unknown; allowed: {', '.join(SAMPLERS)}")
     if name == "ddpm" and not hasattr(process, "p_mean_variance"):
@@ -134,14 +137,14 @@ def get_sampler(name: str, process: Process, eta: float = 0.0) -> Callable[..., 
 
 
 def evaluation_times(sampler: Callable[..., Steps], process: Process) -> tuple[float, ...]:
-    """The t, 0..1000, of every call that a sampler makes to its model, in order: listened to while it samples one number."""
+    """The t (0..1000) of every call that a sampler makes to its model, in order, recorded while it samples one number."""
     times = []
 
-    def listen(x: Tensor, t: Tensor) -> Tensor:
+    def record(x: Tensor, t: Tensor) -> Tensor:
         times.append(t.item())
         return torch.zeros(1, 2 if process.learn_sigma else 1, 1, 1)
 
-    last(sampler(process, listen, torch.zeros(1, 1, 1, 1), lambda step: torch.zeros(1, 1, 1, 1)))
+    last(sampler(process, record, torch.zeros(1, 1, 1, 1), lambda step: torch.zeros(1, 1, 1, 1)))
     return tuple(times)
 
 
@@ -149,19 +152,19 @@ def evaluation_times(sampler: Callable[..., Steps], process: Process) -> tuple[f
 
 
 class SamplingLoops:
-    """DiT's entry points, for any process. The generators above do the work."""
+    """DiT's entry points, for any process that inherits them. The generators above do the work."""
 
     def p_sample_loop(self, model: Callable, shape: tuple[int, ...], noise: Tensor | None = None, **options) -> Tensor:
-        """Samples of `shape` (B, C, H, W) after ancestral steps. Options: those of p_sample_loop_progressive."""
+        """Samples of `shape` (B, C, H, W) after ancestral steps. Options are those of p_sample_loop_progressive."""
         return last(self.p_sample_loop_progressive(model, shape, noise, **options))
 
     def ddim_sample_loop(self, model: Callable, shape: tuple[int, ...], noise: Tensor | None = None, **options) -> Tensor:
-        """Samples of `shape` (B, C, H, W) after DDIM's steps. Options: those of p_sample_loop_progressive, and eta."""
+        """Samples of `shape` (B, C, H, W) after DDIM's steps. Options are those of p_sample_loop_progressive."""
         return last(self.ddim_sample_loop_progressive(model, shape, noise, **options))
 
     def ddim_sample_loop_progressive(self, model: Callable, shape: tuple[int, ...], noise: Tensor | None = None,
                                      eta: float = 0.0, **options) -> Steps:
-        """p_sample_loop_progressive with DDIM's steps; eta 0 is deterministic, eta 1 as noisy as DDPM."""
+        """p_sample_loop_progressive with DDIM's steps. eta 0 is deterministic, eta 1 as noisy as DDPM."""
         return self.p_sample_loop_progressive(model, shape, noise, sampler="ddim", eta=eta, **options)
 
     @torch.no_grad()
@@ -171,8 +174,8 @@ class SamplingLoops:
             progress: bool = False, noise_source: NoiseSource | None = None, sampler: str = "ddpm", eta: float = 0.0) -> Steps:
         """Yield {"sample", "pred_xstart"}, (B, C, H, W) each, after each step.
 
-        Starts from `noise`, or a fresh draw, on `device` (by default that of the noise, or the model's). Later noise is
-        `noise_source(step)`, step counted from 0, or fresh draws. `progress` shows a bar.
+        Sampling starts from `noise`, or from a fresh draw, on `device` (by default that of the noise, else the model's). Later
+        noise is `noise_source(step)`, with steps counted from 0, or fresh draws. `progress` shows a bar.
         """
         if noise is None:
             device = device or next(getattr(model, "__self__", model).parameters()).device

@@ -1,4 +1,4 @@
-"""Noise schedules, and which of their timesteps a shorter process keeps. Plain numpy in float64."""
+"""Noise schedules, and the timesteps that a shorter process keeps of them. Plain numpy in float64."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ MODEL_TIME = 1000  # models take t on the scale 0..1000, whatever the process
 
 
 def linear_betas(num_timesteps: int) -> np.ndarray:
-    """DDPM's linear schedule (Ho et al., arXiv:2006.11239), stretched so that any number of steps ends in the same noise."""
+    """DDPM's linear schedule (Ho et al., arXiv:2006.11239), scaled so that any number of steps ends in about the same noise."""
     scale = 1000 / num_timesteps
     return np.linspace(scale * 0.0001, scale * 0.02, num_timesteps, dtype=np.float64)
 
@@ -25,25 +25,27 @@ def squaredcos_cap_v2_betas(num_timesteps: int) -> np.ndarray:
 
 
 def gamma_betas(num_timesteps: int, gamma: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """The betas of which abar_t is gamma(t / T), gamma(0) = 1 and gamma(1) = 0, at most 0.999.
+    """Betas, at most 0.999, with abar = gamma((t + 1) / T) at t = 0..T-1; gamma(0) = 1 and gamma(1) = 0.
 
-    At t = T-1 next to nothing is left of x_0, and a first sampling step from there multiplies the error of epsilon by 62
-    and more: sample with a whole stride such as "ddim50", which begins earlier.
+    At t = T-1 almost nothing of x_0 is left. A first sampling step from there multiplies the error of epsilon by 62 or
+    more. Sample with a whole stride such as "ddim50": it begins at an earlier t.
     """
     abar = gamma(np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps)
     return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
 
 
 def between(f: Callable[[np.ndarray], np.ndarray], start: float, end: float, t: np.ndarray) -> np.ndarray:
-    """gamma(t) of a function's values from `start` to `end` (Chen, arXiv:2301.10972, Algorithm 1)."""
+    """gamma(t) from f on start..end, rescaled to 1 at t = 0 and 0 at t = 1 (Chen, arXiv:2301.10972, Algorithm 1)."""
     return (f(end) - f(start + t * (end - start))) / (f(end) - f(start))
 
 
 def cosine_gamma(t: np.ndarray, start: float = 0.2, end: float = 1.0, tau: float = 2.0) -> np.ndarray:
+    """gamma(t) from a cosine (Chen, Algorithm 1)."""
     return between(lambda u: np.cos(u * math.pi / 2) ** (2 * tau), start, end, t)
 
 
 def sigmoid_gamma(t: np.ndarray, start: float = 0.0, end: float = 3.0, tau: float = 0.7) -> np.ndarray:
+    """gamma(t) from a sigmoid (Chen, Algorithm 1)."""
     return between(lambda u: 1 / (1 + np.exp(-u / tau)), start, end, t)
 
 
@@ -56,7 +58,7 @@ SCHEDULES = {
 
 
 def named_betas(name: str, num_timesteps: int) -> np.ndarray:
-    """The betas of a schedule in SCHEDULES: (num_timesteps,) float64."""
+    """The betas of the schedule `name` in SCHEDULES: (num_timesteps,) float64."""
     if name not in SCHEDULES:
         raise UserError(f"noise_schedule {name!r} is unknown; allowed: {', '.join(SCHEDULES)}")
     betas = SCHEDULES[name](num_timesteps)
@@ -68,8 +70,8 @@ def named_betas(name: str, num_timesteps: int) -> np.ndarray:
 def space_timesteps(num_timesteps: int, respacing: str | int) -> list[int]:
     """The timesteps, ascending, that a respacing string keeps out of 0..num_timesteps-1.
 
-    "" keeps all; "250" spreads 250 evenly; "10,10,5" splits the process in three equal sections and spreads 10, 10 and 5
-    over them; "ddim50" keeps every n-th timestep from 0, for the whole n that gives exactly 50.
+    "" keeps all; "250" spreads 250 evenly; "10,10,5" splits the process into three equal sections and spreads 10, 10 and 5
+    over them; "ddim50" keeps every n-th timestep from 0, for a whole n that keeps exactly 50.
     """
     respacing = str(respacing).strip()
     if respacing.startswith("ddim"):
@@ -88,6 +90,7 @@ def space_timesteps(num_timesteps: int, respacing: str | int) -> list[int]:
 
 
 def parse_count(text: str, respacing: str) -> int:
+    """The count, at least 1, that one part of a respacing string holds."""
     if not text.strip().isdecimal() or int(text) < 1:
         raise UserError(f"respacing {respacing!r} is not understood; write '', '250', '10,10,5' or 'ddim50', counts from 1")
     return int(text)

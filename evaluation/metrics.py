@@ -1,9 +1,9 @@
-"""How far apart two sets of images are, on features of them: ADM's suite, and figures without Inception. No files.
+"""Distances between two sets of images, from their features: ADM's suite, and figures without Inception. No files.
 
-B, N, M images; D width of their features; C channels. Features arrive in batches, and what is kept of them is merged over
-processes: only precision and recall need all of them at once.
+Legend: B images of a batch, N and M images of a set, D width of their features. Features arrive in batches. Their sums are
+kept, and merged over processes. Only precision and recall need all features at once.
 
-- Fréchet distance (Heusel et al., arXiv:1706.08500), of Inception's features FID and sFID
+- Fréchet distance (Heusel et al., arXiv:1706.08500); on Inception's features it is FID and sFID
 - Inception Score (Salimans et al., arXiv:1606.03498)
 - improved precision and recall (Kynkäänniemi et al., arXiv:1904.06991)
 - distance to the nearest training image
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from runtime import UserError
 
-SPLIT = 5000  # images of one Inception Score
-NEIGHBOUR = 3  # whose distance is a feature's radius
-BLOCK = 10_000  # features a side of a block of distances: ADM's, by which it chooses between fp16 and fp32
+SPLIT = 5000  # images of one split of the Inception Score
+NEIGHBOUR = 3  # a feature's radius is the distance to this neighbour
+BLOCK = 10_000  # rows and columns of a block of distances, as in ADM: fp16 or fp32 is chosen per block
 
 # --- Fréchet distance ------------------------------------------------------------------------------
 
@@ -36,12 +36,12 @@ class Gaussian:
     covariance: np.ndarray
 
     def at(self, dimensions: np.ndarray) -> "Gaussian":
-        """The same set, some dimensions of its features."""
+        """The Gaussian of some dimensions of the features."""
         return Gaussian(self.mean[dimensions], self.covariance[np.ix_(dimensions, dimensions)])
 
     @cached_property
     def factor(self) -> np.ndarray:
-        """F (D, D) with F F^T = covariance. Eigenvalues below the rounding error of the largest are none."""
+        """F (D, D) with F F^T = covariance. Eigenvalues below the rounding error of the largest count as 0."""
         values, vectors = np.linalg.eigh(self.covariance)
         noise = values[-1] * len(values) * np.finfo(values.dtype).eps
         return vectors * np.sqrt(np.where(values > noise, values, 0.0))
@@ -50,7 +50,7 @@ class Gaussian:
 class RunningCovariance:
     """Mean and scatter of features that arrive in batches: float64, about the running mean (Chan, Golub & LeVeque, 1979).
 
-    They lie where the features do, or on the CPU where that device has no float64.
+    The sums lie on `device`, or on the CPU if that device has no float64 (mps).
     """
 
     def __init__(self, dimensions: int, device: torch.device | str = "cpu"):
@@ -68,31 +68,33 @@ class RunningCovariance:
         return self
 
     def merge(self, other: "RunningCovariance") -> "RunningCovariance":
+        """Add the features that another one has counted."""
         if other.count:
             self._move(other.count, other.mean.to(self.device))
             self.scatter += other.scatter.to(self.device)
         return self
 
     def _move(self, count: int, mean: Tensor) -> None:
-        """Count so many more samples of that mean; the scatter between it and the mean so far."""
+        """Count `count` more samples with that mean (D,), and add the scatter between it and the mean so far."""
         total, delta = self.count + count, mean - self.mean
         self.scatter.addr_(delta, delta, alpha=self.count * count / total)
         self.mean += delta * (count / total)
         self.count = total
 
     def cpu(self) -> "RunningCovariance":
+        """A copy whose sums lie on the CPU."""
         return RunningCovariance(len(self.mean)).merge(self)
 
     def gaussian(self) -> Gaussian:
-        """Of at least two samples, on the CPU."""
+        """The Gaussian of at least two samples, whose sums lie on the CPU."""
         return Gaussian(self.mean.numpy(), self.scatter.numpy() / (self.count - 1))
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
 
-    With S = F F^T the trace of the root is the nuclear norm of F_a^T F_b: no matrix square root, no complex parts, and
-    singular covariances need no epsilon.
+    With S = F F^T, the trace of the root is the nuclear norm of F_a^T F_b. This needs no matrix square root, gives no
+    complex parts, and takes singular covariances without an epsilon.
     """
     root = np.linalg.svd(a.factor.T @ b.factor, compute_uv=False).sum()
     return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * root)
@@ -102,14 +104,16 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 class InceptionScore:
-    """exp E[KL(p(y|x) || p(y))] over consecutive splits of SPLIT images, as ADM has it: no shuffling, and a last split that
-    is shorter counts as one."""
+    """exp E[KL(p(y|x) || p(y))], the mean over consecutive splits of SPLIT images.
+
+    As in ADM, images are not shuffled, and a shorter last split counts as much as the others.
+    """
 
     def __init__(self):
-        self.splits = defaultdict(float)  # number of a split -> (2 + classes,): images, sum of p log p, sums of p
+        self.splits = defaultdict(float)  # split's number -> (2 + classes,): images, sum of p log p, sums of p
 
     def update(self, positions: np.ndarray, logits: Tensor) -> None:
-        """Add a batch: where its images stand in their set (B,), and their logits (B, classes)."""
+        """Add a batch: the positions of its images in their set (B,), and their logits (B, classes)."""
         log_p = logits.double().log_softmax(dim=1)
         p = log_p.exp()
         rows = torch.cat([torch.ones(len(p), 1), (p * log_p).sum(1, keepdim=True), p], dim=1).numpy()
@@ -117,10 +121,12 @@ class InceptionScore:
             self.splits[int(split)] = self.splits[int(split)] + rows[positions // SPLIT == split].sum(axis=0)
 
     def merge(self, other: "InceptionScore") -> None:
+        """Add the images that another one has counted."""
         for split, sums in other.splits.items():
             self.splits[split] = self.splits[split] + sums
 
     def value(self) -> float:
+        """The mean of the splits' scores."""
         scores = []
         for count, p_log_p, *p in self.splits.values():
             q = np.array(p) / count
@@ -132,13 +138,13 @@ class InceptionScore:
 
 
 def precision_and_recall(real: Tensor, fake: Tensor, precision: str = "adm") -> tuple[float, float]:
-    """The shares of fake features (N, D) near real ones (M, D), and of real ones near fake ones.
+    """Precision: the share of fake features (N, D) near a real one. Recall: the share of real ones (M, D) near a fake one.
 
-    Near: not farther from some feature of the other set than that one's third neighbour in its own. `precision` is that of
-    the squared distances, see `distance_blocks`: blocks of BLOCK x BLOCK, with which up to 2 GB are in use.
+    A feature is near b, one of the other set, if it lies within b's radius: b's distance to the third neighbour in b's set.
+    `precision` is the arithmetic of the squared distances (see `distance_blocks`). Up to 2 GB are in use for a block.
 
     Raises:
-        UserError: a set has fewer than four images, so that none has a third neighbour.
+        UserError: a set has fewer than four images, so that no image has a third neighbour.
     """
     if min(len(real), len(fake)) <= NEIGHBOUR:
         raise UserError(f"precision and recall need at least {NEIGHBOUR + 1} images in each set, for a third neighbour")
@@ -152,7 +158,7 @@ def precision_and_recall(real: Tensor, fake: Tensor, precision: str = "adm") -> 
 
 
 def radii(features: Tensor, precision: str) -> Tensor:
-    """Squared distance of each feature (N, D) to its third neighbour, (N,); the nearest of all is itself."""
+    """Squared distance of each feature (N, D) to its third neighbour: (N,). The feature itself is not counted."""
     nearest = features.new_full((len(features), NEIGHBOUR + 1), torch.inf)
     for rows, _, distances in distance_blocks(features, features, precision):
         candidates = torch.cat([nearest[rows], distances], dim=1)
@@ -161,11 +167,11 @@ def radii(features: Tensor, precision: str) -> Tensor:
 
 
 def distance_blocks(a: Tensor, b: Tensor, precision: str) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Squared distances of (M, D) from (N, D), block by block: rows, columns, float32 (R, C).
+    """Squared distances of a (M, D) from b (N, D), block by block: rows, columns, float32 (len of rows, len of columns).
 
-    Under "adm" they are computed in fp16, and in fp32 for a block in which they are not all finite; under "fp32" in fp32.
-    fp16 products and squared norms are summed in fp32 and rounded once. (So a GPU sums products; in which order, and how
-    wide, ADM's TensorFlow sums norms depends on it and the GPU, and moves a norm by up to two units of fp16.)
+    "adm" computes a block in fp16, and again in fp32 if it is not all finite. "fp32" computes in fp32. fp16 products and
+    squared norms are summed in fp32 and rounded once. A GPU sums products in the same way. How ADM's TensorFlow sums norms,
+    in order and precision, depends on TensorFlow and the GPU: this moves a norm by up to two units of fp16.
     """
     for rows, columns in product(blocks(len(a)), blocks(len(b))):
         distances = None
@@ -177,11 +183,12 @@ def distance_blocks(a: Tensor, b: Tensor, precision: str) -> Iterator[tuple[slic
 
 
 def blocks(count: int) -> list[slice]:
+    """Slices of BLOCK numbers that cover 0..count-1; the last may be shorter."""
     return [slice(start, start + BLOCK) for start in range(0, count, BLOCK)]
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """max(|a|^2 - 2 a b + |b|^2, 0), (M, D), (N, D) -> (M, N), each term rounded to the features' type."""
+    """max(|a|^2 - 2 a b + |b|^2, 0): (M, D), (N, D) -> (M, N). Each term is rounded to the features' dtype."""
     def norms(x: Tensor) -> Tensor:
         return x.square().float().sum(dim=1).to(x.dtype)
 
@@ -193,9 +200,9 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Nearest:
-    """The distance of each of some features (N, D) to the nearest of those that are shown to it in batches.
+    """The distance of each feature (N, D) to the nearest feature of another set, which is shown in batches.
 
-    It is the root mean square over D; float64, for that of a copy to be 0.
+    The distance is the root mean square over D, computed in float64: that of a copy is then 0 up to its rounding.
     """
 
     def __init__(self, features: Tensor):
@@ -204,10 +211,11 @@ class Nearest:
         self.squares = torch.full_like(self.norms, torch.inf)
 
     def update(self, shown: Tensor) -> None:
-        """Show it (B, D)."""
+        """Show a batch (B, D) of the other set."""
         shown = shown.double()
         products = torch.addmm(shown.square().sum(dim=1), self.features, shown.T, alpha=-2)  # |b|^2 - 2 a b, (N, B)
         self.squares = self.squares.minimum((products.amin(dim=1) + self.norms).clamp(min=0))
 
     def distances(self) -> Tensor:
+        """(N,), float64."""
         return (self.squares / self.features.shape[1]).sqrt()

@@ -143,7 +143,7 @@ def spec_of(state: dict, path: Path, bare: BareWeights | None = None) -> Spec:
         UserError: it says nothing of itself, and `bare` is None; or its description is not understood.
     """
     if "spec" in state:
-        with prefix_errors(f"checkpoint {path}"):
+        with prefix_errors(f"checkpoint {path}:"):
             return Spec.from_dict(state["spec"])
     if bare is None:
         raise UserError(f"{path} holds nothing that describes itself")
@@ -214,7 +214,7 @@ def check_agrees(name: str, given: object, stored: object, ckpt: str | Path) -> 
 
 def rebuild(model: ModelSpec, weights: dict[str, Tensor], source: Path) -> nn.Module:
     """A network of these weights, to evaluate."""
-    with torch.device("meta"), prefix_errors(f"checkpoint {source}"):  # initial weights would take time: a DiT-XL has 675 M
+    with torch.device("meta"), prefix_errors(f"checkpoint {source}:"):  # initial weights would take time: a DiT-XL has 675 M
         network = model.build()
     load_weights(network.to_empty(device="cpu"), weights, source)
     return network.eval().requires_grad_(False)

@@ -93,7 +93,7 @@ class Sampling:
             UserError: a setting is not allowed for this network and process, or the network has no seam for `reuse`.
         """
         settings = replace(spec.sampling, **given or {})
-        with prefix_errors(f"`num_sampling_steps` {settings.num_sampling_steps}", *WRONG_VALUE):
+        with prefix_errors(f"`num_sampling_steps` {settings.num_sampling_steps}:", *WRONG_VALUE):
             process = create_diffusion(settings.num_sampling_steps, **spec.diffusion)
         channels = spec.model.args.get("in_channels", 4)
         guided = channels if settings.cfg_channels is None else settings.cfg_channels
@@ -108,7 +108,7 @@ class Sampling:
     def _plan(self, model: nn.Module) -> Plan:
         settings = self.settings
         check(model, Seam, f"`reuse` {settings.reuse} needs")
-        with prefix_errors("`reuse_args`"):
+        with prefix_errors("`reuse_args`:"):
             args = check_arguments(plan, settings.reuse_args, skip=DERIVED)
         return plan(settings.reuse, self.times, self.guided, len(model.blocks), model.default_split, settings.key_steps, **args)
 

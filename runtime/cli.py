@@ -113,12 +113,16 @@ def check_data_arguments(args: jsonargparse.Namespace) -> None:
 
 @contextmanager
 def prefix_errors(prefix: str, *also: type[Exception]) -> Iterator[None]:
-    """What a user can mend within this block says first where it came from. `also`: exceptions that become UserErrors."""
+    """What a user can mend within this block says first where it came from: "--vae …", "--rows x: …".
+
+    Args:
+        also: further exceptions, which become UserErrors.
+    """
     try:
         yield
     except (UserError, OSError, *also) as error:
         kind = type(error) if isinstance(error, UserError | OSError) else UserError
-        raise kind(f"{prefix}: {error}") from None
+        raise kind(f"{prefix} {error}") from None
 
 
 WRONG_VALUE = (ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError)  # what one causes inside a library

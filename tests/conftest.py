@@ -1,7 +1,9 @@
 """What the tests share: the real scripts as sub-processes, small pictures, a small autoencoder, a small trained run."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +15,22 @@ import pytest
 import torch
 from PIL import Image
 
-from models import DiT_models
+from evaluation import extractors, image_sets
+from evaluation import figures as figure_list
+from models import DiT, DiT_models
 from pipeline import checkpoint
 from runtime import cli
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts are imported by name
 
 TINY_RUN = ["--data-path", "digits", "--vae", "pixels", "--model", "DiNext-S/2", "--model-args",
             '{"hidden_size": 32, "depth": 2}', "--global-batch-size", "12", "--num-workers", "0", "--log-every", "1",
             "--preview-every", "0", "--lr", "0.002", "--ema-decay", "0.5", "--device", "cpu"]
+
+# --- scripts, in this process and as others ------------------------------------------------------
 
 
 def run_script(script, *flags, cwd, nproc=None, check=True, **env):
@@ -114,31 +122,37 @@ def run_here(monkeypatch, capfd):
     return run
 
 
-def save_random_checkpoint(path, channels, classes):
-    """A DiT of random weights, learned variance and 8x8 pixels, that recommends 4 steps of ddpm and guidance of 2."""
-    torch.manual_seed(0)
-    kwargs = dict(input_size=(8, 8), in_channels=channels, num_classes=len(classes), hidden_size=24, depth=2, num_heads=2)
-    model = DiT_models["DiT-S/2"](**kwargs)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    checkpoint.save(path, {"ema": model.state_dict(), "spec": {
-        "model": {"name": "DiT-S/2", "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (8, 8),
-        "channels": channels, "classes": classes,
-        "sampling": {"sampler": "ddpm", "num_sampling_steps": "4", "cfg_scale": 2.0, "cfg_channels": None}}})
-    return path
+AOT_EAGER = """
+compile = torch.nn.Module.compile
+patch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend="aot_eager"))"""  # for `patched`: --compile, soon
 
 
-def analytic_model(x, t, learned=True):
-    """The model of tests/golden/README.md."""
-    u = t.view(-1, 1, 1, 1) / 1000
-    out = 0.8 * x + 0.1 * torch.sin(3 * x) + 0.05 * u
-    return torch.cat([out, torch.tanh(0.5 * x - u)], dim=1) if learned else out
+def free_port():
+    """A port of 127.0.0.1 that nobody listens to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def read_metrics(folder):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- what is found is what is expected -----------------------------------------------------------
 
 
 def assert_close(a, b, tolerance=1e-5):
     b = torch.as_tensor(b)
     error = (a - b).abs() / (1 + b.abs())
     assert error.max() <= tolerance, f"off by {error.max():.2e}"
+
+
+def assert_same_images(a, b):
+    """uint8: at most one grey level apart, in at most 0.1 % of the pixels."""
+    difference = (torch.as_tensor(a).int() - torch.as_tensor(b).int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() <= 0.001
 
 
 def assert_one_line(result, *words):
@@ -149,6 +163,65 @@ def assert_one_line(result, *words):
         assert word in result.stderr, result.stderr
 
 
+# --- networks, checkpoints and runs --------------------------------------------------------------
+
+
+def family(name):
+    """The family that a network's name begins with: DiNext-U of DiNext-U-S."""
+    return name.split("/")[0].rsplit("-", 1)[0]
+
+
+def random_network(constructor, std, seed=0, dtype=torch.float32, **kwargs):
+    """A network with every parameter random: an untrained one answers 0 and would hide faults."""
+    torch.manual_seed(seed)
+    model = constructor(**kwargs).to(dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return model.eval()
+
+
+def analytic_model(x, t, learned=True):
+    """The model of tests/golden/README.md."""
+    u = t.view(-1, 1, 1, 1) / 1000
+    out = 0.8 * x + 0.1 * torch.sin(3 * x) + 0.05 * u
+    return torch.cat([out, torch.tanh(0.5 * x - u)], dim=1) if learned else out
+
+
+def save_random_checkpoint(path, channels, classes):
+    """A DiT of random weights, learned variance and 8x8 pixels, that recommends 4 steps of ddpm and guidance of 2."""
+    kwargs = dict(input_size=(8, 8), in_channels=channels, num_classes=len(classes), hidden_size=24, depth=2, num_heads=2)
+    model = random_network(DiT_models["DiT-S/2"], 0.15, **kwargs)
+    checkpoint.save(path, {"ema": model.state_dict(), "spec": {
+        "model": {"name": "DiT-S/2", "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (8, 8),
+        "channels": channels, "classes": classes,
+        "sampling": {"sampler": "ddpm", "num_sampling_steps": "4", "cfg_scale": 2.0, "cfg_channels": None}}})
+    return path
+
+
+CLASSES = ["tench, Tinca tinca", "golden retriever", "zero", "tiger cat", "cat"]
+
+
+@pytest.fixture(scope="session")
+def gaussian_run(tmp_path_factory):
+    """A checkpoint of random weights with learned variance, three channels and a random answer."""
+    return save_random_checkpoint(tmp_path_factory.mktemp("gaussian") / "g.pt", 3, CLASSES)
+
+
+def golden_dit():
+    """DiT's own tiny network: its arguments and state dict."""
+    golden = np.load(GOLDEN / "dit_tiny_latent.npz")
+    weights = {key.removeprefix("param/"): torch.from_numpy(golden[key]) for key in golden.files if key.startswith("param/")}
+    return json.loads(str(golden["kwargs"])), weights
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch):
+    """The golden network under a name of the registry."""
+    kwargs, weights = golden_dit()
+    monkeypatch.setitem(DiT_models, "DiT-tiny", lambda **rest: DiT(**{**kwargs, **rest}))
+    return weights
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """The folder of a run of a few steps on digits, flow objective."""
@@ -156,6 +229,9 @@ def tiny_run(tmp_path_factory):
     run_script("train.py", *TINY_RUN, "--diffusion-args", '{"objective": "flow"}', "--max-steps", 6, "--run-name", "tiny",
                cwd=cwd)
     return cwd / "results" / "tiny"
+
+
+# --- pictures and their autoencoder --------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -186,3 +262,91 @@ def tiny_vae(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     vae.save_pretrained(folder)
     return folder
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+SMALL = {"pool": ("mu", "sigma", 20), "spatial": ("mu_s", "sigma_s", 15)}
+
+
+class SmallInception:
+    """Random projections in the place of Inception's features."""
+
+    def __init__(self, weights, device):
+        draw = torch.Generator().manual_seed(0)
+        self.weights = {name: torch.randn(192, width, generator=draw) / 10
+                        for name, width in (("pool", 20), ("spatial", 15), ("logits", 9))}
+
+    def __call__(self, images):
+        x = images.flatten(1).float() / 127.5 - 1
+        return {name: (x @ weight).tanh() for name, weight in self.weights.items()}
+
+
+def draw_images(count, seed, size=8, spread=60):
+    """Coloured noise around a gradient, (N, H, W, 3)."""
+    rng = np.random.default_rng(seed)
+    ramp = np.linspace(40, 200, size)[:, None, None]
+    return (ramp + rng.normal(0, spread, (count, size, size, 3))).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def sets(tmp_path, monkeypatch):
+    """ref.npz of 150 images and samples.npz of 70, in the current folder; Inception is small."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(extractors, "Inception", SmallInception)
+    monkeypatch.setattr(extractors, "inception_weights", lambda path: path)
+    for module in (image_sets, figure_list):
+        monkeypatch.setattr(module, "STATISTICS", SMALL)
+    arrays = draw_images(150, 0), draw_images(70, 1, spread=40)
+    np.savez("ref.npz", arr_0=arrays[0], arr_1=np.arange(150) % 10)
+    np.savez("samples.npz", arr_0=arrays[1], arr_1=np.arange(70) % 10)
+    return arrays
+
+
+@pytest.fixture
+def figures(run_here, tmp_path):
+    """The figures of a run of evaluate.py, by name, and its report."""
+    import evaluate
+
+    def run(*flags):
+        result = run_here(evaluate, *flags, "--device", "cpu", "--json", tmp_path / "figures.json")
+        assert result.returncode == 0, result.stderr
+        report = json.loads((tmp_path / "figures.json").read_text())
+        return {figure["name"]: figure for figure in report["figures"]}, report | {"said": result.stdout}
+    return run
+
+
+def value(found, name):
+    """The value of one of the figures that `figures` found."""
+    return found[0][name]["value"]
+
+
+def all_features(images):
+    """The features of SmallInception, by name."""
+    features = SmallInception(None, None)(torch.from_numpy(images))
+    return {name: values.double().numpy() for name, values in features.items()}
+
+
+def numpys_distance(a, b):
+    """Fréchet distance with numpy's covariances and the eigenvalues of their product."""
+    s_a, s_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = np.sqrt(np.linalg.eigvals(s_a @ s_b).astype(complex)).real.sum()
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s_a) + np.trace(s_b) - 2 * root
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """Random weights of Inception in a file, as torch-fidelity names them."""
+    import evaluation_time
+
+    return evaluation_time.random_weights(tmp_path_factory.mktemp("inception"))
+
+
+@pytest.fixture(scope="session")
+def theirs(inception_file):
+    """torch-fidelity's own extractor: bias included in "logits"."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    return FeatureExtractorInceptionV3("theirs", ["2048", "logits_unbiased", "logits"],
+                                       feature_extractor_weights_path=str(inception_file))

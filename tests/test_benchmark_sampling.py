@@ -1,25 +1,22 @@
 import json
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sampling
 import torch
-from conftest import ROOT, assert_one_line, save_random_checkpoint
+from conftest import assert_one_line, save_random_checkpoint
 from PIL import Image, ImageColor
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import sampling
-
 from pipeline import checkpoint
-from runtime.files import digest
+from runtime.files import sha256
 
 TINY = ["--batch-sizes", 2, "--repeats", 1, "--device", "cpu"]
 DIGITS = ["--data-path", "digits", "--samples", 12, "--seeds", 0, 1]
 
 
 @pytest.fixture(scope="module")
-def gaussian_run(tmp_path_factory):
+def digits_run(tmp_path_factory):
     """A checkpoint of random weights with learned variance, of digits' shape, guided by 2."""
     classes = sampling.load_dataset("digits").classes
     return save_random_checkpoint(tmp_path_factory.mktemp("gaussian") / "g.pt", 1, classes)
@@ -42,20 +39,20 @@ def calls(monkeypatch):
     made, generate = [], sampling.generate
 
     def listen(model, autoencoder, labels, indices, seed, settings, on_step):
-        made.append((settings.sampler, settings.reuse is not None, len(labels), seed))
+        made.append((settings.settings.sampler, settings.plan is not None, len(labels), seed))
         return generate(model, autoencoder, labels, indices, seed, settings, on_step)
 
     monkeypatch.setattr(sampling, "generate", listen)
     return made
 
 
-def test_the_report_has_all_figures_of_every_row(few_steps, gaussian_run, run_here, tmp_path):
+def test_the_report_has_all_figures_of_every_row(few_steps, digits_run, run_here, tmp_path):
     out = tmp_path / "figures.json"
-    result = run_here(sampling, "--ckpt", gaussian_run, *TINY, *DIGITS, "--out", out)
+    result = run_here(sampling, "--ckpt", digits_run, *TINY, *DIGITS, "--out", out)
     assert result.returncode == 0, result.stderr
     report = json.loads(out.read_text())
     settings = report["settings"]
-    assert settings["sha256"] == digest(gaussian_run)
+    assert settings["sha256"] == sha256(digits_run)
     assert (settings["checkpoint"], settings["device"]) == ("g", "cpu")
     counts = {name: (row["model_calls"], row["block_calls"]) for name, row in settings["rows"].items()}
     assert counts == {
@@ -102,11 +99,11 @@ def test_a_flow_checkpoint_has_heun_for_a_reference(few_steps, tiny_run, run_her
     assert not out.with_suffix(".png").exists()
 
 
-def test_finer_steps_are_nearer_to_the_exact_solution(gaussian_run, run_here, tmp_path):
+def test_finer_steps_are_nearer_to_the_exact_solution(digits_run, run_here, tmp_path):
     error = []
     for steps in (10, 240):
         out = tmp_path / f"{steps}.json"
-        run_here(sampling, "--ckpt", gaussian_run, "--repeats", 0, "--sampler", "dpm++", "--num-sampling-steps", steps,
+        run_here(sampling, "--ckpt", digits_run, "--repeats", 0, "--sampler", "dpm++", "--num-sampling-steps", steps,
                  "--rows", "ddim-50", "flags", "--out", out)
         cell = json.loads(out.read_text())["rmse"]["flags"]
         assert cell["rmse_to"] == "exact"
@@ -114,9 +111,9 @@ def test_finer_steps_are_nearer_to_the_exact_solution(gaussian_run, run_here, tm
     assert 0 < error[1] < error[0] / 5
 
 
-def test_with_and_without_reuse_in_one_command(gaussian_run, run_here, calls, tmp_path, monkeypatch):
+def test_with_and_without_reuse_in_one_command(digits_run, run_here, calls, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = run_here(sampling, "--ckpt", gaussian_run, *TINY, "--reuse", "encoder", "--key-steps", "0,2", "--rows", "plain",
+    result = run_here(sampling, "--ckpt", digits_run, *TINY, "--reuse", "encoder", "--key-steps", "0,2", "--rows", "plain",
                       "flags", "--cfg-scale", 1.5)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(
@@ -129,9 +126,9 @@ def test_with_and_without_reuse_in_one_command(gaussian_run, run_here, calls, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_same_command_does_what_is_missing(few_steps, gaussian_run, run_here, calls, tmp_path):
+def test_the_same_command_does_what_is_missing(few_steps, digits_run, run_here, calls, tmp_path):
     out = tmp_path / "figures.json"
-    command = ["--ckpt", gaussian_run, *TINY, *DIGITS, "--rows", "ddpm-250", "ddim-50", "--out", out]
+    command = ["--ckpt", digits_run, *TINY, *DIGITS, "--rows", "ddpm-250", "ddim-50", "--out", out]
     assert run_here(sampling, *command).returncode == 0
     assert len(calls) == 2 * 2 + 3 + 2 * 2  # rounds, final states with the exact ones, distances
     whole = json.loads(out.read_text())
@@ -149,10 +146,10 @@ def test_the_same_command_does_what_is_missing(few_steps, gaussian_run, run_here
     assert calls == []
 
 
-def test_a_stop_keeps_the_cells_before(few_steps, gaussian_run, run_here, monkeypatch, tmp_path):
+def test_a_stop_keeps_the_cells_before(few_steps, digits_run, run_here, monkeypatch, tmp_path):
     out = tmp_path / "figures.json"
     monkeypatch.setattr(sampling, "frechet_distance", lambda a, b: (_ for _ in ()).throw(KeyboardInterrupt))
-    result = run_here(sampling, "--ckpt", gaussian_run, *TINY, *DIGITS, "--rows", "ddpm-250", "--out", out)
+    result = run_here(sampling, "--ckpt", digits_run, *TINY, *DIGITS, "--rows", "ddpm-250", "--out", out)
     assert result.returncode == 130
     report = json.loads(out.read_text())
     assert set(report["times"]) == {"2"}
@@ -160,17 +157,17 @@ def test_a_stop_keeps_the_cells_before(few_steps, gaussian_run, run_here, monkey
     assert report["distances"] == {"ddpm-250": {}}
 
 
-def test_out_of_memory_is_a_gap(few_steps, gaussian_run, run_here, monkeypatch, tmp_path):
+def test_out_of_memory_is_a_gap(few_steps, digits_run, run_here, monkeypatch, tmp_path):
     time_batch = sampling.time_batch
 
     def refuse(draw, row, batch_size, device):
-        if batch_size == 4 and row.sampler == "ddpm":
+        if batch_size == 4 and row.settings.sampler == "ddpm":
             raise torch.cuda.OutOfMemoryError
         return time_batch(draw, row, batch_size, device)
 
     monkeypatch.setattr(sampling, "time_batch", refuse)
     out = tmp_path / "figures.json"
-    result = run_here(sampling, "--ckpt", gaussian_run, *TINY, "--batch-sizes", 4, 2, "--rows", "ddpm-250", "ddim-50",
+    result = run_here(sampling, "--ckpt", digits_run, *TINY, "--batch-sizes", 4, 2, "--rows", "ddpm-250", "ddim-50",
                       "--out", out)
     assert result.returncode == 0, result.stderr
     times = json.loads(out.read_text())["times"]
@@ -180,8 +177,8 @@ def test_out_of_memory_is_a_gap(few_steps, gaussian_run, run_here, monkeypatch, 
     assert result.stdout.count("ddpm-250: batch 4 is out of memory") == 1
 
 
-def test_the_interval_of_the_flags_is_that_of_the_interval_rows_alone(few_steps, gaussian_run, run_here, calls):
-    result = run_here(sampling, "--ckpt", gaussian_run, "--repeats", 0, "--guidance-interval", 300, 400,
+def test_the_interval_of_the_flags_is_that_of_the_interval_rows_alone(few_steps, digits_run, run_here, calls):
+    result = run_here(sampling, "--ckpt", digits_run, "--repeats", 0, "--guidance-interval", 300, 400,
                       "--rows", "ddpm-250", "interval", "flags", "all-no-reuse")
     made = {line.split()[0]: int(line.split()[1]) for line in result.stdout.splitlines()[1:]}
     assert made == {"ddpm-250": 20, "interval": 11, "flags": 5, "all-no-reuse": 5}
@@ -258,15 +255,15 @@ def test_wrong_input_is_one_line_before_any_work(tiny_run, run_here, calls, tmp_
 
 
 @pytest.mark.parametrize(("name", "value"), [("kind", "moments"), ("channels", 3), ("classes", ["one", "two"])])
-def test_data_of_another_kind_are_refused(gaussian_run, run_here, monkeypatch, name, value):
+def test_data_of_another_kind_are_refused(digits_run, run_here, monkeypatch, name, value):
     digits = sampling.load_dataset("digits", split="val")
     monkeypatch.setattr(digits, name, value, raising=False)
     monkeypatch.setattr(sampling, "load_dataset", lambda *_, **__: digits)
-    assert_one_line(run_here(sampling, "--ckpt", gaussian_run, *DIGITS), "--data-path digits", "1 channels and 10 classes")
+    assert_one_line(run_here(sampling, "--ckpt", digits_run, *DIGITS), "--data-path digits", "1 channels and 10 classes")
 
 
 def test_a_folder_without_a_held_out_part_is_taken_as_it_is(photographs):
-    spec = {"image_size": (32, 32), "channels": 3, "classes": ["golden retriever", "tabby cat"]}
+    spec = SimpleNamespace(image_size=(32, 32), channels=3, classes=["golden retriever", "tabby cat"])
     for folder in ("train", "val"):  # of "train" it is the folder beside it that is held out
         args = SimpleNamespace(data_path=str(photographs / folder), data_root="data")
         real = sampling.real_gaussian(args, spec)
@@ -276,14 +273,14 @@ def test_a_folder_without_a_held_out_part_is_taken_as_it_is(photographs):
         assert np.abs(real.covariance - np.cov(pixels, rowvar=False)).max() < 1e-6  # approx would loop over nine million
 
 
-def test_another_report_is_not_overwritten(few_steps, gaussian_run, run_here, tmp_path):
+def test_another_report_is_not_overwritten(few_steps, digits_run, run_here, tmp_path):
     out = tmp_path / "figures.json"
-    command = ["--ckpt", gaussian_run, "--repeats", 0, "--rows", "ddim-50", "--out", out]
+    command = ["--ckpt", digits_run, "--repeats", 0, "--rows", "ddim-50", "--out", out]
     assert run_here(sampling, *command).returncode == 0
     text = out.read_text()
     assert_one_line(run_here(sampling, *command, "--cfg-scale", 3), f"--out {out}", "another cfg_scale, rows;")
     copy = tmp_path / "other.pt"
-    checkpoint.save(copy, checkpoint.load(gaussian_run) | {"step": 1})
+    checkpoint.save(copy, checkpoint.load(digits_run) | {"step": 1})
     assert_one_line(run_here(sampling, *command, "--ckpt", copy), "--out", "another checkpoint, sha256;")
     assert out.read_text() == text
     out.write_text("[]")

@@ -1,13 +1,12 @@
 """Every config trains two steps, small, and what it draws can be drawn; those of full size are built without memory."""
 
-import json
 import math
 import re
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, family, read_metrics
 
 import extract_features
 import train
@@ -26,10 +25,6 @@ NARROW = {
 
 def load(name):
     return yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
-
-
-def family(model):
-    return model if model in NARROW else model.split("/")[0].rsplit("-", 1)[0]
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +72,7 @@ def trains(tmp_path, monkeypatch, run_here):
         result = run_here(train, "--config", "config.yaml", "--run-name", name)
         assert result.returncode == 0, result.stderr
         folder = tmp_path / "results" / name
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        losses = [line["loss"] for line in lines if "loss" in line]
+        losses = [line["loss"] for line in read_metrics(folder) if "loss" in line]
         assert len(losses) == 2
         assert all(math.isfinite(loss) and loss > 0 for loss in losses)
         assert (folder / "previews" / "0000002.png").exists()
@@ -92,14 +86,14 @@ def test_every_config_trains_two_steps(name, small, trains, tmp_path):
     if config["vae"].startswith("./results/"):
         trains("cifar-autoencoder", small("cifar_autoencoder"))
     spec = trains(name, config)
-    assert spec["model"]["name"] == load(name)["model"]
-    assert spec["model"]["args"] | config["model_args"] == spec["model"]["args"]
+    assert spec.model.name == load(name)["model"]
+    assert spec.model.args | config["model_args"] == spec.model.args
     given = dict(config.get("diffusion_args", {}))
     given.pop("label_drop", None)
     if (sampling := given.pop("sampling", None)) is not None:
-        assert spec["sampling"] | sampling == spec["sampling"]
-    assert spec["diffusion"] == given
-    assert (spec["sampling"] is None) == ("Autoencoder" in load(name)["model"])
+        assert vars(spec.sampling) | sampling == vars(spec.sampling)
+    assert spec.diffusion == given
+    assert spec.is_autoencoder == ("Autoencoder" in load(name)["model"])
 
 
 @pytest.mark.slow

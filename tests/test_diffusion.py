@@ -1,19 +1,17 @@
 import json
 import math
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import analytic_model, assert_close
+from conftest import GOLDEN, analytic_model, assert_close
 from diffusers import DDPMScheduler
 
 from diffusion import create_diffusion
 from diffusion.samplers import SAMPLERS
 from diffusion.schedules import named_betas, space_timesteps
 
-GOLDEN = Path(__file__).parent / "golden"
 golden = np.load(GOLDEN / "diffusion.npz")
 VARIANTS = {
     "learned": {},
@@ -112,7 +110,7 @@ def test_progressive_loops_yield_every_state_and_end_as_the_loop():
     assert steps[-1]["pred_xstart"].abs().max() <= 1  # clipped by default, as in DiT
 
 
-# --- closed forms and diffusers ----------------------------------------------------------------
+# --- closed forms and diffusers ------------------------------------------------------------------
 
 
 def test_v_prediction_mean_equals_diffusers_ddpm():

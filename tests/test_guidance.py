@@ -30,7 +30,7 @@ def test_guidance_of_1_is_the_conditional_model_in_one_call():
 
 @pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
 def test_guidance_scales_that_mean_nothing_are_refused(scale):
-    with pytest.raises(ValueError, match="cfg-scale"):
+    with pytest.raises(ValueError, match="`cfg_scale`"):
         guide(label_model, torch.zeros(1, dtype=torch.long), 1, scale, 4)
 
 
@@ -65,7 +65,7 @@ def test_guidance_of_1_is_nowhere():
 
 @pytest.mark.parametrize("interval", [(700, 100), (-1, 5), (0, 1001), (float("nan"), 5), (100,), (1, 2, 3), "ab"])
 def test_intervals_outside_the_schedule_are_refused(interval):
-    with pytest.raises(ValueError, match=r"--guidance-interval .* 0 <= LO <= HI <= 1000"):
+    with pytest.raises(ValueError, match=r"`guidance_interval` .* 0 <= LO <= HI <= 1000"):
         check_interval(interval)
 
 

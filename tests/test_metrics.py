@@ -1,5 +1,3 @@
-import itertools
-
 import numpy as np
 import pytest
 import scipy.linalg
@@ -7,12 +5,11 @@ import torch
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from evaluation import metrics
-from evaluation.extractors import Classifier, pixel_features
 from evaluation.metrics import (
     Gaussian,
     InceptionScore,
-    Moments,
     Nearest,
+    RunningCovariance,
     distance_blocks,
     frechet_distance,
     precision_and_recall,
@@ -20,7 +17,7 @@ from evaluation.metrics import (
 
 
 def gaussian_of(features):
-    return Moments(features.shape[1]).update(torch.as_tensor(features)).gaussian()
+    return RunningCovariance(features.shape[1]).update(torch.as_tensor(features)).gaussian()
 
 
 def distance(a, b):
@@ -84,11 +81,11 @@ def test_frechet_distance_of_equal_gaussians_falls_with_the_number_of_samples():
 def test_moments_of_batches_are_numpys_whatever_the_batches_and_their_order():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(57, 5)) * [1, 2, 3, 4, 0] + 1e5
-    whole, parts = Moments(5), [Moments(5), Moments(5), Moments(5)]
+    whole, parts = RunningCovariance(5), [RunningCovariance(5), RunningCovariance(5), RunningCovariance(5)]
     for i, batch in enumerate(np.split(x, [3, 4, 20, 21, 40])):
         whole.update(torch.from_numpy(batch))
         parts[i % 2].update(torch.from_numpy(batch))
-    merged = Moments(5)
+    merged = RunningCovariance(5)
     for part in reversed(parts):  # one of them is empty
         merged.merge(part)
     for moments in (whole, merged):
@@ -205,19 +202,7 @@ def test_fewer_than_four_images_have_no_third_neighbour():
         precision_and_recall(torch.randn(9, 2), torch.randn(3, 2))
 
 
-# --- without Inception ---------------------------------------------------------------------------
-
-
-def test_pixel_features_are_means_of_blocks():
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 64, 96), dtype=np.uint8))
-    features = pixel_features(images)
-    values = images / 127.5 - 1
-    assert features.shape == (2, 3, 32, 32)
-    for y, x in itertools.product((0, 7, 31), repeat=2):
-        block = values[..., 2 * y : 2 * y + 2, 3 * x : 3 * x + 3]
-        assert torch.allclose(features[..., y, x], block.mean(dim=(2, 3)), atol=1e-6)
-    assert torch.equal(pixel_features(images[..., :20, :30]), values[..., :20, :30])
-    assert pixel_features(torch.tensor([[[[0, 255]]]], dtype=torch.uint8)).tolist() == [[[[-1, 1]]]]
+# --- the nearest image ---------------------------------------------------------------------------
 
 
 def test_the_nearest_of_all_batches_by_brute_force_and_a_copy_is_at_no_distance():
@@ -230,13 +215,3 @@ def test_the_nearest_of_all_batches_by_brute_force_and_a_copy_is_at_no_distance(
     brute = (features[:, None].double() - shown.double()).square().mean(dim=2).sqrt().amin(dim=1)
     assert torch.allclose(nearest.distances(), brute, atol=1e-7)
     assert nearest.distances()[6] < 1e-7
-
-
-def test_the_classifiers_features_are_what_its_last_layer_reads():
-    torch.manual_seed(0)
-    classifier = Classifier(num_classes=5, width=8).eval()
-    x = torch.randn(2, 3, 8, 12)
-    features = classifier.features(x)
-    assert features.shape == (2, 32)
-    assert torch.equal(classifier.head(features), classifier(x))
-    assert not torch.equal(features[0], features[1])

@@ -1,15 +1,14 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN, assert_close, family, random_network
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import DiT, TimestepEmbedder
 from small_models import DIFFUSION_NETWORKS, Autoencoder_models
 
-GOLDEN = Path(__file__).parent / "golden"
 TINY = {
     "DiT": dict(hidden_size=24, depth=3, num_heads=2),
     "DiNext-U": dict(hidden_size=8, depths=(1, 2, 1, 1, 2)),
@@ -21,28 +20,15 @@ TINY = {
 SEAMED = ["DiT-S/2", "DiNext-S/2", "DiNext-U-S", "PixArt-B/2", "MLP", "ConvAdaLN"]
 
 
-def family(name):
-    return name if name in TINY else name.split("/")[0].rsplit("-", 1)[0]
-
-
 def tiny(name, **kwargs):
-    """The preset, small, with every parameter random: an untrained network answers 0 and would hide faults."""
-    torch.manual_seed(0)
-    model = DIFFUSION_NETWORKS[name](**{"input_size": 8, "num_classes": 5, **TINY[family(name)], **kwargs})
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
+    """The preset, small, with every parameter random."""
+    return random_network(DIFFUSION_NETWORKS[name], 0.2, **{"input_size": 8, "num_classes": 5, **TINY[family(name)], **kwargs})
 
 
 def inputs(model, batch=3):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, model.in_channels, *model.input_size, generator=generator)
     return x, torch.tensor([0.0, 417.25, 999.0])[:batch], torch.tensor([0, 1, model.num_classes])[:batch]
-
-
-def close(a, b):
-    b = torch.as_tensor(b)
-    return bool(((a - b).abs() <= 1e-5 * (1 + b.abs())).all())
 
 
 # --- the published DiT ---------------------------------------------------------------------------
@@ -62,15 +48,15 @@ def test_dit_outputs_are_the_original_ones(file):
     golden = np.load(GOLDEN / file)
     model = DiT(**json.loads(str(golden["kwargs"]))).eval()
     state = {key.removeprefix("param/"): torch.from_numpy(golden[key]) for key in golden.files if key.startswith("param/")}
-    assert close(model.pos_embed, state["pos_embed"])
+    assert_close(model.pos_embed, state["pos_embed"])
     model.load_state_dict(state, strict=True)
     x, t, y, cfg_y = (torch.from_numpy(golden[key]) for key in ("x", "t", "y", "cfg_y"))
     with torch.no_grad():
-        assert close(model(x, t, y), golden["forward"])
-        assert close(model(x, t + 0.25, y), golden["forward_fractional_t"])
+        assert_close(model(x, t, y), golden["forward"])
+        assert_close(model(x, t + 0.25, y), golden["forward_fractional_t"])
         for scale in (1.0, 1.7, 4.0):
             out = model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), cfg_y, scale)
-            assert close(out, golden[f"forward_with_cfg_{scale}"])
+            assert_close(out, golden[f"forward_with_cfg_{scale}"])
 
 
 def test_dit_initialisation_has_the_original_statistics():
@@ -209,7 +195,7 @@ def test_a_dinext_block_is_the_written_formula():
     norm = h.square().sum(dim=(1, 2), keepdim=True).sqrt()
     h = h + block.mlp.grn.weight * (h * norm / (norm.mean(-1, keepdim=True) + 1e-6)) + block.mlp.grn.bias
     expected = x + gate * (h @ block.mlp.fc2.weight.T + block.mlp.fc2.bias)
-    assert close(block(x, c), expected)
+    assert_close(block(x, c), expected)
 
 
 @pytest.mark.parametrize(("name", "kwargs", "parameters"), [
@@ -246,7 +232,7 @@ def test_adaln_single_shares_one_projection_and_adds_a_table():
     _, t, y = inputs(model)
     c = model.condition(t, y)
     shared = model.shared_modulation[1]
-    assert close(c, torch.nn.functional.silu(model.t_embedder(t) + model.y_embedder(y)) @ shared.weight.T + shared.bias)
+    assert_close(c, torch.nn.functional.silu(model.t_embedder(t) + model.y_embedder(y)) @ shared.weight.T + shared.bias)
     for block in model.blocks:
         assert torch.equal(block.adaLN_modulation(c), c + block.adaLN_modulation.table)
     own = sum(p.numel() for p in DIFFUSION_NETWORKS["DiT-S/2"](adaln="single").blocks.parameters())
@@ -260,7 +246,7 @@ def test_the_class_token_is_one_more_key_and_value_of_attention():
     q, k, v = (attention.qkv(torch.cat([x, c[:, None, -24:]], dim=1)).view(2, 17, 3, 2, 12).permute(2, 0, 3, 1, 4))
     weights = (q[:, :, :16] @ k.transpose(-2, -1) / 12**0.5).softmax(dim=-1)
     expected = attention.proj((weights @ v).transpose(1, 2).reshape(2, 16, 24))
-    assert close(model.blocks[0].attend(x, c), expected)
+    assert_close(model.blocks[0].attend(x, c), expected)
     with pytest.raises(ValueError, match="needs adaln 'single'"):
         DiT(class_token=True)
 
@@ -276,7 +262,7 @@ def test_the_mlp_is_the_written_formula():
     hidden = (hidden - hidden.mean()) / (hidden.var(unbiased=False) + 1e-5).sqrt()
     hidden = hidden * model.blocks[0].norm.weight + model.blocks[0].norm.bias
     expected = (hidden @ model.head.weight.T + model.head.bias).view(1, 1, 4, 4)
-    assert close(model(x, t, y), expected)
+    assert_close(model(x, t, y), expected)
     null = model.condition(t, torch.tensor([5]))  # its embedding is zero
     assert torch.equal(null, torch.cat([torch.tensor([[0.25]]), model.norm.bias[None]], dim=1))
     assert DIFFUSION_NETWORKS["MLP"]()(torch.randn(2, 1, 28, 28), t.repeat(2), y.repeat(2)).abs().max() == 0
@@ -295,14 +281,14 @@ def test_a_conv_adaln_block_is_the_written_formula():
     scale, shift = (c @ block.modulation.weight.T + block.modulation.bias)[0].view(2, 16, 1, 1)
     h = scale * conv(group_norm(x, block.norm), block.conv.weight, block.conv.bias, padding=1) + shift
     h = group_norm(h * torch.tanh(torch.log(1 + h.exp())), block.norm0)
-    assert close(block(x, c), x + conv(h, block.conv0.weight, block.conv0.bias, padding=1))
+    assert_close(block(x, c), x + conv(h, block.conv0.weight, block.conv0.bias, padding=1))
     h, (_, norm, last) = torch.randn(1, 16, 4, 4), model.head
     expected = conv(group_norm(h * torch.tanh(torch.log(1 + h.exp())), norm), last.weight, last.bias, padding=1)
-    assert close(model.decode((h,), c, split=len(model.blocks)), expected)
+    assert_close(model.decode((h,), c, split=len(model.blocks)), expected)
     t, y = torch.tensor([250.0]), torch.tensor([3])
     linear, label = model.embedder[0], model.embedding_table(y)
     embedded = torch.cat([TimestepEmbedder.timestep_embedding(t, 8), label], dim=1) @ linear.weight.T + linear.bias
-    assert close(model.condition(t, y), embedded * torch.tanh(torch.log(1 + embedded.exp())))
+    assert_close(model.condition(t, y), embedded * torch.tanh(torch.log(1 + embedded.exp())))
     fresh = DIFFUSION_NETWORKS["ConvAdaLN"](hidden_size=16, depth=2)
     assert fresh(torch.randn(2, 8, 8, 8), torch.zeros(2), torch.tensor([0, 10])).abs().max() == 0
     scale, shift = fresh.blocks[0].modulation.bias.chunk(2)

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import random_network
 
 from diffusion import create_diffusion
 from diffusion.guidance import guide, in_interval
@@ -20,11 +21,8 @@ LABELS = torch.tensor([3, 0, 2])
 
 def tiny(name="DiT-S/2", dtype=torch.float64, seed=0, **kwargs):
     """A network of random weights, the last layer's too."""
-    torch.manual_seed(seed)
-    model = DIFFUSION_NETWORKS[name](input_size=8, in_channels=2, num_classes=5, **MODELS[name] | kwargs).to(dtype)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    return model.eval().requires_grad_(False)
+    kwargs = dict(input_size=8, in_channels=2, num_classes=5) | MODELS[name] | kwargs
+    return random_network(DIFFUSION_NETWORKS[name], 0.15, seed, dtype, **kwargs).requires_grad_(False)
 
 
 def start_noise(rows=3, dtype=torch.float64):
@@ -86,7 +84,7 @@ def test_warm_up_and_a_branch_that_comes_back_make_keys():
     ("1,2", "must begin with 0"), ("0,50", "end below 50"), ("0,-3", "not understood"),
 ])
 def test_key_steps_that_mean_nothing_are_refused(rule, words):
-    with pytest.raises(ValueError, match=f"--key-steps.*{words}"):
+    with pytest.raises(ValueError, match=f"`key_steps`.*{words}"):
         key_evaluations(rule, 50)
 
 

@@ -3,86 +3,12 @@ import pathlib
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line, run_script, save_random_checkpoint
+from conftest import CLASSES, assert_one_line, run_script
 from PIL import Image
 
 import sample
-from diffusion import create_diffusion
 from models import DiT_models
-from pipeline import checkpoint, generation
-from pipeline.autoencoders import Pixels
-from pipeline.generation import Sampling, addressed_noise, generate, settings_for
-from runtime.pictures import to_uint8
-
-CLASSES = ["tench, Tinca tinca", "golden retriever", "zero", "tiger cat", "cat"]
-
-
-@pytest.fixture(scope="module")
-def gaussian_run(tmp_path_factory):
-    """A checkpoint of random weights with learned variance, three channels and a random answer."""
-    return save_random_checkpoint(tmp_path_factory.mktemp("gaussian") / "g.pt", 3, CLASSES)
-
-
-def draw(path, indices, labels=None, reuse=None, eta=0.0, precision="fp32", on_step=lambda step: None, **overrides):
-    restored = checkpoint.restore(path)
-    restored.spec["sampling"] = restored.spec["sampling"] | overrides
-    sampling = settings_for(restored.spec, eta, precision)
-    if reuse:
-        sampling = sampling.with_reuse(restored.model, **reuse)
-    return generate(restored.model, Pixels(), labels or [i % 5 for i in indices], indices, 0, sampling, on_step)
-
-
-def assert_same_images(a, b):
-    """At most one grey level apart, in at most 0.1 % of the pixels."""
-    difference = (a.int() - b.int()).abs()
-    assert difference.max() <= 1
-    assert (difference > 0).float().mean() <= 0.001
-
-
-# --- generate ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("overrides", [dict(), dict(sampler="ddim", eta=1.0), dict(sampler="heun", cfg_scale=1.0)])
-def test_image_17_is_image_17_whatever_the_batch(gaussian_run, overrides):
-    together = draw(gaussian_run, range(15, 20), **overrides)
-    alone = draw(gaussian_run, [17], **overrides)
-    assert_same_images(together[2:3], alone)
-    assert together.shape == (5, 8, 8, 3)
-    assert together.dtype == torch.uint8
-    assert (together[2].int() - together[3].int()).abs().max() > 20
-
-
-def test_seed_label_and_guidance_change_an_image(gaussian_run):
-    base = draw(gaussian_run, [3])
-    for other in (draw(gaussian_run, [4], labels=[3]), draw(gaussian_run, [3], labels=[1]),
-                  draw(gaussian_run, [3], cfg_scale=1.0), draw(gaussian_run, [3], cfg_channels=1)):
-        assert not torch.equal(base, other)
-
-
-def test_later_noise_differs_from_step_to_step(gaussian_run):
-    model = checkpoint.restore(gaussian_run).model
-    draws = [addressed_noise(model, 0, [5], *step) for step in ((), (0,), (1,))]
-    assert len({draw.sum().item() for draw in draws}) == 3
-    assert torch.equal(draws[1], addressed_noise(model, 0, [4, 5], 0)[1:])
-
-
-def test_generate_is_the_sampler_the_guidance_and_the_decoder(gaussian_run):
-    """Against DiT's own way: forward_with_cfg on a doubled batch in p_sample_loop, all three channels guided."""
-    model, indices = checkpoint.restore(gaussian_run).model, [0, 1]
-    x = addressed_noise(model, 0, indices)
-    y = torch.tensor([3, 4, 5, 5])
-    noises = [addressed_noise(model, 0, indices, step) for step in range(4)]
-    out = create_diffusion("4").p_sample_loop(
-        model.forward_with_cfg, (4, 3, 8, 8), torch.cat([x, x]), model_kwargs=dict(y=y, cfg_scale=2.0),
-        noise_source=lambda step: torch.cat([noises[step]] * 2))
-    expected = to_uint8(out.chunk(2)[0])
-    assert_same_images(draw(gaussian_run, indices, labels=[3, 4]), expected)
-
-
-def test_uint8_rounds_to_the_nearest_level():
-    assert to_uint8(torch.tensor([-2, -1, 0.0, 1, 3, 127.4 / 127.5]).view(1, 1, 1, 6)).flatten().tolist() == [
-        0, 0, 128, 255, 255, 255]
-
+from pipeline import checkpoint
 
 # --- labels --------------------------------------------------------------------------------------
 
@@ -182,13 +108,6 @@ def test_compiled_is_eager_but_for_rounding(tiny_run, tmp_path, monkeypatch, run
     assert np.abs(a - b).max() <= 1
 
 
-def test_thresholding_replaces_clipping(gaussian_run, monkeypatch):
-    plain, thresholded = (draw(gaussian_run, [1, 2], sampler="ddim", dynamic_thresholding=on) for on in (False, True))
-    assert not torch.equal(plain, thresholded)
-    monkeypatch.setattr(generation, "dynamic_threshold", lambda x_0: x_0.clamp(-1, 1))
-    assert torch.equal(plain, draw(gaussian_run, [1, 2], sampler="ddim", dynamic_thresholding=True))
-
-
 def test_more_rows_leave_the_first_as_they_are(tiny_run, tmp_path, monkeypatch, run_here):
     monkeypatch.chdir(tmp_path)
     for rows in (1, 3):
@@ -264,30 +183,3 @@ def test_thresholding_latents_is_refused(tiny_vae, tmp_path, run_here):
 
 def test_a_vae_of_other_latents_is_refused(gaussian_run, tiny_vae, run_here):
     assert_one_line(run_here(sample, "--ckpt", gaussian_run, "--vae", tiny_vae), "--vae", "latents of shape (4, 1, 1)")
-
-
-def test_bf16_draws_nearly_the_same(gaussian_run):
-    exact = draw(gaussian_run, [1, 2])
-    rounded = draw(gaussian_run, [1, 2], precision="bf16")
-    assert not torch.equal(exact, rounded)
-    assert (exact.float() - rounded.float()).abs().mean() < 4
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_input_scale_is_undone_before_decoding(scale):
-    class Knows(torch.nn.Module):
-        """Predicts the x_0 of one picture, at the scale of the process."""
-        in_channels, input_size, num_classes = 1, (2, 3), 1
-
-        def __init__(self):
-            super().__init__()
-            self.picture = torch.nn.Parameter(torch.linspace(-0.9, 0.9, 6).view(1, 1, 2, 3))
-
-        def forward(self, x, t, y):
-            return scale * self.picture.expand(len(x), -1, -1, -1)
-
-    model = Knows()
-    process = create_diffusion("10", objective="x0", learn_sigma=False, input_scale=scale)
-    sampling = Sampling(process, "10", "ddim", cfg_scale=1.0, cfg_channels=1)
-    images = generate(model, Pixels(), [0, 0], range(2), 0, sampling)
-    assert torch.equal(images, to_uint8(model.picture.detach()).expand(2, -1, -1, -1))

@@ -239,7 +239,7 @@ def test_dpmpp_extrapolates():
 
 @pytest.mark.parametrize(("name", "eta", "words"), [
     ("ddpm", 0.0, r"Gaussian process; for a flow checkpoint use ddim, dpm\+\+, euler, heun"), ("plms", 0.0, "allowed: ddpm"),
-    ("euler", 0.5, "--eta"), ("ddim", 1.5, "0..1"), ("ddim", float("nan"), "0..1"),
+    ("euler", 0.5, "`eta`"), ("ddim", 1.5, "0..1"), ("ddim", float("nan"), "0..1"),
 ])
 def test_samplers_that_cannot_serve_say_so(name, eta, words):
     with pytest.raises(ValueError, match=words):

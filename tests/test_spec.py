@@ -9,7 +9,7 @@ import torch
 
 from diffusion import create_diffusion
 from models import DiT, DiT_models
-from pipeline.spec import ModelSpec, SamplingSettings, Spec, presets_of_ff27331, setting
+from pipeline.spec import BareWeights, ModelSpec, SamplingSettings, Spec, presets_of_ff27331, setting
 from runtime import UserError
 from runtime.cli import ArgumentParser
 from small_models import NETWORKS
@@ -148,3 +148,13 @@ def test_an_entry_of_a_registry_may_be_any_callable(monkeypatch, entry):
 def test_a_class_that_is_not_registered_is_named():
     with pytest.raises(UserError, match="a network of class Mine"):
         ModelSpec.from_dict({"name": "mine", "class": "Mine", "args": {}})
+
+
+# --- bare weights ----------------------------------------------------------------------------------
+
+
+def test_1000_classes_get_imagenets_names():
+    spec = BareWeights(vae="ema", cfg_scale=1.5).spec({})
+    assert spec.classes[207] == "golden retriever"
+    assert (spec.model.name, spec.model.class_name) == ("DiT-XL/2", "DiT")
+    assert (spec.model.args["input_size"], spec.model.args["num_classes"], spec.model.args["depth"]) == (32, 1000, 28)

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 ORDER = """
 runtime/__init__ runtime/files runtime/randomness runtime/pictures runtime/processes runtime/cli runtime/log
-diffusion/schedules diffusion/samplers diffusion/gaussian_diffusion diffusion/flow diffusion/guidance
+diffusion/process diffusion/schedules diffusion/samplers diffusion/gaussian_diffusion diffusion/flow diffusion/guidance
 diffusion/reuse diffusion/__init__
 models small_models
 pipeline/__init__ pipeline/spec pipeline/checkpoint pipeline/autoencoders pipeline/generation

@@ -1,15 +1,12 @@
 import json
-import sys
 from functools import partial
 
 import pytest
+import throughput
 import torch
-from conftest import ROOT, assert_one_line
+from conftest import assert_one_line
 
 from models import DiT, DiT_models
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import throughput
 
 NAMES = ["DiT-S/2", "DiNext-S/2", "diffusers/DiT-S/2"]
 FLAGS = ["--image-size", 32, "--batch-size", 2, "--repeats", 2, "--device", "cpu"]

@@ -39,7 +39,7 @@ def describe(model: str, model_args: dict[str, Any], diffusion_args: dict[str, A
         return describe_autoencoder(model, model_args, diffusion_args, data, autoencoder), 0.0
     given = {"label_drop": 0.1, "sampling": {}} | diffusion_args
     label_drop, sampling = given.pop("label_drop"), given.pop("sampling")
-    with prefix_errors("`diffusion_args`", *WRONG_VALUE):
+    with prefix_errors("`diffusion_args`:", *WRONG_VALUE):
         if not isinstance(label_drop, int | float) or not 0 <= label_drop <= 1:
             raise UserError(f"label_drop {label_drop} is not a share, 0..1")
         diffusion = check_arguments(create_diffusion, given, {"timestep_respacing"}, ("label_drop", "sampling"))
@@ -53,10 +53,10 @@ def describe(model: str, model_args: dict[str, Any], diffusion_args: dict[str, A
     elif process.learn_sigma:
         raise UserError(f"`diffusion_args`: learn_sigma is true, but `model` {model} has no such argument, and so no channels "
                         "for a learned variance; set learn_sigma to false")
-    with prefix_errors("`diffusion_args`: sampling", *WRONG_VALUE):
+    with prefix_errors("`diffusion_args`: sampling:", *WRONG_VALUE):
         settings = SamplingSettings.recommend(process, label_drop, sampling)
     spec = spec_of(model, model_args, from_data, diffusion, data, autoencoder, settings)
-    with prefix_errors("`diffusion_args`: sampling", *WRONG_VALUE):
+    with prefix_errors("`diffusion_args`: sampling:", *WRONG_VALUE):
         check_thresholding(Sampling.of(spec).settings, autoencoder)
     return spec, label_drop
 
@@ -76,11 +76,11 @@ def describe_autoencoder(model: str, model_args: dict[str, Any], diffusion_args:
 def spec_of(model: str, model_args: dict[str, Any], from_data: dict[str, Any], diffusion: dict[str, Any], data: TrainingData,
             autoencoder: nn.Module, sampling: SamplingSettings | None) -> Spec:
     """The Spec, after its network was built once without memory."""
-    with prefix_errors("`model_args`"):
+    with prefix_errors("`model_args`:"):
         chosen = check_arguments(constructor_of(model)[0], model_args, set(from_data))
     spec = Spec(ModelSpec.of_preset(model, from_data | chosen), diffusion, image_size=tuple(data.image_size),
                 channels=data.channels, classes=list(data.classes), sampling=sampling, **autoencoder.spec)
-    with torch.device("meta"), prefix_errors("`image_size`, `model_args`", *WRONG_VALUE):
+    with torch.device("meta"), prefix_errors("`image_size`, `model_args`:", *WRONG_VALUE):
         network = spec.model.build()
     if sampling:
         check(network, Network, "training needs")

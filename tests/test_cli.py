@@ -1,8 +1,6 @@
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 
 import evaluate
 import extract_features
@@ -13,9 +11,6 @@ from diffusion import create_diffusion
 from models import DiNextU
 from runtime import cli
 from runtime.files import check_writable
-from runtime.log import Log
-from runtime.processes import World, fresh_store, start_world
-from runtime.randomness import generator
 
 
 def parser():
@@ -87,52 +82,15 @@ def test_print_config_has_every_flag_below_its_help(script, capsys):
 
 def test_dictionaries_are_checked_against_a_signature():
     check = cli.check_arguments
-    assert check(create_diffusion, {"objective": "flow"}, "--diffusion-args") == {"objective": "flow"}
-    assert check(DiNextU, {"depths": [1, 1, 2, 1, 1], "hidden_size": "8"}, "--model-args") == {
+    assert check(create_diffusion, {"objective": "flow"}) == {"objective": "flow"}
+    assert check(DiNextU, {"depths": [1, 1, 2, 1, 1], "hidden_size": "8"}) == {
         "depths": (1, 1, 2, 1, 1), "hidden_size": 8}
-    with pytest.raises(ValueError, match="--diffusion-args: unknown key 'objectiv'; allowed: timestep_respacing"):
-        check(create_diffusion, {"objectiv": "flow"}, "--diffusion-args")
-    with pytest.raises(ValueError, match=r"--diffusion-args: use_kl: Expected a bool\. Got value: perhaps"):
-        check(create_diffusion, {"use_kl": "perhaps"}, "--diffusion-args")
+    with pytest.raises(ValueError, match="unknown key 'objectiv'; allowed: timestep_respacing"):
+        check(create_diffusion, {"objectiv": "flow"})
+    with pytest.raises(ValueError, match=r"use_kl: Expected a bool\. Got value: perhaps"):
+        check(create_diffusion, {"use_kl": "perhaps"})
     with pytest.raises(ValueError, match="unknown key 'in_channels'"):
-        check(DiNextU, {"in_channels": 3}, "--model-args", {"in_channels"})
-
-
-def test_randomness_is_a_function_of_its_address():
-    def draw(*address):
-        return torch.randn(4, generator=generator(*address)).tolist()
-
-    assert draw("noise", 0, 17) == draw("noise", 0, 17)
-    others = [draw("noise", 0, 17), draw("noise", 0, 18), draw("noise", 1, 17), draw("other", 0, 17), draw("noise", 0, 1, 7)]
-    assert len({tuple(values) for values in others}) == 5
-
-
-def test_a_world_of_one_needs_no_torchrun(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    world = start_world("cpu")
-    assert (world.rank, world.size, world.is_main) == (0, 1, True)
-    assert world.mean(torch.tensor(3.0)) == 3
-    calls = []
-    assert world.on_main(lambda: {"a": 1}) == {"a": 1}
-    assert world.main_first(lambda: calls.append(1) or 7) == 7
-    assert calls == [1]
-    with pytest.raises(FileNotFoundError, match="mine"):
-        world.on_main(lambda: open("mine"))
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="--device cuda: this machine has none; available: cpu"):
-            start_world("cuda")
-
-
-@pytest.mark.parametrize("size", [1, 3])
-def test_processes_of_one_start_share_a_part_of_the_store_that_dead_ones_do_not_know(size):
-    store = torch.distributed.HashStore()
-    store.set("asks/1", "a dead process")
-    for _ in range(2):  # a start, and a restart with the first one's answers still there
-        with ThreadPoolExecutor(size) as pool:
-            parts = list(pool.map(lambda rank: fresh_store(store, rank, size), range(size)))
-        assert not parts[0].check(["address"])
-        parts[0].set("address", "here")
-        assert [part.get("address") for part in parts] == [b"here"] * size
+        check(DiNextU, {"in_channels": 3}, {"in_channels"})
 
 
 def test_a_library_s_value_error_keeps_its_traceback(monkeypatch, capsys):
@@ -142,23 +100,3 @@ def test_a_library_s_value_error_keeps_its_traceback(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.run(lambda args: check_writable("/proc/nowhere"), parser())
     assert "cannot write to the folder /proc/nowhere" in capsys.readouterr().err
-
-
-def test_the_log_forgets_what_an_interrupted_run_will_do_again(tmp_path):
-    world = World(0, 1, torch.device("cpu"))
-    log = Log(tmp_path, world, 0, "none", {})
-    for step in (1, 2, 3):
-        log.record(step, loss=step / 10)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "los')  # killed in the middle of a line
-    Log(tmp_path, world, 2, "none", {}).record(3, loss=0.5)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.1), (2, 0.2), (3, 0.5)]
-
-
-def test_other_processes_log_nothing(tmp_path):
-    log = Log(tmp_path, World(1, 2, torch.device("cpu")), 0, "none", {})
-    log.say("x")
-    log.record(1, loss=1)
-    log.close()
-    assert list(tmp_path.iterdir()) == []

@@ -4,13 +4,16 @@ import struct
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import assert_one_line
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from runtime.pictures import center_crop
+import train
+from pipeline.autoencoders import load_autoencoder
 from training.datasets import Rows, load_dataset
-from training.order import Batches, GlobalOrder, MicroBatches
+from training.objective import Draws, Objective
+
+# --- images --------------------------------------------------------------------------------------
 
 
 def test_digits_are_sklearns_with_its_split():
@@ -55,61 +58,55 @@ def test_a_folder_of_photographs_becomes_rgb_of_one_size_with_english_names(phot
     assert load_dataset(str(photographs / "train"), 32, split="val").paths[0].startswith(str(photographs / "val"))
 
 
-def test_the_crop_is_the_middle_of_the_shorter_side_resized():
-    ramp = np.broadcast_to(np.linspace(0, 255, 400).astype(np.uint8), (100, 400))
-    cropped = center_crop(Image.fromarray(ramp.copy()), 25).astype(float)  # columns 150..250, by two halvings
-    assert cropped.shape == (25, 25)
-    expected = ramp[0, 150:250].reshape(25, 4).mean(axis=1)
-    assert np.abs(cropped - expected).max() < 1.5
-    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    assert np.array_equal(center_crop(Image.fromarray(image), 32), image)
+# --- features made by others ---------------------------------------------------------------------
 
 
-# --- order ---------------------------------------------------------------------------------------
+@pytest.fixture
+def fast_dit(tmp_path):
+    """As fast-DiT's extract_features.py leaves them; written out of order."""
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((12, 1, 4, 32, 32)).astype(np.float32)
+    for name in ("imagenet256_features", "imagenet256_labels"):
+        (tmp_path / "fast" / name).mkdir(parents=True)
+    for i in (3, 11, 0, 7, 1, 2, 4, 5, 6, 8, 9, 10):
+        np.save(tmp_path / "fast" / "imagenet256_features" / f"{i}.npy", latents[i])
+        np.save(tmp_path / "fast" / "imagenet256_labels" / f"{i}.npy", np.array([i * 90]))
+    return tmp_path / "fast", latents
 
 
-def test_every_epoch_is_another_permutation_across_batches():
-    order = GlobalOrder(length=10, batch_size=4, seed=0)
-    stream = np.concatenate([order.batch(step).indices for step in range(5)])
-    first, second = stream[:10].tolist(), stream[10:].tolist()
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert first != second
-    assert GlobalOrder(10, 4, seed=1).batch(0).indices.tolist() != order.batch(0).indices.tolist()
+def test_fast_dit_features_are_read_with_their_labels_and_never_scaled_again(fast_dit, tiny_vae):
+    folder, latents = fast_dit
+    data = load_dataset(str(folder))
+    x, y = data.__getitems__(Rows.plain(range(12)))
+    order = (y // 90).tolist()
+    assert sorted(order) == list(range(12))
+    assert np.array_equal(x.numpy(), latents[order, 0])
+    assert (data.classes[207], data.image_size, data.kind) == ("golden retriever", (256, 256), "latents")
+    objective = Objective(Capture(), load_autoencoder(str(tiny_vae)), data, 0.0, "fp32")
+    draws = Draws(*(torch.zeros(12, *shape) for shape in ((4, 32, 32), (4, 32, 32), (), ())))
+    objective.losses(None, x, y, draws)
+    assert torch.equal(objective.process.x, x)
 
 
-def test_a_batch_larger_than_the_data_repeats_them_equally():
-    assert np.bincount(GlobalOrder(length=3, batch_size=9, seed=0).batch(2).indices).tolist() == [3, 3, 3]
+class Capture:
+    def training_losses(self, model, x, t, model_kwargs, noise):
+        self.x = x
+        return {"loss": t}
 
 
-def test_order_is_addressed_not_carried():
-    fresh, used = GlobalOrder(10, 4, 0), GlobalOrder(10, 4, 0)
-    for step in range(30):
-        used.batch(step)
-    assert fresh.batch(7).indices.tolist() == used.batch(7).indices.tolist() == used.batch(7).indices.tolist()
-
-
-@pytest.mark.parametrize(("world_size", "grad_accum"), [(1, 1), (2, 1), (1, 3), (2, 3)])
-def test_processes_and_micro_batches_share_a_batch_out(world_size, grad_accum):
-    rows = [row for rank in range(world_size) for row in GlobalOrder(50, 12, 0, rank, world_size, grad_accum).rows]
-    taken = sorted(index for row in rows for index in range(12)[row])
-    assert taken == list(range(12))
-
-
-def test_an_indivisible_batch_is_refused():
-    with pytest.raises(ValueError, match=r"--global-batch-size 12 is not divisible by 5 processes \* --grad-accum 1"):
-        GlobalOrder(50, 12, 0, 0, 5, 1)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_come_in_order_from_any_step(num_workers):
-    dataset, order = load_dataset("digits"), GlobalOrder(1347, 6, 0, 1, 2, 1)
-    batches = list(Batches(dataset, order, range(3, 6), num_workers, torch.device("cpu")))
-    assert len(batches) == 3
-    for step, (images, labels) in zip(range(3, 6), batches):
-        indices = order.batch(step).indices[3:]
-        assert torch.equal(images, dataset.images[indices])
-        assert torch.equal(labels, dataset.labels[indices])
-    assert len(MicroBatches(order, range(3, 6))) == 3
+def test_fast_dit_features_train_and_wrong_ones_are_refused(fast_dit, tiny_vae, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    folder, _ = fast_dit
+    tiny = ["--data-path", folder, "--model", "DiT-S/8", "--model-args", '{"hidden_size": 16, "depth": 1, "num_heads": 2}',
+            "--global-batch-size", 4, "--max-steps", 2, "--num-workers", 0, "--device", "cpu", "--vae", tiny_vae,
+            "--diffusion-args", '{"sampling": {"num_sampling_steps": "1"}}']
+    assert run_here(train, *tiny).returncode == 0
+    assert_one_line(run_here(train, *tiny, "--image-size", 512), "--image-size 512", "256")
+    assert "train.py: error: --num-classes 20:" in run_here(train, *tiny, "--num-classes", 20).stderr
+    vae = load_autoencoder(str(tiny_vae)).vae
+    vae.register_to_config(scaling_factor=0.13025)  # SDXL's
+    vae.save_pretrained("sdxl")
+    assert_one_line(run_here(train, *tiny, "--vae", "sdxl"), "scaling_factor", "0.13025")
 
 
 # --- wrong input ---------------------------------------------------------------------------------
@@ -137,5 +134,5 @@ def test_an_unreadable_picture_is_named(tmp_path):
 
 
 def test_validation_without_a_held_out_folder_is_refused(photographs):
-    with pytest.raises(FileNotFoundError, match="--val-every"):
+    with pytest.raises(FileNotFoundError, match="no held-out images: `data_path`"):
         load_dataset(str(photographs / "val"), 32, split="val")

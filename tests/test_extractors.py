@@ -1,0 +1,126 @@
+import itertools
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_images
+
+from evaluation import extractors
+from evaluation.extractors import INCEPTION, Classifier, Inception, inception_weights, pixel_features
+from evaluation.image_sets import STATISTICS
+from runtime.files import sha256
+
+# --- Inception -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def inception(inception_file):
+    return Inception(inception_file, torch.device("cpu"))
+
+
+def test_pool_and_logits_are_torch_fidelitys_without_bias(inception, theirs):
+    images = torch.from_numpy(draw_images(3, 0, size=20))
+    found = inception(images)
+    pool, unbiased, biased = theirs(images.permute(0, 3, 1, 2).contiguous())
+    assert torch.allclose(found["pool"], pool, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(found["logits"], unbiased, rtol=1e-4, atol=1e-5)
+    assert (biased - unbiased).abs().max() > 0.05
+    assert {name: features.shape[1] for name, features in found.items()} == {
+        "logits": 1008} | {name: dimensions for name, (_, _, dimensions) in STATISTICS.items()}
+    assert found["pool"].std(dim=0).mean() > 1e-3
+
+
+def test_spatial_features_are_mixed_6ds_first_seven_channels_flattened_channels_last(inception):
+    """Seen from its input on: convolution, batch norm with eps 0.001, ReLU; then by explicit indices."""
+    seen = {}
+    inception.network.Mixed_6c.register_forward_hook(lambda module, inputs, output: seen.update(x=output.clone()))
+    found = inception(torch.from_numpy(draw_images(2, 0, size=12)))["spatial"]
+    layer = inception.network.Mixed_6d.branch1x1
+    planes = torch.einsum("oc,bchw->bohw", layer.conv.weight[:, :, 0, 0], seen["x"])
+    planes = ((planes - layer.bn.running_mean.view(-1, 1, 1)) / (layer.bn.running_var.view(-1, 1, 1) + 0.001).sqrt()
+              * layer.bn.weight.view(-1, 1, 1) + layer.bn.bias.view(-1, 1, 1)).clamp(min=0)
+    assert found.shape == (2, 2023)
+    assert 0.2 < (found > 0).float().mean() < 0.95
+    for b, y, x, c in [(0, 0, 0, 0), (0, 0, 0, 6), (1, 0, 3, 2), (1, 16, 16, 6), (0, 9, 4, 5), (1, 3, 12, 1)]:
+        assert found[b, (y * 17 + x) * 7 + c] == pytest.approx(planes[b, c, y, x].item(), rel=1e-3, abs=1e-4)
+
+
+def test_planted_values_come_out_in_order(inception):
+    planted = torch.arange(17 * 17 * 192.0).view(17, 17, 192).permute(2, 0, 1)[None]
+
+    class Planted(torch.nn.Module):
+        def forward(self, x):
+            return planted.expand(len(x), -1, -1, -1)
+
+    network = inception.network
+    network.Mixed_6d.branch1x1 = Planted()
+    network.Mixed_6d.branch1x1.register_forward_hook(inception._see)
+    found = inception(torch.zeros(1, 8, 8, 3, dtype=torch.uint8))["spatial"][0]
+    assert found[:9].tolist() == [0, 1, 2, 3, 4, 5, 6, 192, 193]
+    assert found[17 * 7].item() == 17 * 192
+
+
+@pytest.mark.parametrize("size", [(32, 20), (310, 299)])
+def test_the_network_sees_tensorflow_1s_resize(inception, size):
+    """Bilinear, from pixel y * H / 299 without half a pixel's shift, no antialiasing: by a double loop."""
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8))
+    seen = {}
+    inception.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, inputs: seen.update(x=inputs[0].clone()))
+    inception(images)
+    assert seen["x"].shape == (1, 3, 299, 299)
+    pixels = images[0].double()
+    for i in range(0, 299, 7):
+        for j in range(0, 299, 5):
+            y, x = i * size[0] / 299, j * size[1] / 299
+            top, left = int(y), int(x)
+            bottom, right = min(top + 1, size[0] - 1), min(left + 1, size[1] - 1)
+            upper = pixels[top, left] + (pixels[top, right] - pixels[top, left]) * (x - left)
+            lower = pixels[bottom, left] + (pixels[bottom, right] - pixels[bottom, left]) * (x - left)
+            expected = (upper + (lower - upper) * (y - top) - 128) / 128
+            assert torch.allclose(seen["x"][0, :, i, j].double(), expected, atol=1e-4)
+
+
+def test_weights_are_found_in_the_cache_or_downloaded_to_it_once(tmp_path, monkeypatch, capsys):
+    (tmp_path / "server.pth").write_bytes(b"weights")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(extractors, "INCEPTION_URL", f"file://{tmp_path}/server.pth")
+    with pytest.raises(OSError, match="incomplete"):
+        inception_weights(None)
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256", sha256(tmp_path / "server.pth"))
+    path = inception_weights(None)
+    assert path == tmp_path / "checkpoints" / INCEPTION
+    (tmp_path / "server.pth").unlink()
+    assert inception_weights(None) == path
+    assert capsys.readouterr().out.count("Downloading") == 2
+
+
+def test_without_torch_fidelity_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(ValueError, match=r"pip install '\.\[eval\]'"):
+        Inception(None, torch.device("cpu"))
+
+
+# --- without Inception ---------------------------------------------------------------------------
+
+
+def test_pixel_features_are_means_of_blocks():
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 64, 96), dtype=np.uint8))
+    features = pixel_features(images)
+    values = images / 127.5 - 1
+    assert features.shape == (2, 3, 32, 32)
+    for y, x in itertools.product((0, 7, 31), repeat=2):
+        block = values[..., 2 * y : 2 * y + 2, 3 * x : 3 * x + 3]
+        assert torch.allclose(features[..., y, x], block.mean(dim=(2, 3)), atol=1e-6)
+    assert torch.equal(pixel_features(images[..., :20, :30]), values[..., :20, :30])
+    assert pixel_features(torch.tensor([[[[0, 255]]]], dtype=torch.uint8)).tolist() == [[[[-1, 1]]]]
+
+
+def test_the_classifiers_features_are_what_its_last_layer_reads():
+    torch.manual_seed(0)
+    classifier = Classifier(num_classes=5, width=8).eval()
+    x = torch.randn(2, 3, 8, 12)
+    features = classifier.features(x)
+    assert features.shape == (2, 32)
+    assert torch.equal(classifier.head(features), classifier(x))
+    assert not torch.equal(features[0], features[1])

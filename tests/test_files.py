@@ -1,0 +1,36 @@
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from runtime.files import lock_folder, write_text
+
+
+def test_a_locked_folder_is_refused_to_a_second_process_until_the_first_one_ends(tmp_path):
+    code = f"""
+import sys, time; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from runtime.files import lock_folder
+lock_folder(Path({str(tmp_path)!r}), "", ""); print("locked", flush=True); time.sleep(60)"""
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=r"another process is at work in .*; wait for it"):
+            lock_folder(tmp_path, "", "wait for it")
+    finally:
+        holder.kill()
+        holder.communicate()
+    lock_folder(tmp_path, "", "wait for it")
+
+
+def test_a_file_is_written_whole_or_the_old_one_stays(tmp_path, monkeypatch):
+    write_text(tmp_path / "x.txt", "old")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            write_text(tmp_path / "x.txt", "new")
+    assert (tmp_path / "x.txt").read_text() == "old"
+    write_text(tmp_path / "x.txt", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+    assert (tmp_path / "x.txt").read_text() == "new"

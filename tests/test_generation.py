@@ -1,0 +1,88 @@
+import pytest
+import torch
+from conftest import assert_same_images
+
+from diffusion import create_diffusion
+from pipeline import checkpoint, generation
+from pipeline.autoencoders import Pixels
+from pipeline.generation import Sampling, addressed_noise, generate
+from pipeline.spec import SamplingSettings
+from runtime.pictures import to_uint8
+
+
+def draw(path, indices, labels=None, reuse=None, eta=0.0, precision="fp32", on_step=lambda step: None, **overrides):
+    restored = checkpoint.restore(path)
+    given = overrides | dict(eta=eta, precision=precision) | (reuse or {})
+    sampling = Sampling.of(restored.spec, given, restored.model)
+    return generate(restored.model, Pixels(), labels or [i % 5 for i in indices], indices, 0, sampling, on_step)
+
+
+@pytest.mark.parametrize("overrides", [dict(), dict(sampler="ddim", eta=1.0), dict(sampler="heun", cfg_scale=1.0)])
+def test_image_17_is_image_17_whatever_the_batch(gaussian_run, overrides):
+    together = draw(gaussian_run, range(15, 20), **overrides)
+    alone = draw(gaussian_run, [17], **overrides)
+    assert_same_images(together[2:3], alone)
+    assert together.shape == (5, 8, 8, 3)
+    assert together.dtype == torch.uint8
+    assert (together[2].int() - together[3].int()).abs().max() > 20
+
+
+def test_seed_label_and_guidance_change_an_image(gaussian_run):
+    base = draw(gaussian_run, [3])
+    for other in (draw(gaussian_run, [4], labels=[3]), draw(gaussian_run, [3], labels=[1]),
+                  draw(gaussian_run, [3], cfg_scale=1.0), draw(gaussian_run, [3], cfg_channels=1)):
+        assert not torch.equal(base, other)
+
+
+def test_later_noise_differs_from_step_to_step(gaussian_run):
+    model = checkpoint.restore(gaussian_run).model
+    draws = [addressed_noise(model, 0, [5], *step) for step in ((), (0,), (1,))]
+    assert len({draw.sum().item() for draw in draws}) == 3
+    assert torch.equal(draws[1], addressed_noise(model, 0, [4, 5], 0)[1:])
+
+
+def test_generate_is_the_sampler_the_guidance_and_the_decoder(gaussian_run):
+    """Against DiT's own way: forward_with_cfg on a doubled batch in p_sample_loop, all three channels guided."""
+    model, indices = checkpoint.restore(gaussian_run).model, [0, 1]
+    x = addressed_noise(model, 0, indices)
+    y = torch.tensor([3, 4, 5, 5])
+    noises = [addressed_noise(model, 0, indices, step) for step in range(4)]
+    out = create_diffusion("4").p_sample_loop(
+        model.forward_with_cfg, (4, 3, 8, 8), torch.cat([x, x]), model_kwargs=dict(y=y, cfg_scale=2.0),
+        noise_source=lambda step: torch.cat([noises[step]] * 2))
+    expected = to_uint8(out.chunk(2)[0])
+    assert_same_images(draw(gaussian_run, indices, labels=[3, 4]), expected)
+
+
+def test_thresholding_replaces_clipping(gaussian_run, monkeypatch):
+    plain, thresholded = (draw(gaussian_run, [1, 2], sampler="ddim", dynamic_thresholding=on) for on in (False, True))
+    assert not torch.equal(plain, thresholded)
+    monkeypatch.setattr(generation, "dynamic_threshold", lambda x_0: x_0.clamp(-1, 1))
+    assert torch.equal(plain, draw(gaussian_run, [1, 2], sampler="ddim", dynamic_thresholding=True))
+
+
+def test_bf16_draws_nearly_the_same(gaussian_run):
+    exact = draw(gaussian_run, [1, 2])
+    rounded = draw(gaussian_run, [1, 2], precision="bf16")
+    assert not torch.equal(exact, rounded)
+    assert (exact.float() - rounded.float()).abs().mean() < 4
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_input_scale_is_undone_before_decoding(scale):
+    class Knows(torch.nn.Module):
+        """Predicts the x_0 of one picture, at the scale of the process."""
+        in_channels, input_size, num_classes = 1, (2, 3), 1
+
+        def __init__(self):
+            super().__init__()
+            self.picture = torch.nn.Parameter(torch.linspace(-0.9, 0.9, 6).view(1, 1, 2, 3))
+
+        def forward(self, x, t, y):
+            return scale * self.picture.expand(len(x), -1, -1, -1)
+
+    model = Knows()
+    process = create_diffusion("10", objective="x0", learn_sigma=False, input_scale=scale)
+    sampling = Sampling(SamplingSettings(sampler="ddim", cfg_channels=1), process)
+    images = generate(model, Pixels(), [0, 0], range(2), 0, sampling)
+    assert torch.equal(images, to_uint8(model.picture.detach()).expand(2, -1, -1, -1))

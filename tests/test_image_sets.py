@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+from conftest import all_features, draw_images, value
+from PIL import Image
+
+import evaluate
+from evaluation import image_sets
+from evaluation.image_sets import open_images
+from training.datasets import load_dataset
+
+
+def test_an_npz_a_compressed_one_and_folders_hold_the_same_images(tmp_path):
+    images = draw_images(11, 0)
+    np.savez(tmp_path / "a.npz", arr_0=images, arr_1=np.arange(11, dtype=np.int32))
+    np.savez_compressed(tmp_path / "b.npz", arr_0=images)
+    for i, image in enumerate(images):
+        path = tmp_path / "folder" / f"class {i // 6}" / f"{i:02d}.PNG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    (tmp_path / "folder" / "notes.txt").write_text("no image")
+    sets = [open_images(str(tmp_path / name), "REF") for name in ("a.npz", "b.npz", "folder")]
+    for one in sets:
+        assert (len(one), one.size) == (11, (8, 8))
+        batches = [np.array(rows) for rows in ([0, 1, 5], [10], [3, 2])]
+        for rows, found in zip(batches, one.read(batches)):
+            assert np.array_equal(found, images[rows])
+    assert sets[0].labels.tolist() == list(range(11))
+    assert sets[1].labels is sets[2].labels is None
+
+
+def test_a_named_set_is_its_held_out_part_in_colour_and_of_the_size_asked_for():
+    digits = open_images("digits", "REF")
+    own = load_dataset("digits", split="val")
+    assert (len(digits), digits.size) == (450, (8, 8))
+    (found,) = digits.read([np.array([4, 2])])
+    assert np.array_equal(found[..., 1], own.images[[4, 2], 0].numpy())
+    assert digits.labels.tolist() == own.labels.tolist()
+    assert len(open_images("digits", "REF", split="train")) == 1347
+    assert open_images("digits", "REF", size=(16, 16)).size == (16, 16)
+
+
+def test_saved_statistics_give_the_same_figures_and_hold_images_evenly_spaced(sets, figures, run_here, monkeypatch):
+    monkeypatch.setattr(image_sets, "REFERENCE_IMAGES", 50)
+    result = run_here(evaluate, "ref.npz", "--save-stats", "stats.npz", "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    with np.load("stats.npz") as stats:
+        pool = all_features(sets[0])["pool"]
+        assert stats["mu"] == pytest.approx(pool.mean(axis=0), rel=1e-6, abs=1e-7)
+        assert stats["sigma"] == pytest.approx(np.cov(pool, rowvar=False), rel=1e-5, abs=1e-7)
+        assert stats["sigma"].dtype == np.float64
+        assert {key: stats[key].shape for key in stats} == {
+            "arr_0": (50, 8, 8, 3), "mu": (20,), "sigma": (20, 20), "mu_s": (15,), "sigma_s": (15, 15), "n": ()}
+        assert np.array_equal(stats["arr_0"], sets[0][::3])
+    plain, from_stats = figures("ref.npz", "samples.npz"), figures("stats.npz", "samples.npz")
+    for name in ("FID-70", "sFID-70", "Inception Score"):
+        assert value(from_stats, name) == pytest.approx(value(plain, name), rel=1e-9)
+    np.savez("third.npz", arr_0=sets[0][::3])
+    assert value(from_stats, "Precision") == value(figures("third.npz", "samples.npz"), "Precision")
+    assert "REF stats.npz: N = 50 of 8x8 (height x width), statistics of 150 images" in from_stats[1]["said"]
+    assert from_stats[0]["Precision"]["remark"].startswith("of 50 real images and 70 samples")
+    turned = figures("samples.npz", "stats.npz")[0]
+    assert turned["FID-150"]["value"] == pytest.approx(value(plain, "FID-70"), rel=1e-9)
+    assert turned["Inception Score"]["remark"] == "of 50 images"

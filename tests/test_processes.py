@@ -1,0 +1,34 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from runtime.processes import fresh_store, start_world
+
+
+def test_a_world_of_one_needs_no_torchrun(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    world = start_world("cpu")
+    assert (world.rank, world.size, world.is_main) == (0, 1, True)
+    assert world.mean(torch.tensor(3.0)) == 3
+    calls = []
+    assert world.on_main(lambda: {"a": 1}) == {"a": 1}
+    assert world.main_first(lambda: calls.append(1) or 7) == 7
+    assert calls == [1]
+    with pytest.raises(FileNotFoundError, match="mine"):
+        world.on_main(lambda: open("mine"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="`device` cuda: this machine has none; available: cpu"):
+            start_world("cuda")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_processes_of_one_start_share_a_part_of_the_store_that_dead_ones_do_not_know(size):
+    store = torch.distributed.HashStore()
+    store.set("asks/1", "a dead process")
+    for _ in range(2):  # a start, and a restart with the first one's answers still there
+        with ThreadPoolExecutor(size) as pool:
+            parts = list(pool.map(lambda rank: fresh_store(store, rank, size), range(size)))
+        assert not parts[0].check(["address"])
+        parts[0].set("address", "here")
+        assert [part.get("address") for part in parts] == [b"here"] * size

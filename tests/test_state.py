@@ -1,0 +1,21 @@
+import pytest
+import torch
+
+from training.state import OptimizerArgs, Training
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
+    args = OptimizerArgs(warmup_steps=4, schedule="cosine")
+    assert [args.factor(step, 10_000) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1], abs=1e-5)
+    assert args.factor(5_000, 10_000) == pytest.approx(0.5)
+    assert args.factor(10_000, 10_000) == pytest.approx(0)
+    assert OptimizerArgs().factor(123, 1000) == 1
+
+
+def test_the_ema_warms_up_to_its_decay():
+    training = Training.begin(torch.nn.Linear(1, 1, bias=False), None, 1.0, OptimizerArgs())
+    for training.step, decay in ((0, 0.1), (90, 0.91), (10**6, 0.95)):
+        torch.nn.init.constant_(training.model.weight, 3.0)
+        torch.nn.init.constant_(training.ema.weight, 1.0)
+        training.update_ema(0.95)
+        assert training.ema.weight.item() == pytest.approx(decay * 1 + (1 - decay) * 3, rel=1e-6)
