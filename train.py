@@ -3,8 +3,9 @@
     python train.py --config configs/digits.yaml
     torchrun --nproc_per_node=8 train.py --model DiT-XL/2 --data-path features/train
 
-Neither interruptions nor, but for rounding, the number of processes change a run: the order of the data and all random
-numbers of step k are functions of (seed, k), drawn for the global batch, of which each process takes its rows.
+The file reads in the order in which training happens: flags, `main`, what a run is made of, one step, what follows a step.
+The order of the data and all random numbers of step k are functions of (seed, k). They are drawn for the global batch, and each
+process takes its rows. So interruptions do not change a run, nor, up to rounding, does the number of processes.
 """
 
 import math
@@ -62,10 +63,37 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
+def main(args: Namespace) -> None:
+    world = start_world(args.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    check_tracker(args.tracker)
+    run = Trainer(args, world)
+    run.begin()
+    start = time.perf_counter()
+    try:
+        with tqdm(desc="training", initial=run.first, total=run.max_steps, disable=not world.is_main) as bar:
+            if run.first:
+                run.finish_step()  # an interruption may have left something undone
+            while not run.over:
+                run.step()
+                bar.update()
+                run.finish_step()
+    except Stopped as signal:
+        run.save()
+        ending = f"Stopped by {signal}; the same command with --run-name {run.folder.name} goes on"
+    else:
+        world.on_main(lambda: save_previews_gif(run.folder))
+        ending = f"Finished: {run.folder}"
+    run.log.say(f"{ending}. Step {run.state.step} of {run.max_steps}; {run.state.step - run.first} steps in "
+                f"{time.perf_counter() - start:.0f} s")
+    run.log.close()
+
+
 class Trainer:
     """What a run is made of, one step of it, and what is due after a step."""
 
     def __init__(self, args: Namespace, world: World):
+        """Data, autoencoder, objective, network and optimizer, from the flags; nothing is written yet."""
         self.args, self.world, self.optim = args, world, check_flags(args)
         self.flags = {name: value for name, value in args.as_dict().items() if name != "config"}  # as checkpoints hold them
         load = partial(load_dataset, args.data_path, args.image_size, args.data_root, num_classes=args.num_classes)
@@ -83,7 +111,7 @@ class Trainer:
             check_features(self.autoencoder, self.data, self.held_out)
         self.spec, label_drop = describe(args.model, args.model_args, args.diffusion_args, self.data, self.autoencoder)
         self.objective = Objective(process_of(self.spec), self.autoencoder, self.data, label_drop, args.precision)
-        torch.manual_seed(args.global_seed)  # nothing but the initialisation draws from it
+        torch.manual_seed(args.global_seed)  # only the initialisation draws from it
         model = self.spec.model.build().to(world.device).train()
         self.state = Training.begin(model, LossMeter().to(world.device), args.lr, self.optim)
 
@@ -103,17 +131,23 @@ class Trainer:
         self.stop, self.stopwatch = StopSignal(world), Stopwatch()
 
     def step(self) -> None:
-        """One optimizer step. Nothing waits for the device but a line of the log."""
+        """One optimizer step. The host waits for the device only where a line is logged."""
         args, state = self.args, self.state
         self.stopwatch.start()
+        # The learning rate is a function of the step alone, so that a continued run has the same one.
         lr = state.set_lr(args.lr * self.optim.factor(state.step, self.max_steps))
+        # Noise -> x_t -> model -> loss -> gradients, summed over micro-batches and averaged over processes.
         loss = self.accumulate_gradients()
         grad_norm = nn.utils.clip_grad_norm_(state.parameters, self.optim.clip_norm)
-        state.opt.found_inf = state.meter.update(self.world.mean(loss), grad_norm)  # 1 makes AdamW skip the step
+        # The fused AdamW reads `found_inf` on the device: where the loss or the gradient norm is not finite on any process,
+        # all of them skip the step, and the host need not wait to learn of it.
+        state.opt.found_inf = state.meter.update(self.world.mean(loss), grad_norm)
         state.opt.step()
         state.opt.zero_grad(set_to_none=True)
+        # The averaged weights are those that are sampled and validated.
         state.update_ema(args.ema_decay)
         state.step += 1
+        # Only a line of the log reads numbers from the device.
         losses = state.meter.read(self.optim.max_skipped) if self.due(args.log_every) else None
         self.stopwatch.stop()
         if losses:
@@ -192,32 +226,6 @@ def check_flags(args: Namespace) -> OptimizerArgs:
         cli.check_numbers(args, names.split(), allowed, fine)
     with cli.prefix_errors("--optimizer-args:"):
         return OptimizerArgs(**cli.check_arguments(OptimizerArgs, args.optimizer_args))
-
-
-def main(args: Namespace) -> None:
-    world = start_world(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    check_tracker(args.tracker)
-    run = Trainer(args, world)
-    run.begin()
-    start = time.perf_counter()
-    try:
-        with tqdm(desc="training", initial=run.first, total=run.max_steps, disable=not world.is_main) as bar:
-            if run.first:
-                run.finish_step()  # an interruption may have left something undone
-            while not run.over:
-                run.step()
-                bar.update()
-                run.finish_step()
-    except Stopped as signal:
-        run.save()
-        ending = f"Stopped by {signal}; the same command with --run-name {run.folder.name} goes on"
-    else:
-        world.on_main(lambda: save_previews_gif(run.folder))
-        ending = f"Finished: {run.folder}"
-    run.log.say(f"{ending}. Step {run.state.step} of {run.max_steps}; {run.state.step - run.first} steps in "
-                f"{time.perf_counter() - start:.0f} s")
-    run.log.close()
 
 
 if __name__ == "__main__":

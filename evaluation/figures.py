@@ -29,7 +29,8 @@ class Figure:
 def inception_figures(ref: ImageSet, samples: ImageSet, seen: Survey, drawn: Survey, pr_precision: str,
                       device: torch.device) -> list[Figure]:
     """ADM's five; a figure that a side's statistics do not allow has no value, and says why."""
-    theirs, own = ({name: one.gaussian() for name, one in side.moments.items() if name in STATISTICS} for side in (seen, drawn))
+    theirs, own = ({name: gaussian for name, gaussian in side.gaussians().items() if name in STATISTICS}
+                   for side in (seen, drawn))
     theirs, own = theirs | ref.statistics, own | samples.statistics
     few = samples.count is not None and samples.count < ENOUGH
     label, remark = (f"-{samples.count}", f"biased upwards, as N is below {ENOUGH:,}") if few else ("", "")
@@ -63,11 +64,11 @@ def stand_in_figures(seen: Survey, drawn: Survey, floor: tuple[Survey, Survey, s
     for name, title in STAND_INS.items():
         if name in extractors and floor:
             first, rest, count = floor
-            gaussians = {side: side.moments[name].gaussian() for side in (seen, drawn, first, rest)}
+            gaussians = {side: side.covariances[name].gaussian() for side in (seen, drawn, first, rest)}
             if name == "pixels":
                 shown = distinct(seen, drawn, len(gaussians[seen].mean))
                 gaussians = {side: gaussian.at(shown) for side, gaussian in gaussians.items()}
-            of = f"of {drawn.moments[name].count:,} samples and {seen.moments[name].count:,} real images"
+            of = f"of {drawn.covariances[name].count:,} samples and {seen.covariances[name].count:,} real images"
             fewer = "" if rest is seen else "; real images of fewer, and so higher (--training-images: of as many)"
             figures.append(Figure(title, frechet_distance(gaussians[seen], gaussians[drawn]),
                                   f"{of}{fewer}{f'; {remark}' if name == 'classifier' else ''}",

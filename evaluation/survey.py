@@ -22,7 +22,7 @@ class Survey:
     """What the extractors saw of a set: filled batch by batch, and merged over processes."""
 
     def __init__(self):
-        self.moments: dict[str, RunningCovariance] = {}  # by name of features
+        self.covariances: dict[str, RunningCovariance] = {}  # by name of features
         self.kept = defaultdict(list)  # by name, [(position, features of a batch)]
         self.inception_score = InceptionScore()
         self.correct = self.labelled = 0
@@ -40,18 +40,18 @@ class Survey:
                     self.correct += int((values.cpu().numpy() == labels).sum())
                     self.labelled += len(labels)
             else:
-                self.moments.setdefault(name, RunningCovariance(values.shape[1], values.device)).update(values)
+                self.covariances.setdefault(name, RunningCovariance(values.shape[1], values.device)).update(values)
                 if name in kept:
                     self.kept[name].append((positions[0], values.cpu()))
 
     def cpu(self) -> "Survey":
         """Itself, ready to travel."""
-        self.moments = {name: moments.cpu() for name, moments in self.moments.items()}
+        self.covariances = {name: covariance.cpu() for name, covariance in self.covariances.items()}
         return self
 
     def merge(self, other: "Survey") -> None:
-        for name, moments in other.moments.items():
-            self.moments.setdefault(name, RunningCovariance(len(moments.mean))).merge(moments)
+        for name, covariance in other.covariances.items():
+            self.covariances.setdefault(name, RunningCovariance(len(covariance.mean))).merge(covariance)
             self.kept[name] += other.kept[name]
         self.inception_score.merge(other.inception_score)
         self.correct, self.labelled = self.correct + other.correct, self.labelled + other.labelled
@@ -59,7 +59,7 @@ class Survey:
 
     def gaussians(self) -> dict[str, Gaussian]:
         """Fitted to each kind of features, by name."""
-        return {name: moments.gaussian() for name, moments in self.moments.items()}
+        return {name: covariance.gaussian() for name, covariance in self.covariances.items()}
 
     def features(self, name: str) -> Tensor:
         """(N, D), in the order of the images."""

@@ -1,0 +1,55 @@
+"""The protocols: what lacks something is told all that is missing, in one line."""
+
+import pytest
+import torch
+
+from diffusion import create_diffusion
+from diffusion.process import Network, Process, Seam, TrainingProcess, check, members, offers
+from diffusion.reuse import Reuse, plan
+from models import DiT_models
+from runtime import UserError
+from small_models import Small_models
+from training.objective import Reconstruction
+
+
+def test_ours_offer_what_is_asked_for():
+    for objective in ("epsilon", "flow"):
+        check(create_diffusion("", objective=objective), Process, "a process needs")
+    check(Reconstruction(), TrainingProcess, "an objective needs")
+    with torch.device("meta"):
+        for build in (DiT_models["DiT-S/2"], DiT_models["DiNext-S/2"], DiT_models["DiNext-U-S"], *Small_models.values()):
+            check(build(), Network, "sampling needs")
+            check(build(), Seam, "reuse needs")
+
+
+def test_a_protocol_s_members_are_those_written_down():
+    assert members(TrainingProcess) == ["validation_terms", "sample_times", "training_losses"]
+    assert members(Process) == [*members(TrainingProcess), "num_timesteps", "grid", "input_scale", "learn_sigma", "recommended",
+                                "alpha_sigma", "predict"]
+    assert members(Network) == ["in_channels", "input_size", "num_classes", "__call__"]
+    assert members(Seam) == ["blocks", "default_split", "condition", "encode", "decode"]
+
+
+def test_everything_that_is_missing_is_named_at_once():
+    class Half:
+        validation_terms, grid, num_timesteps, recommended = ("loss",), (1.0, 0.0), 1, {}
+
+        def training_losses(self, *args): ...
+
+    message = r"Half lacks sample_times, input_scale, learn_sigma, alpha_sigma, predict, which a process needs \(see Process in"
+    with pytest.raises(UserError, match=message):
+        check(Half(), Process, "a process needs")
+    assert not offers(Reconstruction(), Process)
+
+
+@pytest.mark.parametrize("state", [None, (), [torch.zeros(2)], torch.zeros(2), (torch.zeros(3),), (torch.zeros(2), None)])
+def test_what_encode_returns_is_checked_at_the_first_call(state):
+    class Wrong:
+        def condition(self, t, y): ...
+
+        def encode(self, x, c, split):
+            return state
+
+    reuse = Reuse(Wrong(), plan("encoder", (9.0, 5.0), (False, False), 4, 2, "every:2"), 2)
+    with pytest.raises(UserError, match=r"encode must return a tuple of tensors with the batch \(2\)"):
+        reuse(torch.zeros(2, 1, 1, 1), torch.zeros(2), torch.zeros(2))
