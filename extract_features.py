@@ -83,7 +83,7 @@ def describe_features(data: TrainingData, autoencoder: nn.Module, data_path: str
     if data.kind != "images":
         raise UserError(f"--data-path {data_path} holds features already")
     if isinstance(autoencoder, Pixels):
-        raise UserError("pixels need no features, train.py reads them as they are")
+        raise UserError("pixels has no features to write: train.py reads pixels as they are")
     return {
         "autoencoder": autoencoder.spec | autoencoder.identity(),
         "latent_shape": autoencoder.latent_shape(data.image_size, data.channels),

@@ -28,22 +28,22 @@ def create_diffusion(
     """Build a process. All but the last four arguments, and all defaults, are DiT's.
 
     Args:
-        timestep_respacing: which timesteps sampling visits: "" all, "250" evenly spread, "10,10,5" by section, "ddim50"
-            by a whole stride.
+        timestep_respacing: which timesteps sampling visits: "" all, "250" evenly spaced, "10,10,5" by section, "ddim50"
+            with an integer stride.
         noise_schedule: "linear", "squaredcos_cap_v2", or "gamma_linear", "gamma_cosine" or "gamma_sigmoid" (best sampled
-            with a whole stride, see schedules.gamma_betas).
-        use_kl: train on the variational bound alone.
-        sigma_small: where the variance is fixed: the posterior's, instead of beta's.
+            with an integer stride, see schedules.gamma_betas).
+        use_kl: train on the variational bound only.
+        sigma_small: a fixed variance is the posterior's instead of beta.
         predict_xstart: the same as objective="x0".
-        learn_sigma: the network's second half of channels is the variance. Means nothing to flow.
-        rescale_learned_sigmas: count the bound T/1000-fold beside the MSE.
+        learn_sigma: the network's second half of channels is the variance. Flow ignores it.
+        rescale_learned_sigmas: multiply the bound by T/1000 when it is added to the MSE.
         diffusion_steps: T of the process before respacing.
-        objective: what the network predicts: "epsilon", "x0", "v", or "flow": the velocity of the straight path, a
-            process without a schedule or variance, on which the other arguments have no bearing.
+        objective: what the network predicts: "epsilon", "x0", "v", or "flow", the velocity of the straight path. A flow
+            has no schedule and no variance, so arguments about these do not apply.
         time_sampling: of training timesteps: "uniform", or "logit-normal" (flow only).
         flow_loss: "velocity", or "velocity+epsilon+x0", the sum of the squared errors of all three (flow only).
-        input_scale: x_0 is that many times the data (Chen, arXiv:2301.10972, without its normalisation of x_t); below 1
-            there is less of it at every t. Not for flow.
+        input_scale: the factor by which the data is scaled to x_0 (Chen, arXiv:2301.10972, without its normalisation of
+            x_t). A factor below 1 means less signal at every t. Not for flow.
     """
     arguments = dict(locals())
     if objective not in OBJECTIVES:
@@ -57,7 +57,7 @@ def create_diffusion(
 
 
 def gaussian(timesteps: list[int], arguments: dict[str, Any]) -> GaussianDiffusion:
-    """The process of DDPM. `arguments` are those of create_diffusion."""
+    """DDPM's process. `arguments` are those of create_diffusion."""
     for name, default in (("time_sampling", "uniform"), ("flow_loss", "velocity")):
         if arguments[name] != default:
             raise UserError(f"{name} {arguments[name]!r} needs objective 'flow'")
@@ -74,13 +74,13 @@ def gaussian(timesteps: list[int], arguments: dict[str, Any]) -> GaussianDiffusi
 
 
 def flow(timesteps: list[int], arguments: dict[str, Any]) -> FlowMatching:
-    """The straight path. `arguments` are those of create_diffusion; those that mean nothing to it must be left alone."""
+    """The straight path. `arguments` are those of create_diffusion. Those that do not apply must keep their defaults."""
     defaults = dict(noise_schedule="linear", use_kl=False, sigma_small=False, rescale_learned_sigmas=False, input_scale=1)
     if given := [name for name, default in defaults.items() if arguments[name] != default]:
         raise UserError(f"{', '.join(given)}: without meaning for flow")
     return FlowMatching(len(timesteps), arguments["time_sampling"], arguments["flow_loss"])
 
 
-# objective -> (kept timesteps, arguments of create_diffusion) -> process; one's own goes in here (docs/extending.md)
+# objective -> (kept timesteps, arguments of create_diffusion) -> process; add your own here (docs/extending.md)
 OBJECTIVES: dict[str, Callable[[list[int], dict[str, Any]], Process]] = {
     "epsilon": gaussian, "x0": gaussian, "v": gaussian, "flow": flow}

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans, arXiv:2207.12598), around a model and its labels, and what tames it."""
+"""Classifier-free guidance (Ho & Salimans, arXiv:2207.12598), and two ways to limit it: interval and thresholding."""
 
 import itertools
 import math
@@ -14,17 +14,17 @@ from .schedules import MODEL_TIME
 
 def guide(model: Callable, y: Tensor, null_label: int, scale: float, channels: int,
           guided: Iterable[bool] | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """Bind labels and guidance to a model: the result is called as (x, t) -> prediction.
+    """Bind labels and guidance to a model. Returns a function (x, t) -> prediction.
 
     Args:
-        model: (x, t, y) -> (B, C or 2C, H, W); its batch is [conditional, unconditional] where there is guidance.
+        model: (x, t, y) -> (B, C or 2C, H, W); its batch is [conditional, unconditional] for a guided call.
         y: labels (B,).
-        null_label: the label that stands for "none".
-        scale: unconditional + scale * (conditional - unconditional); 1 is the conditional model, one evaluation of it.
-        channels: how many of the first channels are guided (DiT's published figures guide 3 of 4); the others, and a
-            learned variance, are the conditional model's.
-        guided: for each call to come, whether it is guided (`in_interval`); the unconditional half of one that is not is
-            not computed. All by default.
+        null_label: the label that means "no class".
+        scale: unconditional + scale * (conditional - unconditional). A scale of 1 evaluates only the conditional model.
+        channels: only the first `channels` are guided (DiT's published figures guide 3 of 4). The others, and a learned
+            variance, are the conditional model's.
+        guided: for each call, whether it is guided (see `in_interval`). A call that is not guided does not compute the
+            unconditional half. All by default.
     """
     check_scale(scale)
     calls = iter([] if scale == 1 else itertools.repeat(True) if guided is None else guided)
@@ -41,7 +41,7 @@ def guide(model: Callable, y: Tensor, null_label: int, scale: float, channels: i
 
 
 def in_interval(times: Iterable[float], scale: float, interval: tuple[float, float] | None) -> tuple[bool, ...]:
-    """For each t whether it is guided: LO <= t <= HI (Kynkäänniemi et al., arXiv:2404.07724). None is everywhere."""
+    """For each t, whether it is guided: LO <= t <= HI (Kynkäänniemi et al., arXiv:2404.07724). None means everywhere."""
     low, high = interval or (0, MODEL_TIME)
     return tuple(scale != 1 and low <= t <= high for t in times)
 
@@ -49,7 +49,7 @@ def in_interval(times: Iterable[float], scale: float, interval: tuple[float, flo
 def dynamic_threshold(x_start: Tensor, percentile: float = 0.99, maximum: float = 1.7) -> Tensor:
     """Bring predicted pixels (B, C, H, W) back to [-1, 1], as Imagen does (Saharia et al., arXiv:2205.11487, section 2.3).
 
-    A sample is clipped at that percentile of its |x_0|, kept within 1..maximum, and divided by it.
+    The limit is this percentile of a sample's |x_0|, clamped to 1..maximum. The sample is clipped to it and divided by it.
     """
     limit = torch.quantile(x_start.flatten(1).abs(), percentile, dim=1).clamp(1, maximum).view(-1, 1, 1, 1)
     return x_start.clamp(-limit, limit) / limit

@@ -1,7 +1,7 @@
-"""What a process and a network must offer. Training, sampling and a checkpoint's description rely on this and on no more.
+"""What a process and a network must offer. Training, sampling and a checkpoint's description use only these members.
 
-A process turns data x_0 (B, C, H, W) into noise, and says what a network learns of it. GaussianDiffusion and FlowMatching
-are processes; so is anything else with these members. `check` names what is missing, all of it, in one line.
+A process turns data x_0 (B, C, H, W) into noise, and defines what a network learns. GaussianDiffusion and FlowMatching are
+processes; so is any other class with these members. `check` names all missing members in one line.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class TrainingProcess(Protocol):
     validation_terms: tuple[str, ...]  # which entries of training_losses a validation reports
 
     def sample_times(self, count: int, generator: torch.Generator) -> Tensor:
-        """The t of `count` training samples, (count,), on the generator's device."""
+        """Draw the t of `count` training samples, (count,), on the generator's device."""
 
     def training_losses(self, model: Callable, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None,
                         noise: Tensor | None = None) -> dict[str, Tensor]:
@@ -31,15 +31,15 @@ class Process(TrainingProcess, Protocol):
 
     num_timesteps: int           # steps of a sampler
     grid: tuple[float, ...]      # the times that a sampler visits, from noise to data; one more than the steps
-    input_scale: float           # x_0 is so many times the data
-    learn_sigma: bool            # whether the network's output has a second half of channels, for the variance
+    input_scale: float           # the factor by which the data is scaled to x_0
+    learn_sigma: bool            # whether the network's output has a second half of channels for the variance
     recommended: dict[str, Any]  # the sampler, num_sampling_steps and cfg_scale that a new checkpoint recommends
 
     def alpha_sigma(self, t: float) -> tuple[float, float]:
-        """x_t = alpha x_0 + sigma eps at a time of `grid`."""
+        """(alpha, sigma) of x_t = alpha x_0 + sigma eps at a time of `grid`."""
 
     def predict(self, model: Callable, x: Tensor, t: float, denoised_fn: Callable | None = None) -> tuple[Tensor, Tensor]:
-        """The predicted x_0 and epsilon of a batch at time t of `grid`; denoised_fn is applied to x_0 first."""
+        """The predicted x_0 and epsilon of a batch at time t of `grid`; denoised_fn is applied to x_0 before epsilon."""
 
 
 class Network(Protocol):
@@ -54,23 +54,23 @@ class Network(Protocol):
 
 
 class Seam(Protocol):
-    """What `reuse` needs of a network besides: its forward pass in two halves, where features can be reused."""
+    """What `reuse` also needs of a network: its forward pass in two parts, with features to reuse between them."""
 
-    blocks: Any                  # a sequence, of which only the length is used
-    default_split: int           # blocks before the seam, where nobody says otherwise
+    blocks: Any                  # a sequence; only its length is used
+    default_split: int           # blocks before the seam by default
 
     def condition(self, t: Tensor, y: Tensor) -> Any:
-        """What the blocks are conditioned on."""
+        """The conditioning of the blocks."""
 
     def encode(self, x: Tensor, c: Any, split: int | None = None) -> tuple[Tensor, ...]:
         """The state after the first `split` blocks: tensors whose first dimension is the batch."""
 
     def decode(self, state: tuple[Tensor, ...], c: Any, split: int | None = None) -> Tensor:
-        """The other blocks: what `forward` returns."""
+        """Run the other blocks. Returns what `forward` returns."""
 
 
 def members(protocol: type) -> list[str]:
-    """The names that a protocol asks for, those of its bases first."""
+    """The names of the members that a protocol requires, those of its bases first."""
     bases = [base for base in reversed(protocol.__mro__) if getattr(base, "_is_protocol", False) and base is not Protocol]
     return list(dict.fromkeys(
         name for base in bases
@@ -83,7 +83,7 @@ def offers(thing: object, protocol: type) -> bool:
 
 
 def check(thing: object, protocol: type, needed_for: str) -> None:
-    """UserError that names all that is missing."""
+    """Raises UserError that names all missing members."""
     if missing := [name for name in members(protocol) if not hasattr(thing, name)]:
         raise UserError(f"{type(thing).__name__} lacks {', '.join(missing)}, which {needed_for} (see {protocol.__name__} in "
                         "diffusion/process.py)")

@@ -1,19 +1,19 @@
-"""Reuse of features: most blocks of a network run on key evaluations only.
+"""Reuse of features: most blocks of a network run only on key evaluations.
 
-- "encoder" is Faster Diffusion (Li et al., arXiv:2312.09608): the other evaluations take the last key evaluation's encoder
-  features as they are, and run the decoder with their own t.
-- "forecast" (as TaylorSeer, Liu et al., arXiv:2503.06923): they extrapolate the last block's output.
+- "encoder" is Faster Diffusion (Li et al., arXiv:2312.09608): the other evaluations reuse the last key evaluation's
+  encoder features unchanged, and run the decoder with their own t.
+- "forecast" (as TaylorSeer, Liu et al., arXiv:2503.06923): the other evaluations extrapolate the last block's output.
 
-Both are one mechanism. The features after `split` blocks are computed on key evaluations; elsewhere they are the value at t
-of the polynomial through the last `order` + 1 computed ones, of order 0 for "encoder". So between two key evaluations nothing
-depends on x_t, and consecutive ones are decoded in one batch.
+Both are one mechanism. Key evaluations compute the features after `split` blocks. Other evaluations take the value at t of
+the polynomial through the last `order` + 1 computed features (order 0 for "encoder"). So these evaluations do not depend on
+x_t, and consecutive ones are decoded in one batch.
 
-An evaluation is one call of the model by the sampler: one a step, two where the solver makes two. They are counted from 0,
-the noisiest. Of a network this file knows the seam only: condition, encode, decode (see models.py).
+An evaluation is one call of the model by the sampler: one per step, or two for some solvers. They are counted from 0, the
+noisiest. This file uses only the seam of a network: condition, encode, decode (see models.py).
 
-Legend: B batch, R rows of a call: B, or 2B [conditional, unconditional] where it is guided. t on the scale 0..1000.
-Memory: order + 1 states of R rows (a state of DiT-XL/2 at 256 pixels is 1.1 MiB a row in fp32, half of it in bf16, and the
-differences of a forecast are as many again), and the decoder's activations of at most max(R, `parallel`) rows.
+Legend: B batch, R rows of a call: B, or 2B [conditional, unconditional] if guided. t is on the scale 0..1000.
+Memory: order + 1 states of R rows, and the decoder's activations of at most max(R, `parallel`) rows. The differences of a
+forecast take as much again as the states. A state of DiT-XL/2 at 256 pixels is 1.1 MiB per row in fp32, half in bf16.
 """
 
 import math
@@ -28,7 +28,7 @@ from runtime import UserError
 
 State = tuple[Tensor, ...]
 
-PRIOR_NOISE_BELOW = 300  # t, from which on prior noise is added
+PRIOR_NOISE_BELOW = 300  # prior noise is added at t below this
 DEFAULTS = {  # split None: the network's own; -1: all blocks
     "encoder": {"key_steps": "paper", "split": None, "order": 0, "warm_up": 1},
     "forecast": {"key_steps": "every:4", "split": -1, "order": 2, "warm_up": 3},
@@ -37,15 +37,15 @@ DEFAULTS = {  # split None: the network's own; -1: all blocks
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens at each evaluation of one run of a sampler."""
+    """What each evaluation does in one run of a sampler."""
 
     times: tuple[float, ...]
-    branches: tuple[int, ...]  # 2 where an evaluation is guided, else 1
+    branches: tuple[int, ...]  # 2 for a guided evaluation, else 1
     keys: tuple[bool, ...]
     split: int  # blocks before the seam
     depth: int  # blocks of the network
     order: int
-    parallel: int  # rows that are decoded at once, if they are more than one evaluation's
+    parallel: int  # most rows to decode at once; one evaluation is never divided
     prior_noise: float
     rule: str
 
@@ -55,11 +55,11 @@ class Plan:
                 f"({self.rule}; order {self.order}; prior noise {self.prior_noise}): {' '.join(map(str, numbers))}")
 
     def block_calls(self) -> int:
-        """Blocks that an image runs through, both branches counted."""
+        """The blocks computed per image, in both branches together."""
         return sum(n * (self.depth if key else self.depth - self.split) for n, key in zip(self.branches, self.keys))
 
     def group(self, k: int, rows: int) -> range:
-        """The evaluations from k on that can be decoded in one batch: with the same features known, and the same rows."""
+        """The evaluations from k on that one batch can decode: they use the same known features and the same rows."""
         stop, longest = k + 1, max(1, self.parallel // rows)
         while stop < min(len(self.keys), k + longest) and not self.keys[stop] and self.branches[stop] == self.branches[k]:
             stop += 1
@@ -69,17 +69,17 @@ class Plan:
 def plan(kind: str, times: Iterable[float], guided: Iterable[bool], depth: int, default_split: int,
          key_steps: str | None = None, split: int | None = None, order: int | None = None, warm_up: int | None = None,
          parallel: int = 64, prior_noise: float = 0.0) -> Plan:
-    """Choose the key evaluations. An evaluation to which the unconditional branch comes back is always one.
+    """Choose the key evaluations. An evaluation where guidance starts again is always a key.
 
     Args:
-        kind: "encoder" or "forecast": the defaults of what follows.
+        kind: "encoder" or "forecast"; sets the defaults of the arguments below.
         times, guided: t, and whether there is guidance, at each evaluation.
-        depth, default_split: of the network: its number of blocks, and of those before its own seam.
-        key_steps: "paper", "every:N", or the evaluations' numbers, as "0,3,6".
+        depth, default_split: the network's number of blocks, and the number before its default seam.
+        key_steps: "paper", "every:N", or the numbers of the evaluations, such as "0,3,6".
         split: blocks before the seam, 0..depth.
         order: of the extrapolation.
-        warm_up: the first so many evaluations are keys, at least `order`.
-        parallel: decode consecutive evaluations together, up to so many rows; 1 is serial, to the same result.
+        warm_up: the number of first evaluations that are all keys, at least `order`.
+        parallel: the most rows of consecutive evaluations to decode together; 1 is serial, with the same result.
         prior_noise: the paper's 0.003, see add_prior_noise.
     """
     if kind not in DEFAULTS:
@@ -107,10 +107,10 @@ def plan(kind: str, times: Iterable[float], guided: Iterable[bool], depth: int, 
 
 
 def key_evaluations(rule: str, count: int) -> list[bool]:
-    """Which of `count` evaluations a --key-steps rule makes keys.
+    """For each of `count` evaluations, whether it is a key under a --key-steps rule.
 
-    "paper" is Faster Diffusion's for 250 steps, 113 keys: all but 1 <= k < 230 with k % 10 < 6. For another count the
-    cycle of ten stays, and the last 8 % are keys. "every:N": k % N == 0. Else the numbers themselves.
+    "paper" is Faster Diffusion's rule for 250 steps, 113 keys: all except 1 <= k < 230 with k % 10 < 6. For other counts
+    the cycle of ten stays, and the last 8 % are keys. "every:N": k % N == 0. Otherwise the rule lists the numbers.
     """
     if rule == "paper":
         return [not (1 <= k < paper_end(count) and k % 10 < 6) for k in range(count)]
@@ -132,16 +132,16 @@ def paper_end(count: int) -> int:
 
 
 class Reuse:
-    """A network `(x, t, y) -> prediction` that follows a plan: made anew for each batch, called once an evaluation."""
+    """A network `(x, t, y) -> prediction` that follows a plan. Create one for each batch; call it once per evaluation."""
 
     def __init__(self, network, plan: Plan, batch_size: int):
         self.network, self.plan, self.batch_size = network, plan, batch_size
         self.evaluation, self.times = 0, torch.tensor(plan.times)
-        self.computed: list[list[tuple[float, State]]] = [[], []]  # a branch: the last order + 1, the newest first
-        self.ready: list[Tensor] = []  # outputs of the evaluations to come, the next one last
+        self.computed: list[list[tuple[float, State]]] = [[], []]  # per branch: the last order + 1, newest first
+        self.ready: list[Tensor] = []  # outputs of later evaluations, the next one last
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x (R, C, H, W), t (R,), y (R,) -> (R, C or 2C, H, W). x matters on key evaluations only."""
+        """x (R, C, H, W), t (R,), y (R,) -> (R, C or 2C, H, W). x is used only on key evaluations."""
         k, self.evaluation = self.evaluation, self.evaluation + 1
         self.times = self.times.to(y.device)
         if self.plan.keys[k]:
@@ -151,15 +151,15 @@ class Reuse:
         return self.ready.pop()
 
     def encode(self, k: int, x: Tensor, t: Tensor, y: Tensor) -> None:
-        """Compute the features of both branches, and what the extrapolation needs of them."""
+        """Compute the features of each branch, and keep those that the extrapolation needs."""
         state = self.network.encode(x, self.network.condition(t, y), self.plan.split)
         if k == 0:
             check_state(state, len(y))
         parts = list(zip(*(features.split(self.batch_size) for features in state)))
         time, present = self.plan.times[k], self.plan.branches
         for branch, part in enumerate(parts):
-            kept = self.computed[branch] if k and branch < present[k - 1] else []  # away, its features have aged
-            kept = [entry for entry in kept if entry[0] != time]  # a solver may ask twice at one t: the later x counts
+            kept = self.computed[branch] if k and branch < present[k - 1] else []  # drop old features of a branch that was away
+            kept = [entry for entry in kept if entry[0] != time]  # a solver may call twice at one t: the later x counts
             self.computed[branch] = [(time, part), *kept][: self.plan.order + 1]
 
     def decode(self, group: range, y: Tensor) -> list[Tensor]:
@@ -178,7 +178,7 @@ class Reuse:
 
 
 def check_state(state: object, rows: int) -> None:
-    """UserError where a network's encode does not return what the seam asks for."""
+    """Raises UserError if the network's encode does not return what the seam requires."""
     if not (isinstance(state, tuple) and state and all(isinstance(part, Tensor) and len(part) == rows for part in state)):
         raise UserError(f"`reuse`: the network's encode must return a tuple of tensors with the batch ({rows}) as their first "
                         f"dimension; it returned {type(state).__name__}")
@@ -187,7 +187,7 @@ def check_state(state: object, rows: int) -> None:
 def extrapolate(times: tuple[float, ...], values: tuple[Tensor, ...], t: float) -> Tensor:
     """The polynomial through (time, value) pairs at t, by Newton's divided differences; times must differ.
 
-    In fp32 at least, returned in the values' dtype. One value is returned as it is.
+    Computed in at least fp32, returned in the values' dtype. A single value is returned unchanged.
     """
     if len(values) == 1:
         return values[0]
@@ -202,9 +202,9 @@ def extrapolate(times: tuple[float, ...], values: tuple[Tensor, ...], t: float) 
 
 
 def add_prior_noise(steps: Iterator[dict[str, Tensor]], noise: Tensor, plan: Plan) -> Iterator[dict[str, Tensor]]:
-    """A sampler's steps with Faster Diffusion's prior noise, which gives back texture: x_t += prior_noise * x_T for t < 300.
+    """A sampler's steps with Faster Diffusion's prior noise, which restores texture: x_t += prior_noise * x_T for t < 300.
 
-    Added in place before the next step, so never to the finished sample. `noise` is x_T (B, C, H, W).
+    It is added in place before the next step, so never to the finished sample. `noise` is x_T (B, C, H, W).
     """
     upcoming = list(dict.fromkeys(plan.times))[1:]
     for step, t in zip(steps, [*upcoming, None]):

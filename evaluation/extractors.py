@@ -14,22 +14,22 @@ from runtime.cli import prefix_errors
 from runtime.files import download, sha256
 from runtime.pictures import to_unit_range
 
-# The network of FID, converted from TensorFlow's of 2015 by torch-fidelity.
+# FID's network: torch-fidelity's conversion of TensorFlow's weights of 2015.
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-PIXELS = 32  # FD-pixel32: images are averaged to at most so many pixels a side
+PIXELS = 32  # FD-pixel32: images are averaged to at most this many pixels per side
 STAND_INS = {"pixels": "FD-pixel32", "classifier": "FD-classifier"}
 
 
 class Inception:
-    """ADM's features of images (B, H, W, 3) uint8: "pool" is `pool_3` (B, 2048); "spatial" the first 7 channels of
-    `mixed_6/conv`, (B, 17 * 17 * 7) with channels last; "logits" 1,008 logits without bias.
+    """ADM's features of images (B, H, W, 3) uint8: "pool" is `pool_3` (B, 2048); "spatial" is the first 7 channels of
+    `mixed_6/conv`, (B, 17 * 17 * 7) with channels last; "logits" is 1,008 logits without bias.
 
     The network and TensorFlow 1's resize to 299x299 are torch-fidelity's.
 
     Args:
-        weights: torch-fidelity's file, which is a pickle: make sure that it is the published one.
+        weights: torch-fidelity's file. It is a pickle: make sure that it is the published one.
 
     Raises:
         UserError: torch-fidelity is not installed.
@@ -55,7 +55,7 @@ class Inception:
 
 
 def inception_weights(path: str | None) -> Path:
-    """The file of FID's Inception: the given one, or that of torch's cache, or a download; UserError where it is another."""
+    """The file of FID's Inception: the given one, torch's cached one, or a download. Raises UserError for a wrong file."""
     if path is not None and not Path(path).is_file():
         raise FileNotFoundError(f"`weights` {path} is no file")
     file = Path(path) if path is not None else download(
@@ -67,7 +67,7 @@ def inception_weights(path: str | None) -> Path:
 
 
 def pixel_features(images: Tensor) -> Tensor:
-    """(B, C, H, W) uint8 -> (B, C, h, w) in [-1, 1], area-averaged to at most PIXELS a side."""
+    """(B, C, H, W) uint8 -> (B, C, h, w) in [-1, 1], area-averaged to at most PIXELS per side."""
     return adaptive_avg_pool2d(to_unit_range(images), [min(PIXELS, side) for side in images.shape[2:]])
 
 
@@ -77,7 +77,7 @@ def rgb_pixels(images: Tensor) -> Tensor:
 
 
 def flat_pixels(images: Tensor) -> dict[str, Tensor]:
-    """Channel by channel."""
+    """Each channel's pixels as one vector."""
     return {"pixels": rgb_pixels(images).flatten(1)}
 
 
@@ -119,7 +119,7 @@ class ClassifierFeatures:
                       **{key: spec[key] for key in ("data", "test_images", "test_accuracy")}}
 
     def check_labels(self, samples: ImageSet) -> None:
-        """UserError where a label is none of the classifier's; wrong arrays of labels are found here, too."""
+        """Raises UserError if a label is not one of the classifier's, or if the array of labels is invalid."""
         labels, count = samples.images and samples.images.labels, self.network.head.out_features
         if labels is not None and not (0 <= labels.min() and labels.max() < count):
             raise UserError(f"{samples.title} {samples.source}: arr_1 holds labels from {labels.min()} to {labels.max()}; the "
@@ -132,12 +132,12 @@ class ClassifierFeatures:
 
 def open_extractors(ref: ImageSet, samples: ImageSet, device: torch.device, weights: str | None, classifier: str | None,
                     pixels: bool) -> dict[str, Callable]:
-    """The extractors that are wanted, by name, where there are images to see.
+    """The requested extractors, by name, if there are images for them.
 
     Args:
-        weights: of Inception; None takes torch's cache or a download, "none" does without Inception.
+        weights: of Inception; None takes torch's cache or a download, "none" leaves Inception out.
         classifier: a file of benchmarks/classifier.py, or None.
-        pixels: whether pixels are wanted even beside Inception.
+        pixels: whether to use pixels even if Inception is used.
     """
     extractors = {}
     seen = samples.images or ref.images

@@ -1,4 +1,4 @@
-"""What is reported, with its floor."""
+"""The reported figures, each with its floor: the same figure of real images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from evaluation.image_sets import STATISTICS, ImageSet
 from evaluation.metrics import frechet_distance, precision_and_recall
 from evaluation.survey import Survey
 
-ENOUGH = 50_000  # images of a published FID
+ENOUGH = 50_000  # images behind a published FID
 
 
 @dataclass
 class Figure:
-    """`floor`: the same figure of real images, and of how many."""
+    """`floor`: the same figure of real images, and the number of these images."""
 
     name: str
     value: float | None
@@ -28,7 +28,7 @@ class Figure:
 
 def inception_figures(ref: ImageSet, samples: ImageSet, seen: Survey, drawn: Survey, pr_precision: str,
                       device: torch.device) -> list[Figure]:
-    """ADM's five; a figure that a side's statistics do not allow has no value, and says why."""
+    """ADM's five figures. A figure that cannot be computed from a side's statistics has no value, and says why."""
     theirs, own = ({name: gaussian for name, gaussian in side.gaussians().items() if name in STATISTICS}
                    for side in (seen, drawn))
     theirs, own = theirs | ref.statistics, own | samples.statistics
@@ -83,13 +83,13 @@ def stand_in_figures(seen: Survey, drawn: Survey, floor: tuple[Survey, Survey, s
 
 
 def distinct(a: Survey, b: Survey, dimensions: int) -> np.ndarray:
-    """The dimensions of pixels to be compared: channels that are equal throughout both sets are counted once."""
+    """The dimensions of pixels to compare. Channels that are equal in all images of both sets are counted once."""
     channels = np.arange(dimensions).reshape(3, -1)
     return channels[[c for c in range(3) if not any(a.equal[e, c] and b.equal[e, c] for e in range(c))]].ravel()
 
 
 def memorisation_figures(nearest: list[Tensor]) -> list[Figure]:
-    """Distances to the nearest training image; a network that copies is nearer to it than held-out images are."""
+    """Distances to the nearest training image. Copies of training images are nearer to it than held-out images are."""
     held_out, samples = nearest
     count, bound = f"REF, N = {len(held_out):,}", held_out.quantile(0.01)
     remark = "root mean square of pixels in [-1, 1]"

@@ -1,4 +1,4 @@
-"""Sets of whole images to be evaluated, and statistics: read and written."""
+"""Read and write the image sets and statistics that evaluate.py compares."""
 
 import zipfile
 import zlib
@@ -17,8 +17,8 @@ from runtime.files import atomic, in_batches
 from runtime.pictures import open_rgb, picture
 from training.datasets import NAMED, ArrayImages, load_dataset
 
-BATCH = 64  # images an extractor sees at once, the same ones on any number of processes
-STATISTICS = {"pool": ("mu", "sigma", 2048), "spatial": ("mu_s", "sigma_s", 17 * 17 * 7)}  # names in a reference, and D
+BATCH = 64  # images per call of an extractor; the batches are the same for any number of processes
+STATISTICS = {"pool": ("mu", "sigma", 2048), "spatial": ("mu_s", "sigma_s", 17 * 17 * 7)}  # names in a reference file, and D
 REFERENCE_IMAGES = 10_000  # in a reference file, for precision and recall
 
 
@@ -30,11 +30,11 @@ class ImageSet:
     source: str
     images: object | None  # see open_images
     statistics: dict[str, Gaussian] = field(default_factory=dict)
-    statistics_of: int | None = None  # so many images, where the file tells
+    statistics_of: int | None = None  # number of images, if the file tells it
 
     @property
     def count(self) -> int | None:
-        """Of how many images FID is; None where nobody knows."""
+        """The number of images behind FID; None if it is unknown."""
         return self.statistics_of if self.statistics else len(self.images)
 
     def describe(self) -> dict:
@@ -43,7 +43,7 @@ class ImageSet:
                 "statistics_of": self.statistics_of}
 
     def say(self) -> str:
-        """How many images the figures are about."""
+        """A line that says how many images the figures are based on."""
         said = ["N = {:,} of {}x{} (height x width)".format(len(self.images), *self.images.size)] if self.images else []
         if self.statistics:
             count = "an unknown number of" if self.statistics_of is None else f"{self.statistics_of:,}"
@@ -52,7 +52,7 @@ class ImageSet:
 
 
 def read_statistics(path: Path, title: str, names: set[str]) -> tuple[dict[str, Gaussian], int | None]:
-    """ADM's statistics in an `.npz`, and of how many images they are, where `n` tells it."""
+    """ADM's statistics in an `.npz`, and the number of images behind them, if the file holds `n`."""
     statistics = {}
     with damage_as_oserror(f"{title} {path}"), np.load(path, allow_pickle=False) as file:
         for name, (mu, sigma, dimensions) in STATISTICS.items():
@@ -61,7 +61,7 @@ def read_statistics(path: Path, title: str, names: set[str]) -> tuple[dict[str, 
             try:
                 mean, covariance = (np.asarray(file[key], dtype=np.float64) for key in (mu, sigma))
                 count = int(file["n"]) if "n" in names else None
-            except (KeyError, ValueError, TypeError) as error:  # missing, or objects, which are not unpickled
+            except (KeyError, ValueError, TypeError) as error:  # missing, or pickled objects, which are refused
                 raise UserError(f"{title} {path}: {mu}, {sigma} and n cannot be read as numbers: {error}") from None
             if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
                 raise UserError(f"{title} {path}: {mu} is {mean.shape} and {sigma} {covariance.shape}; expected "
@@ -75,7 +75,7 @@ def read_statistics(path: Path, title: str, names: set[str]) -> tuple[dict[str, 
 
 
 def save_statistics(path: Path, ref: ImageSet, gaussians: dict[str, Gaussian]) -> None:
-    """A reference file as ADM publishes: statistics of all images, and 10,000 of them, evenly spaced."""
+    """Write a reference file like ADM's: statistics of all images, and 10,000 evenly spaced images."""
     count = min(ref.count, REFERENCE_IMAGES)
     chosen = np.arange(count) * ref.count // count
     statistics = {}
@@ -88,11 +88,11 @@ def save_statistics(path: Path, ref: ImageSet, gaussians: dict[str, Gaussian]) -
 
 
 def open_images(source: str, title: str, size: tuple[int, int] | None = None, data_root: str = "data", split: str = "val"):
-    """A set of images: an `.npz` as ADM's, a folder of pictures, or the part `split` of a named data set.
+    """Open a set of images: an `.npz` like ADM's, a folder of pictures, or the part `split` of a named data set.
 
     Args:
         title: what the user calls the set, for errors.
-        size: (H, W) to bring a named set to; files are taken as they are.
+        size: (H, W) to resize a named set to. Files are never resized.
     """
     path = Path(source)
     if source in NAMED:
@@ -106,7 +106,7 @@ def open_images(source: str, title: str, size: tuple[int, int] | None = None, da
 
 
 class NpzImages:
-    """`arr_0` (N, H, W, 3) uint8 of an `.npz`, read as it is asked for; `arr_1`, if there, holds the labels (N,).
+    """`arr_0` (N, H, W, 3) uint8 of an `.npz`, read on demand. `arr_1`, if present, holds the labels (N,).
 
     Nothing in it is unpickled.
     """
@@ -132,7 +132,7 @@ class NpzImages:
 
     @cached_property
     def labels(self) -> np.ndarray | None:
-        """UserError where there are other labels than integers, one an image."""
+        """The labels, if any. Raises UserError if they are not one integer per image."""
         if "arr_1" not in self.arrays:
             return None
         with damage_as_oserror(self.name), zipfile.ZipFile(self.path) as file, file.open("arr_1.npy") as array:
@@ -146,7 +146,7 @@ class NpzImages:
             return np.frombuffer(content, dtype=dtype).astype(np.int64)
 
     def read(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Indices should ascend from batch to batch: a step back reads the file from its beginning."""
+        """Indices should ascend from batch to batch. A step back reads the file again from the start."""
         with damage_as_oserror(self.name), zipfile.ZipFile(self.path) as file, file.open("arr_0.npy") as array:
             for indices in batches:
                 images = np.empty((len(indices), *self.size, 3), dtype=np.uint8)
@@ -158,7 +158,7 @@ class NpzImages:
 
 
 class PictureFolder:
-    """All pictures of a folder and the folders in it, in the order of their paths, as RGB; all of one size."""
+    """All pictures of a folder and its sub-folders, sorted by path, as RGB. All must have one size."""
 
     labels = None
 
@@ -167,7 +167,7 @@ class PictureFolder:
         self.paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
         if not self.paths:
             raise FileNotFoundError(f"{title} {path}: the folder holds no images ({' '.join(IMG_EXTENSIONS)})")
-        self.threads = ThreadPoolExecutor()  # pictures are decoded without Python's lock
+        self.threads = ThreadPoolExecutor()  # decoding pictures releases Python's lock
         sizes = list(self.threads.map(picture_size, self.paths))
         for file, size in zip(self.paths, sizes):
             if size != sizes[0]:
@@ -184,7 +184,7 @@ class PictureFolder:
 
 
 class NamedImages:
-    """A named data set; greyscale images become RGB, as sample_ddp.py writes them."""
+    """A named data set. Greyscale images become RGB, as in sample_ddp.py's output."""
 
     def __init__(self, dataset: ArrayImages):
         self.images, self.labels, self.size = dataset.images, dataset.labels.numpy(), dataset.image_size
@@ -205,7 +205,7 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 @contextmanager
 def damage_as_oserror(name: str):
-    """What a damaged `.npz` raises while it is read, as an OSError of one line."""
+    """Turn any error from reading a damaged `.npz` into an OSError of one line."""
     try:
         yield
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
@@ -213,12 +213,12 @@ def damage_as_oserror(name: str):
 
 
 def array_names(file: zipfile.ZipFile) -> list[str]:
-    """The arrays of an `.npz`."""
+    """The names of the arrays in an `.npz`."""
     return [name.removesuffix(".npy") for name in file.namelist() if name.endswith(".npy")]
 
 
 def npy_header(array: zipfile.ZipExtFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran order, and type of a `.npy`, of which the header is read: nothing is unpickled."""
+    """Shape, whether in Fortran order, and type of a `.npy`. Only the header is read; nothing is unpickled."""
     try:
         version = np.lib.format.read_magic(array)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -228,7 +228,7 @@ def npy_header(array: zipfile.ZipExtFile, name: str) -> tuple[tuple[int, ...], b
 
 
 def save_npz(path: Path, shape: tuple[int, ...], images: Iterable[np.ndarray], **arrays: np.ndarray) -> None:
-    """Write an `.npz`, whole or not at all: `arr_0` of that shape, uint8, which comes in blocks, and the other arrays."""
+    """Write an `.npz`, completely or not at all: `arr_0` uint8 of this shape, given in blocks, and the other arrays."""
     try:
         with atomic(path) as whole, zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as file:
             with file.open("arr_0.npy", "w", force_zip64=True) as array:

@@ -1,4 +1,4 @@
-"""A look at every image of a set, over processes."""
+"""Extract the features of every image of a set, shared among processes."""
 
 import itertools
 from collections import defaultdict
@@ -19,14 +19,14 @@ from runtime.randomness import generator
 
 
 class Survey:
-    """What the extractors saw of a set: filled batch by batch, and merged over processes."""
+    """The results of the extractors on a set: filled batch by batch, and merged over processes."""
 
     def __init__(self):
-        self.covariances: dict[str, RunningCovariance] = {}  # by name of features
+        self.covariances: dict[str, RunningCovariance] = {}  # by the features' name
         self.kept = defaultdict(list)  # by name, [(position, features of a batch)]
         self.inception_score = InceptionScore()
         self.correct = self.labelled = 0
-        self.equal = dict.fromkeys(itertools.combinations(range(3), 2), True)  # channels, throughout
+        self.equal = dict.fromkeys(itertools.combinations(range(3), 2), True)  # pairs of channels that are equal in all images
 
     def update(self, positions: np.ndarray, images: Tensor, labels: np.ndarray | None, features: dict[str, Tensor],
                kept: list[str]) -> None:
@@ -45,7 +45,7 @@ class Survey:
                     self.kept[name].append((positions[0], values.cpu()))
 
     def cpu(self) -> "Survey":
-        """Itself, ready to travel."""
+        """Move the survey to the CPU, ready to be sent, and return it."""
         self.covariances = {name: covariance.cpu() for name, covariance in self.covariances.items()}
         return self
 
@@ -58,17 +58,17 @@ class Survey:
         self.equal = {pair: equal and other.equal[pair] for pair, equal in self.equal.items()}
 
     def gaussians(self) -> dict[str, Gaussian]:
-        """Fitted to each kind of features, by name."""
+        """The Gaussian fitted to each kind of features, by name."""
         return {name: covariance.gaussian() for name, covariance in self.covariances.items()}
 
     def features(self, name: str) -> Tensor:
-        """(N, D), in the order of the images."""
+        """The kept features (N, D), in the order of the images."""
         return torch.cat([features for _, features in sorted(self.kept[name], key=lambda batch: batch[0])])
 
 
 def survey(image_set: ImageSet, extractors: dict[str, Callable], world: World, kept: list[str] = (),
            indices: np.ndarray | None = None, title: str = "") -> Survey:
-    """Show the images of a set, or some of them, to the extractors: the whole Survey on the main process."""
+    """Run the extractors on the images of a set, or on those at `indices`. The main process returns the whole Survey."""
     own = Survey()
     if image_set.images is None:
         return own
@@ -86,9 +86,9 @@ def survey(image_set: ImageSet, extractors: dict[str, Callable], world: World, k
 
 
 def read_batches(images, indices: np.ndarray, world: World, title: str) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """This process's batches of images: (their positions among `indices`, (B, H, W, 3) uint8 on the device).
+    """This process's batches of images: (positions in `indices`, (B, H, W, 3) uint8 on the device).
 
-    One batch is read while another is worked on.
+    The next batch is read while one is in use.
     """
     batches = in_batches(len(indices), BATCH)[world.rank :: world.size]
     with ThreadPoolExecutor(1) as reader, tqdm(total=len(indices), desc=title, unit="image", disable=not world.is_main) as bar:
@@ -102,9 +102,9 @@ def read_batches(images, indices: np.ndarray, world: World, title: str) -> Itera
 
 def survey_floor(ref: ImageSet, samples: ImageSet, training: ImageSet | None, seen: Survey, extractors: dict[str, Callable],
                  world: World) -> tuple[Survey, Survey, str] | None:
-    """Real images against real ones: as many training images as samples against REF, or without those, two parts of REF.
+    """Real images against real ones: as many training images as samples against REF, or two parts of REF without them.
 
-    Returns: both, and how many images are in each; None where there is nothing to compare.
+    Returns: both surveys and the number of images in each, or None if there is nothing to compare.
     """
     extractors = {name: extract for name, extract in extractors.items() if name in STAND_INS}
     if not extractors or ref.images is None or samples.images is None:
@@ -118,7 +118,7 @@ def survey_floor(ref: ImageSet, samples: ImageSet, training: ImageSet | None, se
 
 
 def survey_nearest(training: ImageSet, surveys: list[Survey], world: World) -> list[Tensor]:
-    """For each survey of pixels, the distances (N,) of its images to the nearest training image; on the main process."""
+    """For each survey of pixels, the distances (N,) of its images to the nearest training image (main process only)."""
     features = world.on_main(lambda: [one.features("pixels") for one in surveys])
     nearest = Nearest(torch.cat(features))
     for _, images in read_batches(training.images, np.arange(len(training.images)), world, training.title):

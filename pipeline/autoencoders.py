@@ -1,14 +1,14 @@
-"""Image <-> latent. The only place that knows a scale factor.
+"""Image <-> latent. Only this file handles scale factors of latents.
 
 Every autoencoder has
-    spec                           plain dict from which `load_autoencoder` builds it again
-    bounded                        latents are pixels in [-1, 1]: a sampler may clip its predictions to that
-    latent_shape(image_size, C)    (C, H, W) of the latent of a picture of `image_size` (H, W) and C channels
+    spec                           plain dict that describes it: the source and the settings
+    bounded                        whether latents lie in [-1, 1], as pixels do: a sampler may then clip its predictions
+    latent_shape(image_size, C)    (C, H, W) of the latent of an image of `image_size` (H, W) and C channels
     encode(images, noise)          (B, C, H, W) in [-1, 1] -> latents; `noise` (of their shape) draws from the posterior
     decode(latents)                -> images (B, C, H, W) in [-1, 1]
-    identity()                     what features cached from it must have been made with
+    identity()                     what cached features must have been made with to fit it
 
-Where latents are cached, `encode` falls in two: `sample(moments(images), noise)`.
+Autoencoders whose latents can be cached split `encode` in two: `sample(moments(images), noise)`.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ class SDVAE(nn.Module):
         self.vae = load_autoencoder_kl(source)
         config = self.vae.config
         self.scale, self.shift = config.scaling_factor, config.get("shift_factor") or 0.0
-        self.factor = 2 ** (len(config.block_out_channels) - 1)  # an image is that many times larger than its latent
+        self.factor = 2 ** (len(config.block_out_channels) - 1)  # image size / latent size
         self.requires_grad_(False)
 
     def latent_shape(self, image_size: tuple[int, int], channels: int) -> tuple[int, int, int]:
@@ -83,12 +83,12 @@ class SDVAE(nn.Module):
         return self.vae.decode(latents / self.scale + self.shift).sample.clamp(-1, 1)
 
     def identity(self) -> dict:
-        """Its scale, and the sha256 of its weights, whatever file they lie in."""
+        """The scale, and the sha256 of the weights. It does not depend on the file that holds them."""
         return {"sha256": weights_sha256(self.vae), "scaling_factor": self.scale, "shift_factor": self.shift}
 
 
 class TrainedAutoencoder(nn.Module):
-    """An autoencoder that train.py trained (small_models.Autoencoder): deterministic, its latents standardised."""
+    """An autoencoder that train.py trained (small_models.Autoencoder). It is deterministic; its latents are standardised."""
 
     bounded = False
 
@@ -104,7 +104,7 @@ class TrainedAutoencoder(nn.Module):
         return self.network.encode(images)
 
     def moments(self, images: Tensor) -> Tensor:
-        """The latent, and a log-variance that stands for none: (B, 2C, h, w)."""
+        """The latent, and a log-variance that means no variance: (B, 2C, h, w)."""
         latents = self.encode(images)
         return torch.cat([latents, torch.full_like(latents, -30)], dim=1)
 
@@ -120,7 +120,7 @@ class TrainedAutoencoder(nn.Module):
 
 def shrunk(image_size: tuple[int, int], channels: int, vae: str, in_channels: int, latent_channels: int,
            factor: int) -> tuple[int, int, int]:
-    """The shape of latents `factor` times smaller than their images; UserError where the autoencoder takes no such images."""
+    """The shape of latents `factor` times smaller than the images. Raises UserError if the autoencoder cannot take these."""
     if channels != in_channels:
         raise UserError(f"{vae} takes images of {in_channels} channels, not of {channels}; pixels takes any")
     if any(size % factor for size in image_size):
@@ -139,7 +139,7 @@ def weights_sha256(network: nn.Module) -> str:
 
 @torch.no_grad()
 def latents_of(autoencoder: nn.Module, batch: Tensor, kind: str, noise: Tensor) -> Tensor:
-    """The latents (B, C, h, w) of a batch of a data set, whose `kind` tells what it holds (see training/datasets.py)."""
+    """The latents (B, C, h, w) of a batch. `kind` says what the data set holds (see training/datasets.py)."""
     match kind:
         case "images":
             return autoencoder.encode(to_unit_range(batch), noise)
@@ -150,7 +150,7 @@ def latents_of(autoencoder: nn.Module, batch: Tensor, kind: str, noise: Tensor) 
 
 
 def check_features(autoencoder: nn.Module, *datasets) -> None:
-    """UserError where one of the data sets (or None) holds features that another autoencoder made."""
+    """Raises UserError if one of the data sets holds features of another autoencoder. None is skipped."""
     features = [data for data in datasets if data is not None and data.kind != "images"]
     if features and isinstance(autoencoder, Pixels):
         raise UserError("pixels: `data_path` holds features, which only the autoencoder that made them can decode")
@@ -158,13 +158,13 @@ def check_features(autoencoder: nn.Module, *datasets) -> None:
     for data in features:
         own = identity | {"latent_shape": autoencoder.latent_shape(data.image_size, data.channels)}
         for key, value in (data.made_by | {"latent_shape": data.latent_shape}).items():
-            if key != "vae" and own.get(key) != value:  # its name may differ: a folder may have moved
+            if key != "vae" and own.get(key) != value:  # the name may differ: a folder may have moved
                 raise UserError(f"{autoencoder.spec['vae']} is not the autoencoder of the features in `data_path`: "
                                 f"their {key} is {value}, its is {own.get(key)}")
 
 
 def check_autoencoder(autoencoder: nn.Module, spec: Spec) -> None:
-    """UserError where a checkpoint's spec was written with other weights of the autoencoder: a run may have gone on since."""
+    """Raises UserError if the checkpoint's spec names other weights: the autoencoder's run may have continued since."""
     expected, found = spec.vae_sha256, autoencoder.spec.get("vae_sha256")
     if expected != found:
         raise UserError(f"{spec.vae} has other weights than the model was trained with: their sha256 is {found}, "
@@ -190,8 +190,8 @@ def load_autoencoder_kl(source: str) -> nn.Module:
 
 
 def load_autoencoder(vae: str, device: torch.device | str = "cpu") -> nn.Module:
-    """The autoencoder called "pixels", "ema" or "mse" (Stable Diffusion's), a local folder, a hub id, or a checkpoint
-    or run of an autoencoder that train.py trained."""
+    """Load an autoencoder: "pixels", "ema" or "mse" (Stable Diffusion's), a local folder, a hub id, or a checkpoint or
+    run of an autoencoder that train.py trained."""
     if vae == "pixels":
         return Pixels()
     path = Path(vae)

@@ -79,7 +79,7 @@ def load(path: str | Path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}")
     verify(path)
     try:
         if path.suffix == ".safetensors":
@@ -95,7 +95,7 @@ def load(path: str | Path) -> dict:
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
             raise  # the file may be good
-        raise DamagedError(f"{path} is truncated or no checkpoint ({type(error).__name__})") from None
+        raise DamagedError(f"{path} is truncated or no checkpoint") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a dict of weights")
     return state

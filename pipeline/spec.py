@@ -118,8 +118,10 @@ class SamplingSettings:
     @classmethod
     def recommend(cls, process: Process, label_drop: float, given: dict[str, Any]) -> "SamplingSettings":
         """What a new checkpoint recommends: what its process does, with `given` above it."""
-        if not isinstance(given, dict) or set(given) - set(cls.recommendable()):
-            raise UserError(f"{given} is not a dictionary with the keys {', '.join(cls.recommendable())}")
+        if not isinstance(given, dict):
+            raise UserError(f"{given!r} is not a dictionary")
+        if unknown := [name for name in given if name not in cls.recommendable()]:
+            raise UserError(f"unknown key {unknown[0]!r}; allowed: {', '.join(cls.recommendable())}")
         own = dict(process.recommended)
         own["num_sampling_steps"] = min(own["num_sampling_steps"], process.num_timesteps)
         if label_drop == 0:  # there is no unconditional half to guide by
@@ -206,8 +208,8 @@ def find_constructor(name: str, class_name: str) -> Callable[..., nn.Module]:
     for constructor in own + [constructor_of(other)[0] for other in NETWORKS]:
         if constructor.__name__ == class_name:
             return constructor
-    raise UserError(f"the checkpoint holds a network of class {class_name} (preset {name}), which no registry has; a class "
-                    "of one's own must be registered before, as docs/extending.md shows")
+    raise UserError(f"its network is of class {class_name} (preset {name}), which no registry has; a class of one's own must "
+                    "be registered first, as docs/extending.md shows")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Command lines: flags over a config, checks of what was given, and an error as one line."""
+"""Command lines: flags that override a config, checks of the values, and errors of one line."""
 
 import inspect
 import os
@@ -16,7 +16,7 @@ from runtime.processes import CommonError
 
 
 class ArgumentParser(jsonargparse.ArgumentParser):
-    """Flags over a YAML `--config`, whichever comes first on the command line; an error is one line and exit code 2."""
+    """Flags override a YAML `--config`, in any order on the command line. An error is one line and exit code 2."""
 
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False)
@@ -26,13 +26,13 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         self.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one, else cpu")
 
     def add_shared_arguments(self) -> None:
-        """The flags that every script with a network of ours has."""
+        """Add the flags of every script that uses one of our networks."""
         self.add_device_argument()
         self.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast, fp32 weights")
         self.add_argument("--compile", action="store_true", help="torch.compile the model")
 
     def add_data_arguments(self) -> None:
-        """The flags of the scripts that read images."""
+        """Add the flags of the scripts that read images."""
         self.add_argument("--data-path", required=True, help="digits, mnist, cifar10, a folder of classes, or cached features")
         self.add_argument("--data-root", default="data", help="where named data sets lie")
         self.add_argument("--vae", type=str | None, help="ema (default), mse, pixels, a folder, an own run, or a hub id")
@@ -54,7 +54,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         return super().parse_args(configs + args, *rest, **options)
 
     def dump(self, *args, **options) -> str:
-        """The flags as YAML, each below its help: what --print_config prints."""
+        """The flags as YAML, each below its help. --print_config prints this."""
         helps = {action.dest: action.help for action in self._actions}
         return re.sub(r"^(\w+):", lambda key: f"# {helps[key[1]]}\n{key[0]}", super().dump(*args, **options), flags=re.M)
 
@@ -63,7 +63,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
 
 
 def plain_words(message: object, is_flag: bool = True) -> str:
-    """jsonargparse's message, shortened to the flag (or key), what it takes and what it got."""
+    """jsonargparse's message, shortened to the flag (or key), what it accepts and what it got."""
     def name(key: re.Match) -> str:
         return f"--{key[1].replace('_', '-')}:" if is_flag else f"{key[1]}:"
 
@@ -74,14 +74,14 @@ def plain_words(message: object, is_flag: bool = True) -> str:
 
 
 def check_arguments(function: Callable, arguments: dict, skip: set[str] = frozenset(), beside: tuple[str, ...] = ()) -> dict:
-    """`arguments`, with names and types as the signature of `function` has them.
+    """Check names and types of `arguments` against the signature of `function`, and return them converted.
 
     Args:
-        skip: parameters that are not to be given.
-        beside: further keys, allowed for others than `function`, to be named in the error.
+        skip: parameters that must not be given.
+        beside: keys that other functions accept; the error names them too.
 
     Raises:
-        UserError: a key is unknown, or a value is of another type.
+        UserError: a key is unknown, or a value has the wrong type.
     """
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     add = parser.add_class_arguments if inspect.isclass(function) else parser.add_function_arguments
@@ -98,7 +98,7 @@ def check_arguments(function: Callable, arguments: dict, skip: set[str] = frozen
 
 
 def check_numbers(args: jsonargparse.Namespace, names: list[str], allowed: str, fine: Callable[[float], bool]) -> None:
-    """UserError that names the first flag whose number (or one of whose numbers) is not fine; None is left alone."""
+    """Raises UserError for the first flag with a number that is not `fine`. A flag may hold a tuple; None is skipped."""
     for name in names:
         given = getattr(args, name)
         for value in given if isinstance(given, tuple) else (given,):
@@ -113,10 +113,10 @@ def check_data_arguments(args: jsonargparse.Namespace) -> None:
 
 @contextmanager
 def prefix_errors(prefix: str, *also: type[Exception]) -> Iterator[None]:
-    """What a user can mend within this block says first where it came from: "--vae …", "--rows x: …".
+    """Put a prefix such as "--vae" or "--rows x:" before each UserError and OSError raised in this block.
 
     Args:
-        also: further exceptions, which become UserErrors.
+        also: further exceptions to catch; they become UserErrors.
     """
     try:
         yield
@@ -125,20 +125,20 @@ def prefix_errors(prefix: str, *also: type[Exception]) -> Iterator[None]:
         raise kind(f"{prefix} {error}") from None
 
 
-WRONG_VALUE = (ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError)  # what one causes inside a library
+WRONG_VALUE = (ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError)  # a wrong value's errors in libraries
 
 
 def as_flags(message: object, parser: ArgumentParser) -> str:
-    """A message in which each parameter in backticks is written as the flag of that name, where the script has one."""
+    """The message, with each parameter in backticks replaced by the flag of that name if the script has one."""
     flags = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
     return re.sub(r"`(\w+)`", lambda name: flags.get(name[1], name[1]), one_line(message))
 
 
 def run(main: Callable[[jsonargparse.Namespace], None], parser: ArgumentParser) -> None:
-    """Run a script's main on the command line's flags. What a user can mend is one line on stderr and exit code 2.
+    """Run a script's main on the command line's flags. An error that a user can fix is one line on stderr and exit code 2.
 
-    That is a UserError, an OSError, and the loss of another process. After a failure the process group is not destroyed:
-    that would wait for the others.
+    Such errors are UserError, OSError, and the loss of another process. After a failure the process group is not
+    destroyed, because that would wait for the other processes.
     """
     args = parser.parse_args()
     try:
@@ -158,24 +158,24 @@ def run(main: Callable[[jsonargparse.Namespace], None], parser: ArgumentParser) 
 
 
 def fail(message: object, common: bool = False) -> None:
-    """Say it in one line and exit with code 2: the main process what is common to all, else the first one to fail."""
+    """Print the message on one line and exit with code 2. The main process prints a common error, else the first to fail."""
     rank = os.environ.get("RANK", "0")
     if rank == "0" if common else first_to_fail():
         where = "" if rank == "0" else f" (rank {rank})"
         print(f"{Path(sys.argv[0]).name}: error: {one_line(message)}{where}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         sys.stdout.flush()
-        os._exit(2)  # the collectives under way never end, nor would an orderly exit
+        os._exit(2)  # pending collectives never end, so a normal exit would hang
     sys.exit(2)
 
 
 def first_to_fail() -> bool:
-    """Whether no other process has told a failure yet: a lost process is missed by all the others at once."""
+    """Whether no other process has reported a failure yet. If a process is lost, all the others fail at once."""
     if not dist.is_initialized():
         return os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
-    except RuntimeError:  # the store is gone with the machine that held it
+    except RuntimeError:  # the store was lost with its machine
         return True
 
 

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, sha256, downloads, locked folders, and whether something can be written."""
+"""Files: atomic writes, sha256, downloads, locked folders, and checks that a path can be written."""
 
 import fcntl
 import hashlib
@@ -25,10 +25,10 @@ LOCK_PATIENCE = 180  # seconds that a restart waits for a lock
 
 @contextmanager
 def atomic(path: Path, unique: str = "") -> Iterator[BinaryIO]:
-    """Write a file whole or not at all: whoever reads `path` finds the old file or the new one, even after a power cut.
+    """Write a file completely or not at all: a reader of `path` finds the old file or the new one, even after a power cut.
 
     Args:
-        unique: makes the temporary file's name one's own, where several processes may write the same file.
+        unique: added to the temporary file's name; it must differ between processes that may write the same file.
     """
     temporary = path.with_name(f".{path.name}{unique}.tmp")
     try:
@@ -44,7 +44,7 @@ def atomic(path: Path, unique: str = "") -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last through a power cut."""
+    """Make sure that the names in a folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -53,13 +53,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file, whole or not at all."""
+    """Write a small text file, completely or not at all."""
     with atomic(path) as file:
         file.write(text.encode())
 
 
 class HashingFile:
-    """A file opened for writing, with the sha256 of what went into it and the error that stopped it, if any."""
+    """A file opened for writing, with the sha256 of the data written and the error that stopped it, if any."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.sha256, self.error = file, hashlib.sha256(), None
@@ -69,7 +69,7 @@ class HashingFile:
         hashing = self.hasher.submit(self.sha256.update, data)  # while the disk is busy
         try:
             self.file.write(data)
-        except OSError as error:  # torch.save would report it as a failure of its own
+        except OSError as error:  # torch.save would replace it by an error of its own
             self.error = error
             raise
         finally:
@@ -81,18 +81,18 @@ class HashingFile:
 
 
 def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
+    """The sha256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_file(path: Path) -> Path:
-    """The file beside `path` that holds its sha256, as sha256sum writes and checks it."""
+    """The file beside `path` that holds its sha256, in sha256sum's format."""
     return path.with_name(f"{path.name}.sha256")
 
 
 def download(name: str, url: str, licence: str, complete: Callable[[Path], bool]) -> Path:
-    """A file in torch's cache, fetched over https the first time; OSError that says what else to do."""
+    """The path of a file in torch's cache, downloaded the first time. Raises OSError that says what else to do."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if path.is_file():
         return path
@@ -115,7 +115,7 @@ def download(name: str, url: str, licence: str, complete: Callable[[Path], bool]
 
 
 def check_writable(folder: str | Path, size: int = 0) -> Path:
-    """Create a folder if need be; OSError that names it where nothing can be written to it, or not `size` bytes."""
+    """Create a folder if needed. Raises OSError if nothing, or not `size` bytes, can be written to it."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def check_writable(folder: str | Path, size: int = 0) -> Path:
 
 
 def check_output(path: str | Path, suffix: str, size: int = 0) -> None:
-    """UserError where it is not the name of such a file, OSError where it cannot be written."""
+    """Raises UserError if `path` does not have this suffix, OSError if it cannot be written."""
     if Path(path).suffix != suffix:
         raise UserError(f"{path} is not the name of a {suffix}")
     check_writable(Path(path).parent, size)
@@ -138,20 +138,20 @@ def check_output(path: str | Path, suffix: str, size: int = 0) -> None:
 def lock_folder(folder: Path, launch: str, advice: str) -> None:
     """Lock a folder until this process ends.
 
-    A restart waits a while: the server of a network file system takes its time to notice that a machine is gone.
+    A restart waits a while, because the server of a network file system notices late that a machine is lost.
 
     Args:
-        launch: what torchrun's restarts of one launch have in common.
-        advice: what to do where another process holds the lock.
+        launch: an identifier that all torchrun restarts of one launch share.
+        advice: what the user can do if another process holds the lock.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the lock.
     """
     handle, path = os.open(folder / "lock", os.O_CREAT | os.O_RDWR), folder / "launch"
     restart = is_restart() and (path.read_text() if path.is_file() else launch) == launch
     for _ in range(LOCK_PATIENCE if restart else 1):
         try:
-            return fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers would inherit and outlive it
+            return fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers inherit it and may outlive us
         except (BlockingIOError, PermissionError):
             time.sleep(1 if restart else 0)
         except OSError as error:
@@ -160,10 +160,10 @@ def lock_folder(folder: Path, launch: str, advice: str) -> None:
 
 
 def is_restart() -> bool:
-    """Whether torchrun started this process anew."""
+    """Whether torchrun restarted this process."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def in_batches(count: int, size: int) -> list[np.ndarray]:
-    """The numbers 0..count-1, `size` at a time."""
+    """The numbers 0..count-1, in arrays of at most `size`."""
     return np.split(np.arange(count), range(size, count, size))

@@ -1,4 +1,4 @@
-"""The log of a run, trackers that mirror it, a stopwatch, and memory."""
+"""The log of a run, trackers that mirror it, a stopwatch, and peak memory."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ from runtime.processes import World
 
 
 class Stopwatch:
-    """The time that steps took since the last reading, from each `start` to its `stop`."""
+    """The total time of steps since the last reading, each from `start` to `stop`."""
 
     def __init__(self):
         self.seconds, self.steps = 0.0, 0
@@ -34,14 +34,14 @@ class Stopwatch:
         self.steps += 1
 
     def read(self, batch_size: int, waited: float) -> dict[str, float]:
-        """Images a second, and the share of the time that was `waited` for data."""
+        """Images per second, and the share of the time spent waiting for data (`waited`, in seconds)."""
         values = {"images_per_second": self.steps * batch_size / self.seconds, "data_wait_share": waited / self.seconds}
         self.seconds, self.steps = 0.0, 0
         return values
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory in use so far, in GiB: of tensors on a GPU, else of this process."""
+    """The peak memory so far, in GiB: of tensors on a GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on a Mac
@@ -49,7 +49,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 class Log:
-    """A run's `log.txt`, `metrics.jsonl` and `config.yaml`, mirrored to a tracker. Silent but on the main process."""
+    """A run's `log.txt`, `metrics.jsonl` and `config.yaml`, mirrored to a tracker. Only the main process writes."""
 
     def __init__(self, folder: Path, world: World, step: int, tracker: str, config: dict):
         self.folder, self.active = folder, world.is_main
@@ -57,13 +57,13 @@ class Log:
             return
         write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         self.metrics = folder / "metrics.jsonl"
-        if self.metrics.exists():  # what an interrupted run logged after its last checkpoint will be logged again
+        if self.metrics.exists():  # lines after the last checkpoint will be logged again
             lines = self.metrics.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             write_text(self.metrics, "".join(kept))
         try:
             self.tracker = TRACKERS[tracker](folder, config, step)
-        except Exception as error:  # whatever its server answers
+        except Exception as error:  # a tracker's server can fail in any way
             raise UserError(f"`tracker` {tracker} does not start: {error}") from None
 
     def say(self, text: str) -> None:
@@ -74,14 +74,14 @@ class Log:
                 file.write(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n")
 
     def record(self, step: int, **scalars: float) -> None:
-        """One line of metrics.jsonl; what is not finite is null there."""
+        """Write one line of metrics.jsonl. Values that are not finite become null."""
         if self.active:
             finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
             line = {"step": step, "time": round(time.time(), 1)} | finite
             with open(self.metrics, "a") as file:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
-                os.fsync(file.fileno())  # a checkpoint that survives a power cut shall find its log
+                os.fsync(file.fileno())  # the log must survive a power cut if the checkpoint does
             self.say(", ".join(f"{name} {value:.5g}" for name, value in ({"step": step} | scalars).items()))
             self._track("scalars", step, scalars)
 
@@ -94,7 +94,7 @@ class Log:
             self._track("close")
 
     def _track(self, method: str, *values) -> None:
-        """Tell the tracker. A run is worth more than its mirror: when that fails, the run goes on without it."""
+        """Call a method of the tracker. If the tracker fails, the run continues without it."""
         try:
             getattr(self.tracker, method)(*values)
         except Exception as error:
@@ -103,7 +103,7 @@ class Log:
 
 
 class NoTracker:
-    """What a tracker is asked; this one does nothing. `step`: of the checkpoint that is continued."""
+    """The methods of a tracker; this one does nothing. `step`: the step of the checkpoint that the run continues."""
 
     def __init__(self, folder: Path, config: dict, step: int): ...
     def scalars(self, step: int, values: dict[str, float]) -> None: ...
@@ -131,7 +131,7 @@ class TensorBoardTracker(NoTracker):
 
 
 class MLflowTracker(NoTracker):
-    """A run named as its folder, on the server of MLFLOW_TRACKING_URI; the run's id lies in the folder, to continue it."""
+    """A run named like its folder, on the server of MLFLOW_TRACKING_URI. The folder stores the run's id, to continue it."""
 
     def __init__(self, folder: Path, config: dict, step: int):
         import mlflow

@@ -14,12 +14,12 @@ from torchvision.utils import make_grid
 from runtime.files import atomic
 
 MAX_COLUMNS = 10
-LEGIBLE = 64  # pixels: smaller pictures are enlarged by a whole factor
+LEGIBLE = 64  # pixels: smaller pictures are enlarged by an integer factor
 
 
 @contextmanager
 def picture(path: str | Path) -> Iterator[Image.Image]:
-    """An image file, opened; its header is read, its pixels when they are asked for. OSError that names a damaged one."""
+    """An open image file. Only the header is read at once, pixels on first use. Raises OSError that names a damaged file."""
     try:
         with Image.open(path) as image:
             yield image
@@ -28,15 +28,15 @@ def picture(path: str | Path) -> Iterator[Image.Image]:
 
 
 def open_rgb(path: str | Path) -> Image.Image:
-    """A picture as RGB; greyscale, CMYK and transparent files become RGB."""
+    """Open a picture as RGB. Greyscale, CMYK and transparent files are converted."""
     with picture(path) as image:
         return image.convert("RGB")
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's crop: halve by boxes while that stays large enough, bicubic to the shorter side, cut out the middle.
+    """ADM's crop: halve by box averages while large enough, resize the shorter side to `size` (bicubic), cut out the center.
 
-    Returns: (size, size, 3) uint8, or (size, size) of a greyscale image.
+    Returns: (size, size, 3) uint8, or (size, size) for a greyscale image.
     """
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
@@ -58,7 +58,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def save_grid(images: Tensor, path: Path, columns: int, description: dict | None = None) -> None:
-    """Write images (B, H, W, C) uint8 as one PNG, with the description as its text chunks."""
+    """Write images (B, H, W, C) uint8 as one PNG, with the description in its text chunks."""
     info = PngImagePlugin.PngInfo()
     for key, value in (description or {}).items():
         info.add_text(key, str(value))
@@ -67,7 +67,7 @@ def save_grid(images: Tensor, path: Path, columns: int, description: dict | None
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
-    """Images (B, H, W, C) uint8 beside and below each other, small ones enlarged."""
+    """Images (B, H, W, C) uint8 in one picture with this many columns. Small images are enlarged."""
     factor = max(1, math.ceil(LEGIBLE / min(images.shape[1:3])))
     pixels = make_grid(images.permute(0, 3, 1, 2), nrow=columns, padding=max(1, 2 // factor), pad_value=255)
     return Image.fromarray(pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(1, 2, 0).numpy())

@@ -1,4 +1,4 @@
-"""The processes of a run, their signals, and what moves to their devices."""
+"""The processes of a run, their signals, and copies to their devices."""
 
 import contextlib
 import os
@@ -17,16 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from runtime import UserError
 
-TIMEOUT = timedelta(hours=2)  # of the other processes, while the main one downloads or counts a folder's images
+TIMEOUT = timedelta(hours=2)  # how long processes wait while the main one downloads or counts a folder's images
 
 
 class CommonError(UserError):
-    """What is wrong on all processes at once: the main one reports it."""
+    """An error that all processes raise at once. The main process reports it."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: `rank` of `size`, and the device it computes on."""
+    """This process's `rank` among `size` processes, and the device it computes on."""
 
     rank: int
     size: int
@@ -42,7 +42,7 @@ class World:
             dist.barrier()
 
     def add(self, name: str, amount: int) -> int:
-        """Add to a count that all processes share; its new value."""
+        """Add to a count that all processes share. Returns the new value."""
         if self.size > 1:
             return dist.distributed_c10d._get_default_store().add(name, amount)
         self.counts[name] += amount
@@ -56,7 +56,7 @@ class World:
         return total / self.size
 
     def on_main(self, function: Callable):
-        """The main process's result of a function, on every process; what it raises there ends them all."""
+        """Call a function on the main process and return its result on every process. An exception there ends all processes."""
         outcome, failure = [None, None], None
         if self.is_main:
             try:
@@ -70,13 +70,13 @@ class World:
         return outcome[0]
 
     def main_first(self, function: Callable):
-        """Every process's own result of a function that the main one calls first, to download what the others find."""
+        """Call a function on every process, on the main one first: it downloads what the others then find."""
         results = []
         self.on_main(lambda: results.append(function()))
         return results[0] if results else function()
 
     def gather(self, part: object) -> list:
-        """The part of each process, in the order of ranks; on the main process alone, empty on the others."""
+        """The parts of all processes, in the order of ranks, on the main process. The list is empty on the others."""
         parts = [None] * self.size if self.is_main else None
         if self.size > 1:
             dist.gather_object(part, parts)
@@ -84,7 +84,7 @@ class World:
 
 
 def start_world(device: str | None) -> World:
-    """Join the other processes that torchrun started, if it did; `device` None takes CUDA where there is one."""
+    """Join the other processes if torchrun started any. `device` None takes CUDA if available, else the CPU."""
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[kind]:
@@ -106,11 +106,11 @@ def start_world(device: str | None) -> World:
 
 
 def fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:
-    """A part of torchrun's store that the processes of this start alone know.
+    """A part of torchrun's store that only the processes of this start use.
 
-    torchrun keeps one store over restarts, with the addresses of dead processes in it, to which the new ones would
-    connect; nor do its restart counts agree between machines (pytorch issue 135712). So rank 0 invents a name, and tells
-    it to every process that asks under a name of its own.
+    torchrun keeps one store over restarts. It still holds addresses of dead processes, and new processes would connect to
+    them. Restart counts can differ between machines (pytorch issue 135712), so they cannot tell the starts apart. Instead
+    rank 0 invents a name and tells it to every process that asks; each asks under a name of its own.
     """
     name = uuid.uuid4().hex
     if rank > 0:
@@ -123,36 +123,36 @@ def fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:
         for other in asking.copy():
             if store.check([f"{name}/{other}"]):
                 asking.remove(other)
-            elif store.check([f"asks/{other}"]):  # a dead process may have asked: then the living one will ask anew
+            elif store.check([f"asks/{other}"]):  # perhaps from a dead process; the living one will ask again
                 store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)
         time.sleep(0.01)
     return dist.PrefixStore(name, store)
 
 
 def distribute(model: nn.Module, world: World) -> nn.Module:
-    """A network `model(x, t, y)` under DDP, where there are processes to share the work with.
+    """Wrap a network `model(x, t, y)` in DDP if there are several processes.
 
-    DDP sorts its buckets after the first backward pass, by when gradients came, and so sums in another order from then
-    on. That pass is made here, with gradients thrown away, for a continued run to sum as one that was never stopped.
+    DDP sorts its buckets by the arrival of gradients in the first backward pass, which changes the order of sums. That pass
+    is made here and its gradients are discarded. So a continued run sums in the same order as an uninterrupted one.
     """
     if world.size == 1:
         return model
     network = DistributedDataParallel(model, gradient_as_bucket_view=True)
     x, t = (torch.zeros(1, *shape, device=world.device) for shape in ((model.in_channels, *model.input_size), ()))
-    for _ in range(2):  # they are sorted at the beginning of the second pass
+    for _ in range(2):  # buckets are sorted at the start of the second pass
         network(x, t, t.long()).sum().backward()
         model.zero_grad(set_to_none=True)
     return network
 
 
 class Stopped(Exception):
-    """All processes agreed to stop."""
+    """Raised on all processes when they agreed to stop."""
 
 
 class StopSignal:
-    """SIGTERM and SIGINT, heard by any process and answered by all of them at the same moment.
+    """SIGTERM and SIGINT: if any process receives one, all processes stop at the same step.
 
-    The processes agree over gloo, host to host: no process waits for its GPU.
+    The processes agree over gloo, between hosts, so no process waits for its GPU.
     """
 
     def __init__(self, world: World):
@@ -165,7 +165,7 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
     def check(self) -> None:
-        """To be called by all processes together: raises Stopped on all if any of them heard a signal."""
+        """All processes must call this together. Raises Stopped on all of them if any received a signal."""
         heard = torch.tensor(float(bool(self.name)))
         if self.group is not None:
             dist.all_reduce(heard, dist.ReduceOp.MAX, group=self.group)
@@ -174,13 +174,13 @@ class StopSignal:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has finished all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copied without waiting for what the GPU has still to do."""
+    """Copy a tensor without waiting for pending work of the GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

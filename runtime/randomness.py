@@ -1,4 +1,4 @@
-"""Randomness is addressed, not carried: a generator whose numbers are a function of its address."""
+"""Random numbers by address: there is no generator state to save or carry on."""
 
 import hashlib
 
@@ -6,6 +6,6 @@ import torch
 
 
 def generator(*address: str | int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose numbers are a function of its address alone, such as ("noise", seed, image, step)."""
+    """A generator whose numbers depend only on its address, for example ("noise", seed, image, step)."""
     digest = hashlib.blake2b(repr(address).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)

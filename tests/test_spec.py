@@ -66,7 +66,7 @@ def test_what_no_network_allows_is_refused_at_once(wrong, words):
 
 
 def test_a_recommendation_of_another_key_is_refused():
-    with pytest.raises(UserError, match="is not a dictionary with the keys cfg_scale"):
+    with pytest.raises(UserError, match="unknown key 'smapler'; allowed: cfg_scale, cfg_channels"):
         SamplingSettings.recommend(create_diffusion(""), 0.1, {"smapler": "ddim"})
     assert SamplingSettings.recommend(create_diffusion("10"), 0.1, {}).num_sampling_steps == 10
     assert SamplingSettings.recommend(create_diffusion(""), 0.0, {}).cfg_scale == 1.0  # nothing to guide by
@@ -146,7 +146,7 @@ def test_an_entry_of_a_registry_may_be_any_callable(monkeypatch, entry):
 
 
 def test_a_class_that_is_not_registered_is_named():
-    with pytest.raises(UserError, match="a network of class Mine"):
+    with pytest.raises(UserError, match="its network is of class Mine"):
         ModelSpec.from_dict({"name": "mine", "class": "Mine", "args": {}})
 
 

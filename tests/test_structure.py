@@ -1,4 +1,4 @@
-"""Which file may import which (the order of docs/extending.md's map), and that importing does nothing else."""
+"""Which file may import which (the README's map), and that importing does nothing else."""
 
 import ast
 import subprocess

@@ -1,11 +1,11 @@
 """Data sets by name or path, and features cached from them.
 
-A data set answers `dataset.__getitems__(rows)` with a whole batch and its labels; `TrainingData` lists all that it offers.
-Its `kind` tells what the batch holds:
+`dataset.__getitems__(rows)` returns a whole batch and its labels; `TrainingData` lists all members of a data set.
+Its `kind` says what the batch holds:
     "images"            (B, C, H, W) uint8
     "moments"           (B, 2C, h, w) fp16: mean and log-variance of an autoencoder's posterior
     "latents"           (B, C, h, w) fp32, ready to be noised
-Cached features have `latent_shape` (C, h, w) too.
+Cached features also have `latent_shape` (C, h, w).
 """
 
 import json
@@ -38,14 +38,14 @@ class Rows(NamedTuple):
 
 
 class TrainingData(Protocol):
-    """What a data set must offer. `rows` may come in any order and number; an unreadable sample is an OSError."""
+    """What a data set must offer. `rows` may have any order and number. An unreadable sample raises OSError."""
 
-    kind: str                    # what __getitems__ answers, see the top of this file
+    kind: str                    # what __getitems__ returns, see the top of this file
     classes: list[str]           # names, in the order of the labels
     image_size: tuple[int, int]  # (H, W) of the images, cached or not
     channels: int                # C of the images, cached or not
     flip: bool                   # whether training may use mirror images: half of the samples are then mirrored
-    made_by: dict[str, Any]      # what is known of the autoencoder of cached features; {} for images
+    made_by: dict[str, Any]      # description of the autoencoder of cached features; {} for images
 
     def __len__(self) -> int: ...
 
@@ -75,7 +75,7 @@ class ArrayImages(Dataset):
 
 
 class FolderImages(Dataset):
-    """A folder of classes, one sub-folder of pictures each; read, made RGB and cropped as they are asked for."""
+    """A folder with one sub-folder of pictures per class. Pictures are read, converted to RGB and cropped on access."""
 
     kind, made_by = "images", {}
     channels = 3
@@ -103,8 +103,8 @@ class FolderImages(Dataset):
 
 
 class Features(Dataset):
-    """What extract_features.py wrote: `moments.npy` (N, 2, 2C, h, w) fp16, of each image and of its mirror image;
-    `labels.npy` (N,); and `meta.json`, written last. Read where it lies: memory does not grow with N.
+    """The output of extract_features.py: `moments.npy` (N, 2, 2C, h, w) fp16, of each image and of its mirror image;
+    `labels.npy` (N,); and `meta.json`, written last. The files are memory-mapped: memory does not grow with N.
     """
 
     kind = "moments"
@@ -130,7 +130,7 @@ class Features(Dataset):
         except ValueError as error:
             raise OSError(f"`data_path` {self.folder}: a file of features is damaged: {error}") from None
 
-    def __getstate__(self) -> dict:  # a map would be sent to a worker process as all that is in it
+    def __getstate__(self) -> dict:  # pickling a map for a worker would copy all its data
         return {name: value for name, value in vars(self).items() if name not in ("moments", "labels")}
 
     def __setstate__(self, state: dict) -> None:
@@ -148,15 +148,15 @@ class Features(Dataset):
 
 
 class FastDiTFeatures(Dataset):
-    """One file a sample, as fast-DiT's extract_features.py writes them: `imagenet256_features/{i}.npy` (1, C, h, w),
-    sampled and scaled already, and `imagenet256_labels/{i}.npy` (1,). There are no mirror images.
+    """One file per sample, as fast-DiT's extract_features.py writes them: `imagenet256_features/{i}.npy` (1, C, h, w),
+    already sampled and scaled, and `imagenet256_labels/{i}.npy` (1,). There are no mirror images.
     """
 
     kind = "latents"
     flip = False
     channels = 3
     made_by = {"scaling_factor": 0.18215, "shift_factor": 0.0}
-    FACTOR = 8  # of the images' size, in Stable Diffusion's autoencoder
+    FACTOR = 8  # image size / latent size of Stable Diffusion's autoencoder
 
     def __init__(self, folder: Path, image_size: int | None, num_classes: int | None):
         self.folder = folder
@@ -190,15 +190,15 @@ class FastDiTFeatures(Dataset):
 
 def load_dataset(name: str, image_size: int | None = None, data_root: str = "data", split: str = "train",
                  num_classes: int | None = None) -> TrainingData:
-    """A data set: one in NAMED, a folder of classes, or features cached from one.
+    """Load a data set: one in NAMED, a folder of classes, or features cached from either.
 
     Args:
         name: a name in NAMED, or the path of a folder.
         image_size: H = W; None keeps the size of a named set, and crops a folder's pictures to 256.
-        data_root: where named sets lie, or are downloaded to.
-        split: "train" or "val", the held-out part: the test part of a named set, the folder `val` or `test` beside a
+        data_root: folder of the named sets, which are downloaded to it if missing.
+        split: "train" or "val" (held-out images): the test part of a named set, the folder `val` or `test` beside a
             folder `train`.
-        num_classes: must be the data's; only fast-DiT's features do not tell (1,000 by default).
+        num_classes: must match the data. Only fast-DiT's features do not store it (1,000 by default).
     """
     dataset = open_dataset(name, image_size, data_root, split, num_classes)
     if num_classes not in (None, len(dataset.classes)):
@@ -221,7 +221,7 @@ def open_dataset(name: str, image_size: int | None, data_root: str, split: str, 
 
 
 def digits(split: str, image_size: int | None, data_root: str) -> ArrayImages:
-    """scikit-learn's 1,797 scans of digits, 8x8; a quarter, stratified, is held out."""
+    """scikit-learn's 1,797 scans of digits, 8x8. A stratified quarter is held out."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -243,12 +243,12 @@ def cifar10(split: str, image_size: int | None, data_root: str) -> ArrayImages:
 
 
 def torchvision_dataset(kind: str, root: str, split: str) -> TrainingData:
-    """MNIST or CIFAR10: as it lies under `root`, else downloaded to it."""
+    """MNIST or CIFAR10 under `root`, downloaded if it is missing."""
     import torchvision
 
     dataset = getattr(torchvision.datasets, kind)
     try:
-        return dataset(root, train=split == "train", download=True)  # downloads nothing that is already there
+        return dataset(root, train=split == "train", download=True)  # existing files are not downloaded again
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
     raise FileNotFoundError(f"`data_root` {root}: {kind} is not there and cannot be downloaded: {reason}")
@@ -266,7 +266,7 @@ def held_out_folder(path: Path) -> Path:
 
 
 def readable_names(folders: list[str]) -> list[str]:
-    """English names for ImageNet's folders (n02099601 -> golden retriever); any other name as it is."""
+    """English names for ImageNet's folders (n02099601 -> golden retriever). Other names stay unchanged."""
     from timm.data import ImageNetInfo
 
     imagenet = ImageNetInfo()
@@ -275,7 +275,7 @@ def readable_names(folders: list[str]) -> list[str]:
 
 
 def mirror(images: Tensor, mirrored: np.ndarray) -> Tensor:
-    """Mirror those of the images (B, C, H, W) that are to be."""
+    """Mirror the images (B, C, H, W) for which `mirrored` (B,) is true."""
     if not mirrored.any():
         return images
     return torch.where(torch.from_numpy(mirrored).view(-1, 1, 1, 1), images.flip(-1), images)

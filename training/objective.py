@@ -1,4 +1,4 @@
-"""What a training step draws, and what it minimises."""
+"""The random numbers of a training step, and the loss that it minimises."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,12 +20,12 @@ SSIM_WINDOW = 7  # pixels
 
 
 class Draws(NamedTuple):
-    """All random numbers of one step, for the rows of a batch: a function of the address alone."""
+    """All random numbers of one step, for the rows of a batch. They depend only on the address."""
 
-    noise: Tensor      # (B, C, H, W) of the diffusion
-    posterior: Tensor  # (B, C, H, W) of the autoencoder
+    noise: Tensor      # (B, C, H, W) for the diffusion
+    posterior: Tensor  # (B, C, H, W) for the autoencoder's posterior
     t: Tensor          # (B,)
-    drop: Tensor       # (B,) uniform: below label_drop, a label becomes the null class
+    drop: Tensor       # (B,) uniform: where below label_drop, the label becomes the null class
 
     @classmethod
     def at(cls, address: tuple, process: TrainingProcess, batch_size: int, model: nn.Module, device: torch.device) -> "Draws":
@@ -39,16 +39,16 @@ class Draws(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What is minimised: a batch of the data set and its labels -> the loss of each sample."""
+    """The function to minimise: a batch of the data set and its labels -> the loss of each sample."""
 
     process: TrainingProcess
     autoencoder: nn.Module
-    data: TrainingData  # what batches are of
+    data: TrainingData  # the data set of the batches
     label_drop: float   # the share of labels that become the null class
     precision: str
 
     def losses(self, model: nn.Module, batch: Tensor, labels: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """batch (B, ...), labels (B,) -> "loss", and what it consists of or goes with it: (B,) each."""
+        """batch (B, ...), labels (B,) -> "loss", its parts and related figures: (B,) each."""
         latents = latents_of(self.autoencoder, batch, self.data.kind, draws.posterior)
         y = torch.where(draws.drop < self.label_drop, len(self.data.classes), labels)
         with autocast(batch.device, self.precision):
@@ -56,12 +56,12 @@ class Objective(NamedTuple):
 
 
 def process_of(spec: Spec) -> TrainingProcess:
-    """What a spec's network is trained by."""
+    """The process that a spec's network is trained with."""
     return Reconstruction() if spec.is_autoencoder else create_diffusion("", **spec.diffusion)
 
 
 class Reconstruction:
-    """The objective of an autoencoder, in the shape of a diffusion process: MSE + 1 - SSIM of images in [-1, 1]."""
+    """An autoencoder's objective, with the interface of a diffusion process: MSE + 1 - SSIM of images in [-1, 1]."""
 
     validation_terms = ("loss", "psnr", "ssim")
 
@@ -82,7 +82,7 @@ class Reconstruction:
 def ssim(a: Tensor, b: Tensor, window: int = SSIM_WINDOW) -> Tensor:
     """Structural similarity (Wang et al., 2004) of images (B, C, H, W) in [-1, 1]: (B,), 1 where they are equal.
 
-    Means, variances and covariance are of each `window` x `window` that lies inside the image, all pixels alike.
+    Means, variances and covariance are over each `window` x `window` inside the image, with equal weights.
     """
     stabilise_mean, stabilise_variance = (0.01 * 2) ** 2, (0.03 * 2) ** 2
     mean_a, mean_b, aa, bb, ab = (F.avg_pool2d(x, window, stride=1) for x in (a, b, a * a, b * b, a * b))

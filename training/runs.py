@@ -80,7 +80,7 @@ def spec_of(model: str, model_args: dict[str, Any], from_data: dict[str, Any], d
         chosen = check_arguments(constructor_of(model)[0], model_args, set(from_data))
     spec = Spec(ModelSpec.of_preset(model, from_data | chosen), diffusion, image_size=tuple(data.image_size),
                 channels=data.channels, classes=list(data.classes), sampling=sampling, **autoencoder.spec)
-    with torch.device("meta"), prefix_errors("`image_size`, `model_args`:", *WRONG_VALUE):
+    with torch.device("meta"), prefix_errors("`model_args` or `image_size`:", *WRONG_VALUE):
         network = spec.model.build()
     if sampling:
         check(network, Network, "training needs")

@@ -1,4 +1,4 @@
-"""What changes from step to step: weights, EMA, optimizer, meter; and their settings."""
+"""The state that changes at each step (weights, EMA, optimizer, meter) and its settings."""
 
 import copy
 import math
@@ -17,42 +17,44 @@ from runtime.processes import CommonError
 
 @dataclass
 class OptimizerArgs:
-    """train.py's --optimizer-args: AdamW, how its learning rate runs, and when a run gives up."""
+    """train.py's --optimizer-args: AdamW, the schedule of its learning rate, and when a run gives up."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: float = math.inf
-    max_skipped: int = 20         # steps in a row whose loss or gradient norm is not finite
-    patience: int | None = None   # validations in a row without a better loss
+    max_skipped: int = 20         # consecutive steps whose loss or gradient norm is not finite
+    patience: int | None = None   # consecutive validations without a better loss
 
     def __post_init__(self):
-        for name, fine in (("betas", all(0 <= beta < 1 for beta in self.betas)), ("weight_decay", self.weight_decay >= 0),
-                           ("warmup_steps", self.warmup_steps >= 0), ("clip_norm", self.clip_norm > 0),
-                           ("max_skipped", self.max_skipped > 0), ("patience", self.patience is None or self.patience > 0)):
+        for name, allowed, fine in (
+                ("betas", "two numbers in [0, 1)", all(0 <= beta < 1 for beta in self.betas)),
+                ("weight_decay", "at least 0", self.weight_decay >= 0), ("warmup_steps", "at least 0", self.warmup_steps >= 0),
+                ("clip_norm", "above 0", self.clip_norm > 0), ("max_skipped", "at least 1", self.max_skipped > 0),
+                ("patience", "at least 1", self.patience is None or self.patience > 0)):
             if not fine:
-                raise UserError(f"{name} {getattr(self, name)} is out of range")
+                raise UserError(f"{name} {getattr(self, name)} is not {allowed}")
 
     def factor(self, step: int, max_steps: int) -> float:
-        """What --lr is multiplied by in step `step`, from 0: a linear warm-up, then 1, or half a cosine to 0."""
+        """The factor of --lr in step `step`, counted from 0: a linear warm-up, then 1, or half a cosine to 0."""
         cosine = 0.5 * (1 + math.cos(math.pi * step / max_steps)) if self.schedule == "cosine" else 1.0
         return cosine * min(1.0, (step + 1) / (self.warmup_steps + 1))
 
 
 @dataclass
 class Training:
-    """All that changes from step to step: what a training checkpoint holds beside what describes it."""
+    """All that changes at each step. A training checkpoint holds this and the run's description."""
 
     model: nn.Module
     ema: nn.Module
     opt: torch.optim.Optimizer
-    meter: "LossMeter"                    # losses since the last line of the log
+    meter: "LossMeter"                    # losses since the last log line
     step: int = 0                         # optimizer steps taken
     validated: int = 0                    # the step of the last validation
     best: float = math.inf                # the lowest validation loss of the EMA
     validations_since_best: int = 0
-    saved: int = 0                        # the step of the newest checkpoint in the run's folder, not part of one
+    saved: int = 0                        # the step of the newest checkpoint in the run's folder; not saved itself
 
     @classmethod
     def begin(cls, model: nn.Module, meter: "LossMeter", lr: float, args: OptimizerArgs) -> "Training":
@@ -62,12 +64,12 @@ class Training:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Those that are trained."""
+        """The trained parameters."""
         return self.opt.param_groups[0]["params"]
 
     @cached_property
     def averaged(self) -> tuple[list, list]:
-        """The weights of the EMA, and those that they follow."""
+        """The weights of the EMA, and the model's weights that they average."""
         return list(self.ema.parameters()), list(self.model.parameters())
 
     def set_lr(self, lr: float) -> float:
@@ -80,7 +82,7 @@ class Training:
         get_ema_multi_avg_fn(decay)(*self.averaged, None)
 
     def validated_at(self, loss: float) -> bool:
-        """Note a validation loss; whether it is the lowest so far."""
+        """Record a validation loss. Returns whether it is the lowest so far."""
         self.validated = self.step
         better = loss < self.best
         self.validations_since_best = 0 if better else self.validations_since_best + 1
@@ -95,25 +97,25 @@ class Training:
         group = {name: self.opt.param_groups[0][name] for name in ("betas", "weight_decay")}
         for name in ("model", "ema", "opt", "meter"):
             getattr(self, name).load_state_dict(state[name])
-        self.opt.param_groups[0].update(group)  # as --optimizer-args now has them
+        self.opt.param_groups[0].update(group)  # use the current --optimizer-args
         self.meter.reset_streak()
         for name in ("step", "validated", "best", "validations_since_best"):
             setattr(self, name, state[name])
 
     @property
     def size(self) -> int:
-        """Bytes of a checkpoint: the weights twice, and AdamW's two moments of what is trained."""
+        """Bytes of a checkpoint: the weights twice, and AdamW's two moments of the trained parameters."""
         weights = [*self.model.state_dict().values(), *self.ema.state_dict().values()]
         return sum(tensor.nbytes for tensor in weights + 2 * self.parameters)
 
 
 class LossMeter(nn.Module):
-    """The training loss and how many steps were skipped, counted on the device and read only where a line is logged.
+    """The training loss and the number of skipped steps, counted on the device and read only when a line is logged.
 
-    A step whose loss or gradient norm is not finite on any process is skipped by all. The buffers belong to a checkpoint.
+    If the loss or gradient norm is not finite on any process, all skip the step. The buffers are saved in checkpoints.
     """
 
-    HORIZON = 100  # steps of the moving mean
+    HORIZON = 100  # steps that the moving mean covers
 
     def __init__(self):
         super().__init__()
@@ -121,7 +123,7 @@ class LossMeter(nn.Module):
             self.register_buffer(name, torch.zeros(()))
 
     def update(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Count a step; 1.0 if it must be skipped, else 0.0, as AdamW's `found_inf` takes it. The loss is all processes'."""
+        """Count a step with the loss over all processes. Returns AdamW's `found_inf`: 1.0 to skip the step, else 0.0."""
         skip = (~(loss.isfinite() & grad_norm.isfinite())).float()
         loss = torch.where(skip > 0, 0.0, loss)
         self.total += loss
@@ -134,20 +136,20 @@ class LossMeter(nn.Module):
         return skip
 
     def reset_streak(self) -> None:
-        """Count from zero again: steps skipped before a restart must not end the run after it."""
+        """Reset the count of consecutive skips: steps skipped before a restart must not end the run after it."""
         self.streak.zero_()
         self.longest_streak.zero_()
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], *args, **kwargs) -> object:
-        """Checkpoints of ff27331 and before call the streak a row."""
+        """Checkpoints of commit ff27331 and before call the streak a row."""
         return super().load_state_dict({key.replace("row", "streak"): value for key, value in state_dict.items()},
                                        *args, **kwargs)
 
     def read(self, max_skipped: int) -> dict[str, float]:
-        """The mean loss since the last reading (nan if every step was skipped), its moving mean, all steps ever skipped.
+        """The mean loss since the last reading (nan if all steps were skipped), its moving mean, the total of skipped steps.
 
         Raises:
-            CommonError: so many steps in a row were skipped that the run has gone wrong.
+            CommonError: too many consecutive steps were skipped.
         """
         if (streak := int(self.longest_streak)) >= max_skipped:
             raise CommonError(f"{streak} steps in a row had a loss or gradient norm that is not finite. They were skipped: the "
