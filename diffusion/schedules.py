@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate, repeat
 
 import numpy as np
 
@@ -84,7 +85,8 @@ def space_timesteps(num_timesteps: int, respacing: str | int) -> list[int]:
         if count > length:
             raise UserError(f"respacing {respacing!r}: a section has only {length} timesteps, {count} were asked for")
         stride = (length - 1) / (count - 1) if count > 1 else 1
-        timesteps += [start + round(stride * i) for i in range(count)]
+        positions = accumulate(repeat(stride, count - 1), initial=0.0)  # added up as DiT does: products round otherwise
+        timesteps += [start + round(position) for position in positions]
         start += length
     return timesteps
 

@@ -48,6 +48,17 @@ def test_schedules_are_the_original_ones(schedule):
         assert np.abs(getattr(diffusion, name) - values).max() < 1e-12, name
 
 
+@pytest.mark.parametrize("total", [1000, 400, 4000])
+def test_every_count_is_respaced_as_dit_does(total):
+    """DiT's rule, written out: the stride is added up, and each sum is rounded."""
+    for count in range(1, total + 1):
+        position, kept = 0.0, []
+        for _ in range(count):
+            kept.append(round(position))
+            position += (total - 1) / (count - 1) if count > 1 else 1
+        assert space_timesteps(total, str(count)) == kept, count
+
+
 @pytest.mark.parametrize("respacing", json.loads((GOLDEN / "respacing.json").read_text()))
 def test_respacing_keeps_the_original_timesteps(respacing):
     kept = json.loads((GOLDEN / "respacing.json").read_text())[respacing]

@@ -1,6 +1,7 @@
-"""Which samples a step reads, and how they arrive."""
+"""Which samples a step reads, and how they are loaded."""
 
 import atexit
+import multiprocessing
 import signal
 import time
 from collections.abc import Iterator
@@ -15,14 +16,14 @@ from training.datasets import Rows
 
 
 class GlobalOrder:
-    """Which samples step k reads: a new permutation each epoch, a function of (seed, epoch, position) and nothing else.
+    """Which samples step k reads: a new permutation each epoch, which depends only on (seed, epoch, position).
 
-    Batches run on across the end of an epoch, so that every sample is read equally often.
+    A batch may cross the end of an epoch, so every sample is read equally often.
 
     Args:
-        length: samples of the data set.
-        batch_size: of the global batch, over all processes.
-        rank, world_size, grad_accum: of this process; `rows` are the rows of a global batch that its micro-batches take.
+        length: number of samples in the data set.
+        batch_size: size of the global batch, over all processes.
+        rank, world_size, grad_accum: these select `rows`, the rows of a global batch in this process's micro-batches.
         flip: whether half of the samples, drawn from (seed, step), are read as mirror images.
     """
 
@@ -38,7 +39,7 @@ class GlobalOrder:
         self._permutations: dict[int, np.ndarray] = {}
 
     def batch(self, step: int) -> Rows:
-        """The global batch of step `step`, from 0."""
+        """The global batch of step `step`, counted from 0."""
         epochs, positions = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), self.length)
         indices = [self._permutation(epoch)[positions[epochs == epoch]] for epoch in np.unique(epochs)]
         mirrored = np.random.default_rng((self.seed, step, 1)).random(self.batch_size) < (0.5 if self.flip else 0.0)
@@ -68,14 +69,14 @@ class MicroBatches:
 
 
 class Batches:
-    """Iterator over this process's micro-batches, on `device`; the next one is on its way while one is used.
+    """Iterator over this process's micro-batches, on `device`. The next one is copied while one is in use.
 
     `waited` counts the seconds that the reader spent waiting for data.
     """
 
     def __init__(self, dataset: Dataset, order: GlobalOrder, steps: range, num_workers: int, device: torch.device):
         self.device, self.waited = device, 0.0
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # beside the stream that computes
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # parallel to the computing stream
         self.loader = read_ahead(dataset, MicroBatches(order, steps), num_workers, pin_memory=device.type == "cuda")
         self.upcoming = None
 
@@ -96,27 +97,33 @@ class Batches:
         return ready
 
     def read_waited(self) -> float:
-        """The seconds since the last reading."""
+        """The seconds waited since the last reading."""
         waited, self.waited = self.waited, 0.0
         return waited
 
     def _fetch(self) -> tuple[Tensor, Tensor] | None:
         batch = next(self.loader, None)
-        with torch.cuda.stream(self.copies):  # no stream is the current one
+        with torch.cuda.stream(self.copies):  # stream None: keep the current one
             return batch and tuple(part.to(self.device, non_blocking=True) for part in batch)
 
 
 def read_ahead(dataset: Dataset, batches: object, num_workers: int, pin_memory: bool = False) -> Iterator:
-    """What the data set answers to each element of `batches`, in order, read by worker processes."""
+    """The data set's batch for each element of `batches`, in order, read by worker processes."""
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=as_is, pin_memory=pin_memory,
                         worker_init_fn=leave_signals_to_the_parent)
-    reader = unwrap_worker_errors(loader)
-    atexit.register(reader.close)  # ends the workers, who do not hear the signal that Python would end them with
-    return reader
+    atexit.register(end_workers)
+    return unwrap_worker_errors(loader)
+
+
+def end_workers() -> None:
+    """Kill the data workers that are left when this process ends. Python would wait for them for ever: they ignore SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's own handler takes a killed worker for an accident
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def unwrap_worker_errors(loader: DataLoader) -> Iterator:
-    """The batches; what a worker raised is told without the worker's traceback.
+    """The batches. An error in a worker is raised without the worker's traceback.
 
     Raises:
         OSError: a file cannot be read, or a worker died.
@@ -132,7 +139,7 @@ def unwrap_worker_errors(loader: DataLoader) -> Iterator:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and torchrun's SIGTERM reach the whole process group; the parent shall still get its batches."""
+    """Ignore Ctrl-C and torchrun's SIGTERM. They reach the whole process group, but the parent still needs its batches."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
