@@ -1,8 +1,8 @@
-"""How far samples are from real images: two sets of images -> metrics.
+"""Measure how far samples are from real images: two sets of images -> metrics.
 
-    python evaluate.py VIRTUAL_imagenet256_labeled.npz samples/X.npz           # FID, sFID, IS, precision, recall, as ADM's
+    python evaluate.py VIRTUAL_imagenet256_labeled.npz samples/X.npz           # FID, sFID, IS, precision, recall, as in ADM
     torchrun --nproc_per_node=8 evaluate.py REF SAMPLES --json figures.json
-    python evaluate.py IMAGES --save-stats ref.npz                             # a reference file of any set of images
+    python evaluate.py IMAGES --save-stats ref.npz                             # a reference file for any set of images
     python evaluate.py digits samples/X.npz --weights none --classifier classifier.pt --training-images digits
 
 A set is an `.npz` of images (`arr_0` uint8 NHWC, as sample_ddp.py writes), a folder of images, an `.npz` of statistics
@@ -11,7 +11,7 @@ A set is an `.npz` of images (`arr_0` uint8 NHWC, as sample_ddp.py writes), a fo
 - FID, sFID, Inception Score, Precision, Recall: as ADM's TensorFlow suite defines them (Dhariwal & Nichol,
   arXiv:2105.05233), on torch-fidelity's port of its Inception.
 - FD-pixel32 and FD-classifier: the same Fréchet distance, of pixels averaged to at most 32x32 and of a small classifier's
-  features. No download, and not FID: each prints how far real images are from real ones.
+  features. They need no download. They are not FID: each is printed with the distance between two sets of real images.
 - Memorisation: how far samples are from the nearest training image, and how far held-out images are.
 """
 
@@ -99,7 +99,7 @@ def main(args: Namespace) -> None:
 
 
 def exact_products() -> None:
-    """fp32 is fp32, on every device."""
+    """Compute fp32 products in full fp32 on every device."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -109,7 +109,7 @@ def exact_products() -> None:
 
 
 def open_sets(args: Namespace) -> tuple[ImageSet, ImageSet | None, ImageSet | None]:
-    """REF, SAMPLES and --training-images. What is wrong with them, and with what is asked of them, is found here."""
+    """Open REF, SAMPLES and --training-images, and check them and the flags about them."""
     if args.samples is None and (not args.save_stats or args.classifier or args.training_images or args.json):
         raise UserError("SAMPLES is missing; only with --save-stats, and nothing else to measure, is REF enough")
     if args.save_stats and args.weights == "none":

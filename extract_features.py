@@ -1,12 +1,12 @@
-"""Encode images once, for training to read latents in their place: images -> cached latents.
+"""Encode images once, so that training reads latents instead: images -> cached latents.
 
     torchrun --nproc_per_node=8 extract_features.py --data-path /imagenet/train --features-path features/train
     torchrun --nproc_per_node=8 train.py --data-path features/train
 
 The folder holds `moments.npy` (N, 2, 2C, h, w) fp16: mean and log-variance of the posterior of each image and of its
-mirror image, for an autoencoder is not equivariant to flips; `labels.npy` (N,) int64; `skipped.txt`, the images that
-could not be read; and, once all is done, `meta.json`. Row i is image i, whoever writes it: the same command goes on
-after a kill, on any number of processes.
+mirror image, because an autoencoder is not equivariant to flips; `labels.npy` (N,) int64; `skipped.txt`, the images that
+could not be read; and, at the end, `meta.json`. Row i is image i, whichever process writes it. After a kill, the same
+command continues on any number of processes.
 """
 
 import json
@@ -31,7 +31,7 @@ from runtime.processes import autocast, start_world
 from training.datasets import Rows, TrainingData, load_dataset
 from training.order import read_ahead
 
-PENDING, SKIPPED = -2, -1  # in labels.npy, of rows that hold no image (yet)
+PENDING, SKIPPED = -2, -1  # in labels.npy, for rows without an image (yet)
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -68,7 +68,7 @@ def main(args: Namespace) -> None:
         for rows, images, found in tqdm(reader, "encoding", len(batches), unit="batch", disable=not world.is_main):
             encoded = encode(autoencoder, images.to(world.device, non_blocking=True), args.precision)
             if writing:
-                writing.result()  # one batch is written while the next one is encoded
+                writing.result()  # a batch is written while the next one is encoded
             writing = writer.submit(write, moments, labels, rows, encoded, found)
         if writing:
             writing.result()
@@ -79,7 +79,7 @@ def main(args: Namespace) -> None:
 
 
 def describe_features(data: TrainingData, autoencoder: nn.Module, data_path: str) -> dict:
-    """What meta.json will say, except for the rows that were skipped."""
+    """The content of meta.json, except the skipped rows."""
     if data.kind != "images":
         raise UserError(f"--data-path {data_path} holds features already")
     if isinstance(autoencoder, Pixels):
@@ -93,7 +93,7 @@ def describe_features(data: TrainingData, autoencoder: nn.Module, data_path: str
 
 
 def lay_out(folder: Path, meta: dict) -> np.ndarray:
-    """Lay the files out, or find them as a run that was killed left them; the rows still to be encoded.
+    """Create the files, or open those of an interrupted run. Returns the rows that are still to be encoded.
 
     Raises:
         UserError: the folder holds features of other images, or of another autoencoder.
@@ -120,7 +120,7 @@ def lay_out(folder: Path, meta: dict) -> np.ndarray:
 
 
 class Readable(Dataset):
-    """The rows asked for (B,); the images of those that can be read; and the labels (B,), SKIPPED for the others."""
+    """A batch is: the requested rows (B,), the images that can be read, and the labels (B,), SKIPPED for the others."""
 
     def __init__(self, data: TrainingData):
         self.data = data
@@ -139,7 +139,7 @@ class Readable(Dataset):
 
 
 def encode(autoencoder: nn.Module, images: Tensor, precision: str) -> Tensor:
-    """images (B, C, H, W) uint8 -> moments of them and of their mirror images, (B, 2, 2C, h, w) fp16."""
+    """images (B, C, H, W) uint8 -> moments of the images and of their mirror images, (B, 2, 2C, h, w) fp16."""
     if not len(images):
         return images
     x = to_unit_range(images)
@@ -148,9 +148,9 @@ def encode(autoencoder: nn.Module, images: Tensor, precision: str) -> Tensor:
 
 
 class RowFile:
-    """A `.npy` file of which any number of processes write rows.
+    """A `.npy` file in which any number of processes write rows.
 
-    Not through a map of the file: that writes whole pages, over NFS with old rows of another machine in them.
+    It is not memory-mapped: a map writes whole pages, and over NFS these can hold outdated rows of another machine.
     """
 
     def __init__(self, path: Path):
@@ -168,13 +168,13 @@ class RowFile:
 
 
 def write(moments: RowFile, labels: RowFile, rows: np.ndarray, encoded: Tensor, found: np.ndarray) -> None:
-    """Write a batch; its labels come last, and say that the rest is there."""
+    """Write a batch. The labels come last: they mark the rows as complete."""
     moments.write(rows[found != SKIPPED], encoded.cpu().numpy())
     labels.write(rows, found)
 
 
 def finish(folder: Path, data: TrainingData, meta: dict, limit: float) -> None:
-    """List what was skipped, and declare the features complete; UserError where too much was skipped."""
+    """List the skipped images and mark the features as complete. Raises UserError if too many were skipped."""
     if (folder / "meta.json").exists():
         return
     labels = np.load(folder / "labels.npy", mmap_mode="r")

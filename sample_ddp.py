@@ -2,11 +2,11 @@
 
     torchrun --nproc_per_node=8 sample_ddp.py --ckpt results/X --num-fid-samples 50000
 
-Image i and its label depend on (seed, i) alone, not on the number of processes or, but for rounding, the batch size. Killed at
-any moment, the same command goes on, on any number of processes: each batch is a file in NAME.parts until all are there.
+Image i and its label depend only on (seed, i), not on the number of processes and, up to rounding, not on the batch size.
+After a kill, the same command continues on any number of processes: each batch is a file in NAME.parts until all are done.
 
-- NAME.npz is ADM's: `arr_0` images (N, H, W, 3) uint8, `arr_1` labels (N,) int64.
-- NAME.json tells the settings. An output that exists from other settings is refused, or with --overwrite deleted.
+- NAME.npz has ADM's format: `arr_0` images (N, H, W, 3) uint8, `arr_1` labels (N,) int64.
+- NAME.json holds the settings. An existing output with other settings is refused, or deleted with --overwrite.
 """
 
 import json
@@ -83,7 +83,7 @@ def main(args: Namespace) -> None:
     record = record_of(restored, autoencoder, sampling, args)
     done, todo = world.on_main(lambda: open_output(out, record, args.overwrite, count, args.per_proc_batch_size))
     drawn = sum(map(len, todo))
-    needed = (drawn + (0 if out.exists() else count)) * height * width * 3  # parts, and the .npz beside them
+    needed = (drawn + (0 if out.exists() else count)) * height * width * 3  # the parts and the .npz
     world.on_main(lambda: check_writable(out.parent, needed))
 
     start = time.perf_counter()
@@ -98,7 +98,7 @@ def main(args: Namespace) -> None:
 
 
 def name_of(restored: checkpoint.Restored, sampling: Sampling, args: Namespace) -> str:
-    """A file name that tells the settings, those that are out of the ordinary only where they are."""
+    """A file name made of the settings. Less common settings appear only if they are not the default."""
     spec = restored.spec
     return "-".join([
         spec.model.name.replace("/", "-"), restored.name, f"size-{spec.image_size[0]}", f"vae-{Path(spec.vae).name}",
@@ -107,24 +107,24 @@ def name_of(restored: checkpoint.Restored, sampling: Sampling, args: Namespace) 
 
 
 def record_of(restored: checkpoint.Restored, autoencoder: nn.Module, sampling: Sampling, args: Namespace) -> dict[str, Any]:
-    """All that the images depend on, as NAME.json tells it."""
+    """All settings that the images depend on, as in NAME.json."""
     spec = restored.spec
     record = {
         "checkpoint": restored.name, "checkpoint_sha256": restored.sha256(), "model": spec.model.name,
         "image_size": spec.image_size, "vae": spec.vae, "vae_identity": autoencoder.identity(),
         "images": args.num_fid_samples, "seed": args.global_seed, "labels": "balanced" if args.balanced else "random",
         "tf32": args.tf32, "compile": args.compile}
-    return json.loads(json.dumps(record | sampling.record()))  # as it will be read
+    return json.loads(json.dumps(record | sampling.record()))  # as JSON will return it
 
 
 def label_rule(seed: int, balanced: bool, num_classes: int) -> Callable[[int], int]:
-    """The label of image i: uniform over the classes, addressed by (seed, i), or the classes in turn."""
+    """The function i -> label of image i: the classes in turn, or drawn uniformly by (seed, i)."""
     if balanced:
         return lambda i: i % num_classes
     return lambda i: int(torch.randint(num_classes, (), generator=generator("label", seed, i)))
 
 
-# --- the output, from its first part to the whole -------------------------------------------------
+# --- the output, from parts to the whole file -----------------------------------------------------
 
 
 def parts_of(out: Path) -> Path:
@@ -133,7 +133,7 @@ def parts_of(out: Path) -> Path:
 
 def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int,
                 batch_size: int) -> tuple[list[range], list[range]]:
-    """Begin or continue an output, locked for this process: the batches that are there, and those that are missing."""
+    """Begin or continue an output and lock it for this process. Returns the finished batches and the missing ones."""
     record, parts, pictures = out.with_suffix(".json"), parts_of(out), out.with_suffix("")
     found = read_record(record)
     stale = found != settings and (record.exists() or out.exists() or pictures.exists() or any(parts.glob("*.npy")))
@@ -145,7 +145,7 @@ def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int
     lock_folder(parts, "", "wait for it to end")
     if stale:
         shutil.rmtree(pictures, ignore_errors=True)
-        for file in (*parts.glob("*.npy"), out, record):  # the record last: a kill between them must not mix two outputs
+        for file in (*parts.glob("*.npy"), out, record):  # the record last: a kill must not mix two outputs
             file.unlink(missing_ok=True)
     if out.exists():
         return [], []
@@ -154,7 +154,7 @@ def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int
 
 
 def read_record(path: Path) -> dict:
-    """The settings in a NAME.json; none where it is missing or damaged."""
+    """The settings in a NAME.json; empty if it is missing or damaged."""
     try:
         found = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
@@ -171,9 +171,9 @@ def range_of(path: Path) -> range:
 
 
 def share_out(found: list[range], count: int, batch_size: int) -> tuple[list[range], list[range]]:
-    """0..count-1 as the parts that are there, of any sizes, and the batches between them.
+    """Divide 0..count-1 into the existing parts, of any sizes, and the batches missing between them.
 
-    A process that outlived its launch may have written a part that overlaps others: that one is left out.
+    A process that outlived its launch may have written a part that overlaps others. Such a part is left out.
     """
     done, todo, start = [], [], 0
     for part in [*sorted(found, key=lambda part: part.start), range(count, count)]:
@@ -185,7 +185,7 @@ def share_out(found: list[range], count: int, batch_size: int) -> tuple[list[ran
 
 
 def finish(out: Path, batches: list[range], size: tuple[int, int], label: Callable[[int], int], png: bool) -> None:
-    """Join the parts to the `.npz`, which appears whole or not at all; write PNGs that are missing; delete the parts."""
+    """Join the parts to the `.npz` (written completely or not at all), write missing PNGs, and delete the parts."""
     parts = parts_of(out)
     if not out.exists():
         count = batches[-1].stop
@@ -197,7 +197,7 @@ def finish(out: Path, batches: list[range], size: tuple[int, int], label: Callab
 
 
 def write_pngs(out: Path) -> None:
-    """NAME/000000.png, …: those that are not there yet."""
+    """Write those of NAME/000000.png, … that are missing."""
     folder = out.with_suffix("")
     folder.mkdir(exist_ok=True)
 
@@ -218,9 +218,9 @@ def write_pngs(out: Path) -> None:
 
 
 def draw(todo: list[range], draw_batch: Callable[[range], Tensor], parts: Path, count: int, world: World) -> float:
-    """Draw all batches of `todo`, each by the process that is free first; the share of the time that the device waited.
+    """Draw all batches of `todo`, each on the next free process. Returns the share of the time that the device was idle.
 
-    While a batch is drawn, the ones before it travel to the host and are written, by another thread.
+    While a batch is drawn, earlier ones are copied to the host and written by another thread.
     """
     idle, waiting, before = IdleTime(world), deque(), count - sum(map(len, todo))
     with ThreadPoolExecutor(1) as writer, tqdm(total=count, initial=before, desc="sampling", unit="image",
@@ -237,13 +237,13 @@ def draw(todo: list[range], draw_batch: Callable[[range], Tensor], parts: Path, 
                 written()
         while waiting:
             written()
-        world.barrier()  # the others have written theirs
+        world.barrier()  # until the others have written their batches
         bar.update(count - bar.n)
     return idle.share()
 
 
 def fetch(images: Tensor) -> Callable[[], Tensor]:
-    """Start to copy images to the host; what is returned waits until they are there."""
+    """Start to copy images to the host. Returns a function that waits for the copy and returns it."""
     if images.device.type != "cuda":
         images = images.cpu()
         return lambda: images
@@ -258,7 +258,7 @@ def fetch(images: Tensor) -> Callable[[], Tensor]:
 
 
 def write_part(parts: Path, indices: range, arrived: Callable[[], Tensor]) -> int:
-    """Write a batch, (B, H, W, 1 or 3) -> (B, H, W, 3), whole or not at all; how many images it has."""
+    """Write a batch, (B, H, W, 1 or 3) -> (B, H, W, 3), completely or not at all. Returns its number of images."""
     images, path = arrived(), part_path(parts, indices)
     own = f".{socket.gethostname()}.{os.getpid()}"  # a lost process may still be writing the same batch
     with atomic(path, own) as file:
@@ -267,13 +267,13 @@ def write_part(parts: Path, indices: range, arrived: Callable[[], Tensor]) -> in
 
 
 class IdleTime:
-    """The share of its time that the device waits between batches: `mark` the beginning and end of each in turn."""
+    """The share of time that the device is idle between batches. Call `mark` at the beginning and end of each."""
 
     def __init__(self, world: World):
         self.world, self.marks = world, []
 
     def mark(self) -> None:
-        if self.world.device.type == "cuda":  # on the device's own clock: it works while the host goes on
+        if self.world.device.type == "cuda":  # the device's own clock: it works asynchronously
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self.marks.append(event)
@@ -281,7 +281,7 @@ class IdleTime:
             self.marks.append(time.perf_counter())
 
     def share(self) -> float:
-        """Of all processes on average."""
+        """The mean share over all processes."""
         synchronize(self.world.device)
         cuda = self.world.device.type == "cuda"
         spans = [a.elapsed_time(b) if cuda else b - a for a, b in pairwise(self.marks)]  # busy, idle, busy, …, busy

@@ -1,9 +1,9 @@
-"""Train the small classifier whose features and predictions stand in for Inception's, on the training part of real images.
+"""Train the small classifier that replaces Inception's features and predictions, on the training part of real images.
 
     python benchmarks/classifier.py --data-path mnist --out classifier.pt
     python evaluate.py mnist samples/X.npz --weights none --classifier classifier.pt
 
-Its images are seen as evaluate.py sees them: RGB, averaged to at most 32x32. The test accuracy is of the held-out part.
+It sees images as evaluate.py does: RGB, averaged to at most 32x32. The test accuracy is that of the held-out part.
 """
 
 import sys
@@ -26,7 +26,7 @@ from runtime.randomness import generator
 from training.datasets import Rows, load_dataset
 
 BATCH = 128
-SHIFT = 8  # an image is shifted by up to one part in so many of its size
+SHIFT = 8  # an image is shifted by at most its size / SHIFT
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -75,7 +75,7 @@ def read_all(data) -> tuple[Tensor, Tensor]:
 
 
 def train(classifier: Classifier, images: Tensor, labels: Tensor, flip: bool, args, device: torch.device) -> None:
-    """AdamW under a one-cycle schedule; images shifted at random, and mirrored where a mirror image is as good."""
+    """Train with AdamW and a one-cycle schedule. Images are shifted at random, and mirrored at random if `flip`."""
     steps = len(images) // min(BATCH, len(images))
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=args.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * steps)
@@ -92,7 +92,7 @@ def train(classifier: Classifier, images: Tensor, labels: Tensor, flip: bool, ar
 
 
 def augment(x: Tensor, flip: bool, draw: torch.Generator) -> Tensor:
-    """(B, C, h, w): the batch shifted as one, over its own border's values; each image mirrored by chance."""
+    """Shift the batch (B, C, h, w) as one, repeating border values. If `flip`, mirror each image at random."""
     height, width = x.shape[2:]
     most = max(1, min(height, width) // SHIFT)
     top, left = torch.randint(2 * most + 1, (2,), generator=draw).tolist()
@@ -105,7 +105,7 @@ def augment(x: Tensor, flip: bool, draw: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def measure(classifier: Classifier, images: Tensor, labels: Tensor, device: torch.device) -> float:
-    """The share of images read as their label."""
+    """The share of images classified correctly."""
     right = [(classifier(x.to(device)).argmax(dim=1).cpu() == y).sum() for x, y in zip(images.split(512), labels.split(512))]
     return float(sum(right)) / len(labels)
 

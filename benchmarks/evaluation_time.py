@@ -1,8 +1,8 @@
-"""Time and peak memory of evaluate.py, on an Inception of random weights: where the real ones are not at hand.
+"""Time and peak memory of evaluate.py, with random Inception weights: for use without the real ones.
 
     python benchmarks/evaluation_time.py REF SAMPLES --json evaluation.json    # evaluate.py's flags without --weights
 
-Its five figures mean nothing; the work is that of the real network.
+Its five figures mean nothing, but the work is the same as with the real weights.
 """
 
 import runpy
@@ -29,10 +29,10 @@ def main() -> None:
 
 
 def random_weights(folder: Path) -> Path:
-    """A weights file of torch-fidelity's Inception; activations neither vanish nor explode."""
+    """Write a weights file for torch-fidelity's Inception. Activations neither vanish nor explode."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Network
 
-    with mock.patch.object(torch, "load"), mock.patch.object(Network, "load_state_dict"):  # which its constructor would do
+    with mock.patch.object(torch, "load"), mock.patch.object(Network, "load_state_dict"):  # the constructor calls these
         network = Network("random", ["2048"], feature_extractor_weights_path="none")
     torch.manual_seed(0)
     for name, parameter in network.named_parameters():

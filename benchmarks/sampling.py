@@ -1,26 +1,26 @@
-"""Ways to sample from one checkpoint, side by side: calls, s/image, RMSE to the exact solution, Fréchet distance.
+"""Compare ways to sample from one checkpoint: calls, s/image, RMSE to the exact solution, Fréchet distance.
 
     python benchmarks/sampling.py --ckpt results/mnist --data-path mnist --samples 5000 --out sampling.json
     python benchmarks/sampling.py --ckpt results/mnist --sampler ddpm --num-sampling-steps 250 --cfg-scale 1.5 \
         --reuse encoder --rows plain flags           # Faster Diffusion's comparison: key steps, s/image without and with
 
-A row is a way to sample, told as a difference from the reference: DDPM with 250 steps, or Heun with 50 of a flow
-checkpoint (which has no DDPM). Guidance, its channels, thresholding and precision are the checkpoint's or the flags' in all
-rows; sampler, steps, eta and reuse of the flags are those of the rows `flags` and, without the reuse, `plain`. Ratios and
-equality are to the first row.
+A row is a way to sample, given as a difference from the reference: DDPM with 250 steps, or Heun with 50 for a flow
+checkpoint (which has no DDPM). All rows take guidance, its channels, thresholding and precision from the checkpoint or the
+flags. Only the row `flags` and, without reuse, the row `plain` take sampler, steps, eta and reuse from the flags. Ratios
+and equality compare with the first row.
 
-- calls: of the model, and of its blocks, by one image, both branches of guidance counted.
-- s/image: sampling and decoding, synchronised; the median over --repeats rounds after one to warm up. A round is one batch
-  of each row in turn, so that whatever else the machine does disturbs all alike; a ratio is the median of the rounds' own.
-- RMSE: of the last states (latents, or pixels without an autoencoder) of the same labels and start noise; to the first row
-  where a row has its solver and times (and so the later noise too), else to dpm++ with 250 steps, guided everywhere, which
-  stands for the exact solution. A stochastic row of other times has nothing to be compared with.
-- FD-pixel32: the Fréchet distance of raw pixels in [-1, 1], large images averaged to 32x32, of --samples images, their
-  labels in turn, from the held-out images; mean and standard deviation over --seeds. Equal: a mean of at most the
-  reference's and one standard deviation of it.
+- calls: of the model and of its blocks, per image, in both branches of guidance together.
+- s/image: sampling and decoding, synchronised; the median over --repeats rounds after a warm-up round. A round is one
+  batch of each row in turn, so other load on the machine affects all rows alike. A ratio is the median of the rounds' ratios.
+- RMSE: of the last states (latents, or pixels without an autoencoder) for the same labels and start noise. A row with the
+  solver and times of the first row (so also the same later noise) is compared with it. Other rows are compared with dpm++
+  with 250 steps, guided everywhere, in place of the exact solution. A stochastic row with other times has no RMSE.
+- FD-pixel32: the Fréchet distance of raw pixels in [-1, 1], large images averaged to 32x32, between --samples images
+  (classes in turn) and the held-out images; mean and standard deviation over --seeds. Equal: the mean is at most the
+  reference's mean plus its standard deviation.
 
-With --out the figures lie in a JSON from the first one on, and the same command goes on where it was stopped; beside it a
-PNG shows distance over time. Without it nothing is written.
+With --out each figure is saved in a JSON at once, and the same command continues after an interruption. A PNG beside it
+shows distance over time. Without --out nothing is written.
 """
 
 import gc
@@ -59,9 +59,9 @@ from runtime.files import check_output, in_batches, write_text
 from runtime.processes import start_world, synchronize
 from training.datasets import Rows, load_dataset
 
-INTERVAL = (100.0, 600.0)  # timesteps with guidance, unless --guidance-interval says otherwise
+INTERVAL = (100.0, 600.0)  # timesteps with guidance, unless --guidance-interval is given
 FAST = dict(sampler="dpm++", num_sampling_steps=20)
-REFERENCES = {  # the default first row, of a Gaussian process and of flow
+REFERENCES = {  # the default first row: of a Gaussian process, and of flow
     "ddpm-250": dict(sampler="ddpm", num_sampling_steps=250),
     "heun-50": dict(sampler="heun", num_sampling_steps=50),
 }
@@ -117,7 +117,7 @@ def main(args: Namespace) -> None:
             print(f"{name}: {row.plan}", flush=True)
 
     def fill(cells: dict, key: object, measure: Callable, *given) -> None:
-        """Measure a cell of the report that is not there yet."""
+        """Measure a cell of the report if it is missing."""
         if str(key) not in cells:
             cells[str(key)] = measure(*given)
             save(args.out, report)
@@ -158,7 +158,7 @@ def check_flags(args: Namespace) -> None:
 
 
 def make_rows(args: Namespace, restored: checkpoint.Restored, flags: Sampling, device: torch.device) -> dict[str, Sampling]:
-    """The rows that were asked for, or all that apply; the first is the reference."""
+    """The requested rows, or all that apply. The first is the reference."""
     reference = "heun-50" if isinstance(flags.process, FlowMatching) else "ddpm-250"
     useless = {"interval": flags.settings.cfg_scale == 1, "bf16": device.type == "cpu" or args.precision == "bf16"}
     own = ["plain", "flags"] if args.reuse != "none" else []
@@ -178,7 +178,7 @@ def make_rows(args: Namespace, restored: checkpoint.Restored, flags: Sampling, d
 
 
 def make_sampling(spec: Spec, model: nn.Module, flags: SamplingSettings, difference: dict[str, Any]) -> Sampling:
-    """Guidance, its channels, thresholding and precision of the flags, guided everywhere, and `difference` above them."""
+    """The flags' guidance, its channels, thresholding and precision, guided everywhere, then changed by `difference`."""
     plain = dict(guidance_interval=None, eta=0.0, reuse="none", key_steps=None, reuse_args={})
     return Sampling.of(spec, vars(flags) | plain | difference, model)
 
@@ -188,7 +188,7 @@ def make_sampling(spec: Spec, model: nn.Module, flags: SamplingSettings, differe
 
 def report_settings(flags: dict[str, Any], rows: dict[str, Sampling], restored: checkpoint.Restored,
                     device: torch.device) -> dict[str, Any]:
-    """All that the figures depend on, as it will be read from the JSON; times of other batch sizes may be added to it."""
+    """All settings that the figures depend on, as JSON will return them. Times of other batch sizes may be added later."""
     other = ("config", "ckpt", "out", "device", "batch_sizes", "repeats")
     flags = {name: value for name, value in flags.items() if name not in other}
     machine = torch.cuda.get_device_name() if device.type == "cuda" else device.type
@@ -200,7 +200,7 @@ def report_settings(flags: dict[str, Any], rows: dict[str, Sampling], restored: 
 
 
 def open_report(out: str | None, settings: dict) -> dict:
-    """Begin a report, or go on with the one at --out; UserError where that is of other settings."""
+    """Begin a report, or continue the one at --out. Raises UserError if that has other settings."""
     if out is None or not Path(out).exists():
         return {"settings": settings, "times": {}, "rmse": {}, "distances": {name: {} for name in settings["rows"]}}
     try:
@@ -218,25 +218,25 @@ def save(out: str | None, report: dict) -> None:
         write_text(Path(out), json.dumps(report, indent=2) + "\n")
 
 
-# --- what is measured ----------------------------------------------------------------------------
+# --- measurements --------------------------------------------------------------------------------
 
 
 def draw_in_turn(model, autoencoder, sampling: Sampling, indices: range, seed: int,
                  on_step: Callable[[dict[str, Tensor]], object] = lambda step: None) -> Tensor:
-    """Images (B, H, W, C) uint8; their labels are the classes in turn."""
+    """Draw images (B, H, W, C) uint8, with the classes in turn as labels."""
     return generate(model, autoencoder, [i % model.num_classes for i in indices], indices, seed, sampling, on_step)
 
 
 def time_rows(draw: Callable, rows: dict[str, Sampling], batch_size: int, repeats: int, device: torch.device) -> dict:
-    """Each row's times at one batch size, None where it is out of memory."""
-    laps = {name: [] for name in rows}  # a round's (seconds of all, of them before decoding)
+    """Each row's times at one batch size, or None if it is out of memory."""
+    laps = {name: [] for name in rows}  # per round: (seconds in total, before decoding)
     for _, name in itertools.product(tqdm(range(1 + repeats), f"batch {batch_size}", leave=False), rows):
         if laps[name] is not None:
             try:
                 laps[name].append(time_batch(draw, rows[name], batch_size, device))
             except torch.cuda.OutOfMemoryError:
                 laps[name] = None
-            if laps[name] is None:  # here, and not above, as an exception keeps what its functions held
+            if laps[name] is None:  # not above: a live exception keeps its functions' memory
                 tqdm.write(f"{name}: batch {batch_size} is out of memory")
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -245,7 +245,7 @@ def time_rows(draw: Callable, rows: dict[str, Sampling], batch_size: int, repeat
 
 
 def time_batch(draw: Callable, sampling: Sampling, batch_size: int, device: torch.device) -> tuple[float, float]:
-    """Seconds of one batch, and those of them before decoding."""
+    """Seconds of one batch: in total, and before decoding."""
     marks, steps = [], itertools.count(1)
 
     def mark() -> None:
@@ -259,7 +259,7 @@ def time_batch(draw: Callable, sampling: Sampling, batch_size: int, device: torc
 
 
 def times(own: list[tuple[float, float]], first: list[tuple[float, float]] | None, batch_size: int) -> dict:
-    """What is reported of a row; "ratio": how many times as fast as the first one."""
+    """The reported times of a row. "ratio": its speed relative to the first row."""
     seconds, sampling = ([lap[part] / batch_size for lap in own] for part in (0, 1))
     ratios = [theirs[0] / mine[0] for theirs, mine in zip(first or [], own)]
     return {"seconds_per_image": statistics.median(seconds), "sampling_seconds_per_image": statistics.median(sampling),
@@ -267,26 +267,26 @@ def times(own: list[tuple[float, float]], first: list[tuple[float, float]] | Non
 
 
 def nearest(row: Sampling, first_name: str, first: Sampling) -> str | None:
-    """Whose last states a row should have: those of the first, of "exact", or of none."""
+    """The row whose last states this row should match: the first, "exact", or None."""
     if solver_of(row) == solver_of(first):
         return first_name
     return None if row.settings.sampler == "ddpm" or row.settings.eta else "exact"
 
 
 def rmse(states: Callable[[str], Tensor], name: str, to: str | None) -> dict:
-    """Root mean square difference of a row's states from those that it should have."""
+    """Root mean square difference between a row's last states and those of the row `to`."""
     return {"rmse": to and (states(name) - states(to)).square().mean().sqrt().item(), "rmse_to": to}
 
 
 def final_states(draw: Callable, sampling: Sampling, seed: int) -> Tensor:
-    """(RMSE_IMAGES, C, H, W)"""
+    """The last states (RMSE_IMAGES, C, H, W)."""
     step = {}
     draw(sampling, range(RMSE_IMAGES), seed, step.update)
     return step["sample"].float()
 
 
 def distance(draw: Callable, sampling: Sampling, seed: int, samples: int, real: Gaussian) -> float:
-    """FD-pixel32 of so many images from the real ones."""
+    """FD-pixel32 between `samples` drawn images and the real ones."""
     batches = tqdm([range(i, min(i + BATCH, samples)) for i in range(0, samples, BATCH)], "drawing", leave=False)
     return frechet_distance(gaussian_of(draw(sampling, batch, seed).permute(0, 3, 1, 2) for batch in batches), real)
 
@@ -296,7 +296,7 @@ def solver_of(row: Sampling) -> tuple:
 
 
 def real_gaussian(args: Namespace, spec: Spec) -> Gaussian:
-    """That of the held-out images, or of a folder without such a part as it is."""
+    """The Gaussian of the held-out images, or of all images of a folder without a held-out part."""
     open_split = partial(load_dataset, args.data_path, spec.image_size[0], args.data_root)
     try:
         dataset = open_split(split="val")
@@ -309,7 +309,7 @@ def real_gaussian(args: Namespace, spec: Spec) -> Gaussian:
 
 
 def gaussian_of(batches: Iterable[Tensor]) -> Gaussian:
-    """Of the pixels of images (B, C, H, W) uint8, averaged to at most 32x32."""
+    """The Gaussian of pixels of images (B, C, H, W) uint8, averaged to at most 32x32."""
     running = None
     for images in batches:
         features = pixel_features(images).flatten(1)
@@ -317,17 +317,17 @@ def gaussian_of(batches: Iterable[Tensor]) -> Gaussian:
     return running.gaussian()
 
 
-# --- what is said of it --------------------------------------------------------------------------
+# --- conclusions ---------------------------------------------------------------------------------
 
 
 def summarise(distances: dict[str, dict[str, float]]) -> dict:
-    """Each row's mean distance over the seeds, and how it compares with the first row's."""
+    """Each row's mean distance over the seeds, compared with the first row's."""
     values = {name: list(cells.values()) for name, cells in distances.items() if cells}
     return {name: compare(own, next(iter(values.values()))) for name, own in values.items()}
 
 
 def compare(own: list[float], first: list[float]) -> dict:
-    """"equal" is a mean of at most the first's and one standard deviation of it; "deviations": how many lie between them."""
+    """"equal": the mean is at most the first's plus its standard deviation. "deviations": how many lie between the means."""
     std, spread = (statistics.stdev(values) if len(values) > 1 else None for values in (own, first))
     away = statistics.mean(own) - statistics.mean(first)
     return {"distance": statistics.mean(own), "std": std, "equal": None if spread is None else away <= spread,
@@ -357,7 +357,7 @@ def figure(value: str | float | bool | None) -> str:
 
 
 def fastest(report: dict) -> list[str]:
-    """A sentence for each batch size."""
+    """One sentence per batch size."""
     said = []
     for batch, cells in report["times"].items():
         equal = {name: cell["ratio"] for name, cell in cells.items()
@@ -370,13 +370,13 @@ def fastest(report: dict) -> list[str]:
 
 
 def plot(report: dict, path: Path) -> Path | None:
-    """Distance over s/image at the largest batch that was timed, both logarithmic; None where there is not both."""
+    """Plot distance over s/image at the largest timed batch, both logarithmic. None if no row has both."""
     summary, batch = report["summary"], max(report["times"], key=int, default=None)
     cells = report["times"].get(batch, {})
     timed = {name: cell["seconds_per_image"] for name, cell in cells.items() if cell and name in summary}
     if not timed:
         return None
-    from matplotlib.figure import Figure  # of the extra `notebooks`
+    from matplotlib.figure import Figure  # from the extra `notebooks`
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()

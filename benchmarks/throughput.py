@@ -1,20 +1,20 @@
-"""Training steps and forward passes side by side: images/s, multiply-accumulates, share of the matmul rate, memory.
+"""Compare training steps and forward passes: images/s, multiply-accumulates, share of the matmul rate, memory.
 
     python benchmarks/throughput.py --models DiT-XL/2 DiNext-XL/2 diffusers/DiT-XL/2 --precision bf16 --compile true \
         --batch-size 8 32 128
 
-Of each setting (what, precision, compile, batch size) all models are loaded at once, and timed in turn: a round is one
-call of each, so that whatever else the machine does disturbs all alike. Figures are medians over --repeats rounds; the
-ratios at the end too, each of two calls of the same round, which makes them surer than images/s.
+For each setting (what, precision, compile, batch size) all models are loaded at once and timed in turn. A round is one
+call of each, so other load on the machine affects all alike. Figures are medians over --repeats rounds. So are the ratios
+at the end; each compares two calls of one round, so they are more reliable than images/s.
 
 - train: forward, loss of `create_diffusion("")`, backward, fused AdamW. forward: under no_grad. Nothing else is timed:
-  no data, clipping or EMA. All weights are drawn from N(0, 0.02): zeros would let a GPU run cool, and faster.
-- FLOP/s: 2 a multiply-accumulate of the forward pass; a training step counts as three forward passes.
+  no data, clipping or EMA. All weights are drawn from N(0, 0.02): with zeros a GPU would stay cool and run faster.
+- FLOP/s: 2 per multiply-accumulate of the forward pass; a training step counts as three forward passes.
 - of matmul: the share of the FLOP/s of one large square matmul at the same precision, timed in the same rounds.
-- memory: the most that the model's weights, AdamW and a step take together, without the other models; CUDA only, as
-  CPU allocators keep no such figure. A setting too large for the GPU, beside the other models, is recorded as such.
-- diffusers/NAME: diffusers' DiTTransformer2DModel with the sizes of preset NAME, as the outside reference. It embeds t
-  and y anew in each block, with weights of its own (XL/2: 750 M parameters, not 675 M), and draws its label drop.
+- memory: the peak of the model's weights, AdamW and a step together, without the other models. CUDA only: CPU
+  allocators keep no such figure. A setting too large for the GPU, beside the other models, is recorded as such.
+- diffusers/NAME: diffusers' DiTTransformer2DModel with the sizes of preset NAME, as an independent reference. Each block
+  embeds t and y again with its own weights (XL/2: 750 M parameters, not 675 M). It draws its label drop itself.
 """
 
 import gc
@@ -65,11 +65,11 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
-# --- what is timed -------------------------------------------------------------------------------
+# --- the timed calls -----------------------------------------------------------------------------
 
 
 class Setting(NamedTuple):
-    """What all candidates of a round have in common."""
+    """The settings that all candidates of a round share."""
 
     what: str  # "train" or "forward"
     precision: str
@@ -81,7 +81,7 @@ class Setting(NamedTuple):
 
 
 class DiffusersDiT(nn.Module):
-    """diffusers' DiT of a preset's sizes, called as our models are."""
+    """diffusers' DiT with a preset's sizes and our models' interface."""
 
     def __init__(self, name: str, input_size: int):
         from diffusers import DiTTransformer2DModel
@@ -104,7 +104,7 @@ def build(name: str, input_size: int) -> nn.Module:
 
 
 def count_macs(name: str, input_size: int) -> int:
-    """Multiply-accumulates of one image's forward pass, counted without computing it."""
+    """Multiply-accumulates of one image's forward pass, counted without running it."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         build(name, input_size)(torch.empty(1, 4, input_size, input_size), torch.empty(1), torch.empty(1, dtype=torch.long))
     return counter.get_total_flops() // 2
@@ -148,7 +148,7 @@ def make_matmul(precision: str, device: torch.device) -> Callable[[], None]:
 
 @dataclass
 class Candidate:
-    """One function of a round, the time of each call, and the memory it takes. Without `call` it was out of memory."""
+    """One function of a round, the time of each call, and its memory. `call` is None if it was out of memory."""
 
     device: torch.device
     call: Callable[[], None] | None = None
@@ -156,7 +156,7 @@ class Candidate:
     seconds: list[float] = field(default_factory=list)
 
     def prepare(self, make: Callable[[], Callable[[], None]]) -> None:
-        """Make the call and warm it up. The last call's peak, over what was there before, is the memory."""
+        """Make the call and warm it up. The memory is the last call's peak above the memory used before."""
         cuda = self.device.type == "cuda"
         before = torch.cuda.memory_allocated() if cuda else 0
         self.call = make()
@@ -174,13 +174,13 @@ class Candidate:
         self.seconds.append(time.perf_counter() - start)
 
     def attempt(self, function: Callable[[], None]) -> None:
-        """Call one of the above; out of memory, give the candidate up and free what it held."""
+        """Call one of the methods above. If it is out of memory, give up the candidate and free its memory."""
         try:
             function()
         except torch.cuda.OutOfMemoryError:
             self.call = None
         if self.call is None:
-            free(self.device)  # here, and not above, as an exception keeps what its functions held
+            free(self.device)  # not above: a live exception keeps its functions' memory
 
 
 def free(device: torch.device) -> None:
@@ -191,7 +191,7 @@ def free(device: torch.device) -> None:
 
 def measure(setting: Setting, args, macs: dict[str, int], device: torch.device) -> list[dict]:
     """The figures of all models at one setting."""
-    torch.compiler.reset()  # else a new batch size would compile to code for any size
+    torch.compiler.reset()  # otherwise a new batch size compiles code for all sizes
     free(device)
     input_size = args.image_size // 8
     matmul, models = Candidate(device), {name: Candidate(device) for name in macs}
@@ -209,7 +209,7 @@ def measure(setting: Setting, args, macs: dict[str, int], device: torch.device) 
 
 
 def figures(candidate: Candidate, first: Candidate, setting: Setting, macs: int, matmul_rate: float) -> dict:
-    """What is reported of one candidate; "ratio" is of its images/s to the first one's."""
+    """The reported figures of one candidate. "ratio" is its images/s divided by the first candidate's."""
     if candidate.call is None:
         return {"out_of_memory": True, "ratio": None}
     pairs = zip(first.seconds, candidate.seconds)

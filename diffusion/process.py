@@ -39,7 +39,7 @@ class Process(TrainingProcess, Protocol):
         """(alpha, sigma) of x_t = alpha x_0 + sigma eps at a time of `grid`."""
 
     def predict(self, model: Callable, x: Tensor, t: float, denoised_fn: Callable | None = None) -> tuple[Tensor, Tensor]:
-        """The predicted x_0 and epsilon of a batch at time t of `grid`; denoised_fn is applied to x_0 before epsilon."""
+        """The predicted x_0 and epsilon of a batch at time t of `grid`; denoised_fn is applied to x_0 first."""
 
 
 class Network(Protocol):

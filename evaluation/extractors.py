@@ -77,7 +77,7 @@ def rgb_pixels(images: Tensor) -> Tensor:
 
 
 def flat_pixels(images: Tensor) -> dict[str, Tensor]:
-    """Each channel's pixels as one vector."""
+    """Each image's pixels as one vector, channel after channel."""
     return {"pixels": rgb_pixels(images).flatten(1)}
 
 

@@ -1,7 +1,7 @@
 """Image <-> latent. Only this file handles scale factors of latents.
 
 Every autoencoder has
-    spec                           plain dict that describes it: the source and the settings
+    spec                           plain dict; `load_autoencoder(spec["vae"])` builds the autoencoder again
     bounded                        whether latents lie in [-1, 1], as pixels do: a sampler may then clip its predictions
     latent_shape(image_size, C)    (C, H, W) of the latent of an image of `image_size` (H, W) and C channels
     encode(images, noise)          (B, C, H, W) in [-1, 1] -> latents; `noise` (of their shape) draws from the posterior
