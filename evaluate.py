@@ -119,7 +119,7 @@ def open_sets(args: Namespace) -> tuple[ImageSet, ImageSet | None, ImageSet | No
         raise UserError(f"--save-stats {args.save_stats} would overwrite its own images; name another file")
     if args.training_images and args.ref not in NAMED and sources[0] == sources[-1]:
         raise UserError(f"--training-images {args.training_images} is REF; the check needs held-out images for REF")
-    if args.json:
+    if args.json is not None:
         with cli.prefix_errors("--json"):
             check_output(args.json, ".json")
     samples = open_set(args.samples, "SAMPLES", args.data_root) if args.samples else None

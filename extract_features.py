@@ -51,6 +51,8 @@ def main(args: Namespace) -> None:
     cli.check_numbers(args, ["per_proc_batch_size"], "at least 1", lambda n: n >= 1)
     cli.check_numbers(args, ["max_skipped"], "a share, 0..1", lambda x: 0 <= x <= 1)
     data = world.main_first(lambda: load_dataset(args.data_path, args.image_size, args.data_root, num_classes=args.num_classes))
+    if data.kind != "images":
+        raise UserError(f"--data-path {args.data_path} holds features already")
     with cli.prefix_errors("--vae"):
         autoencoder = world.main_first(lambda: load_autoencoder(args.vae or "ema", world.device))
         meta = describe_features(data, autoencoder, args.data_path)
@@ -80,8 +82,6 @@ def main(args: Namespace) -> None:
 
 def describe_features(data: TrainingData, autoencoder: nn.Module, data_path: str) -> dict:
     """The content of meta.json, except the skipped rows."""
-    if data.kind != "images":
-        raise UserError(f"--data-path {data_path} holds features already")
     if isinstance(autoencoder, Pixels):
         raise UserError("pixels has no features to write: train.py reads pixels as they are")
     return {

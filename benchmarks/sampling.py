@@ -149,7 +149,7 @@ def check_flags(args: Namespace) -> None:
         raise UserError(f"--samples {args.samples} needs --data-path, the images to measure the distance from")
     if args.reuse != "none" and args.rows and "flags" not in args.rows:
         raise UserError(f"--reuse {args.reuse} is measured by the row flags, which --rows lacks")
-    if args.out:
+    if args.out is not None:
         with cli.prefix_errors("--out"):
             check_output(args.out, ".json")
 

@@ -4,6 +4,7 @@ A process turns data x_0 (B, C, H, W) into noise, and defines what a network lea
 processes; so is any other class with these members. `check` names all missing members in one line.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -74,7 +75,7 @@ def members(protocol: type) -> list[str]:
     bases = [base for base in reversed(protocol.__mro__) if getattr(base, "_is_protocol", False) and base is not Protocol]
     return list(dict.fromkeys(
         name for base in bases
-        for name in [*vars(base).get("__annotations__", {}), *vars(base)]
+        for name in [*inspect.get_annotations(base), *vars(base)]
         if name == "__call__" or not name.startswith("_")))
 
 

@@ -12,6 +12,7 @@ This file alone reads and writes the weights of networks.
 
 import argparse
 import errno
+import os
 import pickle
 import warnings
 import zipfile
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from pipeline.spec import BareWeights, ModelSpec, Spec
 from runtime import UserError
-from runtime.cli import prefix_errors
+from runtime.cli import WRONG_VALUE, prefix_errors
 from runtime.files import HashingFile, atomic, download, sha256, sha256_file, write_text
 from small_models import Autoencoder_models
 
@@ -46,6 +47,8 @@ def save(path: Path, state: dict) -> None:
         with atomic(path) as file:
             hashing = HashingFile(file)
             torch.save(state, hashing)
+            file.flush()
+            os.fsync(file.fileno())
             sha256_file(path).unlink(missing_ok=True)  # of the file that is replaced: none is better than a wrong one
         write_text(sha256_file(path), f"{hashing.sha256.hexdigest()}  {path.name}\n")
     except (OSError, RuntimeError) as error:
@@ -120,7 +123,8 @@ def resolve(name: str | Path) -> Path:
 
 def steps_of(folder: Path) -> list[Path]:
     """The numbered checkpoints of a run's folder, oldest first."""
-    return sorted((folder / "checkpoints").glob("[0-9]*.pt"), key=lambda path: int(path.stem))
+    numbered = [path for path in (folder / "checkpoints").glob("*.pt") if path.stem.isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.stem))
 
 
 def latest(folder: Path) -> Path | None:
@@ -143,7 +147,7 @@ def spec_of(state: dict, path: Path, bare: BareWeights | None = None) -> Spec:
         UserError: it says nothing of itself, and `bare` is None; or its description is not understood.
     """
     if "spec" in state:
-        with prefix_errors(f"checkpoint {path}:"):
+        with prefix_errors(f"checkpoint {path}:", KeyError, *WRONG_VALUE):
             return Spec.from_dict(state["spec"])
     if bare is None:
         raise UserError(f"{path} holds nothing that describes itself")
@@ -201,10 +205,10 @@ def restore_autoencoder(source: str) -> nn.Module:
     """The network of an autoencoder that train.py trained, with its EMA weights, from its checkpoint or run."""
     path = resolve(source)
     state = load(path)
-    name = spec_of(state, path).model.name
-    if name not in Autoencoder_models:
-        raise UserError(f"{path} holds {name}, not one of {', '.join(Autoencoder_models)}")
-    return rebuild(spec_of(state, path).model, weights_of(state, path), path)
+    model = spec_of(state, path).model
+    if model.name not in Autoencoder_models:
+        raise UserError(f"{path} holds {model.name}, not one of {', '.join(Autoencoder_models)}")
+    return rebuild(model, weights_of(state, path), path)
 
 
 def check_agrees(name: str, given: object, stored: object, ckpt: str | Path) -> None:
@@ -214,8 +218,8 @@ def check_agrees(name: str, given: object, stored: object, ckpt: str | Path) -> 
 
 def rebuild(model: ModelSpec, weights: dict[str, Tensor], source: Path) -> nn.Module:
     """A network of these weights, to evaluate."""
-    with torch.device("meta"), prefix_errors(f"checkpoint {source}:"):  # initial weights would take time: a DiT-XL has 675 M
-        network = model.build()
+    with torch.device("meta"), prefix_errors(f"checkpoint {source}:", *WRONG_VALUE):
+        network = model.build()  # on no device: initial weights would take time, a DiT-XL has 675 M
     load_weights(network.to_empty(device="cpu"), weights, source)
     return network.eval().requires_grad_(False)
 

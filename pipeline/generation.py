@@ -24,7 +24,7 @@ from pipeline import checkpoint
 from pipeline.autoencoders import check_autoencoder, load_autoencoder
 from pipeline.spec import BareWeights, SamplingSettings, Spec
 from runtime import UserError
-from runtime.cli import WRONG_VALUE, ArgumentParser, check_arguments, prefix_errors
+from runtime.cli import WRONG_VALUE, ArgumentParser, prefix_errors
 from runtime.pictures import to_uint8
 from runtime.processes import World, autocast, to_device
 from runtime.randomness import generator
@@ -33,7 +33,6 @@ from small_models import DIFFUSION_NETWORKS
 DIT_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # the eight classes of DiT's figures
 BATCH = 64  # images drawn at once
 DECODE_BATCH = 16  # a VAE's decoder takes far more memory an image than the network
-DERIVED = {"kind", "times", "guided", "depth", "default_split", "key_steps"}  # arguments of reuse.plan not in `reuse_args`
 
 
 def add_sampling_arguments(parser: ArgumentParser) -> None:
@@ -100,17 +99,14 @@ class Sampling:
         if not isinstance(guided, int) or not 1 <= guided <= channels:
             raise UserError(f"`cfg_channels` {guided} is not in 1..{channels}, the channels of this model")
         sampling = cls(replace(settings, cfg_channels=guided), process)
-        return replace(sampling, plan=sampling._plan(model)) if settings.reuse != "none" else sampling
+        if settings.reuse == "none":
+            return sampling
+        check(model, Seam, f"`reuse` {settings.reuse} needs")
+        return replace(sampling, plan=plan(settings.reuse, sampling.times, sampling.guided, len(model.blocks),
+                                           model.default_split, settings.key_steps, **settings.reuse_args))
 
     def __post_init__(self):
         self.solver()
-
-    def _plan(self, model: nn.Module) -> Plan:
-        settings = self.settings
-        check(model, Seam, f"`reuse` {settings.reuse} needs")
-        with prefix_errors("`reuse_args`:"):
-            args = check_arguments(plan, settings.reuse_args, skip=DERIVED)
-        return plan(settings.reuse, self.times, self.guided, len(model.blocks), model.default_split, settings.key_steps, **args)
 
     def solver(self) -> Callable:
         return get_sampler(self.settings.sampler, self.process, self.settings.eta)

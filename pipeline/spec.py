@@ -1,6 +1,6 @@
 """What a checkpoint says of itself: how to rebuild its network, process and autoencoder, and how to sample from it.
 
-In memory it is a `Spec`; in the file it is a plain dict, `Spec.to_dict`, whose values are numbers, strings, lists and dicts:
+In memory it is a `Spec`; in the file it is a plain dict of numbers, strings, lists, tuples and dicts, as `Spec.to_dict` says:
 
     model           {"name": the preset, "class": of the network, "args": every argument of its constructor}
     diffusion       arguments of create_diffusion
@@ -22,17 +22,19 @@ from torch import nn
 
 from diffusion.guidance import check_interval, check_scale
 from diffusion.process import Process
-from diffusion.reuse import DEFAULTS
+from diffusion.reuse import DEFAULTS, plan
 from diffusion.samplers import SAMPLERS
 from runtime import UserError
-from runtime.cli import ArgumentParser
+from runtime.cli import ArgumentParser, check_arguments, prefix_errors
 from small_models import NETWORKS
+
+DERIVED = {"kind", "times", "guided", "depth", "default_split", "key_steps"}  # arguments of reuse.plan not in `reuse_args`
 
 # --- the settings of sampling ----------------------------------------------------------------------
 
 
 def setting(default: Any, help: str = "", recommended: bool = False, key: str | None = "",
-            part: Callable[[Any], str] | None = None, **flag: Any) -> Any:
+            part: Callable[[Any], str | None] | None = None, **flag: Any) -> Any:
     """A field of SamplingSettings.
 
     Args:
@@ -40,7 +42,7 @@ def setting(default: Any, help: str = "", recommended: bool = False, key: str | 
         help: of the flag. Without it the field has no flag of its own.
         recommended: a checkpoint recommends a value, and that value is the flag's default.
         key: the field's name in NAME.json and in a PNG's text chunks; "" is the field's own name, None leaves it out.
-        part: value -> its part of the file name of sample_ddp.py; "" for none.
+        part: value -> its part of the file name of sample_ddp.py; None for none.
         flag: further arguments of add_argument: type, choices, nargs, metavar.
     """
     flag["default"] = None if recommended else default
@@ -65,20 +67,20 @@ class SamplingSettings:
         None, "guided channels", True, part=str, type=int | None)
     guidance_interval: tuple[float, float] | None = setting(  # timesteps, 0..1000; None: everywhere
         None, "timesteps, 0..1000, with guidance; elsewhere the unconditional half is not computed", True,
-        part=lambda interval: "interval-{:g}-{:g}".format(*interval) if interval else "",
+        part=lambda interval: "interval-{:g}-{:g}".format(*interval) if interval else None,
         type=float, nargs=2, metavar=("LO", "HI"))
     dynamic_thresholding: bool = setting(  # for pixels only
-        False, "true, false: Imagen's bound of predicted pixels", True, part=lambda on: "thresholded" if on else "",
+        False, "true, false: Imagen's bound of predicted pixels", True, part=lambda on: "thresholded" if on else None,
         type=bool | None)
     sampler: str = setting(                # of diffusion/samplers.py
         "ddpm", "the solver", True, part=str, choices=SAMPLERS)
     num_sampling_steps: str | int = setting(  # the respacing of the process
         250, "steps, or a respacing string such as ddim50", True, key="steps", part=str, type=str | int | None)
     eta: float = setting(                  # of ddim
-        0.0, "noise of ddim, 0..1", part=lambda eta: f"eta-{eta}" if eta else "", type=float)
+        0.0, "noise of ddim, 0..1", part=lambda eta: f"eta-{eta}" if eta else None, type=float)
     reuse: str = setting(                  # of features, see diffusion/reuse.py
         "none", "run most blocks on key steps only, and reuse or forecast their features elsewhere",
-        part=lambda kind: "" if kind == "none" else kind, choices=["none", *DEFAULTS])
+        part=lambda kind: None if kind == "none" else kind, choices=["none", *DEFAULTS])
     key_steps: str | None = setting(       # the rule of reuse; None: the kind's own
         None, "paper (for encoder), every:N (every:4 for forecast), or 0,3,6", key=None, type=str | None)
     reuse_args: dict = setting(            # further arguments of reuse.plan
@@ -92,6 +94,9 @@ class SamplingSettings:
             raise UserError(f"`dynamic_thresholding` {self.dynamic_thresholding!r} is neither true nor false")
         if self.reuse == "none" and (self.key_steps is not None or self.reuse_args):
             raise UserError("`key_steps` and `reuse_args` have a meaning only with `reuse` encoder or forecast")
+        if self.reuse_args:
+            with prefix_errors("`reuse_args`:"):
+                object.__setattr__(self, "reuse_args", check_arguments(plan, self.reuse_args, skip=DERIVED))
 
     @classmethod
     def add_flags(cls, parser: ArgumentParser) -> None:
@@ -131,6 +136,8 @@ class SamplingSettings:
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "SamplingSettings":
         """A checkpoint's recommendation."""
+        if unknown := set(stored) - set(cls.recommendable()):
+            raise UserError(f"its sampling has {', '.join(sorted(unknown))}, which this version does not know")
         return cls(**stored)
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,7 +153,7 @@ class SamplingSettings:
         """The parts of a file name that tell the settings; those that are out of the ordinary only where they are."""
         parts = [one.metadata["part"](said.get(one.name, getattr(self, one.name)))
                  for one in fields(self) if one.metadata["part"]]
-        return list(filter(None, parts))
+        return [part for part in parts if part is not None]
 
 
 # --- the network -----------------------------------------------------------------------------------

@@ -121,7 +121,8 @@ def prefix_errors(prefix: str, *also: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError, *also) as error:
-        kind = type(error) if isinstance(error, UserError | OSError) else UserError
+        kind = type(error) if isinstance(error, UserError | FileNotFoundError) else \
+            OSError if isinstance(error, OSError) else UserError
         raise kind(f"{prefix} {error}") from None
 
 

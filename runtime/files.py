@@ -1,5 +1,6 @@
 """Files: atomic writes, sha256, downloads, locked folders, and checks that a path can be written."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -48,6 +49,9 @@ def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # what file systems answer that cannot do it
+            raise
     finally:
         os.close(handle)
 

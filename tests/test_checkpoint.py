@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from pipeline import checkpoint
 from pipeline.spec import BareWeights
+from runtime import UserError
 
 # --- files ---------------------------------------------------------------------------------------
 
@@ -147,3 +148,24 @@ def test_a_broken_download_leaves_nothing_behind(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="cannot download"):
             checkpoint.find_model("DiT-XL-2-256x256.pt")
     assert list((tmp_path / "cache" / "checkpoints").iterdir()) == []
+
+
+def test_wrong_sizes_and_arguments_of_bare_weights_are_a_user_s_errors(tmp_path, tiny_preset):
+    """models.py needs only torch and timm, and so raises ValueError; who builds from a file makes a UserError of it."""
+    torch.save(tiny_preset, tmp_path / "bare.pt")
+    with pytest.raises(UserError, match=r"bare\.pt: input_size \(9, 9\) \(H, W\) must be positive multiples of 8"):
+        checkpoint.restore(tmp_path / "bare.pt", BareWeights("DiT-S/8", image_size=72, num_classes=4))
+    spec = BareWeights("DiT-S/2", 64, 4).spec({}).to_dict()
+    for change, words in ((dict(model=spec["model"] | {"args": {"gone": 3}}), "gone"), (dict(model={"args": {}}), "name"),
+                          (dict(image_size=None), "image_size|NoneType"),
+                          (dict(sampling=spec["sampling"] | {"churn": 1}), "its sampling has churn, which this version")):
+        torch.save({"ema": tiny_preset, "spec": spec | change}, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=f"x.pt: .*({words})"):
+            checkpoint.restore(tmp_path / "x.pt")
+
+
+def test_strangers_beside_numbered_checkpoints_are_left_alone(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("0000001", "0000002-copy", "0000020_2", "best"):
+        checkpoint.save(tmp_path / "checkpoints" / f"{name}.pt", {})
+    assert [path.name for path in checkpoint.steps_of(tmp_path)] == ["0000001.pt"]

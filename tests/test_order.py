@@ -1,11 +1,13 @@
 import json
+import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY_RUN, run_script
 
 from training.datasets import load_dataset
 from training.order import Batches, GlobalOrder, MicroBatches
@@ -108,3 +110,19 @@ def test_loading_alone_exceeds_20000_samples_a_second(tmp_path):
     write_features(tmp_path / "f", 20_000)
     rate, _ = load_rate_and_memory(tmp_path / "f", 400)
     assert rate > 20_000
+
+
+@pytest.mark.parametrize("workers", [0, 2, 4])
+def test_an_unreadable_picture_ends_a_run_at_once(photographs, tmp_path, workers):
+    """Without waiting for data workers, which ignore the signal that Python would end them with."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photographs / "train", folder)
+    damaged = folder / "tabby cat" / "0.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    flags = ["--data-path", folder, "--image-size", 16, *TINY_RUN[2:], "--num-workers", workers, "--max-steps", 50]
+    start = time.monotonic()
+    result = run_script("train.py", *flags, cwd=tmp_path, check=False)
+    assert time.monotonic() - start < 60  # it used to wait for ever
+    assert result.returncode == 2
+    assert "train.py: error: cannot read the image" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -2,6 +2,7 @@
 
 import atexit
 import multiprocessing
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -131,7 +132,7 @@ def unwrap_worker_errors(loader: DataLoader) -> Iterator:
     try:
         yield from loader
     except (OSError, ValueError) as error:
-        raise type(error)(str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")) from None
+        raise type(error)(re.sub(r"^[\w.]+: ", "", str(error).strip().splitlines()[-1])) from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
