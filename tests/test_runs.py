@@ -7,7 +7,7 @@ from conftest import ROOT, golden_dit
 
 from models import DiT
 from pipeline import checkpoint
-from training.runs import init_from, open_run, save_step
+from training.runs import init_from, new_folder, open_run, save_step
 from training.state import LossMeter, OptimizerArgs, Training
 
 
@@ -60,3 +60,10 @@ def test_init_from_takes_what_fits_and_says_so(tmp_path, tiny_preset):
         assert torch.equal(network.blocks[0].attn.qkv.weight, tiny_preset["blocks.0.attn.qkv.weight"])
     with pytest.raises(ValueError, match="none of its"):
         init_from(begun(torch.nn.Linear(2, 2)), tmp_path / "w.pt")
+
+
+def test_folders_of_other_names_do_not_count(tmp_path):
+    for name in ("2024run-foo", "2026-11-23", "007-notes", "003-DiT-S-2", "x"):
+        (tmp_path / name).mkdir()
+    assert new_folder(tmp_path, "DiNext-S-2").name == "004-DiNext-S-2"
+    assert new_folder(tmp_path, "DiNext-S-2").name == "005-DiNext-S-2"

@@ -18,7 +18,7 @@ from runtime import UserError
 from runtime.cli import WRONG_VALUE, check_arguments, prefix_errors
 from runtime.files import is_restart, lock_folder, sha256_file, write_text
 from runtime.processes import World
-from small_models import Autoencoder_models
+from small_models import NETWORKS, Autoencoder_models
 from training.datasets import TrainingData
 from training.objective import SSIM_WINDOW
 from training.state import Training
@@ -151,9 +151,11 @@ def open_run(results: Path, run_name: str | None, model: str) -> Path:
 
 
 def new_folder(results: Path, model: str) -> Path:
-    """Make the next `NNN-model`; two launches at once get two."""
+    """Make the next `NNN-model`; two launches at once get two. Folders of other names, such as 2026-11-23, do not count."""
+    models = {name.replace("/", "-") for name in NETWORKS}
     while True:
-        numbers = [int(path.name.split("-")[0]) for path in results.glob("[0-9][0-9][0-9]*-*")]
+        names = (path.name.partition("-") for path in results.glob("*-*"))
+        numbers = [int(number) for number, _, rest in names if number.isdecimal() and rest in models]
         folder = results / f"{max(numbers, default=-1) + 1:03d}-{model}"
         try:
             folder.mkdir(parents=True)
