@@ -19,3 +19,15 @@ def test_the_ema_warms_up_to_its_decay():
         torch.nn.init.constant_(training.ema.weight, 1.0)
         training.update_ema(0.95)
         assert training.ema.weight.item() == pytest.approx(decay * 1 + (1 - decay) * 3, rel=1e-6)
+
+
+def test_the_ema_has_the_buffers_of_the_model():
+    """A BatchNorm that samples with its initial statistics would draw noise."""
+    training = Training.begin(torch.nn.BatchNorm1d(2), None, 1.0, OptimizerArgs())
+    training.model.train()(torch.tensor([[1.0, 5.0], [3.0, 9.0]]))
+    training.update_ema(0.9)
+    assert training.model.running_mean.tolist() == pytest.approx([0.2, 0.7])
+    for averaged, buffer in zip(training.ema.buffers(), training.model.buffers()):
+        assert torch.equal(averaged, buffer)
+    training.model(torch.tensor([[1.0, 5.0], [3.0, 9.0]]))
+    assert not torch.equal(training.ema.running_mean, training.model.running_mean)  # a copy, not the same tensor

@@ -77,9 +77,14 @@ class Training:
         return lr
 
     def update_ema(self, decay: float) -> None:
-        """ema <- decay * ema + (1 - decay) * model, with a smaller decay in the first steps."""
+        """ema <- decay * ema + (1 - decay) * model, with a smaller decay in the first steps.
+
+        Buffers, such as BatchNorm's statistics, are copied. Where processes differ in them, a checkpoint holds rank 0's.
+        """
         decay = min(decay, (1 + self.step) / (10 + self.step))
         get_ema_multi_avg_fn(decay)(*self.averaged, None)
+        for averaged, buffer in zip(self.ema.buffers(), self.model.buffers()):
+            averaged.copy_(buffer)
 
     def validated_at(self, loss: float) -> bool:
         """Record a validation loss. Returns whether it is the lowest so far."""
