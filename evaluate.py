@@ -28,6 +28,7 @@ from evaluation.extractors import INCEPTION, INCEPTION_SHA256, open_extractors
 from evaluation.figures import Figure, inception_figures, memorisation_figures, stand_in_figures
 from evaluation.image_sets import (
     REFERENCE_IMAGES,
+    STATISTICS,
     ImageSet,
     array_names,
     damage_as_oserror,
@@ -73,7 +74,7 @@ def main(args: Namespace) -> None:
 
     seen = survey(ref, extractors, world, kept)
     if args.save_stats:
-        world.on_main(lambda: save_statistics(Path(args.save_stats), ref, seen.gaussians()))
+        world.on_main(lambda: save_statistics(Path(args.save_stats), ref, seen.gaussians(STATISTICS)))
     if samples is None:
         return
     drawn = survey(samples, extractors, world, kept)

@@ -29,8 +29,7 @@ class Figure:
 def inception_figures(ref: ImageSet, samples: ImageSet, seen: Survey, drawn: Survey, pr_precision: str,
                       device: torch.device) -> list[Figure]:
     """ADM's five figures. A figure that cannot be computed from a side's statistics has no value, and says why."""
-    theirs, own = ({name: gaussian for name, gaussian in side.gaussians().items() if name in STATISTICS}
-                   for side in (seen, drawn))
+    theirs, own = (side.gaussians(STATISTICS) for side in (seen, drawn))
     theirs, own = theirs | ref.statistics, own | samples.statistics
     few = samples.count is not None and samples.count < ENOUGH
     label, remark = (f"-{samples.count}", f"biased upwards, as N is below {ENOUGH:,}") if few else ("", "")

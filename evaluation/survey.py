@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -57,9 +57,9 @@ class Survey:
         self.correct, self.labelled = self.correct + other.correct, self.labelled + other.labelled
         self.equal = {pair: equal and other.equal[pair] for pair, equal in self.equal.items()}
 
-    def gaussians(self) -> dict[str, Gaussian]:
-        """The Gaussian fitted to each kind of features, by name."""
-        return {name: covariance.gaussian() for name, covariance in self.covariances.items()}
+    def gaussians(self, names: Iterable[str]) -> dict[str, Gaussian]:
+        """Those fitted to features of these names, as far as there are such features."""
+        return {name: self.covariances[name].gaussian() for name in names if name in self.covariances}
 
     def features(self, name: str) -> Tensor:
         """The kept features (N, D), in the order of the images."""

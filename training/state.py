@@ -83,7 +83,7 @@ class Training:
         """
         decay = min(decay, (1 + self.step) / (10 + self.step))
         get_ema_multi_avg_fn(decay)(*self.averaged, None)
-        for averaged, buffer in zip(self.ema.buffers(), self.model.buffers()):
+        for averaged, buffer in zip(self.ema.buffers(), self.model.buffers()):  # asked anew: a module may replace its own
             averaged.copy_(buffer)
 
     def validated_at(self, loss: float) -> bool:
