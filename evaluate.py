@@ -38,7 +38,7 @@ from evaluation.image_sets import (
 )
 from evaluation.survey import survey, survey_floor, survey_nearest
 from runtime import UserError, cli
-from runtime.files import check_output, write_text
+from runtime.files import write_text
 from runtime.log import peak_memory
 from runtime.processes import start_world
 from training.datasets import NAMED
@@ -120,9 +120,7 @@ def open_sets(args: Namespace) -> tuple[ImageSet, ImageSet | None, ImageSet | No
         raise UserError(f"--save-stats {args.save_stats} would overwrite its own images; name another file")
     if args.training_images and args.ref not in NAMED and sources[0] == sources[-1]:
         raise UserError(f"--training-images {args.training_images} is REF; the check needs held-out images for REF")
-    if args.json is not None:
-        with cli.prefix_errors("--json"):
-            check_output(args.json, ".json")
+    cli.check_output_flag(args, "json", ".json")
     samples = open_set(args.samples, "SAMPLES", args.data_root) if args.samples else None
     size = samples.images.size if samples and samples.images else None
     ref = open_set(args.ref, "REF", args.data_root, size)
@@ -133,8 +131,7 @@ def open_sets(args: Namespace) -> tuple[ImageSet, ImageSet | None, ImageSet | No
         raise UserError(f"--save-stats: REF {ref.source} holds statistics already")
     if args.save_stats:
         count, (height, width) = min(len(ref.images), REFERENCE_IMAGES), ref.images.size
-        with cli.prefix_errors("--save-stats"):
-            check_output(args.save_stats, ".npz", count * height * width * 3)
+        cli.check_output_flag(args, "save_stats", ".npz", count * height * width * 3)
     for one in filter(None, (ref, samples, training)):
         if one.images is None and (args.weights == "none" or args.training_images):
             raise UserError(f"{one.title} {one.source} holds statistics of Inception's features, without images; "

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation.extractors import Classifier, pixel_features
 from pipeline import checkpoint
 from runtime import UserError, cli
-from runtime.files import check_output, in_batches
+from runtime.files import in_batches
 from runtime.processes import start_world
 from runtime.randomness import generator
 from training.datasets import Rows, load_dataset
@@ -48,8 +48,7 @@ def main(args: Namespace) -> None:
         raise UserError("this script is for one process; start it without torchrun")
     cli.check_numbers(args, ["epochs"], "at least 1", lambda n: n >= 1)
     cli.check_numbers(args, ["lr"], "above 0", lambda x: x > 0)
-    with cli.prefix_errors("--out"):
-        check_output(args.out, ".pt")
+    cli.check_output_flag(args, "out", ".pt")
     data, held_out = (load_dataset(args.data_path, args.image_size, args.data_root, split) for split in ("train", "val"))
     images, labels = read_all(data)
     torch.manual_seed(args.seed)

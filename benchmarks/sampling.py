@@ -55,7 +55,7 @@ from pipeline.generation import (
 )
 from pipeline.spec import BareWeights, SamplingSettings, Spec
 from runtime import UserError, cli
-from runtime.files import check_output, in_batches, write_text
+from runtime.files import in_batches, write_text
 from runtime.processes import start_world, synchronize
 from training.datasets import Rows, load_dataset
 
@@ -149,9 +149,7 @@ def check_flags(args: Namespace) -> None:
         raise UserError(f"--samples {args.samples} needs --data-path, the images to measure the distance from")
     if args.reuse != "none" and args.rows and "flags" not in args.rows:
         raise UserError(f"--reuse {args.reuse} is measured by the row flags, which --rows lacks")
-    if args.out is not None:
-        with cli.prefix_errors("--out"):
-            check_output(args.out, ".json")
+    cli.check_output_flag(args, "out", ".json")
 
 
 # --- the rows ------------------------------------------------------------------------------------

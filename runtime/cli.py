@@ -12,6 +12,7 @@ import jsonargparse
 import torch.distributed as dist
 
 from runtime import UserError
+from runtime.files import check_output
 from runtime.processes import CommonError
 
 
@@ -109,6 +110,13 @@ def check_numbers(args: jsonargparse.Namespace, names: list[str], allowed: str, 
 def check_data_arguments(args: jsonargparse.Namespace) -> None:
     check_numbers(args, ["image_size", "num_classes"], "at least 1", lambda n: n >= 1)
     check_numbers(args, ["num_workers"], "at least 0", lambda n: n >= 0)
+
+
+def check_output_flag(args: jsonargparse.Namespace, name: str, suffix: str, size: int = 0) -> None:
+    """Check that a flag names a file with that suffix, and that `size` bytes can be written there; None is left alone."""
+    if getattr(args, name) is not None:
+        with prefix_errors(f"`{name}`"):
+            check_output(getattr(args, name), suffix, size)
 
 
 @contextmanager
