@@ -28,8 +28,9 @@ from runtime import UserError, cli
 from runtime.files import check_writable, write_text
 from runtime.pictures import to_unit_range
 from runtime.processes import autocast, start_world
-from training.datasets import Rows, TrainingData, load_dataset
+from training.datasets import load_dataset
 from training.order import read_ahead
+from training.rows import Rows, TrainingData
 
 PENDING, SKIPPED = -2, -1  # in labels.npy, for rows without an image (yet)
 

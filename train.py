@@ -25,10 +25,11 @@ from runtime.log import TRACKERS, Log, Stopwatch, check_tracker, peak_memory
 from runtime.processes import Stopped, StopSignal, World, distribute, start_world
 from runtime.randomness import generator
 from small_models import NETWORKS, Autoencoder_models
-from training.datasets import Rows, load_dataset
+from training.datasets import load_dataset
 from training.objective import Draws, Objective, process_of
 from training.order import Batches, GlobalOrder
 from training.previews import preview, save_previews_gif
+from training.rows import Rows
 from training.runs import begin_or_continue, describe, save_run
 from training.state import LossMeter, OptimizerArgs, Training
 

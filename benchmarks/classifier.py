@@ -23,7 +23,8 @@ from runtime import UserError, cli
 from runtime.files import in_batches
 from runtime.processes import start_world
 from runtime.randomness import generator
-from training.datasets import Rows, load_dataset
+from training.datasets import load_dataset
+from training.rows import Rows
 
 BATCH = 128
 SHIFT = 8  # an image is shifted by at most its size / SHIFT

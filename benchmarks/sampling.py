@@ -57,7 +57,8 @@ from pipeline.spec import BareWeights, SamplingSettings, Spec
 from runtime import UserError, cli
 from runtime.files import in_batches, write_text
 from runtime.processes import start_world, synchronize
-from training.datasets import Rows, load_dataset
+from training.datasets import load_dataset
+from training.rows import Rows
 
 INTERVAL = (100.0, 600.0)  # timesteps with guidance, unless --guidance-interval is given
 FAST = dict(sampler="dpm++", num_sampling_steps=20)

@@ -139,7 +139,7 @@ def weights_sha256(network: nn.Module) -> str:
 
 @torch.no_grad()
 def latents_of(autoencoder: nn.Module, batch: Tensor, kind: str, noise: Tensor) -> Tensor:
-    """The latents (B, C, h, w) of a batch. `kind` says what the data set holds (see training/datasets.py)."""
+    """The latents (B, C, h, w) of a batch. `kind` says what the data set holds (see training/rows.py)."""
     match kind:
         case "images":
             return autoencoder.encode(to_unit_range(batch), noise)

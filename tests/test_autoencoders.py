@@ -12,7 +12,8 @@ from pipeline import checkpoint
 from pipeline.autoencoders import load_autoencoder
 from runtime.pictures import to_uint8, to_unit_range
 from runtime.randomness import generator
-from training.datasets import Rows, load_dataset
+from training.datasets import load_dataset
+from training.rows import Rows
 
 
 def test_pixels_are_the_image():

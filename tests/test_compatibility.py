@@ -15,7 +15,8 @@ import sample
 import train
 from pipeline import checkpoint
 from runtime.pictures import to_unit_range
-from training.datasets import Rows, load_dataset
+from training.datasets import load_dataset
+from training.rows import Rows
 
 GOLDEN = ROOT / "tests" / "golden" / "ff27331"
 FLAGS = {

@@ -10,8 +10,9 @@ from sklearn.model_selection import train_test_split
 
 import train
 from pipeline.autoencoders import load_autoencoder
-from training.datasets import Rows, load_dataset
+from training.datasets import load_dataset
 from training.objective import Draws, Objective
+from training.rows import Rows
 
 # --- images --------------------------------------------------------------------------------------
 

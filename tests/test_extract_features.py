@@ -17,7 +17,8 @@ import train
 from pipeline import checkpoint
 from pipeline.autoencoders import load_autoencoder
 from runtime.pictures import to_unit_range
-from training.datasets import Rows, load_dataset
+from training.datasets import load_dataset
+from training.rows import Rows
 
 
 def flags(photographs, tiny_vae, features, *more):

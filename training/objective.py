@@ -14,7 +14,7 @@ from pipeline.autoencoders import latents_of
 from pipeline.spec import Spec
 from runtime.processes import autocast
 from runtime.randomness import generator
-from training.datasets import TrainingData
+from training.rows import TrainingData
 
 SSIM_WINDOW = 7  # pixels
 

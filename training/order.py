@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from runtime import UserError
-from training.datasets import Rows
+from training.rows import Rows
 
 
 class GlobalOrder:

@@ -13,7 +13,7 @@ from pipeline.generation import DIT_LABELS, Sampling, generate
 from pipeline.spec import Spec
 from runtime.pictures import MAX_COLUMNS, save_gif, save_grid, to_uint8, to_unit_range
 from runtime.processes import World, autocast
-from training.datasets import Rows, TrainingData
+from training.rows import Rows, TrainingData
 
 PREVIEW_ROWS = 4
 

@@ -19,8 +19,8 @@ from runtime.cli import WRONG_VALUE, check_arguments, prefix_errors
 from runtime.files import is_restart, lock_folder, sha256_file, write_text
 from runtime.processes import World
 from small_models import NETWORKS, Autoencoder_models
-from training.datasets import TrainingData
 from training.objective import SSIM_WINDOW
+from training.rows import TrainingData
 from training.state import Training
 
 # --- flags -> Spec -----------------------------------------------------------------------------------
