@@ -1,7 +1,8 @@
 """Pictures: open, crop, uint8 <-> [-1, 1], grids, PNG and GIF."""
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torchvision.utils import make_grid
 from runtime.files import atomic
 
 MAX_COLUMNS = 10
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 LEGIBLE = 64  # pixels: smaller pictures are enlarged by an integer factor
 
 
@@ -28,9 +30,51 @@ def picture(path: str | Path) -> Iterator[Image.Image]:
 
 
 def open_rgb(path: str | Path) -> Image.Image:
-    """Open a picture as RGB. Greyscale, CMYK and transparent files are converted."""
+    """Open a picture as RGB. Greyscale of 8 or 16 bits and CMYK are converted; transparent ones are laid over white.
+
+    Raises:
+        OSError: it is damaged or animated, or its numbers have no known white, as in TIFFs of floating-point numbers.
+    """
     with picture(path) as image:
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's JPEG with a second, smaller view
+            raise ValueError(f"it has {image.n_frames} frames; expected one picture")
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older Pillow: "I"
+            return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+        if image.mode in ("I", "F"):
+            raise ValueError(f"its pixels are {'floating-point' if image.mode == 'F' else '32-bit'} numbers, and nothing tells "
+                             "which one is white; save it with 8 or 16 bits")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return image.convert("RGB")
+
+
+def find_pictures(folder: str | Path, apart_from: Container[tuple[int, int]] = ()) -> list[Path]:
+    """The files below a folder that have a picture's name, in the order of folders, then of names.
+
+    Links are followed. Of several paths to one file or folder the first one counts, so links in a circle end.
+
+    Args:
+        apart_from: device and inode of folders not to enter.
+    """
+    seen, found = set(apart_from), []
+
+    def is_new(entry: os.DirEntry) -> bool:
+        status = entry.stat()
+        identity = (status.st_dev, status.st_ino)
+        return identity not in seen and not seen.add(identity)
+
+    def enter(path: str) -> None:
+        with os.scandir(path) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+        found.extend(entry.path for entry in entries
+                     if entry.name.lower().endswith(EXTENSIONS) and entry.is_file() and is_new(entry))
+        for entry in entries:
+            if entry.is_dir() and is_new(entry):
+                enter(entry.path)
+
+    enter(str(folder))
+    return [Path(path) for path in sorted(found, key=os.path.split)]
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
