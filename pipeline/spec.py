@@ -13,6 +13,8 @@ In memory it is a `Spec`; in the file it is a plain dict of numbers, strings, li
 """
 
 import inspect
+import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
@@ -325,3 +327,9 @@ def imagenet_classes() -> list[str]:
     """The English names of ImageNet's 1,000 classes."""
     from timm.data import ImageNetInfo
     return ImageNetInfo().label_descriptions()
+
+
+def normal_name(name: str) -> str:
+    """A class's name in the form in which names are compared: case, Unicode's forms and the kind of space do not count."""
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    return re.sub(r"[\s_-]+", "_", folded.strip())

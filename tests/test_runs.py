@@ -47,19 +47,53 @@ def begun(network):
     return Training.begin(network, LossMeter(), 1e-3, OptimizerArgs())
 
 
-def test_init_from_takes_what_fits_and_says_so(tmp_path, tiny_preset):
-    torch.save(tiny_preset, tmp_path / "w.pt")
+def table_of(network):
+    return network.y_embedder.embedding_table.weight
+
+
+def save_named(path, weights, classes):
+    """A checkpoint of the golden network that names its classes."""
     kwargs, _ = golden_dit()
-    training = begun(DiT(**{**kwargs, "num_classes": 3}))
-    fresh = training.model.y_embedder.embedding_table.weight.clone()
-    message = init_from(training, tmp_path / "w.pt")
-    assert "41 of 42 tensors" in message
-    assert "fresh: y_embedder.embedding_table.weight" in message
-    for network in (training.model, training.ema):
-        assert torch.equal(network.y_embedder.embedding_table.weight, fresh)
-        assert torch.equal(network.blocks[0].attn.qkv.weight, tiny_preset["blocks.0.attn.qkv.weight"])
-    with pytest.raises(ValueError, match="none of its"):
-        init_from(begun(torch.nn.Linear(2, 2)), tmp_path / "w.pt")
+    checkpoint.save(path, {"ema": weights, "spec": {
+        "model": {"name": "DiT-S/2", "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (8, 8), "channels": 4,
+        "classes": classes, "sampling": {}}})
+    return path
+
+
+def test_init_from_matches_classes_by_name_and_keeps_the_null_row(tmp_path):
+    kwargs, weights = golden_dit()
+    theirs = weights["y_embedder.embedding_table.weight"]
+    classes = [f"animal {i}" for i in range(len(theirs) - 1)]
+    classes[2:4] = ["Mo\u0308we", "crane"]
+    source = save_named(tmp_path / "w.pt", weights, classes)
+    for more in ([], map(str, range(len(classes) - 3))):  # the second time as many classes as there
+        other = ["crane", "dog", "M\xf6we", *more]
+        training = begun(DiT(**{**kwargs, "num_classes": len(other)}))
+        own = table_of(training.model).clone()
+        message = init_from(training, source, other)
+        assert "42 of 42 tensors" in message
+        assert f"of 2 of {len(other)} classes" in message
+        assert "fresh: dog" in message
+        for network in (training.model, training.ema):
+            found = table_of(network)
+            assert torch.equal(found[[0, 2, -1]], theirs[[3, 2, -1]])
+            assert torch.equal(found[1:-1][[0, *range(2, len(other) - 1)]], own[1:-1][[0, *range(2, len(other) - 1)]])
+            assert torch.equal(network.blocks[0].attn.qkv.weight, weights["blocks.0.attn.qkv.weight"])
+    same = begun(DiT(**kwargs))
+    init_from(same, source, classes)
+    assert torch.equal(table_of(same.model), theirs)
+
+
+def test_init_from_refuses_a_checkpoint_of_which_little_fits(tmp_path):
+    kwargs, weights = golden_dit()
+    source = save_named(tmp_path / "w.pt", weights, [str(i) for i in range(kwargs["num_classes"])])
+    larger = begun(DiT(**{**kwargs, "hidden_size": 2 * kwargs["hidden_size"]}))
+    before = {key: value.clone() for key, value in larger.model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"`init_from` .*of its weights; pos_embed is .* where the model has .*`model_args`"):
+        init_from(larger, source, ["a"])
+    assert all(torch.equal(before[key], value) for key, value in larger.model.state_dict().items())
+    with pytest.raises(ValueError, match="only 0 of 2 tensors"):
+        init_from(begun(torch.nn.Linear(2, 2)), source, [])
 
 
 def test_folders_of_other_names_do_not_count(tmp_path):

@@ -2,18 +2,19 @@
 
 import os
 import socket
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffusion import create_diffusion
 from diffusion.process import Network, Process, check
 from pipeline import checkpoint
 from pipeline.autoencoders import Pixels
 from pipeline.generation import Sampling, check_thresholding
-from pipeline.spec import ModelSpec, SamplingSettings, Spec, constructor_of, defaults_of
+from pipeline.spec import BareWeights, ModelSpec, SamplingSettings, Spec, constructor_of, defaults_of, normal_name
 from runtime import UserError
 from runtime.cli import WRONG_VALUE, check_arguments, prefix_errors
 from runtime.files import is_restart, lock_folder, sha256_file, write_text
@@ -22,6 +23,9 @@ from small_models import NETWORKS, Autoencoder_models
 from training.objective import SSIM_WINDOW
 from training.rows import TrainingData
 from training.state import Training
+
+CLASS_TABLE = "embedding_table.weight"  # how the names of class embeddings end
+SHOWN = 10  # names that a sentence lists
 
 # --- flags -> Spec -----------------------------------------------------------------------------------
 
@@ -105,7 +109,7 @@ def begin_or_continue(training: Training, spec: Spec, flags: dict[str, Any], wor
             with prefix_errors("`resume`"):
                 remarks, _ = continue_from(training, checkpoint.resolve(flags["resume"]), spec, flags)
         elif flags["init_from"]:
-            remarks = [world.main_first(lambda: init_from(training, flags["init_from"]))]
+            remarks = [world.main_first(lambda: init_from(training, flags["init_from"], spec.classes))]
     folder = world.on_main(lambda: open_run(results, run_name, spec.model.name))
     newest, damaged = world.on_main(lambda: newest_undamaged(folder))
     if newest:
@@ -234,16 +238,63 @@ def continue_from(training: Training, path: Path, spec: Spec, flags: dict[str, A
     return [f"Continuing {path}", *changed], stored_spec == spec
 
 
-def init_from(training: Training, source: str) -> str:
-    """Take from a checkpoint the weights whose name and shape fit; says which did and which did not."""
+def init_from(training: Training, source: str, classes: list[str]) -> str:
+    """Take from a checkpoint the weights whose name and shape fit, and the embeddings of classes that have the same name.
+
+    Args:
+        classes: the names of the network's classes.
+
+    Returns: a sentence that says which fitted and which did not.
+
+    Raises:
+        UserError: less than half of the network's weights would be taken, counted in numbers and not in tensors.
+    """
     with prefix_errors("`init_from`"):
         path = checkpoint.resolve(source)
-        weights, own = checkpoint.weights_of(checkpoint.load(path), path), training.model.state_dict()
-        fitting = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
-        if not fitting:
-            raise UserError(f"{source}: none of its {len(weights)} tensors fits this model")
+        state = checkpoint.load(path)
+        weights, own = checkpoint.weights_of(state, path), training.model.state_dict()
+        taken = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
+        drawn, remark = 0, ""  # how many numbers of class embeddings stay as drawn
+        for key in own:
+            if key.endswith(CLASS_TABLE) and key in weights and own[key].shape[1:] == weights[key].shape[1:]:
+                theirs = checkpoint.spec_of(state, path, BareWeights(num_classes=len(weights[key]) - 1)).classes
+                taken[key], fresh = match_classes(own[key], weights[key], classes, theirs)
+                drawn += len(fresh) * own[key][0].numel()
+                remark = (f"; embeddings of no label and of {len(classes) - len(fresh)} of {len(classes)} classes, by name; "
+                          f"fresh classes: {shortened(fresh)}")
+        differing = [key for key in own if key not in taken]
+        found, wanted = (sum(value.numel() for value in tensors.values()) - drawn for tensors in (taken, own))
+        if found < wanted / 2:
+            first = differing[0]
+            raise UserError(f"{source}: only {len(taken)} of {len(own)} tensors fit this model, {found / wanted:.1%} of its "
+                            f"weights; {first} is {tuple(weights[first].shape) if first in weights else 'missing'} where the "
+                            f"model has {tuple(own[first].shape)}; `model` and `model_args` must be those of its training")
     for network in (training.model, training.ema):
-        network.load_state_dict(fitting, strict=False)
-    fresh = sorted(set(own) - set(fitting))
-    return (f"Initialised {len(fitting)} of {len(own)} tensors from {source}; fresh: {', '.join(fresh) or 'none'}; "
-            f"unused: {', '.join(sorted(set(weights) - set(fitting))) or 'none'}")
+        network.load_state_dict(taken, strict=False)
+    unused = [key for key in weights if key not in own]
+    return (f"Initialised {len(taken)} of {len(own)} tensors from {source}; fresh: {shortened(differing)}; "
+            f"unused: {shortened(unused)}{remark}")
+
+
+def match_classes(own: Tensor, theirs: Tensor, classes: list[str], their_classes: list[str]) -> tuple[Tensor, list[str]]:
+    """A table of class embeddings (L or L + 1, D) with their rows for classes of the same name, and their null row.
+
+    Returns: the table, and the names of the classes that keep the rows of `own`.
+    """
+    rows = defaultdict(list)
+    for row, name in enumerate(their_classes):
+        rows[normal_name(name)].append(row)  # two of ImageNet's classes are cranes
+    table, fresh = own.clone(), []
+    for row, name in enumerate(classes):
+        if found := rows[normal_name(name)]:
+            table[row] = theirs[found.pop(0)]
+        else:
+            fresh.append(name)
+    if len(own) > len(classes) and len(theirs) > len(their_classes):
+        table[-1] = theirs[-1]
+    return table, fresh
+
+
+def shortened(names: list[str]) -> str:
+    """The names, of many only the first ones."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "") if names else "none"
