@@ -22,15 +22,15 @@ from pipeline.autoencoders import check_features, load_autoencoder
 from runtime import UserError, cli
 from runtime.files import check_writable
 from runtime.log import TRACKERS, Log, Stopwatch, check_tracker, peak_memory
-from runtime.processes import Stopped, StopSignal, World, distribute, start_world
-from runtime.randomness import generator
+from runtime.processes import CommonError, Stopped, StopSignal, World, distribute, start_world
+from runtime.randomness import generator, seed_global
 from small_models import NETWORKS, Autoencoder_models
 from training.datasets import load_dataset
 from training.objective import Draws, Objective, process_of
 from training.order import Batches, GlobalOrder
 from training.previews import preview, save_previews_gif
-from training.rows import Rows
-from training.runs import begin_or_continue, describe, save_run
+from training.rows import Readable, Rows
+from training.runs import begin_or_continue, describe, list_skipped, save_run
 from training.state import LossMeter, OptimizerArgs, Training
 
 VAL_IMAGES, VAL_BATCH = 4096, 64
@@ -57,6 +57,7 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--resume", type=str | None, help="checkpoint of which to take everything")
     parser.add_argument("--log-every", type=int, default=100, help="steps between lines of the log")
     parser.add_argument("--ckpt-every", type=int, default=50_000, help="steps between checkpoints")
+    parser.add_argument("--max-skipped", type=float, default=0.001, help="share of samples that may be unreadable")
     parser.add_argument("--keep-last", type=int | tuple[int, int], default=0, help="K (0: all), or [K, M]: every M-th too")
     parser.add_argument("--preview-every", type=int, default=50_000, help="steps between EMA samples; 0: only at the end")
     parser.add_argument("--val-every", type=int, default=0, help="steps between validation losses; 0: none")
@@ -103,6 +104,7 @@ class Trainer:
             self.held_out = load(split="val") if args.val_every else None
             if self.held_out and (self.held_out.classes, self.held_out.kind) != (self.data.classes, self.data.kind):
                 raise UserError(f"the held-out part of --data-path {args.data_path} holds other classes or kinds")
+        self.max_unreadable, self.unreadable = math.ceil(args.max_skipped * len(self.data)), set()
         self.order = GlobalOrder(len(self.data), args.global_batch_size, args.global_seed, world.rank, world.size,
                                  args.grad_accum, self.data.flip)
         self.max_steps = args.max_steps or math.ceil(args.epochs * len(self.data) / args.global_batch_size)
@@ -127,8 +129,9 @@ class Trainer:
                      f"{self.first} of {self.max_steps} steps done")
         self.network = distribute(state.model, world)
         if args.compile:
-            state.model.compile()
-        self.batches = Batches(self.data, self.order, range(self.first, self.max_steps), args.num_workers, world.device)
+            state.model.compile(dynamic=False)  # else a second shape, as of a validation, makes every step a slower one
+        self.batches = Batches(Readable(self.data, self.max_unreadable), self.order, range(self.first, self.max_steps),
+                               args.num_workers, world.device)
         self.stop, self.stopwatch = StopSignal(world), Stopwatch()
 
     def step(self) -> None:
@@ -149,21 +152,23 @@ class Trainer:
         state.update_ema(args.ema_decay)
         state.step += 1
         # Only a line of the log reads numbers from the device.
-        losses = state.meter.read(self.optim.max_skipped) if self.due(args.log_every) else None
+        losses = state.meter.read(self.optim.max_skipped_steps) if self.due(args.log_every) else None
         self.stopwatch.stop()
         if losses:
             samples = state.step * self.order.batch_size
             self.log.record(state.step, epoch=samples / len(self.data), samples=samples, **losses, lr=lr,
                             grad_norm=grad_norm.item(), memory_gib=peak_memory(self.world.device),
                             **self.stopwatch.read(self.order.batch_size, self.batches.read_waited()))
+            self.report_unreadable(self.batches.unreadable)
 
     def accumulate_gradients(self) -> Tensor:
         """Backward through this process's micro-batches of one step; their mean loss."""
         draws = Draws.at(("train", self.args.global_seed, self.state.step), self.objective.process, self.order.batch_size,
                          self.state.model, self.world.device)
         loss = torch.zeros((), device=self.world.device)
-        for rows in self.order.rows:
+        for micro, rows in enumerate(self.order.rows):
             last = rows is self.order.rows[-1]  # processes exchange gradients once a step
+            seed_global("network", self.args.global_seed, self.state.step, self.world.rank, micro)  # for dropout, not for us
             with nullcontext() if last or self.world.size == 1 else self.network.no_sync():
                 losses = self.objective.losses(self.network, *next(self.batches), draws.rows(rows))["loss"]
                 (losses.mean() / len(self.order.rows)).backward()
@@ -180,7 +185,7 @@ class Trainer:
         picture = self.folder / "previews" / f"{state.step:07d}.png"
         if self.due(args.preview_every) and (state.step > self.first or not world.on_main(picture.exists)):
             preview(state.ema, self.autoencoder, self.spec, picture, world, args.global_seed, args.precision, self.stop.check,
-                    self.held_out or self.data)
+                    Readable(self.held_out or self.data, self.max_unreadable))
             self.log.image(state.step, picture)
         if not self.over:
             self.stop.check()
@@ -192,19 +197,41 @@ class Trainer:
         told = objective.process.validation_terms
         totals = torch.zeros(2 + len(told), device=device)  # sums: the raw loss, what is told of EMA weights, samples
         order = torch.randperm(len(self.held_out), generator=generator("val", len(self.held_out)))[:VAL_IMAGES]
+        readable, unreadable = Readable(self.held_out, self.max_unreadable), {}
+        state.model.eval()
         for k, rows in enumerate(tqdm(order.split(VAL_BATCH), desc="validation", leave=False, disable=not world.is_main)):
             if k % world.size == world.rank:
-                batch, labels = (part.to(device) for part in self.held_out.__getitems__(Rows.plain(rows.numpy())))
+                *parts, found = readable.__getitems__(Rows.plain(rows.numpy()))
+                unreadable |= found
+                batch, labels = (part.to(device) for part in parts)
                 draws = Draws.at(("val", self.args.global_seed, k), objective.process, len(rows), state.model, device)
                 raw, ema = (objective.losses(network, batch, labels, draws) for network in (state.model, state.ema))
                 totals += torch.stack([raw["loss"], *(ema[name] for name in told), torch.ones_like(raw["loss"])]).sum(dim=1)
             if (k + 1) % world.size == 0:
                 self.stop.check()
+        state.model.train()
+        self.report_unreadable(unreadable)
         *sums, count = world.mean(totals).tolist()
         means = dict(zip(["val_loss", *(f"val_{name}_ema" for name in told)], (total / count for total in sums)))
         self.log.record(state.step, **means)
         if state.validated_at(means["val_loss_ema"]):
             self.save("best.pt")
+
+    def report_unreadable(self, found: dict[int, str]) -> None:
+        """Name samples that a process could not read, once, in the log and in skipped.txt. Too many end the run, saved."""
+        self.unreadable.update(found.values())
+        found.clear()
+        parts = self.world.gather(self.unreadable)
+
+        def report() -> int:
+            for sentence in list_skipped(self.folder, every := set().union(*parts)):
+                self.log.say(f"Skipped, the next one is read in its place: {sentence}")
+            return len(every)
+
+        if (count := self.world.on_main(report)) > self.max_unreadable:
+            self.save()
+            raise CommonError(f"{count} samples cannot be read, more than `max_skipped` allows; {self.folder}/skipped.txt "
+                              "names them. Mend or remove them; the same command with `run_name` goes on")
 
     def save(self, name: str = "") -> None:
         self.world.on_main(lambda: save_run(self.folder, self.state, self.spec, self.flags, name))
@@ -223,6 +250,7 @@ def check_flags(args: Namespace) -> OptimizerArgs:
     for names, allowed, fine in (
             ("epochs max_steps global_batch_size grad_accum log_every ckpt_every", "at least 1", lambda n: n >= 1),
             ("global_seed preview_every val_every keep_last", "at least 0", lambda n: n >= 0),
+            ("max_skipped", "a share, 0..1", lambda share: 0 <= share <= 1),
             ("lr", "a positive number", lambda x: 0 < x < math.inf), ("ema_decay", "in [0, 1)", lambda x: 0 <= x < 1)):
         cli.check_numbers(args, names.split(), allowed, fine)
     with cli.prefix_errors("--optimizer-args:"):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from runtime import UserError
-from training.rows import Rows
+from training.rows import Readable, Rows
 
 
 class GlobalOrder:
@@ -72,11 +72,12 @@ class MicroBatches:
 class Batches:
     """Iterator over this process's micro-batches, on `device`. The next one is copied while one is in use.
 
-    `waited` counts the seconds that the reader spent waiting for data.
+    `waited` counts the seconds that the reader spent waiting for data; `unreadable` tells why which samples were replaced.
     """
 
-    def __init__(self, dataset: Dataset, order: GlobalOrder, steps: range, num_workers: int, device: torch.device):
+    def __init__(self, dataset: Readable, order: GlobalOrder, steps: range, num_workers: int, device: torch.device):
         self.device, self.waited = device, 0.0
+        self.unreadable: dict[int, str] = {}
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # parallel to the computing stream
         self.loader = read_ahead(dataset, MicroBatches(order, steps), num_workers, pin_memory=device.type == "cuda")
         self.upcoming = None
@@ -104,8 +105,12 @@ class Batches:
 
     def _fetch(self) -> tuple[Tensor, Tensor] | None:
         batch = next(self.loader, None)
+        if batch is None:
+            return None
+        *parts, unreadable = batch
+        self.unreadable |= unreadable
         with torch.cuda.stream(self.copies):  # stream None: keep the current one
-            return batch and tuple(part.to(self.device, non_blocking=True) for part in batch)
+            return tuple(part.to(self.device, non_blocking=True) for part in parts)
 
 
 def read_ahead(dataset: Dataset, batches: object, num_workers: int, pin_memory: bool = False) -> Iterator:

@@ -13,13 +13,13 @@ from pipeline.generation import DIT_LABELS, Sampling, generate
 from pipeline.spec import Spec
 from runtime.pictures import MAX_COLUMNS, save_gif, save_grid, to_uint8, to_unit_range
 from runtime.processes import World, autocast
-from training.rows import Rows, TrainingData
+from training.rows import Readable, Rows
 
 PREVIEW_ROWS = 4
 
 
 def preview(ema: nn.Module, autoencoder: nn.Module, spec: Spec, path: Path, world: World, seed: int, precision: str,
-            progress: Callable[[], object], data: TrainingData) -> None:
+            progress: Callable[[], object], data: Readable) -> None:
     """Write a grid of samples, a class a column, always from the same noise; the processes share the work.
 
     For an autoencoder: reconstructions of some of the data.
@@ -44,7 +44,7 @@ def preview(ema: nn.Module, autoencoder: nn.Module, spec: Spec, path: Path, worl
         save_grid(images, path, columns=len(labels) // PREVIEW_ROWS)
 
 
-def preview_reconstructions(ema: nn.Module, data: TrainingData, path: Path, precision: str) -> None:
+def preview_reconstructions(ema: nn.Module, data: Readable, path: Path, precision: str) -> None:
     """Write a grid of images from all over a data set, each row above a row of their reconstructions."""
     rows = np.linspace(0, len(data) - 1, PREVIEW_ROWS // 2 * MAX_COLUMNS).round().astype(int)
     images, device = data.__getitems__(Rows.plain(rows))[0], next(ema.parameters()).device

@@ -13,6 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
+
+from runtime import UserError
 
 
 class Rows(NamedTuple):
@@ -40,6 +43,48 @@ class TrainingData(Protocol):
 
     def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """The batch (B, ...), and its labels (B,) int64."""
+
+
+class Readable(Dataset):
+    """A data set for training, in which the next readable sample stands in for an unreadable one.
+
+    Which one that is depends on the files alone, so it is the same after a restart and on any number of processes.
+
+    Args:
+        limit: how many samples may be unreadable.
+    """
+
+    def __init__(self, data: TrainingData, limit: int):
+        self.data, self.limit = data, limit
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor, dict[int, str]]:
+        """The batch, its labels, and why which samples could not be read."""
+        try:
+            return *self.data.__getitems__(rows), {}
+        except OSError:
+            unreadable: dict[int, str] = {}
+            batches, labels = zip(*(self.nearest(row, mirrored, unreadable) for row, mirrored in zip(*rows)))
+            return torch.cat(batches), torch.cat(labels), unreadable
+
+    def nearest(self, row: int, mirrored: bool, unreadable: dict[int, str]) -> tuple[Tensor, Tensor]:
+        """The sample at `row`, or else the first readable one behind it."""
+        while True:
+            try:
+                return self.data.__getitems__(Rows(np.array([row]), np.array([mirrored])))
+            except OSError as error:
+                unreadable[int(row)] = " ".join(str(error).split())
+                check_unreadable(unreadable, len(self.data), self.limit)
+            row = (row + 1) % len(self.data)
+
+
+def check_unreadable(unreadable: dict[int, str], count: int, limit: int) -> None:
+    """Raises UserError if more than `limit` of the `count` samples of a data set could not be read."""
+    if len(unreadable) > limit:
+        raise UserError(f"{next(iter(unreadable.values()))}; {len(unreadable)} or more of {count:,} samples cannot be read, "
+                        f"and `max_skipped` allows {limit}. Mend or remove them")
 
 
 def mirror(images: Tensor, mirrored: np.ndarray) -> Tensor:

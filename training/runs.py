@@ -3,6 +3,7 @@
 import os
 import socket
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,16 @@ def save_step(folder: Path, state: dict[str, Any], keep_last: int, every: int) -
         if not every or int(path.stem) % every:
             path.unlink()
             sha256_file(path).unlink(missing_ok=True)
+
+
+def list_skipped(folder: Path, sentences: Iterable[str]) -> list[str]:
+    """Add what is said of unreadable samples to a run's `skipped.txt`, each once. Returns what is new."""
+    path = folder / "skipped.txt"
+    known = path.read_text().splitlines() if path.exists() else []
+    new = sorted(set(sentences) - set(known))
+    if new:
+        write_text(path, "".join(f"{sentence}\n" for sentence in known + new))
+    return new
 
 
 def newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:

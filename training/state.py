@@ -24,14 +24,14 @@ class OptimizerArgs:
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: float = math.inf
-    max_skipped: int = 20         # consecutive steps whose loss or gradient norm is not finite
+    max_skipped_steps: int = 20   # consecutive steps whose loss or gradient norm is not finite
     patience: int | None = None   # consecutive validations without a better loss
 
     def __post_init__(self):
         for name, allowed, fine in (
                 ("betas", "two numbers in [0, 1)", all(0 <= beta < 1 for beta in self.betas)),
                 ("weight_decay", "at least 0", self.weight_decay >= 0), ("warmup_steps", "at least 0", self.warmup_steps >= 0),
-                ("clip_norm", "above 0", self.clip_norm > 0), ("max_skipped", "at least 1", self.max_skipped > 0),
+                ("clip_norm", "above 0", self.clip_norm > 0), ("max_skipped_steps", "at least 1", self.max_skipped_steps > 0),
                 ("patience", "at least 1", self.patience is None or self.patience > 0)):
             if not fine:
                 raise UserError(f"{name} {getattr(self, name)} is not {allowed}")
@@ -150,13 +150,13 @@ class LossMeter(nn.Module):
         return super().load_state_dict({key.replace("row", "streak"): value for key, value in state_dict.items()},
                                        *args, **kwargs)
 
-    def read(self, max_skipped: int) -> dict[str, float]:
+    def read(self, max_skipped_steps: int) -> dict[str, float]:
         """The mean loss since the last reading (nan if all steps were skipped), its moving mean, the total of skipped steps.
 
         Raises:
             CommonError: too many consecutive steps were skipped.
         """
-        if (streak := int(self.longest_streak)) >= max_skipped:
+        if (streak := int(self.longest_streak)) >= max_skipped_steps:
             raise CommonError(f"{streak} steps in a row had a loss or gradient norm that is not finite. They were skipped: the "
                               "last checkpoint is good. Try a lower `lr`, or clip_norm in `optimizer_args`")
         values = {"loss": (self.total / self.count).item(), "loss_moving_mean": self.moving_mean.item(),
