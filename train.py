@@ -168,9 +168,10 @@ class Trainer:
         loss = torch.zeros((), device=self.world.device)
         for micro, rows in enumerate(self.order.rows):
             last = rows is self.order.rows[-1]  # processes exchange gradients once a step
-            seed_global("network", self.args.global_seed, self.state.step, self.world.rank, micro)  # for dropout, not for us
+            batch, labels = next(self.batches)
+            seed_global("network", self.args.global_seed, self.state.step, self.world.rank, micro)  # ours draw nothing from it
             with nullcontext() if last or self.world.size == 1 else self.network.no_sync():
-                losses = self.objective.losses(self.network, *next(self.batches), draws.rows(rows))["loss"]
+                losses = self.objective.losses(self.network, batch, labels, draws.rows(rows))["loss"]
                 (losses.mean() / len(self.order.rows)).backward()
             loss += losses.detach().mean() / len(self.order.rows)
         return loss

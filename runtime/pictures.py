@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,18 +49,17 @@ def open_rgb(path: str | Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def find_pictures(folder: str | Path, apart_from: Container[tuple[int, int]] = ()) -> list[Path]:
+def find_pictures(folder: str | Path, apart_from: str | Path | None = None) -> list[Path]:
     """The files below a folder that have a picture's name, in the order of folders, then of names.
 
     Links are followed. Of several paths to one file or folder the first one counts, so links in a circle end.
 
     Args:
-        apart_from: device and inode of folders not to enter.
+        apart_from: a folder not to enter.
     """
-    seen, found = set(apart_from), []
+    seen, found = set(), []
 
-    def is_new(entry: os.DirEntry) -> bool:
-        status = entry.stat()
+    def is_new(status: os.stat_result) -> bool:
         identity = (status.st_dev, status.st_ino)
         return identity not in seen and not seen.add(identity)
 
@@ -68,11 +67,13 @@ def find_pictures(folder: str | Path, apart_from: Container[tuple[int, int]] = (
         with os.scandir(path) as entries:
             entries = sorted(entries, key=lambda entry: entry.name)
         found.extend(entry.path for entry in entries
-                     if entry.name.lower().endswith(EXTENSIONS) and entry.is_file() and is_new(entry))
+                     if entry.name.lower().endswith(EXTENSIONS) and entry.is_file() and is_new(entry.stat()))
         for entry in entries:
-            if entry.is_dir() and is_new(entry):
+            if entry.is_dir() and is_new(entry.stat()):
                 enter(entry.path)
 
+    for known in filter(None, (apart_from, folder)):
+        is_new(os.stat(known))
     enter(str(folder))
     return [Path(path) for path in sorted(found, key=os.path.split)]
 

@@ -368,7 +368,7 @@ def test_nan_on_one_process_skips_the_step_on_all_and_is_counted(tmp_path):
 
 @pytest.mark.slow
 def test_too_many_skipped_steps_in_a_row_end_the_run_with_one_line(tmp_path):
-    flags = ["--max-steps", 9, "--ckpt-every", 2, "--optimizer-args", '{"max_skipped": 3}']
+    flags = ["--max-steps", 9, "--ckpt-every", 2, "--optimizer-args", '{"max_skipped_steps": 3}']
     result = start(tmp_path, POISON.format(rank=1, calls=(3, 5, 6, 7)), *flags, nproc=2, check=False)
     assert result.returncode != 0
     (line,) = errors(result)
@@ -381,7 +381,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_with_one_line(tmp_path):
 
 
 def test_after_too_many_skipped_steps_a_checkpoint_between_lines_of_the_log_goes_on(tmp_path, run_patched):
-    flags = [*FLAGS, "--max-steps", 8, "--log-every", 6, "--ckpt-every", 5, "--optimizer-args", '{"max_skipped": 3}']
+    flags = [*FLAGS, "--max-steps", 8, "--log-every", 6, "--ckpt-every", 5, "--optimizer-args", '{"max_skipped_steps": 3}']
     code = """
 losses = objective.Objective.losses
 patch.setattr(objective.Objective, "losses", lambda *args: {"loss": losses(*args)["loss"] * float("nan")})"""

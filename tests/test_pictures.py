@@ -1,8 +1,9 @@
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from runtime.pictures import center_crop, to_uint8, to_unit_range
+from runtime.pictures import center_crop, find_pictures, open_rgb, to_uint8, to_unit_range
 
 
 def test_unit_range_reaches_both_ends():
@@ -22,3 +23,69 @@ def test_the_crop_is_the_middle_of_the_shorter_side_resized():
     assert np.abs(cropped - expected).max() < 1.5
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     assert np.array_equal(center_crop(Image.fromarray(image), 32), image)
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+def grey_levels(tmp_path, image, name="x.png"):
+    """The mean grey level of a picture that was saved and opened again."""
+    image.save(tmp_path / name)
+    opened = open_rgb(tmp_path / name)
+    assert opened.mode == "RGB"
+    return np.asarray(opened).astype(float)
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
+    for name in ("x.png", "x.tiff"):
+        found = grey_levels(tmp_path, Image.fromarray(ramp), name)
+        assert np.abs(found - ramp[..., None] / 257).max() <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_white(tmp_path, mode):
+    image = Image.new("RGBA", (2, 1), (200, 200, 200, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    if mode == "P":
+        image = image.convert("RGB").quantize(2)
+        image.info["transparency"] = image.getpixel((1, 0))
+    found = grey_levels(tmp_path, image.convert(mode))
+    assert np.abs(found[0, :, 0] - [200, 255]).max() <= 1
+
+
+def test_numbers_without_a_white_are_refused_by_name(tmp_path):
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "x.tiff")
+    with pytest.raises(OSError, match=r"cannot read the image .*x.tiff: its pixels are floating-point numbers"):
+        open_rgb(tmp_path / "x.tiff")
+    Image.fromarray(np.ones((4, 4), dtype=np.int32)).save(tmp_path / "y.tiff")
+    with pytest.raises(OSError, match="its pixels are 32-bit numbers"):
+        open_rgb(tmp_path / "y.tiff")
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x.webp", "x.png"])
+def test_an_animation_is_refused_by_name(tmp_path, name):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    with pytest.raises(OSError, match=f"{name}: it has 3 frames; expected one picture"):
+        open_rgb(tmp_path / name)
+    frames[0].save(tmp_path / name)
+    assert np.asarray(open_rgb(tmp_path / name)).shape == (8, 8, 3)
+
+
+def test_a_cameras_jpeg_with_a_second_view_is_its_first(tmp_path):
+    views = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    views[0].save(tmp_path / "x.jpg", format="MPO", save_all=True, append_images=views[1:])
+    assert np.asarray(open_rgb(tmp_path / "x.jpg"))[0, 0, 0] > 200
+
+
+def test_links_in_a_circle_give_each_picture_once(tmp_path):
+    for name in ("a/1.JPG", "a/b/2.gif", "a/b/notes.txt", "c/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a/b/loop").symlink_to(tmp_path / "a")
+    (tmp_path / "a/up").symlink_to(tmp_path)
+    (tmp_path / "a/link.png").symlink_to(tmp_path / "c/3.png")
+    found = [str(path.relative_to(tmp_path)) for path in find_pictures(tmp_path / "a", apart_from=tmp_path)]
+    assert found == ["a/1.JPG", "a/link.png", "a/b/2.gif"]
+    assert len(find_pictures(tmp_path)) == 3

@@ -73,7 +73,7 @@ def test_init_from_matches_classes_by_name_and_keeps_the_null_row(tmp_path):
         message = init_from(training, source, other)
         assert "42 of 42 tensors" in message
         assert f"of 2 of {len(other)} classes" in message
-        assert "fresh: dog" in message
+        assert "fresh classes: dog" in message
         for network in (training.model, training.ema):
             found = table_of(network)
             assert torch.equal(found[[0, 2, -1]], theirs[[3, 2, -1]])

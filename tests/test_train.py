@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
 import train
+from models import DiT_models
 from pipeline import checkpoint
 from runtime.processes import start_world
 
@@ -384,3 +385,60 @@ def test_other_recommended_settings_of_sampling_are_taken_and_told(tmp_path, mon
     assert checkpoint.restore("results/r").spec.sampling.cfg_scale == 3
     assert run_here(train, *flags, 2, *FLOW, "--diffusion-args.sampling", '{"cfg_scale": 4.0}').returncode == 0  # none is left
     assert checkpoint.restore("results/r").spec.sampling.cfg_scale == 4
+
+
+# --- networks with dropout and running statistics, and compiled ones -----------------------------
+
+
+class Dropping(torch.nn.Module):
+    """A network that draws random numbers and keeps statistics, as none of ours does."""
+
+    def __init__(self, input_size=(8, 8), in_channels=1, num_classes=10):
+        super().__init__()
+        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
+        self.layers = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.Dropout(0.5),
+                                          torch.nn.Conv2d(8, 1, 3, padding=1))
+
+    def forward(self, x, t, y):
+        return self.layers(x) + 0 * (t + y).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_dropout_is_the_same_after_an_interruption_and_validation_leaves_no_trace(tmp_path, monkeypatch, accumulate):
+    monkeypatch.setitem(DiT_models, "Dropping", Dropping)
+    flags = ["--model", "Dropping", "--model-args", "{}", "--grad-accum", accumulate]
+    whole = run(tmp_path, "whole", *flags, "--max-steps", 8)
+    run(tmp_path, "parts", *flags, "--max-steps", 4)
+    torch.rand(7)  # the process that goes on has drawn other numbers
+    assert_same(final(whole), final(run(tmp_path, "parts", *flags, "--max-steps", 8)))
+    validated = run(tmp_path, "validated", *flags, "--max-steps", 8, "--val-every", 1)
+    assert_same(final(whole), final(validated))
+    other = run(tmp_path, "other", *flags, "--max-steps", 8, "--global-seed", 1)
+    assert not torch.equal(final(other)["model"]["layers.0.weight"], final(whole)["model"]["layers.0.weight"])
+
+
+def test_dropout_differs_from_step_to_step_and_between_micro_batches(tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed))
+    run(tmp_path, "r", "--max-steps", 3, "--grad-accum", 2)
+    assert len(seeds[1:]) == len(set(seeds[1:])) == 6  # the first is that of the weights
+
+
+def test_a_validation_owed_before_the_first_step_leaves_the_shapes_static(tmp_path, monkeypatch):
+    """Three graphs: validation, which is evaluation without gradients, of a whole batch and of the last one; and a step."""
+    shapes = []
+
+    def backend(module, inputs):
+        shapes.append([value for value in inputs if not isinstance(value, torch.Tensor)])
+        shapes[-1] += [size for value in inputs if isinstance(value, torch.Tensor) for size in value.shape]
+        return module.forward
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: original(self, backend=backend, **options))
+    run(tmp_path, "r", "--max-steps", 2)
+    assert not shapes
+    torch._dynamo.reset()
+    folder = run(tmp_path, "r", "--val-every", 2, "--max-steps", 6, "--compile")
+    assert len(metrics(folder, "val_loss")) == 3
+    assert len(shapes) == 3
+    assert all(isinstance(size, int) for sizes in shapes for size in sizes)

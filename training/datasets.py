@@ -1,5 +1,6 @@
 """Data sets of images, by name or path; and features cached from them, by path."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from runtime import UserError
-from runtime.pictures import center_crop, open_rgb
+from runtime.pictures import EXTENSIONS, center_crop, find_pictures, open_rgb
 from training.features import FastDiTFeatures, Features
 from training.rows import Rows, TrainingData, mirror
 
@@ -46,15 +47,15 @@ class FolderImages(Dataset):
     flip = True
 
     def __init__(self, path: Path, image_size: int | None):
-        from torchvision.datasets import ImageFolder
-        try:
-            folder = ImageFolder(path)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"`data_path` {path} is not a folder of classes, one sub-folder of images each: "
-                                    f"{error}") from None
-        self.paths = np.array([path for path, _ in folder.samples])  # arrays: worker processes share their memory
-        self.labels = torch.tensor([label for _, label in folder.samples])
-        self.classes = readable_names(folder.classes)
+        folders = sorted(name for name in os.listdir(path) if (path / name).is_dir() and not name.startswith("."))
+        pictures = [find_pictures(path / name, apart_from=path) for name in folders]
+        if not folders:
+            raise FileNotFoundError(f"`data_path` {path} is not a folder of classes, one sub-folder of pictures each")
+        if empty := [name for name, found in zip(folders, pictures) if not found]:
+            raise FileNotFoundError(f"`data_path` {path}: the class {empty[0]} has no pictures ({' '.join(EXTENSIONS)})")
+        self.paths = np.array([str(file) for found in pictures for file in found])  # arrays: workers share their memory
+        self.labels = torch.tensor([label for label, found in enumerate(pictures) for _ in found])
+        self.classes = readable_names(folders)
         self.image_size = (image_size or FOLDER_IMAGE_SIZE,) * 2
 
     def __len__(self) -> int:
