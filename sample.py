@@ -18,18 +18,18 @@ from tqdm import tqdm
 
 from pipeline.generation import (
     BATCH,
-    DIT_LABELS,
     Sampling,
     add_sampling_arguments,
     compile_network,
     decode,
+    default_labels,
     generate,
     restore_autoencoder,
     restore_checkpoint,
 )
-from pipeline.spec import BareWeights, SamplingSettings
+from pipeline.spec import BareWeights, SamplingSettings, normal_name
 from runtime import UserError, cli
-from runtime.files import check_writable, write_text
+from runtime.files import write_text
 from runtime.pictures import MAX_COLUMNS, grid, save_gif, save_grid
 from runtime.processes import start_world, synchronize
 
@@ -40,7 +40,7 @@ def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Draw a grid of pictures from a checkpoint.")
     add_sampling_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) and its label alone")
-    parser.add_argument("--class-labels", type=str | int, nargs="+", help="ids and names, mixed; default: all classes")
+    parser.add_argument("--class-labels", type=str | int, nargs="+", help="ids and names, mixed; default: ten classes")
     parser.add_argument("--num-samples", type=int, default=1, help="pictures of each label, one below the other")
     parser.add_argument("--trajectory", action="store_true", help="also OUT-trajectory.png and .gif: states, predicted x_0")
     parser.add_argument("--out", default="sample.png", help="the PNG to write")
@@ -51,10 +51,6 @@ def main(args: Namespace) -> None:
     torch.set_grad_enabled(False)
     world = start_world(args.device)
     out = Path(args.out)
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder; name the PNG to write")
-    if out.suffix == ".txt":
-        raise UserError(f"--out {out}: name the PNG; the labels go to a .txt beside it")
     cli.check_numbers(args, ["num_samples"], "at least 1", lambda n: n >= 1)
     given = SamplingSettings.given(vars(args))
     bare = BareWeights(args.model, args.image_size, args.num_classes, vae="mse", cfg_scale=4.0)  # as DiT's sample.py
@@ -63,7 +59,7 @@ def main(args: Namespace) -> None:
     sampling = Sampling.of(restored.spec, given, restored.model)
     autoencoder = restore_autoencoder(world, restored, sampling, same=args.vae is None)
     labels = parse_labels(args.class_labels, restored.spec.classes)
-    check_writable(out.parent)
+    cli.check_output_flag(args, "out", ".png")
     if args.compile:
         compile_network(restored.model)
     if sampling.plan:
@@ -85,7 +81,7 @@ def main(args: Namespace) -> None:
     save_grid(images, out, columns, description)
     written = [out]
     if args.class_labels:
-        written.append(out.with_suffix(".txt"))
+        written.append(out.with_name(f"{out.stem}-labels.txt"))
         write_text(written[-1], "".join(f"{label} {name}\n" for label, name in zip(labels, names)))
     if args.trajectory:
         written += save_trajectory(watch.states, autoencoder, sampling, out, description)
@@ -100,22 +96,25 @@ def main(args: Namespace) -> None:
 # --- labels and pictures -------------------------------------------------------------------------
 
 
-def parse_labels(words: list[str | int] | None, classes: list[str]) -> list[int]:
-    """Class ids from ids and names, mixed; without words, DiT's eight of 1,000 classes, else all of them."""
-    if words is None:
-        return DIT_LABELS if len(classes) == 1000 else list(range(len(classes)))
+def parse_labels(arguments: list[str | int] | None, classes: list[str]) -> list[int]:
+    """Class ids from ids and names, mixed. An argument that is not the whole name of a class is split at spaces and commas."""
+    if arguments is None:
+        return default_labels(len(classes))
     ids = {}
     for i, name in enumerate(classes):
-        for synonym in {normalise(name), *map(normalise, name.split(","))}:
+        for synonym in {normal_name(name), *map(normal_name, name.split(","))}:
             ids.setdefault(synonym, []).append(i)
-    labels = [parse_label(word, ids, len(classes)) for word in re.split(r"[\s,]+", " ".join(map(str, words))) if word]
+    labels = []
+    for argument in map(str, arguments):
+        words = [argument] if normal_name(argument) in ids else re.split(r"[\s,]+", argument)
+        labels += [parse_label(word, ids, len(classes)) for word in words if word]
     if not labels:
         raise UserError("--class-labels is empty; give ids or names, or leave the flag out")
     return labels
 
 
 def parse_label(word: str, ids: dict[str, list[int]], count: int) -> int:
-    found = [] if word.isdecimal() else ids.get(normalise(word), [])
+    found = [] if word.isdecimal() else ids.get(normal_name(word), [])
     if len(found) > 1:
         raise UserError(f"--class-labels {word} names several classes; their ids are {', '.join(map(str, found))}")
     if found:
@@ -124,13 +123,9 @@ def parse_label(word: str, ids: dict[str, list[int]], count: int) -> int:
         if 0 <= int(word) < count:
             return int(word)
         raise UserError(f"--class-labels {word} is not in 0..{count - 1}, the classes of this checkpoint")
-    near = difflib.get_close_matches(normalise(word), ids, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(normal_name(word), ids, n=3, cutoff=0.4)
     raise UserError(f"--class-labels {word} is not a class of this checkpoint"
                      + (f"; nearest: {', '.join(near)}" if near else f"; its ids are 0..{count - 1}"))
-
-
-def normalise(name: str) -> str:
-    return re.sub(r"[\s_-]+", "_", name.strip().lower())
 
 
 # --- watching ------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from runtime.randomness import generator
 from small_models import DIFFUSION_NETWORKS
 
 DIT_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # the eight classes of DiT's figures
+SHOWN = 10  # classes in a grid
 BATCH = 64  # images drawn at once
 DECODE_BATCH = 16  # a VAE's decoder takes far more memory an image than the network
 
@@ -44,6 +45,11 @@ def add_sampling_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--num-classes", type=int | None, help="for bare weights (1000)")
     parser.add_argument("--vae", type=str | None, help="ema, mse, pixels, a folder, own run, hub id; default: the checkpoint's")
     SamplingSettings.add_flags(parser)
+
+
+def default_labels(count: int) -> list[int]:
+    """The classes to show where none is asked for: DiT's eight of 1,000, else at most ten, chosen evenly."""
+    return DIT_LABELS if count == 1000 else torch.linspace(0, count - 1, min(count, SHOWN)).round().int().tolist()
 
 
 # --- checkpoint -> network, settings, autoencoder ---------------------------------------------------

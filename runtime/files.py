@@ -28,9 +28,14 @@ LOCK_PATIENCE = 180  # seconds that a restart waits for a lock
 def atomic(path: Path, unique: str = "") -> Iterator[BinaryIO]:
     """Write a file completely or not at all: a reader of `path` finds the old file or the new one, even after a power cut.
 
+    A link is followed. Raises OSError if something other than a file has this name, a device, say.
+
     Args:
         unique: added to the temporary file's name; it must differ between processes that may write the same file.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a file that can be replaced")
     temporary = path.with_name(f".{path.name}{unique}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -133,10 +138,13 @@ def check_writable(folder: str | Path, size: int = 0) -> Path:
 
 
 def check_output(path: str | Path, suffix: str, size: int = 0) -> None:
-    """Raises UserError if `path` does not have this suffix, OSError if it cannot be written."""
+    """Raises UserError if `path` does not have this suffix or is not a file, OSError if it cannot be written."""
     if Path(path).suffix != suffix:
         raise UserError(f"{path} is not the name of a {suffix}")
-    check_writable(Path(path).parent, size)
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise UserError(f"{path} is not a file")
+    check_writable(target.parent, size)
 
 
 def lock_folder(folder: Path, launch: str, advice: str) -> None:

@@ -124,7 +124,9 @@ def run_here(monkeypatch, capfd):
 
 AOT_EAGER = """
 compile = torch.nn.Module.compile
-patch.setattr(torch.nn.Module, "compile", lambda self, **options: compile(self, backend="aot_eager", **options))"""  # for `patched`: --compile, soon
+def aot_eager(self, **options):
+    compile(self, backend="aot_eager", **options)
+patch.setattr(torch.nn.Module, "compile", aot_eager)"""  # for `patched`: --compile, soon
 
 
 def free_port():

@@ -4,14 +4,10 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-import train
-from pipeline.autoencoders import load_autoencoder
 from training.datasets import load_dataset
-from training.objective import Draws, Objective
 from training.rows import Rows
 
 # --- images --------------------------------------------------------------------------------------
@@ -57,57 +53,6 @@ def test_a_folder_of_photographs_becomes_rgb_of_one_size_with_english_names(phot
     assert torch.equal(images[1, 0], images[1, 2])  # the greyscale file
     assert (images[2, 0, :, -1].float() - images[2, 0, :, 0].float()).mean() > 100  # CMYK: red still grows to the right
     assert load_dataset(str(photographs / "train"), 32, split="val").paths[0].startswith(str(photographs / "val"))
-
-
-# --- features made by others ---------------------------------------------------------------------
-
-
-@pytest.fixture
-def fast_dit(tmp_path):
-    """As fast-DiT's extract_features.py leaves them; written out of order."""
-    rng = np.random.default_rng(0)
-    latents = rng.standard_normal((12, 1, 4, 32, 32)).astype(np.float32)
-    for name in ("imagenet256_features", "imagenet256_labels"):
-        (tmp_path / "fast" / name).mkdir(parents=True)
-    for i in (3, 11, 0, 7, 1, 2, 4, 5, 6, 8, 9, 10):
-        np.save(tmp_path / "fast" / "imagenet256_features" / f"{i}.npy", latents[i])
-        np.save(tmp_path / "fast" / "imagenet256_labels" / f"{i}.npy", np.array([i * 90]))
-    return tmp_path / "fast", latents
-
-
-def test_fast_dit_features_are_read_with_their_labels_and_never_scaled_again(fast_dit, tiny_vae):
-    folder, latents = fast_dit
-    data = load_dataset(str(folder))
-    x, y = data.__getitems__(Rows.plain(range(12)))
-    order = (y // 90).tolist()
-    assert sorted(order) == list(range(12))
-    assert np.array_equal(x.numpy(), latents[order, 0])
-    assert (data.classes[207], data.image_size, data.kind) == ("golden retriever", (256, 256), "latents")
-    objective = Objective(Capture(), load_autoencoder(str(tiny_vae)), data, 0.0, "fp32")
-    draws = Draws(*(torch.zeros(12, *shape) for shape in ((4, 32, 32), (4, 32, 32), (), ())))
-    objective.losses(None, x, y, draws)
-    assert torch.equal(objective.process.x, x)
-
-
-class Capture:
-    def training_losses(self, model, x, t, model_kwargs, noise):
-        self.x = x
-        return {"loss": t}
-
-
-def test_fast_dit_features_train_and_wrong_ones_are_refused(fast_dit, tiny_vae, tmp_path, monkeypatch, run_here):
-    monkeypatch.chdir(tmp_path)
-    folder, _ = fast_dit
-    tiny = ["--data-path", folder, "--model", "DiT-S/8", "--model-args", '{"hidden_size": 16, "depth": 1, "num_heads": 2}',
-            "--global-batch-size", 4, "--max-steps", 2, "--num-workers", 0, "--device", "cpu", "--vae", tiny_vae,
-            "--diffusion-args", '{"sampling": {"num_sampling_steps": "1"}}']
-    assert run_here(train, *tiny).returncode == 0
-    assert_one_line(run_here(train, *tiny, "--image-size", 512), "--image-size 512", "256")
-    assert "train.py: error: --num-classes 20:" in run_here(train, *tiny, "--num-classes", 20).stderr
-    vae = load_autoencoder(str(tiny_vae)).vae
-    vae.register_to_config(scaling_factor=0.13025)  # SDXL's
-    vae.save_pretrained("sdxl")
-    assert_one_line(run_here(train, *tiny, "--vae", "sdxl"), "scaling_factor", "0.13025")
 
 
 # --- wrong input ---------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+import os
+import stat
 import subprocess
 import sys
 
@@ -34,3 +36,16 @@ def test_a_file_is_written_whole_or_the_old_one_stays(tmp_path, monkeypatch):
     write_text(tmp_path / "x.txt", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
     assert (tmp_path / "x.txt").read_text() == "new"
+
+
+def test_a_link_is_followed_and_a_device_is_not_replaced(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link.txt").symlink_to(tmp_path / "far" / "file.txt")
+    write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "far" / "file.txt").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(OSError, match=r"pipe\.txt is not a file that can be replaced"):
+        write_text(tmp_path / "pipe.txt", "x")
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe.txt").st_mode)
+    assert {path.name for path in tmp_path.iterdir()} == {"far", "link.txt", "pipe.txt"}

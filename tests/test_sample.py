@@ -21,6 +21,17 @@ def test_labels_are_ids_and_names_mixed(words, ids):
     assert sample.parse_labels(words, CLASSES) == ids
 
 
+def test_an_argument_that_is_a_whole_name_is_that_class():
+    classes = ["golden retriever", "red, fox", "Mo\u0308we", "Stra\xdfe"]
+    assert sample.parse_labels(["golden retriever", "red, fox"], classes) == [0, 1]
+    assert sample.parse_labels(["red,_fox", "red fox", 0, "GOLDEN-RETRIEVER 2"], classes) == [1, 1, 1, 0, 0, 2]
+    assert sample.parse_labels(["M\xf6we", "STRASSE m\xd6we"], classes) == [2, 3, 2]
+
+
+def test_without_labels_ten_classes_are_shown_from_first_to_last():
+    assert sample.parse_labels(None, [f"class {i}" for i in range(500)]) == [0, 55, 111, 166, 222, 277, 333, 388, 444, 499]
+
+
 def test_a_name_of_two_classes_is_not_guessed():
     classes = ["crane", "lemon", "crane, a machine"]
     with pytest.raises(ValueError, match="--class-labels Crane names several classes; their ids are 0, 2"):
@@ -59,7 +70,7 @@ def test_a_trajectory_is_a_strip_and_a_film_that_end_in_the_picture(tiny_run, tm
     monkeypatch.chdir(tmp_path)
     result = run_here(sample, "--ckpt", tiny_run, "--class-labels", "3 7", "--num-sampling-steps", 12, "--trajectory")
     assert result.returncode == 0, result.stderr
-    files = "sample.png, sample.txt, sample-trajectory.png, sample-trajectory.gif"
+    files = "sample.png, sample-labels.txt, sample-trajectory.png, sample-trajectory.gif"
     assert f"Wrote {files}: 2 images of three, seven" in result.stdout
     with Image.open("sample.png") as file, Image.open("sample-trajectory.png") as strip:
         picture, cells = np.asarray(file), np.asarray(strip)
@@ -120,7 +131,9 @@ def test_more_rows_leave_the_first_as_they_are(tiny_run, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--ckpt", "nowhere.pt"], ["--ckpt nowhere.pt does not exist"]),
     (["--class-labels", ""], ["--class-labels is empty"]),
-    (["--out", "."], ["--out . is a folder"]),
+    (["--out", "folder.png"], ["--out folder.png is not a file"]),
+    (["--out", "x.jpg"], ["--out x.jpg is not the name of a .png"]),
+    (["--out", "device.png"], ["--out device.png is not a file"]),
     (["--out", "new/x.png", "--cfg-scale", "-1"], ["--cfg-scale -1"]),
     (["--model", "DiT-XXL/2"], ["--model", "DiT-XXL/2"]),
     (["--model", "DiT-S/2"], ["--model DiT-S/2 contradicts"]),
@@ -153,8 +166,10 @@ def test_more_rows_leave_the_first_as_they_are(tiny_run, tmp_path, monkeypatch, 
 ])
 def test_wrong_input_is_one_line_and_writes_nothing(tiny_run, tmp_path, monkeypatch, run_here, flags, words):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "device.png").symlink_to("/dev/full")
     assert_one_line(run_here(sample, "--ckpt", tiny_run, "--num-sampling-steps", "12", *flags), *words)
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"folder.png", "device.png"}
 
 
 def test_damaged_foreign_and_malicious_checkpoints_are_one_line(tiny_run, gaussian_run, tmp_path, run_here):

@@ -10,7 +10,10 @@ from torch.utils.data import Dataset
 
 from pipeline.spec import imagenet_classes
 from runtime import UserError
+from runtime.cli import prefix_errors
 from training.rows import Rows
+
+META = {"classes", "channels", "flip", "image_size", "latent_shape", "autoencoder", "skipped", "rows"}  # keys of a meta.json
 
 
 class Features(Dataset):
@@ -24,22 +27,32 @@ class Features(Dataset):
         if not (folder / "meta.json").is_file():
             raise FileNotFoundError(f"`data_path` {folder}: the extraction of its features is not finished; the same "
                                     "extract_features.py command goes on with it")
-        self.folder, meta = folder, json.loads((folder / "meta.json").read_text())
-        self.classes, self.channels, self.flip = meta["classes"], meta["channels"], meta["flip"]
-        self.image_size, self.latent_shape = tuple(meta["image_size"]), tuple(meta["latent_shape"])
-        self.made_by = meta["autoencoder"]
-        self.map_files()
+        self.folder = folder
+        with prefix_errors(f"`data_path` {folder}: its features are damaged:", TypeError, ValueError):
+            meta = json.loads((folder / "meta.json").read_text())
+            if missing := META - set(meta):
+                raise UserError(f"meta.json lacks {', '.join(sorted(missing))}")
+            self.classes, self.channels, self.flip = meta["classes"], meta["channels"], meta["flip"]
+            self.image_size, self.latent_shape = tuple(meta["image_size"]), tuple(meta["latent_shape"])
+            self.made_by = meta["autoencoder"]
+            self.skipped = np.array(meta["skipped"], dtype=np.int64)  # ascending rows that hold no image
+            self.map_files()
+            self.check(meta["rows"])
         if image_size not in (None, self.image_size[0]):
             raise UserError(f"`image_size` {image_size}: the features in {folder} are of images of {self.image_size[0]}")
-        if len(self.moments) != meta["rows"] or self.moments.shape[2:] != (2 * self.latent_shape[0], *self.latent_shape[1:]):
-            raise UserError(f"`data_path` {folder}: moments.npy has the shape {self.moments.shape}, meta.json tells otherwise")
-        self.skipped = np.array(meta["skipped"], dtype=np.int64)  # ascending rows that hold no image
 
     def map_files(self) -> None:
-        try:
-            self.moments, self.labels = (np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("moments", "labels"))
-        except ValueError as error:
-            raise OSError(f"`data_path` {self.folder}: a file of features is damaged: {error}") from None
+        self.moments, self.labels = (read_array(self.folder / f"{name}.npy", mmap_mode="r") for name in ("moments", "labels"))
+
+    def check(self, rows: int) -> None:
+        """Raises UserError if the arrays are not what meta.json tells."""
+        channels, *size = self.latent_shape
+        for name, array, shape in (("moments", self.moments, (rows, 2, 2 * channels, *size)), ("labels", self.labels, (rows,))):
+            if array.shape != shape:
+                raise UserError(f"{name}.npy has the shape {array.shape}; meta.json tells {shape}")
+        labels = np.delete(self.labels, self.skipped)
+        if wrong := [row for row in (labels.argmin(), labels.argmax()) if not 0 <= labels[row] < len(self.classes)]:
+            raise UserError(f"labels.npy holds the label {labels[wrong[0]]}; meta.json tells {len(self.classes)} classes")
 
     def __getstate__(self) -> dict:  # pickling a map for a worker would copy all its data
         return {name: value for name, value in vars(self).items() if name not in ("moments", "labels")}
@@ -54,8 +67,11 @@ class Features(Dataset):
     def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor]:
         passed = np.searchsorted(self.skipped - np.arange(len(self.skipped)), rows.indices, side="right")
         lines = rows.indices + passed
-        return (torch.from_numpy(self.moments[lines, rows.mirrored.astype(np.int64)]),
-                torch.from_numpy(self.labels[lines].astype(np.int64)))
+        moments = torch.from_numpy(self.moments[lines, rows.mirrored.astype(np.int64)])
+        if not moments.isfinite().all():
+            row = lines[~moments.flatten(1).isfinite().all(dim=1).numpy()][0]
+            raise UserError(f"`data_path` {self.folder}: row {row} of moments.npy is not finite; extract the features again")
+        return moments, torch.from_numpy(self.labels[lines].astype(np.int64))
 
 
 class FastDiTFeatures(Dataset):
@@ -85,15 +101,26 @@ class FastDiTFeatures(Dataset):
 
     def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor]:
         stems = self.stems[rows.indices]
-        latents = np.concatenate([self.read("features", stem) for stem in stems])
-        labels = np.concatenate([self.read("labels", stem) for stem in stems]).astype(np.int64)
-        if labels.min() < 0 or labels.max() >= len(self.classes):
-            raise UserError(f"`num_classes` {len(self.classes)}: {self.folder} has the label {labels.max()}")
+        latents = np.concatenate([self.read("features", stem, (1, *self.latent_shape)) for stem in stems])
+        labels = np.concatenate([self.read("labels", stem, (1,)) for stem in stems]).astype(np.int64)
+        for stem, latent, label in zip(stems, latents, labels):
+            if not 0 <= label < len(self.classes):
+                raise UserError(f"`num_classes` {len(self.classes)}: {self.folder} has the label {label}, of {stem}.npy")
+            if not np.isfinite(latent).all():
+                raise OSError(f"{self.folder}: imagenet256_features/{stem}.npy is not finite")
         return torch.from_numpy(latents).float(), torch.from_numpy(labels)
 
-    def read(self, part: str, stem: str) -> np.ndarray:
+    def read(self, part: str, stem: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
         path = self.folder / f"imagenet256_{part}" / f"{stem}.npy"
-        try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise OSError(f"cannot read {path}: {error}") from None
+        array = read_array(path)
+        if shape not in (None, array.shape):
+            raise OSError(f"{path} has the shape {array.shape}; expected {shape}")
+        return array
+
+
+def read_array(path: Path, **options: str) -> np.ndarray:
+    """The array in a `.npy`. Raises OSError that names a damaged file."""
+    try:
+        return np.load(path, allow_pickle=False, **options)
+    except (OSError, ValueError, EOFError) as error:
+        raise OSError(f"cannot read {path}: {error}") from None

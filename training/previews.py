@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from pipeline.generation import DIT_LABELS, Sampling, generate
+from pipeline.generation import Sampling, default_labels, generate
 from pipeline.spec import Spec
 from runtime.pictures import MAX_COLUMNS, save_gif, save_grid, to_uint8, to_unit_range
 from runtime.processes import World, autocast
@@ -30,8 +30,8 @@ def preview(ema: nn.Module, autoencoder: nn.Module, spec: Spec, path: Path, worl
     if spec.is_autoencoder:
         world.on_main(lambda: preview_reconstructions(ema, data, path, precision))
         return
-    count = len(spec.classes)
-    labels = (DIT_LABELS if count == 1000 else list(range(min(count, MAX_COLUMNS)))) * PREVIEW_ROWS
+    shown = default_labels(len(spec.classes))
+    labels = shown * PREVIEW_ROWS
     mine = range(world.rank, len(labels), world.size) or range(1)  # all take part, for `progress` waits for all
     sampling = Sampling.of(spec, {"precision": precision})
     with tqdm(total=sampling.process.num_timesteps, desc="preview", leave=False, disable=not world.is_main) as bar:
@@ -41,7 +41,7 @@ def preview(ema: nn.Module, autoencoder: nn.Module, spec: Spec, path: Path, worl
         images = drawn.new_empty(len(labels), *drawn.shape[1:])
         for rank, part in enumerate(parts[: len(labels)]):
             images[rank :: world.size] = part
-        save_grid(images, path, columns=len(labels) // PREVIEW_ROWS)
+        save_grid(images, path, len(shown), {"classes": [spec.classes[label] for label in shown]} | sampling.record())
 
 
 def preview_reconstructions(ema: nn.Module, data: Readable, path: Path, precision: str) -> None:

@@ -1,0 +1,138 @@
+"""Features cached by extract_features.py (tests/test_extract_features.py has what it writes) and by fast-DiT."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_RUN, assert_one_line
+
+import train
+from pipeline.autoencoders import load_autoencoder
+from training.datasets import load_dataset
+from training.objective import Draws, Objective
+from training.rows import Rows
+
+# --- those of fast-DiT -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fast_dit(tmp_path):
+    """As fast-DiT's extract_features.py leaves them; written out of order."""
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((12, 1, 4, 32, 32)).astype(np.float32)
+    for name in ("imagenet256_features", "imagenet256_labels"):
+        (tmp_path / "fast" / name).mkdir(parents=True)
+    for i in (3, 11, 0, 7, 1, 2, 4, 5, 6, 8, 9, 10):
+        np.save(tmp_path / "fast" / "imagenet256_features" / f"{i}.npy", latents[i])
+        np.save(tmp_path / "fast" / "imagenet256_labels" / f"{i}.npy", np.array([i * 90]))
+    return tmp_path / "fast", latents
+
+
+def test_fast_dit_features_are_read_with_their_labels_and_never_scaled_again(fast_dit, tiny_vae):
+    folder, latents = fast_dit
+    data = load_dataset(str(folder))
+    x, y = data.__getitems__(Rows.plain(range(12)))
+    order = (y // 90).tolist()
+    assert sorted(order) == list(range(12))
+    assert np.array_equal(x.numpy(), latents[order, 0])
+    assert (data.classes[207], data.image_size, data.kind) == ("golden retriever", (256, 256), "latents")
+    objective = Objective(Capture(), load_autoencoder(str(tiny_vae)), data, 0.0, "fp32")
+    draws = Draws(*(torch.zeros(12, *shape) for shape in ((4, 32, 32), (4, 32, 32), (), ())))
+    objective.losses(None, x, y, draws)
+    assert torch.equal(objective.process.x, x)
+
+
+class Capture:
+    def training_losses(self, model, x, t, model_kwargs, noise):
+        self.x = x
+        return {"loss": t}
+
+
+def test_fast_dit_features_train_and_wrong_ones_are_refused(fast_dit, tiny_vae, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    folder, _ = fast_dit
+    tiny = ["--data-path", folder, "--model", "DiT-S/8", "--model-args", '{"hidden_size": 16, "depth": 1, "num_heads": 2}',
+            "--global-batch-size", 4, "--max-steps", 2, "--num-workers", 0, "--device", "cpu", "--vae", tiny_vae,
+            "--diffusion-args", '{"sampling": {"num_sampling_steps": "1"}}']
+    assert run_here(train, *tiny).returncode == 0
+    assert_one_line(run_here(train, *tiny, "--image-size", 512), "--image-size 512", "256")
+    assert "train.py: error: --num-classes 20:" in run_here(train, *tiny, "--num-classes", 20).stderr
+    vae = load_autoencoder(str(tiny_vae)).vae
+    vae.register_to_config(scaling_factor=0.13025)  # SDXL's
+    vae.save_pretrained("sdxl")
+    assert_one_line(run_here(train, *tiny, "--vae", "sdxl"), "scaling_factor", "0.13025")
+
+
+def test_damaged_files_of_fast_dit_are_named(fast_dit):
+    folder, latents = fast_dit
+    features, labels = (folder / f"imagenet256_{name}" / "5.npy" for name in ("features", "labels"))
+    for path, array, words in (
+            (features, latents[5, :, :3], r"features/5.npy has the shape \(1, 3, 32, 32\); expected \(1, 4, 32, 32\)"),
+            (features, np.full_like(latents[5], np.nan), "features/5.npy is not finite"),
+            (labels, np.array([-1]), "has the label -1, of 5.npy"), (labels, np.array([1000]), "has the label 1000, of 5.npy")):
+        before = path.read_bytes()
+        np.save(path, array)
+        with pytest.raises((ValueError, OSError), match=words):
+            load_dataset(str(folder)).__getitems__(Rows.plain(range(12)))
+        path.write_bytes(before)
+
+
+# --- our own, damaged --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def features(tmp_path):
+    """Sound features of five pictures of three classes; the row 3 was skipped."""
+    folder = tmp_path / "sound"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    np.save(folder / "moments.npy", rng.standard_normal((6, 2, 8, 4, 4)).astype(np.float16))
+    np.save(folder / "labels.npy", np.array([0, 0, 1, -1, 2, 2]))
+    (folder / "meta.json").write_text(json.dumps({
+        "autoencoder": {}, "latent_shape": [4, 4, 4], "image_size": [32, 32], "channels": 3, "rows": 6, "skipped": [3],
+        "flip": True, "classes": ["a", "b", "c"]}))
+    assert load_dataset(str(folder)).__getitems__(Rows.plain(range(5)))[1].tolist() == [0, 0, 1, 2, 2]
+    return folder
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def relabel(label):
+    return lambda path: np.save(path, np.array([0, 0, 1, -1, 2, label]))
+
+
+def without(key):
+    return lambda path: path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+
+
+@pytest.mark.parametrize(("name", "damage", "words"), [
+    *((name, damage, f"cannot read .*{name}") for name in ("moments.npy", "labels.npy") for damage in (truncate, empty)),
+    ("meta.json", truncate, "damaged: "), ("meta.json", empty, "damaged: Expecting value"),
+    ("meta.json", without("rows"), "meta.json lacks rows"), ("meta.json", without("skipped"), "meta.json lacks skipped"),
+    ("labels.npy", relabel(3), "the label 3; meta.json tells 3 classes"), ("labels.npy", relabel(-2), "the label -2"),
+    ("labels.npy", lambda path: np.save(path, np.zeros(5, int)), r"labels.npy has the shape \(5,\); meta.json tells \(6,\)"),
+    ("moments.npy", lambda path: np.save(path, np.zeros((6, 2, 8, 4), np.float16)), r"moments.npy has the shape"),
+])
+def test_damaged_features_are_refused_when_they_are_opened(features, tmp_path, run_here, name, damage, words):
+    damage(features / name)
+    with pytest.raises((ValueError, OSError), match=words):
+        load_dataset(str(features))
+    result = run_here(train, "--data-path", features, *TINY_RUN[2:], "--results-dir", tmp_path)
+    assert_one_line(result, f"--data-path {features}")
+
+
+def test_a_row_that_is_not_finite_is_named_where_it_is_read(features):
+    moments = np.load(features / "moments.npy")
+    moments[4, 1, 2, 0, 0] = np.inf
+    np.save(features / "moments.npy", moments)
+    data = load_dataset(str(features))
+    data.__getitems__(Rows.plain(range(5)))
+    with pytest.raises(ValueError, match=r"row 4 of moments\.npy is not finite"):
+        data.__getitems__(Rows(np.arange(5), np.ones(5, dtype=bool)))
