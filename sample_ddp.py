@@ -11,12 +11,14 @@ After a kill, the same command continues on any number of processes: each batch 
 
 import json
 import os
+import re
 import shutil
 import socket
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -81,10 +83,9 @@ def main(args: Namespace) -> None:
     out = Path(args.sample_dir) / f"{name_of(restored, sampling, args)}.npz"
     world.on_main(lambda: check_writable(out.parent))
     record = record_of(restored, autoencoder, sampling, args)
-    done, todo = world.on_main(lambda: open_output(out, record, args.overwrite, count, args.per_proc_batch_size))
+    done, todo = world.on_main(lambda: open_output(out, record, args.overwrite, count, args.per_proc_batch_size,
+                                                   height * width * 3))
     drawn = sum(map(len, todo))
-    needed = (drawn + (0 if out.exists() else count)) * height * width * 3  # the parts and the .npz
-    world.on_main(lambda: check_writable(out.parent, needed))
 
     start = time.perf_counter()
     waited = draw(todo, lambda indices: generate(restored.model, autoencoder, [label(i) for i in indices], indices,
@@ -131,26 +132,35 @@ def parts_of(out: Path) -> Path:
     return out.with_suffix(".parts")
 
 
-def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int,
-                batch_size: int) -> tuple[list[range], list[range]]:
-    """Begin or continue an output and lock it for this process. Returns the finished batches and the missing ones."""
+def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int, batch_size: int,
+                image_bytes: int) -> tuple[list[range], list[range]]:
+    """Begin or continue an output and lock it for this process. Returns the finished batches and the missing ones.
+
+    Raises:
+        UserError: it exists from other settings, or another process is at work on it.
+        OSError: there is no space for it; nothing was written then.
+    """
     record, parts, pictures = out.with_suffix(".json"), parts_of(out), out.with_suffix("")
     found = read_record(record)
-    stale = found != settings and (record.exists() or out.exists() or pictures.exists() or any(parts.glob("*.npy")))
+    stale = found != settings and (record.exists() or out.exists() or pictures.exists() or found_parts(parts))
     if stale and not overwrite:
         differ = [f"{key} was {found.get(key)!r}" for key in settings | found if found.get(key) != settings.get(key)]
         raise UserError(f"--sample-dir: {out.with_suffix('')} exists from other settings "
                         f"({', '.join(differ) if found else f'{record.name} does not tell them'}); --overwrite deletes it")
+    if stale or not out.exists():  # the parts that are missing, and the .npz
+        drawn = 0 if stale else sum(map(len, share_out(found_parts(parts), count, batch_size)[0]))
+        check_writable(out.parent, (2 * count - drawn) * image_bytes)
     parts.mkdir(exist_ok=True)
     lock_folder(parts, "", "wait for it to end")
     if stale:
         shutil.rmtree(pictures, ignore_errors=True)
-        for file in (*parts.glob("*.npy"), out, record):  # the record last: a kill must not mix two outputs
+        old = map(partial(part_path, parts), found_parts(parts))
+        for file in (*old, out, record):  # the record last: a kill must not mix two outputs
             file.unlink(missing_ok=True)
     if out.exists():
         return [], []
     write_text(record, json.dumps(settings, indent=2) + "\n")
-    return share_out(list(map(range_of, parts.glob("*.npy"))), count, batch_size)
+    return share_out(found_parts(parts), count, batch_size)
 
 
 def read_record(path: Path) -> dict:
@@ -166,8 +176,10 @@ def part_path(parts: Path, indices: range) -> Path:
     return parts / f"{indices.start:08d}-{indices.stop:08d}.npy"
 
 
-def range_of(path: Path) -> range:
-    return range(*map(int, path.stem.split("-")))
+def found_parts(parts: Path) -> list[range]:
+    """The parts that lie in a folder. Files of other names are left alone."""
+    names = (re.fullmatch(r"(\d{8})-(\d{8})\.npy", path.name) for path in parts.glob("*.npy"))
+    return [range(int(name[1]), int(name[2])) for name in names if name]
 
 
 def share_out(found: list[range], count: int, batch_size: int) -> tuple[list[range], list[range]]:
@@ -193,7 +205,11 @@ def finish(out: Path, batches: list[range], size: tuple[int, int], label: Callab
         save_npz(out, (count, *size, 3), images, arr_1=np.array([label(i) for i in range(count)], dtype=np.int64))
     if png:
         write_pngs(out)
-    shutil.rmtree(parts, ignore_errors=True)
+    own = map(partial(part_path, parts), found_parts(parts))
+    for file in (*own, *parts.glob(".*.tmp"), parts / "lock"):
+        file.unlink(missing_ok=True)
+    if not any(parts.iterdir()):
+        parts.rmdir()
 
 
 def write_pngs(out: Path) -> None:

@@ -250,7 +250,8 @@ def check_flags(args: Namespace) -> OptimizerArgs:
     cli.check_data_arguments(args)
     for names, allowed, fine in (
             ("epochs max_steps global_batch_size grad_accum log_every ckpt_every", "at least 1", lambda n: n >= 1),
-            ("global_seed preview_every val_every keep_last", "at least 0", lambda n: n >= 0),
+            ("preview_every val_every keep_last", "at least 0", lambda n: n >= 0),
+            ("global_seed", "in 0..2^63 - 1", lambda n: 0 <= n < 2**63),
             ("max_skipped", "a share, 0..1", lambda share: 0 <= share <= 1),
             ("lr", "a positive number", lambda x: 0 < x < math.inf), ("ema_decay", "in [0, 1)", lambda x: 0 <= x < 1)):
         cli.check_numbers(args, names.split(), allowed, fine)

@@ -174,6 +174,7 @@ def check_autoencoder(autoencoder: nn.Module, spec: Spec) -> None:
 def load_autoencoder_kl(source: str) -> nn.Module:
     """A diffusers AutoencoderKL from a local folder or the hub."""
     from diffusers import AutoencoderKL  # slow to import
+    from huggingface_hub import try_to_load_from_cache
 
     hub_id = HUB_IDS.get(source, source)
     is_path = hub_id.startswith((".", "/", "~")) or hub_id.count("/") != 1 or Path(hub_id).parent.is_dir()
@@ -183,9 +184,16 @@ def load_autoencoder_kl(source: str) -> nn.Module:
                                 "owner/name")
     try:
         with warnings.catch_warnings(action="ignore"):  # the hub's client warns of its own deprecations
+            config = AutoencoderKL.load_config(hub_id)
+            if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+                raise UserError(f"{source}: {hub_id} holds an {kind}; expected an AutoencoderKL")
             return AutoencoderKL.from_pretrained(hub_id, low_cpu_mem_usage=False).eval()
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
+    if not is_path and not isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
+        reason = "it is not in the cache of the hub's files, and the hub did not give it; a folder with it can be named instead"
     raise UserError(f"{source}: cannot load an AutoencoderKL from {hub_id}: {reason}")
 
 

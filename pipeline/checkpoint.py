@@ -14,6 +14,7 @@ import argparse
 import errno
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -122,8 +123,10 @@ def resolve(name: str | Path) -> Path:
 
 
 def steps_of(folder: Path) -> list[Path]:
-    """The numbered checkpoints of a run's folder, oldest first."""
-    numbered = [path for path in (folder / "checkpoints").glob("*.pt") if path.stem.isdecimal()]
+    """The numbered checkpoints of a run's folder, oldest first. Raises OSError if the folder cannot be read."""
+    checkpoints = folder / "checkpoints"
+    names = os.listdir(checkpoints) if checkpoints.is_dir() else []
+    numbered = [checkpoints / name for name in names if re.fullmatch(r"\d+\.pt", name, re.ASCII)]
     return sorted(numbered, key=lambda path: int(path.stem))
 
 

@@ -158,7 +158,11 @@ def restore_autoencoder(world: World, restored: checkpoint.Restored, sampling: S
     """
     spec, model = restored.spec, restored.model
     with prefix_errors("`vae`"):
-        autoencoder = world.main_first(lambda: load_autoencoder(spec.vae, world.device))
+        try:
+            autoencoder = world.main_first(lambda: load_autoencoder(spec.vae, world.device))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; it is what the checkpoint names: if it has moved, pass its new place as `vae`"
+                                    if same else str(error)) from None
         if same:
             check_autoencoder(autoencoder, spec)
         latent_shape = autoencoder.latent_shape(spec.image_size, spec.channels)

@@ -1,19 +1,24 @@
 """Command lines: flags that override a config, checks of the values, and errors of one line."""
 
+import difflib
 import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import jsonargparse
 import torch.distributed as dist
+import yaml
 
 from runtime import UserError
 from runtime.files import check_output
 from runtime.processes import CommonError
+
+MAX_SIZE = 8192  # pixels of a side of an image
 
 
 class ArgumentParser(jsonargparse.ArgumentParser):
@@ -52,7 +57,30 @@ class ArgumentParser(jsonargparse.ArgumentParser):
                 configs = [args.pop(i), *configs]
             elif re.match(r"--[\w-]+\.\w+\.", args[i]):
                 self.error(f"{args[i]}: a dotted flag changes one entry of a dictionary, not an entry of an entry")
-        return super().parse_args(configs + args, *rest, **options)
+        for given in configs:
+            if (path := given.removeprefix("--config=")) not in ("--config", ""):
+                self.check_config(Path(path))
+        parsed = super().parse_args(configs + args, *rest, **options)
+        for action in self._actions:  # jsonargparse lets a null pass for any type
+            if getattr(parsed, action.dest, "") is None and (action.required or action.default is not None):
+                self.error(f"{(action.option_strings or [action.dest])[0]}: null is not allowed")
+        return parsed
+
+    def check_config(self, path: Path) -> None:
+        """Refuse a config that is no YAML text, or has a key twice or an unknown one. The parser checks its values."""
+        try:
+            keys = keys_of(yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader))
+        except UnicodeDecodeError:
+            self.error(f"--config {path} is not a text file in UTF-8")
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            self.error(f"--config {path}{f', line {mark.line + 1}' if mark else ''}: {getattr(error, 'problem', error)}")
+        except (UserError, OSError) as error:
+            self.error(f"--config {path}: {getattr(error, 'strerror', None) or error}")
+        known = [action.dest for action in self._actions]
+        for key in keys:
+            if key.split(".")[0] not in known:
+                self.error(f"--config {path}: unknown key {key!r}{nearest(key, known)}")
 
     def dump(self, *args, **options) -> str:
         """The flags as YAML, each below its help. --print_config prints this."""
@@ -60,7 +88,29 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         return re.sub(r"^(\w+):", lambda key: f"# {helps[key[1]]}\n{key[0]}", super().dump(*args, **options), flags=re.M)
 
     def error(self, message: str, ex: Exception | None = None) -> None:
-        fail(plain_words(message))
+        message = plain_words(message)
+        if unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            message += nearest(unknown[1], [flag for action in self._actions for flag in action.option_strings])
+        fail(message)
+
+
+def keys_of(node: yaml.Node | None) -> list[str]:
+    """The keys of a YAML mapping. Raises UserError if it is something else, or if it or one within it has a key twice."""
+    if node is not None and not isinstance(node, yaml.MappingNode):
+        raise UserError("expected keys and values")
+    keys = [key.value for key, _ in node.value] if node else []
+    if double := [key for key, times in Counter(keys).items() if times > 1]:
+        raise UserError(f"line {node.start_mark.line + 1}: the key {double[0]!r} stands there twice")
+    for _, value in node.value if node else ():
+        if isinstance(value, yaml.MappingNode):
+            keys_of(value)
+    return keys
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the known one that is most like it."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def plain_words(message: object, is_flag: bool = True) -> str:
@@ -90,7 +140,8 @@ def check_arguments(function: Callable, arguments: dict, skip: set[str] = frozen
     allowed = [action.dest for action in parser._actions if action.dest != "help"]
     for name in arguments:
         if name not in allowed:
-            raise UserError(f"unknown key {name!r}; allowed: {', '.join([*allowed, *beside])}")
+            known = [*allowed, *beside]
+            raise UserError(f"unknown key {name!r}; allowed: {', '.join(known)}{nearest(name, known)}")
     try:
         checked = parser.parse_object(dict(arguments)).as_dict()
     except jsonargparse.ArgumentError as error:
@@ -108,7 +159,10 @@ def check_numbers(args: jsonargparse.Namespace, names: list[str], allowed: str, 
 
 
 def check_data_arguments(args: jsonargparse.Namespace) -> None:
-    check_numbers(args, ["image_size", "num_classes"], "at least 1", lambda n: n >= 1)
+    if not args.data_path:
+        raise UserError("`data_path` is empty")
+    check_numbers(args, ["image_size"], f"in 1..{MAX_SIZE}", lambda n: 1 <= n <= MAX_SIZE)
+    check_numbers(args, ["num_classes"], "at least 1", lambda n: n >= 1)
     check_numbers(args, ["num_workers"], "at least 0", lambda n: n >= 0)
 
 

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ import extract_features
 import sample
 import sample_ddp
 import train
+from models import DiT_models
 from pipeline import checkpoint
 from pipeline.autoencoders import load_autoencoder
 from runtime.pictures import to_uint8, to_unit_range
@@ -121,7 +124,7 @@ def test_it_is_resumed_exactly_and_serves_as_vae_everywhere(trained, tmp_path, r
     assert (spec.model.args["in_channels"], spec.model.args["input_size"]) == (8, (2, 2))
     assert run_here(sample, "--ckpt", "results/latents", "--class-labels", "3 seven", "--out", "x.png", "--num-sampling-steps",
                     3).returncode == 0
-    assert (tmp_path / "x.txt").read_text() == "3 three\n7 seven\n"
+    assert (tmp_path / "x-labels.txt").read_text() == "3 three\n7 seven\n"
     result = run_here(sample_ddp, "--ckpt", "results/latents", "--num-fid-samples", 5, "--per-proc-batch-size", 2,
                       "--num-sampling-steps", 3, "--sample-dir", "drawn", "--balanced")
     assert result.returncode == 0, result.stderr
@@ -190,3 +193,29 @@ def test_features_are_cached_with_it(trained, tmp_path, run_here, photographs):
     result = run_here(train, *TINY_RUN, "--data-path", "f", *vae, "--model-args", '{"hidden_size": 32, "depth": 2}',
                       "--max-steps", 2, "--global-batch-size", 4, "--run-name", "cached")
     assert result.returncode == 0, result.stderr
+
+
+def test_a_folder_of_another_kind_of_autoencoder_is_told(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderDC", "in_channels": 3}')
+    with pytest.raises(ValueError, match="holds an AutoencoderDC; expected an AutoencoderKL"):
+        load_autoencoder(str(tmp_path))
+
+
+def test_without_the_hub_the_reason_is_told(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"ema: .* is not in the cache of the hub's files, and the hub did not give it"):
+        load_autoencoder("ema")
+
+
+def test_a_moved_autoencoder_can_be_named_anew(tiny_vae, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_vae, "old")
+    spec = {"model": {"name": "DiT-S/2", "args": dict(input_size=(4, 4), in_channels=4, num_classes=2, hidden_size=8, depth=1,
+                                                      num_heads=1)},
+            "diffusion": {}, "vae": str(tmp_path / "old"), "image_size": (32, 32), "channels": 3, "classes": ["a", "b"],
+            "sampling": {"num_sampling_steps": "1"}}
+    network = DiT_models["DiT-S/2"](**spec["model"]["args"])
+    checkpoint.save(tmp_path / "c.pt", {"ema": network.state_dict(), "spec": spec})
+    shutil.move("old", "new")
+    assert_one_line(run_here(sample, "--ckpt", "c.pt"), "--vae ", "/old: no such folder", "pass its new place as --vae")
+    assert run_here(sample, "--ckpt", "c.pt", "--vae", "new").returncode == 0

@@ -40,7 +40,15 @@ def test_a_later_config_stands_above_an_earlier_one(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("flags", "config", "words"), [
     (["--lr", "fast"], None, "--lr: Expected a float. Got value: fast"),
-    (["--lrr", "1"], None, "--lrr"),
+    (["--lrr", "1"], None, "--lrr 1; did you mean --lr?"),
+    ([], "lr: null\n", "--lr: null is not allowed"),
+    ([], "run_nme: x\n", "unknown key 'run_nme'; did you mean run_name?"),
+    ([], "lr: 1.0\nlr: 2.0\n", "c.yaml: line 1: the key 'lr' stands there twice"),
+    ([], "run_name: x\nmodel_args:\n  a: 1\n  a: 2\n", "line 3: the key 'a' stands there twice"),
+    ([], "lr:\t1\n\tx: 2\n", "c.yaml, line "),
+    ([], "- lr\n", "c.yaml: expected keys and values"),
+    ([], b"\xff\xfel\x00r\x00", "c.yaml is not a text file in UTF-8"),
+    (["--config", "."], None, "--config .: Is a directory"),
     (["--run", "x"], None, "--run"),  # no abbreviations
     ([], "lrr: 1\n", "lrr"),
     ([], "lr: fast\n", "--lr"),
@@ -51,7 +59,7 @@ def test_a_later_config_stands_above_an_earlier_one(tmp_path, monkeypatch):
 def test_wrong_flags_and_configs_are_one_line_and_exit_2(tmp_path, monkeypatch, capsys, flags, config, words):
     monkeypatch.chdir(tmp_path)
     if config:
-        (tmp_path / "c.yaml").write_text(config)
+        (tmp_path / "c.yaml").write_bytes(config if isinstance(config, bytes) else config.encode())
         flags = ["--config", "c.yaml", *flags]
     with pytest.raises(SystemExit) as exit:
         parser().parse_args(flags)

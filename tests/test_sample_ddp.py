@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -164,6 +165,27 @@ def test_a_stopped_output_is_continued_with_other_batches_no_image_lost_or_twice
     assert (result.returncode, drawn) == (0, [2, 3, 7, 8, 9, 10])
     assert_same(arrays(one_process), arrays(tmp_path))
     assert not list((tmp_path / "samples").glob("*.parts"))
+
+
+def test_strangers_among_the_parts_are_left_alone(draw, tmp_path):
+    draw("--num-fid-samples", 4)
+    expected, parts = arrays(tmp_path), sample_ddp.parts_of(output(tmp_path))
+    shutil.rmtree(tmp_path / "samples")
+    parts.mkdir(parents=True)
+    for name in ("notes.npy", "00000000-00000002-good.npy", "0000000_0-00000002.npy"):
+        (parts / name).write_bytes(b"not a part")
+    draw("--num-fid-samples", 4)
+    assert_same(arrays(tmp_path), expected)
+    assert len(list(parts.iterdir())) == 3
+
+
+def test_random_labels_are_uniform():
+    """A chi-square test with 9 degrees of freedom; 33.7 is its quantile of 0.9999."""
+    label = sample_ddp.label_rule(0, False, 10)
+    counts = np.bincount([label(i) for i in range(5000)], minlength=10)
+    assert len(counts) == 10
+    assert ((counts - 500) ** 2 / 500).sum() < 33.7
+    assert [label(i) for i in range(20)] != [sample_ddp.label_rule(1, False, 10)(i) for i in range(20)]
 
 
 def output_parts(cwd):
@@ -394,7 +416,13 @@ def test_space_is_asked_for_what_is_still_to_be_written(draw, tmp_path, monkeypa
     assert draw()[0].returncode == 0
     assert asked == [0, 2 * 11 * 8 * 8 * 3]
     assert draw()[0].returncode == 0
-    assert asked[2:] == [0, 0]
+    assert asked[2:] == [0]
+
+
+def test_a_full_disk_is_told_before_anything_is_written(draw, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2000))
+    assert_one_line(draw()[0], "no space in the folder samples")
+    assert list((tmp_path / "samples").iterdir()) == []
 
 
 @pytest.mark.slow

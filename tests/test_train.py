@@ -339,6 +339,11 @@ def test_a_step_never_waits_for_the_device(tmp_path, monkeypatch):
     (["--results-dir", "/proc/results"], ["/proc/results"]),
     (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
     (["--max-steps", "-1"], ["--max-steps -1"]),
+    (["--global-seed", str(10**20)], ["--global-seed 1000", "0..2^63 - 1"]),
+    (["--image-size", "100000"], ["--image-size 100000 is not in 1..8192"]),
+    (["--image-size", "8000"], ["--image-size 8000: these 1,347 images are kept in memory, and would take 86 GB"]),
+    (["--data-path", ""], ["--data-path is empty"]),
+    (["--max-skipped", "2"], ["--max-skipped 2.0 is not a share, 0..1"]),
 ])
 def test_wrong_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, run_here, flags, words):
     monkeypatch.chdir(tmp_path)

@@ -16,6 +16,7 @@ from training.rows import Rows, TrainingData, mirror
 
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 FOLDER_IMAGE_SIZE = 256
+MAX_BYTES = 16e9  # of a data set in memory
 
 
 class ArrayImages(Dataset):
@@ -26,6 +27,9 @@ class ArrayImages(Dataset):
     def __init__(self, images: np.ndarray, labels: np.ndarray, classes: list[str], flip: bool, image_size: int | None):
         images = images[..., None] if images.ndim == 3 else images
         if image_size not in (None, images.shape[1]):
+            if (size := len(images) * image_size**2 * images.shape[3]) > MAX_BYTES:
+                raise UserError(f"`image_size` {image_size}: these {len(images):,} images are kept in memory, and would take "
+                                f"{size / 1e9:.0f} GB of it")
             images = np.stack([np.atleast_3d(center_crop(Image.fromarray(i.squeeze()), image_size)) for i in images])
         self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
@@ -62,7 +66,7 @@ class FolderImages(Dataset):
         return len(self.paths)
 
     def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        pictures = [center_crop(open_rgb(path), self.image_size[0]) for path in self.paths[rows.indices]]
+        pictures = [center_crop(open_rgb(str(path)), self.image_size[0]) for path in self.paths[rows.indices]]
         images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
         return mirror(images, rows.mirrored), self.labels[rows.indices]
 
