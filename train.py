@@ -185,9 +185,10 @@ class Trainer:
             self.save()
         picture = self.folder / "previews" / f"{state.step:07d}.png"
         if self.due(args.preview_every) and (state.step > self.first or not world.on_main(picture.exists)):
-            preview(state.ema, self.autoencoder, self.spec, picture, world, args.global_seed, args.precision, self.stop.check,
-                    Readable(self.held_out or self.data, self.max_unreadable))
+            shown = preview(state.ema, self.autoencoder, self.spec, picture, world, args.global_seed, args.precision,
+                            self.stop.check, Readable(self.held_out or self.data, self.max_unreadable))
             self.log.image(state.step, picture)
+            self.log.say(f"{picture}{': ' if shown else ''}{', '.join(shown)}")
         if not self.over:
             self.stop.check()
 

@@ -19,21 +19,27 @@ PREVIEW_ROWS = 4
 
 
 def preview(ema: nn.Module, autoencoder: nn.Module, spec: Spec, path: Path, world: World, seed: int, precision: str,
-            progress: Callable[[], object], data: Readable) -> None:
+            progress: Callable[[], object], data: Readable) -> list[str]:
     """Write a grid of samples, a class a column, always from the same noise; the processes share the work.
 
-    For an autoencoder: reconstructions of some of the data.
+    For an autoencoder: reconstructions of some of the data. A preview is to be soon there: in place of ddpm's many steps it
+    takes dpm++'s 20.
 
     Args:
         progress: called after each step, by all processes together; it may raise, to stop.
+
+    Returns: the names of the classes, column by column.
     """
     if spec.is_autoencoder:
         world.on_main(lambda: preview_reconstructions(ema, data, path, precision))
-        return
+        return []
     shown = default_labels(len(spec.classes))
-    labels = shown * PREVIEW_ROWS
+    labels, names = shown * PREVIEW_ROWS, [spec.classes[label] for label in shown]
     mine = range(world.rank, len(labels), world.size) or range(1)  # all take part, for `progress` waits for all
     sampling = Sampling.of(spec, {"precision": precision})
+    if sampling.settings.sampler == "ddpm":
+        fast = {"sampler": "dpm++", "num_sampling_steps": min(20, sampling.process.num_timesteps)}
+        sampling = Sampling.of(spec, {"precision": precision} | fast)
     with tqdm(total=sampling.process.num_timesteps, desc="preview", leave=False, disable=not world.is_main) as bar:
         drawn = generate(ema, autoencoder, [labels[i] for i in mine], mine, seed, sampling,
                          lambda step: (progress(), bar.update())).cpu()
@@ -41,7 +47,8 @@ def preview(ema: nn.Module, autoencoder: nn.Module, spec: Spec, path: Path, worl
         images = drawn.new_empty(len(labels), *drawn.shape[1:])
         for rank, part in enumerate(parts[: len(labels)]):
             images[rank :: world.size] = part
-        save_grid(images, path, len(shown), {"classes": [spec.classes[label] for label in shown]} | sampling.record())
+        save_grid(images, path, len(shown), {"classes": names} | sampling.record())
+    return names
 
 
 def preview_reconstructions(ema: nn.Module, data: Readable, path: Path, precision: str) -> None:

@@ -1,0 +1,42 @@
+
+from conftest import CLASSES, random_network
+from PIL import Image
+
+from models import DiT_models
+from pipeline.autoencoders import Pixels
+from pipeline.spec import ModelSpec, SamplingSettings, Spec
+from runtime.processes import start_world
+from training.previews import preview
+
+
+def spec_of(classes, **sampling):
+    args = dict(input_size=(8, 8), in_channels=3, num_classes=len(classes), hidden_size=24, depth=1, num_heads=2)
+    return Spec(ModelSpec("DiT-S/2", "DiT", args), {}, "pixels", (8, 8), 3, classes, SamplingSettings(**sampling))
+
+
+def drawn(spec, path):
+    """The preview of a random network: the names it returns, its text chunks, how often the network was called."""
+    network, calls = random_network(DiT_models["DiT-S/2"], 0.1, **spec.model.args), []
+    network.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    names = preview(network, Pixels(), spec, path, start_world("cpu"), 0, "fp32", lambda: None, None)
+    with Image.open(path) as picture:
+        return names, picture.text, calls, picture.size
+
+
+def test_a_preview_names_its_classes_and_is_soon_there(tmp_path):
+    names, text, calls, _ = drawn(spec_of(CLASSES, sampler="ddpm", num_sampling_steps=250), tmp_path / "x.png")
+    assert names == CLASSES
+    assert text["classes"] == str(CLASSES)
+    assert (text["sampler"], text["steps"], len(calls)) == ("dpm++", "20", 20)
+
+
+def test_a_preview_keeps_the_recommended_sampler_where_it_is_not_ddpm(tmp_path):
+    _, text, calls, _ = drawn(spec_of(CLASSES, sampler="ddim", num_sampling_steps="ddim50"), tmp_path / "x.png")
+    assert (text["sampler"], text["steps"], len(calls)) == ("ddim", "ddim50", 50)
+
+
+def test_of_many_classes_ten_are_shown_evenly(tmp_path):
+    names, _, calls, size = drawn(spec_of([f"class {i}" for i in range(91)], num_sampling_steps=3), tmp_path / "x.png")
+    assert names == [f"class {i}" for i in range(0, 91, 10)]
+    assert set(calls) == {40}
+    assert size == (10 * 72 + 8, 4 * 72 + 8)
