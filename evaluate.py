@@ -57,6 +57,7 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--training-images", type=str | None,
                         help="a set the samples' model was trained on: the memorisation check (REF then is held-out images)")
     parser.add_argument("--save-stats", type=str | None, help=".npz for the statistics of REF; SAMPLES may then be left out")
+    parser.add_argument("--image-size", type=int | None, help="to crop folders of pictures to; default: the size of SAMPLES")
     parser.add_argument("--json", type=str | None, help="file for the figures")
     parser.add_argument("--data-root", default="data", help="where named data sets lie")
     parser.add_device_argument()
@@ -121,8 +122,10 @@ def open_sets(args: Namespace) -> tuple[ImageSet, ImageSet | None, ImageSet | No
     if args.training_images and args.ref not in NAMED and sources[0] == sources[-1]:
         raise UserError(f"--training-images {args.training_images} is REF; the check needs held-out images for REF")
     cli.check_output_flag(args, "json", ".json")
-    samples = open_set(args.samples, "SAMPLES", args.data_root) if args.samples else None
-    size = samples.images.size if samples and samples.images else None
+    cli.check_numbers(args, ["image_size"], f"in 1..{cli.MAX_SIZE}", lambda n: 1 <= n <= cli.MAX_SIZE)
+    size = args.image_size and (args.image_size, args.image_size)
+    samples = open_set(args.samples, "SAMPLES", args.data_root, size) if args.samples else None
+    size = samples.images.size if samples and samples.images else size
     ref = open_set(args.ref, "REF", args.data_root, size)
     training = None
     if args.training_images:
@@ -132,7 +135,10 @@ def open_sets(args: Namespace) -> tuple[ImageSet, ImageSet | None, ImageSet | No
     if args.save_stats:
         count, (height, width) = min(len(ref.images), REFERENCE_IMAGES), ref.images.size
         cli.check_output_flag(args, "save_stats", ".npz", count * height * width * 3)
-    for one in filter(None, (ref, samples, training)):
+    for one in filter(None, (samples, ref, training)):
+        if one.images and args.image_size and one.images.size != (args.image_size, args.image_size):
+            raise UserError(f"--image-size {args.image_size}: {one.title} {one.source} holds images of "
+                            f"{one.images.size[0]}x{one.images.size[1]} (height x width); only folders of pictures are cropped")
         if one.images is None and (args.weights == "none" or args.training_images):
             raise UserError(f"{one.title} {one.source} holds statistics of Inception's features, without images; "
                             f"{'--weights none' if args.weights == 'none' else '--training-images'} needs images")

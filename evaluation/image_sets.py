@@ -14,7 +14,7 @@ import numpy as np
 from evaluation.metrics import Gaussian
 from runtime import UserError
 from runtime.files import atomic, in_batches
-from runtime.pictures import open_rgb, picture
+from runtime.pictures import EXTENSIONS, center_crop, find_pictures, open_rgb, picture
 from training.datasets import NAMED, ArrayImages, load_dataset
 
 BATCH = 64  # images per call of an extractor; the batches are the same for any number of processes
@@ -37,14 +37,21 @@ class ImageSet:
         """The number of images behind FID; None if it is unknown."""
         return self.statistics_of if self.statistics else len(self.images)
 
+    @property
+    def cropped(self) -> bool:
+        """Whether pictures of other sizes were cropped to this one."""
+        return getattr(self.images, "cropped", False)
+
     def describe(self) -> dict:
         count, size = (len(self.images), list(self.images.size)) if self.images else (None, None)
-        return {"source": self.source, "images": count, "size": size, "statistics": bool(self.statistics),
+        return {"source": self.source, "images": count, "size": size, "cropped": self.cropped,
+                "statistics": bool(self.statistics),
                 "statistics_of": self.statistics_of}
 
     def say(self) -> str:
         """A line that says how many images the figures are based on."""
-        said = ["N = {:,} of {}x{} (height x width)".format(len(self.images), *self.images.size)] if self.images else []
+        said = ["N = {:,} of {}x{} (height x width{})".format(
+            len(self.images), *self.images.size, ", cropped to it" if self.cropped else "")] if self.images else []
         if self.statistics:
             count = "an unknown number of" if self.statistics_of is None else f"{self.statistics_of:,}"
             said.append(f"statistics of {count} images")
@@ -92,13 +99,13 @@ def open_images(source: str, title: str, size: tuple[int, int] | None = None, da
 
     Args:
         title: what the user calls the set, for errors.
-        size: (H, W) to resize a named set to. Files are never resized.
+        size: (H, W) to resize a named set to, and to crop a folder of pictures to. An `.npz` is left as it is.
     """
     path = Path(source)
     if source in NAMED:
         return NamedImages(load_dataset(source, size and size[0], data_root, split))
     if path.is_dir():
-        return PictureFolder(path, title)
+        return PictureFolder(path, title, size)
     if not path.is_file():
         raise FileNotFoundError(f"{title} {source} does not exist; expected an .npz, a folder of images, or one of "
                                 f"{', '.join(NAMED)}")
@@ -158,29 +165,38 @@ class NpzImages:
 
 
 class PictureFolder:
-    """All pictures of a folder and its sub-folders, sorted by path, as RGB. All must have one size."""
+    """All pictures of a folder and its sub-folders as RGB, in the order of their paths.
+
+    Args:
+        size: (H, W) of the other side. Where pictures have another one, all are cropped to it as training does.
+    """
 
     labels = None
 
-    def __init__(self, path: Path, title: str):
-        from torchvision.datasets.folder import IMG_EXTENSIONS
-        self.paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+    def __init__(self, path: Path, title: str, size: tuple[int, int] | None = None):
+        self.paths = sorted(find_pictures(path))
         if not self.paths:
-            raise FileNotFoundError(f"{title} {path}: the folder holds no images ({' '.join(IMG_EXTENSIONS)})")
+            raise FileNotFoundError(f"{title} {path}: the folder holds no images ({' '.join(EXTENSIONS)})")
         self.threads = ThreadPoolExecutor()  # decoding pictures releases Python's lock
         sizes = list(self.threads.map(picture_size, self.paths))
-        for file, size in zip(self.paths, sizes):
-            if size != sizes[0]:
-                raise UserError(f"{title} {path}: the images must be of one size; {self.paths[0].relative_to(path)} is "
-                                f"{sizes[0][1]}x{sizes[0][0]}, {file.relative_to(path)} {size[1]}x{size[0]} (width x height)")
-        self.size = sizes[0]
+        self.size = size or sizes[0]
+        different = next((i for i, other in enumerate(sizes) if other != self.size), None)
+        self.cropped = different is not None
+        if self.cropped and (size is None or size[0] != size[1]):
+            (height, width), other = sizes[different], self.paths[different].relative_to(path)
+            raise UserError(f"{title} {path}: the images must be of one size, or be cropped to a square by `image_size`; "
+                            f"expected {self.size[1]}x{self.size[0]}, {other} is {width}x{height} (width x height)")
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def picture(self, index: int) -> np.ndarray:
+        image = open_rgb(self.paths[index])
+        return center_crop(image, self.size[0]) if self.cropped else np.asarray(image)
+
     def read(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for indices in batches:
-            yield np.stack(list(self.threads.map(lambda index: np.asarray(open_rgb(self.paths[index])), indices)))
+            yield np.stack(list(self.threads.map(self.picture, indices)))
 
 
 class NamedImages:

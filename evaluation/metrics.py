@@ -17,6 +17,7 @@ from itertools import product
 
 import numpy as np
 import torch
+from scipy.linalg.lapack import dpstrf  # scipy comes with scikit-learn
 from torch import Tensor
 
 from runtime import UserError
@@ -41,10 +42,14 @@ class Gaussian:
 
     @cached_property
     def factor(self) -> np.ndarray:
-        """F (D, D) with F F^T = covariance. Eigenvalues below the rounding error of the largest count as 0."""
-        values, vectors = np.linalg.eigh(self.covariance)
-        noise = values[-1] * len(values) * np.finfo(values.dtype).eps
-        return vectors * np.sqrt(np.where(values > noise, values, 0.0))
+        """F (D, R) with F F^T = covariance, of rank R: Cholesky's, with pivoting. What is below rounding counts as 0.
+
+        A set of N images has a rank of at most N - 1, so a small one is soon done whatever D.
+        """
+        lower, order, rank, _ = dpstrf(self.covariance, lower=1)
+        factor = np.empty((len(lower), rank))
+        factor[order - 1] = np.tril(lower)[:, :rank]
+        return factor
 
 
 class RunningCovariance:

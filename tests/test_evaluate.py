@@ -4,7 +4,7 @@ import classifier as classifier_script
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line, draw_images, numpys_distance, value
+from conftest import all_features, assert_one_line, draw_images, numpys_distance, value
 from PIL import Image
 
 import evaluate
@@ -13,6 +13,7 @@ from evaluation.extractors import INCEPTION, INCEPTION_SHA256, Classifier
 from pipeline import checkpoint
 from runtime.files import sha256
 from training.datasets import load_dataset
+from training.rows import Rows
 
 # --- whole runs on digits ------------------------------------------------------------------------
 
@@ -182,7 +183,7 @@ def test_a_damaged_npz_is_one_line(sets, run_here, tmp_path):
     (["ref.npz", "samples.npz", "--classifier", "nowhere.pt"], ["--classifier nowhere.pt does not exist"]),
     (["ref.npz", "samples.npz", "--training-images", "elsewhere"], ["--training-images elsewhere"]),
     (["empty", "samples.npz"], ["REF empty", "no images"]),
-    (["mixed", "samples.npz"], ["REF mixed", "one size", "a.png is 8x8", "b.png 9x8"]),
+    (["ref.npz", "mixed"], ["SAMPLES mixed", "one size", "--image-size", "expected 8x8, b.png is 9x8"]),
 ])
 def test_wrong_flags_are_one_line(sets, run_here, tmp_path, flags, words):
     np.savez("bare.npz", **bad_files()["bare"])
@@ -229,3 +230,25 @@ def test_other_classifiers_are_one_line(digits_classifier, tiny_run, tmp_path, m
     flags = ["x.npz", "x.npz", "--weights", "none", "--device", "cpu", "--classifier"]
     assert_one_line(run_here(evaluate, *flags, digits_classifier), "--classifier", "8x8", "16x16")
     assert_one_line(run_here(evaluate, *flags, checkpoint.latest(tiny_run)), "--classifier", "benchmarks/classifier.py")
+
+
+def test_photographs_are_cropped_to_the_samples_size_which_is_said(sets, photographs, figures, run_here):
+    np.savez("small.npz", arr_0=draw_images(20, 0, size=16))
+    folder, flags = photographs / "val", ["--weights", "none", "--training-images", photographs / "train"]
+    found, report = figures(folder, "small.npz", *flags)
+    assert [report[side]["cropped"] for side in ("ref", "samples", "training_images")] == [True, False, True]
+    assert report["ref"]["size"] == [16, 16]
+    assert "N = 6 of 16x16 (height x width, cropped to it)" in report["said"]
+    assert figures(folder, "small.npz", *flags, "--image-size", 16)[0]["FD-pixel32"] == found["FD-pixel32"]
+    assert_one_line(run_here(evaluate, folder, "small.npz", *flags, "--image-size", 8), "--image-size 8: SAMPLES small.npz")
+
+
+def test_statistics_of_photographs_are_of_the_size_that_is_asked_for(sets, photographs, run_here):
+    folder, flags = photographs / "val", ["--save-stats", "r.npz", "--device", "cpu"]
+    assert_one_line(run_here(evaluate, folder, *flags), "cropped to a square by --image-size")
+    assert run_here(evaluate, folder, *flags, "--image-size", 8).returncode == 0
+    with np.load("r.npz") as file:
+        assert file["arr_0"].shape == (6, 8, 8, 3)
+        expected = load_dataset(str(folder), 8).__getitems__(Rows.plain(range(6)))[0].permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(file["arr_0"], expected)
+        assert np.allclose(file["mu"], all_features(expected)["pool"].mean(axis=0))

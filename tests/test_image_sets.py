@@ -7,6 +7,7 @@ import evaluate
 from evaluation import image_sets
 from evaluation.image_sets import open_images
 from training.datasets import load_dataset
+from training.rows import Rows
 
 
 def test_an_npz_a_compressed_one_and_folders_hold_the_same_images(tmp_path):
@@ -61,3 +62,25 @@ def test_saved_statistics_give_the_same_figures_and_hold_images_evenly_spaced(se
     turned = figures("samples.npz", "stats.npz")[0]
     assert turned["FID-150"]["value"] == pytest.approx(value(plain, "FID-70"), rel=1e-9)
     assert turned["Inception Score"]["remark"] == "of 50 images"
+
+
+def test_a_folder_of_several_sizes_is_cropped_as_training_does(photographs):
+    folder = photographs / "val"
+    found = open_images(str(folder), "REF", (24, 24))
+    assert (found.size, found.cropped) == ((24, 24), True)
+    (images,) = found.read([np.arange(len(found))])
+    trained = load_dataset(str(folder), 24).__getitems__(Rows.plain(range(6)))[0].permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(images, trained)
+    with pytest.raises(ValueError, match="must be of one size, or be cropped to a square by `image_size`; expected 36x40"):
+        open_images(str(folder), "REF")
+    with pytest.raises(ValueError, match="cropped to a square by `image_size`; expected 16x24"):
+        open_images(str(folder), "REF", (24, 16))
+
+
+def test_a_folder_of_the_wanted_size_is_read_as_it_is(tmp_path):
+    pixels = draw_images(5, 0)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    found = open_images(str(tmp_path), "REF", (8, 8))
+    assert not found.cropped
+    assert np.array_equal(next(found.read([np.arange(5)])), pixels)
