@@ -6,6 +6,7 @@
 It sees images as evaluate.py does: RGB, averaged to at most 32x32. The test accuracy is that of the held-out part.
 """
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ from runtime.randomness import generator
 from training.datasets import load_dataset
 from training.rows import Rows
 
-BATCH = 128
+BATCH, STEPS, SMALLEST = 128, 300, 4  # images of a step; steps at least, without --epochs; pixels of a side at least
 SHIFT = 8  # an image is shifted by at most its size / SHIFT
 
 
@@ -36,7 +37,7 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--data-root", default="data", help="where named data sets lie")
     parser.add_argument("--image-size", type=int | None, help="default: the data's own, 256 for a folder of classes")
     parser.add_argument("--out", required=True, help="the .pt to write")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int | None, help=f"default: 10, or more of a small set, {STEPS:,} steps at least")
     parser.add_argument("--lr", type=float, default=4e-3, help="the highest of a one-cycle schedule")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_device_argument()
@@ -71,17 +72,21 @@ def read_all(data) -> tuple[Tensor, Tensor]:
         raise UserError("--data-path holds features; a classifier is trained on images")
     parts = [data.__getitems__(Rows.plain(rows)) for rows in in_batches(len(data), BATCH)]
     images = torch.cat([pixel_features(images) for images, _ in parts])
+    if min(images.shape[2:]) < SMALLEST:
+        raise UserError(f"`image_size` {tuple(images.shape[2:])} is less than the {SMALLEST} pixels that the classifier needs")
     return images.expand(-1, 3, -1, -1).contiguous(), torch.cat([labels for _, labels in parts])
 
 
 def train(classifier: Classifier, images: Tensor, labels: Tensor, flip: bool, args, device: torch.device) -> None:
     """Train with AdamW and a one-cycle schedule. Images are shifted at random, and mirrored at random if `flip`."""
-    steps = len(images) // min(BATCH, len(images))
+    batch = min(BATCH, max(1, len(images) // 8))  # a small set would else have a step or two an epoch
+    steps = len(images) // batch
+    epochs = args.epochs or max(10, math.ceil(STEPS / steps))
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=args.lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * steps)
-    for epoch in range(args.epochs):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=epochs * steps)
+    for epoch in range(epochs):
         order = torch.randperm(len(images), generator=generator("classifier", args.seed, epoch))
-        for step, rows in enumerate(tqdm(order.split(BATCH)[:steps], f"epoch {epoch + 1} of {args.epochs}")):
+        for step, rows in enumerate(tqdm(order.split(batch)[:steps], f"epoch {epoch + 1} of {epochs}")):
             draw = generator("classifier", args.seed, epoch, step)
             x = augment(images[rows], flip, draw).to(device)
             loss = cross_entropy(classifier(x), labels[rows].to(device))

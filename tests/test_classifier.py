@@ -29,3 +29,14 @@ def test_shifted_and_mirrored_images_keep_their_content():
     both = classifier_script.augment(x, True, torch.Generator().manual_seed(0))
     mirrored = [bool((image[0, :, 0] > image[0, :, 7]).all()) for image in both]
     assert 5 < sum(mirrored) < 35
+
+
+def test_a_folder_of_a_few_photographs_of_any_size_is_enough(photographs, tmp_path, monkeypatch, run_here):
+    """Six pictures, a class of which is blue."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data-path", photographs / "train", "--device", "cpu", "--out", "c.pt", "--image-size"]
+    result = run_here(classifier_script, *flags, 40)
+    assert "100.00% of 6 held-out images read right" in result.stdout, result.stderr
+    assert "epoch 50 of 50" in result.stderr
+    assert checkpoint.load("c.pt")["spec"]["size"] == [32, 32]
+    assert_one_line(run_here(classifier_script, *flags, 3), "--image-size (3, 3) is less than the 4 pixels")
