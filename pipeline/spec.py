@@ -329,6 +329,15 @@ def imagenet_classes() -> list[str]:
     return ImageNetInfo().label_descriptions()
 
 
+def readable_names(folders: list[str]) -> list[str]:
+    """English names for ImageNet's folders (n02099601 -> golden retriever). Other names stay unchanged."""
+    from timm.data import ImageNetInfo
+
+    imagenet = ImageNetInfo()
+    known = set(imagenet.label_names())
+    return [imagenet.label_name_to_description(name) if name in known else name for name in folders]
+
+
 def normal_name(name: str) -> str:
     """A class's name in the form in which names are compared: case, Unicode's forms and the kind of space do not count."""
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

@@ -151,9 +151,30 @@ class MLflowTracker(NoTracker):
         self.mlflow.end_run()
 
 
+class WandbTracker(NoTracker):
+    """A run of Weights & Biases named like its folder. The folder stores the run's id, to continue it, and wandb's files."""
+
+    def __init__(self, folder: Path, config: dict, step: int):
+        import wandb
+        self.wandb, id_file = wandb, folder / "wandb_run_id"
+        run_id = id_file.read_text() if id_file.exists() else None
+        self.run = wandb.init(id=run_id, resume="allow", name=folder.name, dir=folder, config=config)
+        if run_id is None:
+            write_text(id_file, self.run.id)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def image(self, step: int, path: Path) -> None:
+        self.run.log({"preview": self.wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
 def check_tracker(name: str) -> None:
     if name != "none" and importlib.util.find_spec(name) is None:
         raise UserError(f"`tracker` {name} needs the package {name}: pip install '.[track]'")
 
 
-TRACKERS = {"none": NoTracker, "tensorboard": TensorBoardTracker, "mlflow": MLflowTracker}
+TRACKERS = {"none": NoTracker, "tensorboard": TensorBoardTracker, "mlflow": MLflowTracker, "wandb": WandbTracker}

@@ -5,10 +5,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -20,22 +21,31 @@ LEGIBLE = 64  # pixels: smaller pictures are enlarged by an integer factor
 
 
 @contextmanager
-def picture(path: str | Path) -> Iterator[Image.Image]:
-    """An open image file. Only the header is read at once, pixels on first use. Raises OSError that names a damaged file."""
+def picture(file: str | Path | BinaryIO, name: str | None = None) -> Iterator[Image.Image]:
+    """An open image file. Only the header is read at once, pixels on first use.
+
+    Args:
+        name: what an error calls it, if not its path.
+
+    Raises:
+        OSError: it is damaged; the error names it.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             yield image
+    except UnidentifiedImageError:
+        raise OSError(f"cannot read the image {name or file}: it is no picture of a known format") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # a damaged file fails in many ways
-        raise OSError(f"cannot read the image {path}: {error}") from None
+        raise OSError(f"cannot read the image {name or file}: {error}") from None
 
 
-def open_rgb(path: str | Path) -> Image.Image:
+def open_rgb(file: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
     """Open a picture as RGB. Greyscale of 8 or 16 bits and CMYK are converted; transparent ones are laid over white.
 
     Raises:
         OSError: it is damaged or animated, or its numbers have no known white, as in TIFFs of floating-point numbers.
     """
-    with picture(path) as image:
+    with picture(file, name) as image:
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's JPEG with a second, smaller view
             raise ValueError(f"it has {image.n_frames} frames; expected one picture")
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older Pillow: "I"
@@ -49,7 +59,8 @@ def open_rgb(path: str | Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def find_pictures(folder: str | Path, apart_from: str | Path | None = None) -> list[Path]:
+def find_pictures(folder: str | Path, apart_from: str | Path | None = None,
+                  extensions: tuple[str, ...] = EXTENSIONS) -> list[Path]:
     """The files below a folder that have a picture's name, in the order of folders, then of names.
 
     Links are followed. Of several paths to one file or folder the first one counts, so links in a circle end.
@@ -67,7 +78,7 @@ def find_pictures(folder: str | Path, apart_from: str | Path | None = None) -> l
         with os.scandir(path) as entries:
             entries = sorted(entries, key=lambda entry: entry.name)
         found.extend(entry.path for entry in entries
-                     if entry.name.lower().endswith(EXTENSIONS) and entry.is_file() and is_new(entry.stat()))
+                     if entry.name.lower().endswith(extensions) and entry.is_file() and is_new(entry.stat()))
         for entry in entries:
             if entry.is_dir() and is_new(entry.stat()):
                 enter(entry.path)

@@ -332,7 +332,12 @@ def test_the_size_that_is_asked_for_is_that_of_a_checkpoint(unbroken):
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become nobody")
 def test_a_read_only_folder_is_one_line(tmp_path):
     os.chmod(tmp_path, 0o755)
-    code = "before(train.Trainer, 'begin', lambda run: os.setuid(65534))"
+    code = """
+import atexit
+def become_nobody(run):
+    os.seteuid(65534)
+    atexit.register(os.seteuid, 0)  # wandb, which timm imports, removes its temporary folders at exit
+before(train.Trainer, 'begin', become_nobody)"""
     result = start(tmp_path, code, "--max-steps", 1, check=False)
     assert_one_line(result, "cannot write to the folder results: Permission denied")
 

@@ -1,5 +1,10 @@
+import json
+import struct
+
+import pytest
 import torch
 from conftest import read_metrics
+from PIL import Image
 
 from runtime.log import Log
 from runtime.processes import World
@@ -22,3 +27,47 @@ def test_other_processes_log_nothing(tmp_path):
     log.record(1, loss=1)
     log.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def wandbs_history(file):
+    """The steps of an offline run of wandb: {step: values}."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, position, data, history = file.read_bytes(), 7, b"", {}
+    while position < len(content):  # LevelDB's log: blocks of 32 KiB, pieces of (checksum, length, type)
+        if (room := -position % 2**15) < 7:
+            position += room
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        data += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind not in (1, 4):  # more pieces follow
+            continue
+        record, data = Record.FromString(data), b""
+        for item in record.history.item:
+            name = item.key or ".".join(item.nested_key)
+            history.setdefault(record.history.step.num, {})[name] = json.loads(item.value_json)
+    return history
+
+
+def test_wandb_mirrors_scalars_and_previews_and_a_continued_run_continues_its_run(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder, world, ids = tmp_path / "my-run", World(0, 1, torch.device("cpu")), []
+    folder.mkdir()
+    Image.new("RGB", (6, 4)).save(tmp_path / "p.png")
+    for done in (0, 2):
+        log = Log(folder, world, done, "wandb", {"lr": 0.1})
+        for step in (done + 1, done + 2):
+            log.record(step, loss=step / 10)
+        log.image(done + 2, tmp_path / "p.png")
+        run = log.tracker.run
+        assert (run.name, dict(run.config)) == ("my-run", {"lr": 0.1})
+        ids.append(run.id)
+        log.close()
+        wandb.teardown()  # as at the end of a process: all is written
+        written = next(folder.glob("wandb/offline-run-*")).rename(tmp_path / str(done))  # its name tells only the second
+        history = wandbs_history(written / f"run-{run.id}.wandb")
+        assert {step: (values["loss"], values.get("preview.width")) for step, values in history.items()} == {
+            done + 1: ((done + 1) / 10, None), done + 2: ((done + 2) / 10, 6)}
+    assert ids == [(folder / "wandb_run_id").read_text()] * 2
+    assert "tracker failed" not in (folder / "log.txt").read_text()

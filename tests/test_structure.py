@@ -13,8 +13,8 @@ diffusion/process diffusion/schedules diffusion/samplers diffusion/gaussian_diff
 diffusion/reuse diffusion/__init__
 models small_models
 pipeline/__init__ pipeline/spec pipeline/checkpoint pipeline/autoencoders pipeline/generation
-training/__init__ training/rows training/features training/datasets training/order training/objective training/state
-training/runs training/previews
+training/__init__ training/rows training/features training/parquet training/datasets training/order training/objective
+training/state training/runs training/previews
 evaluation/__init__ evaluation/metrics evaluation/image_sets evaluation/extractors evaluation/survey evaluation/figures
 """.split()  # a file imports those that stand before it
 SCRIPTS = ["train", "sample", "sample_ddp", "extract_features", "evaluate"]

@@ -9,9 +9,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pipeline.spec import readable_names
 from runtime import UserError
 from runtime.pictures import EXTENSIONS, center_crop, find_pictures, open_rgb
 from training.features import FastDiTFeatures, Features
+from training.parquet import ParquetImages, parquet_parts
 from training.rows import Rows, TrainingData, mirror
 
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -73,14 +75,14 @@ class FolderImages(Dataset):
 
 def load_dataset(name: str, image_size: int | None = None, data_root: str = "data", split: str = "train",
                  num_classes: int | None = None) -> TrainingData:
-    """Load a data set: one in NAMED, a folder of classes, or features cached from either.
+    """Load a data set: one in NAMED, a folder of classes or of parquet files, or features cached from either.
 
     Args:
         name: a name in NAMED, or the path of a folder.
         image_size: H = W; None keeps the size of a named set, and crops a folder's pictures to 256.
         data_root: folder of the named sets, which are downloaded to it if missing.
-        split: "train" or "val" (held-out images): the test part of a named set, the folder `val` or `test` beside a
-            folder `train`.
+        split: "train" or "val" (held-out images): the test part of a named set, the validation part of parquet
+            files, the folder `val` or `test` beside a folder `train`.
         num_classes: must match the data. Only fast-DiT's features do not store it (1,000 by default).
     """
     dataset = open_dataset(name, image_size, data_root, split, num_classes)
@@ -95,11 +97,15 @@ def open_dataset(name: str, image_size: int | None, data_root: str, split: str, 
     path = Path(name)
     if not path.is_dir():
         raise FileNotFoundError(f"`data_path` {name} is neither a folder nor one of {', '.join(NAMED)}")
+    if split == "val" and "val" in parquet_parts(path):
+        return ParquetImages(path, split, image_size or FOLDER_IMAGE_SIZE)
     folder = path if split == "train" else held_out_folder(path)
     if (folder / "moments.npy").exists():
         return Features(folder, image_size)
     if (folder / "imagenet256_features").is_dir():
         return FastDiTFeatures(folder, image_size, num_classes)
+    if parquet_parts(folder):
+        return ParquetImages(folder, "train", image_size or FOLDER_IMAGE_SIZE)
     return FolderImages(folder, image_size)
 
 
@@ -146,12 +152,3 @@ def held_out_folder(path: Path) -> Path:
         if path.name == "train" and (path.parent / name).is_dir():
             return path.parent / name
     raise FileNotFoundError(f"no held-out images: `data_path` {path} is not a folder train with a folder val or test beside it")
-
-
-def readable_names(folders: list[str]) -> list[str]:
-    """English names for ImageNet's folders (n02099601 -> golden retriever). Other names stay unchanged."""
-    from timm.data import ImageNetInfo
-
-    imagenet = ImageNetInfo()
-    known = set(imagenet.label_names())
-    return [imagenet.label_name_to_description(name) if name in known else name for name in folders]

@@ -1,0 +1,220 @@
+import io
+import json
+import pickle
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_RUN, assert_one_line
+from PIL import Image
+
+import train
+from pipeline import checkpoint
+from pipeline.spec import imagenet_classes
+from training import parquet
+from training.datasets import load_dataset
+from training.order import Batches, GlobalOrder
+from training.parquet import ParquetImages
+from training.rows import Readable, Rows
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+CPU = torch.device("cpu")
+
+
+def write(file, pictures, labels, names=None, plain=False, row_group_size=2):
+    """A parquet file as the hub's `datasets` writes it, of the bytes of pictures; `plain`: without the struct."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    column = pa.array(pictures, pa.binary()) if plain else pa.array([{"bytes": b, "path": "x.jpg"} for b in pictures], STRUCT)
+    table = pa.table({"image": column, "label": pa.array(labels, pa.int64())})
+    if names:
+        features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, file, row_group_size=row_group_size)
+    return file
+
+
+def grey(level):
+    """A PNG of one grey."""
+    file = io.BytesIO()
+    Image.new("L", (8, 8), level).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def hub(photographs, tmp_path):
+    """The six photographs in two files of 5 and 1 rows, in row groups of 2, with the hub's names of files and classes."""
+    files = sorted((photographs / "train").glob("*/*.jpg"))
+    pictures, labels = [file.read_bytes() for file in files], [0, 0, 0, 1, 1, 1]
+    folder = tmp_path / "hub"
+    for i, part in enumerate((slice(0, 5), slice(5, 6))):
+        write(folder / "data" / f"train-0000{i}-of-00002.parquet", pictures[part], labels[part], ["n02099601", "tabby cat"])
+    return folder
+
+
+# --- what is read --------------------------------------------------------------------------------
+
+
+def test_pixels_and_labels_are_those_of_a_folder_of_the_same_pictures(hub, photographs):
+    data, folder = load_dataset(str(hub), 24), load_dataset(str(photographs / "train"), 24)
+    rows = Rows(np.array([5, 0, 4, 4, 2, 3, 1]), np.array([True, False, True, False, True, False, False]))
+    for found, expected in zip(data.__getitems__(rows), folder.__getitems__(rows)):
+        assert torch.equal(found, expected)
+    assert data.classes == folder.classes == ["golden retriever", "tabby cat"]
+    for member in ("kind", "image_size", "channels", "flip", "made_by"):
+        assert getattr(data, member) == getattr(folder, member)
+    assert (len(data), load_dataset(str(hub)).image_size) == (6, (256, 256))
+
+
+def test_a_plain_column_of_bytes_is_read_too_and_classes_without_names_are_numbered(tmp_path):
+    write(tmp_path / "a.parquet", [grey(10), grey(20), grey(30)], [2, 0, 1], plain=True)
+    data = load_dataset(str(tmp_path), 8)
+    images, labels = data.__getitems__(Rows.plain([2, 0]))
+    assert images[:, 0, 0, 0].tolist() == [30, 10]
+    assert labels.tolist() == [1, 2]
+    assert data.classes == ["0", "1", "2"]
+
+
+def test_names_of_classes_are_those_of_the_hub_or_imagenets(tmp_path):
+    write(tmp_path / "named" / "a.parquet", [grey(0)], [0], ["tench, Tinca tinca", "goldfish", "great white shark"])
+    assert load_dataset(str(tmp_path / "named")).classes == ["tench, Tinca tinca", "goldfish", "great white shark"]
+    write(tmp_path / "thousand" / "a.parquet", [grey(0)] * 2, [999, 0])
+    assert load_dataset(str(tmp_path / "thousand")).classes == imagenet_classes()
+
+
+@pytest.mark.parametrize(("names", "held_out"), [
+    (["train-0.parquet", "validation-0.parquet", "test-0.parquet"], 1),
+    (["train-00000-of-00001.parquet", "test-0.parquet", "val-0.parquet"], 2),
+    (["data/train-0.parquet", "data/test-0.parquet"], 1),
+    (["train/0000.parquet", "validation/0000.parquet"], 1),
+])
+def test_names_of_files_tell_the_parts(tmp_path, names, held_out):
+    for i, name in enumerate(names):
+        write(tmp_path / name, [grey(i)], [0], plain=True)
+    for split, expected in (("train", 0), ("val", held_out)):
+        images, _ = load_dataset(str(tmp_path), 8, split=split).__getitems__(Rows.plain([0]))
+        assert images.unique().tolist() == [expected]
+        assert len(load_dataset(str(tmp_path), 8, split=split)) == 1
+
+
+def test_without_such_names_the_held_out_part_is_the_folder_beside(tmp_path):
+    for i, name in enumerate(("train/0.parquet", "train/training-1.parquet", "val/validation-0.parquet")):
+        write(tmp_path / "set" / name, [grey(i)], [0])
+    assert len(load_dataset(str(tmp_path / "set" / "train"), 8)) == 2
+    images, _ = load_dataset(str(tmp_path / "set" / "train"), 8, split="val").__getitems__(Rows.plain([0]))
+    assert images.unique().tolist() == [2]
+    with pytest.raises(FileNotFoundError, match="no held-out images"):
+        load_dataset(str(tmp_path / "set" / "val"), 8, split="val")
+
+
+# --- how it is read ------------------------------------------------------------------------------
+
+
+def test_a_batch_reads_each_of_its_row_groups_once_and_keeps_the_last_ones(tmp_path, monkeypatch):
+    write(tmp_path / "a.parquet", [np.random.default_rng(i).bytes(500) for i in range(8)], [0] * 8, plain=True)
+    monkeypatch.setattr(parquet, "open_rgb", lambda file, name: Image.new("RGB", (8, 8)))
+    data, read = ParquetImages(tmp_path, "train", 8), []
+    monkeypatch.setattr(parquet, "read", lambda *args, original=parquet.read: read.append(1) or original(*args))
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 2100)  # of four row groups of 2 * 500, and their offsets, two
+    data.__getitems__(Rows.plain([0, 5, 7, 1, 4, 6, 0]))
+    assert len(read) == 3
+    data.__getitems__(Rows.plain([6, 4]))
+    assert len(read) == 3
+    data.__getitems__(Rows.plain([2]))
+    assert (len(read), list(data.cache)) == (4, [3, 1])
+    assert pickle.loads(pickle.dumps(data)).cache == {}
+
+
+def test_two_workers_read_the_batches_that_one_process_reads(hub):
+    data = load_dataset(str(hub), 16)
+    read = {workers: list(Batches(Readable(data, 0), GlobalOrder(6, 4, 0, flip=True), range(5), workers, CPU))
+            for workers in (0, 2)}
+    assert len(read[2]) == 5
+    for alone, together in zip(read[0], read[2]):
+        assert torch.equal(alone[0], together[0])
+        assert torch.equal(alone[1], together[1])
+
+
+def test_a_continued_run_equals_an_unbroken_one(hub, run_here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(hub / "data" / "validation-00000-of-00001.parquet", [grey(9), grey(99)], [0, 1], ["n02099601", "tabby cat"])
+    flags = ["--image-size", 16, *TINY_RUN[2:], "--data-path", hub, "--global-batch-size", 4, "--val-every", 2]
+    for name, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        result = run_here(train, *flags, "--max-steps", steps, "--run-name", name, "--num-workers", 2)
+        assert result.returncode == 0, result.stderr
+    whole, parts = (checkpoint.load(checkpoint.latest(tmp_path / "results" / name)) for name in ("whole", "parts"))
+    assert (whole["step"], whole["spec"]["classes"]) == (4, ["golden retriever", "tabby cat"])
+    for key, weight in whole["ema"].items():
+        assert torch.equal(weight, parts["ema"][key])
+
+
+# --- wrong input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b"\xff\xd8 no picture", "no picture of a known format"),
+                                                 (b"", "no picture of a known format"), (None, "`image` has no bytes")])
+def test_a_damaged_picture_is_named_by_file_and_row(tmp_path, content, reason):
+    write(tmp_path / "a.parquet", [grey(1)], [0])
+    write(tmp_path / "b.parquet", [grey(1), grey(2), grey(3), content], [0] * 4)
+    data = load_dataset(str(tmp_path), 8)
+    data.__getitems__(Rows.plain([0, 3]))
+    with pytest.raises(OSError, match=rf"cannot read the image \S+b\.parquet row 3: .*{reason}") as error:
+        data.__getitems__(Rows.plain([1, 4, 0]))
+    assert "BytesIO" not in str(error.value)
+    assert "\n" not in str(error.value)
+    images, _, unreadable = Readable(data, 1).__getitems__(Rows.plain(np.array([4])))
+    assert images.unique().tolist() == [1]  # the next one, which is the first
+    assert list(unreadable) == [4]
+
+
+def test_damaged_bytes_of_a_row_group_name_the_file(hub):
+    data = load_dataset(str(hub), 8)
+    file = data.files[0]
+    start = pq.read_metadata(file).row_group(1).column(0).data_page_offset
+    content = bytearray(file.read_bytes())
+    content[start : start + 60] = bytes(60)
+    file.write_bytes(content)
+    with pytest.raises(OSError, match=r"cannot read \S+train-00000-of-00002\.parquet"):
+        data.__getitems__(Rows.plain([3]))
+    data.__getitems__(Rows.plain([0, 5]))
+
+
+@pytest.mark.parametrize(("columns", "words"), [
+    ({"img": [b""], "label": [0]}, "a column `image` of bytes, .* it has img \\(binary\\), label \\(int64\\)"),
+    ({"image": ["a.jpg"], "label": [0]}, "a column `image` of bytes, .* it has image \\(string\\)"),
+    ({"image": [{"path": "a.jpg"}], "label": [0]}, "a column `image` of bytes"),
+    ({"image": [b""], "fine_label": [0]}, "a column `label` of integers"),
+    ({"image": [b""], "label": ["cat"]}, "a column `label` of integers"),
+    ({"image": [b"", b""], "label": [0, -1]}, "row 1: the label -1 is not one from 0 on"),
+    ({"image": [b"", b""], "label": [0, None]}, "row 1: the label None is not one"),
+    ({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}, "have no rows"),
+])
+def test_a_file_that_does_not_fit_is_refused_in_one_line(tmp_path, columns, words):
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=words) as error:
+        load_dataset(str(tmp_path))
+    assert "x.parquet" in str(error.value) or "no rows" in words
+    assert "\n" not in str(error.value)
+
+
+def test_a_label_that_no_class_has_and_files_of_other_classes_are_refused(tmp_path):
+    write(tmp_path / "a.parquet", [grey(0)] * 2, [1, 2], ["cat", "dog"])
+    with pytest.raises(ValueError, match=r"a\.parquet row 1: the label 2 is not one of the 2 classes"):
+        load_dataset(str(tmp_path))
+    write(tmp_path / "a.parquet", [grey(0)], [1], ["cat", "dog"])
+    write(tmp_path / "b.parquet", [grey(0)], [1], ["dog", "cat"])
+    with pytest.raises(ValueError, match=r"b\.parquet names other classes than \S+a\.parquet"):
+        load_dataset(str(tmp_path))
+
+
+def test_a_file_that_is_not_parquet_or_a_missing_pyarrow_is_one_line(hub, run_here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data-path", hub, "--image-size", 16, *TINY_RUN[2:], "--max-steps", 1]
+    shutil.copy(__file__, hub / "data" / "train-00002-of-00002.parquet")
+    assert_one_line(run_here(train, *flags), "cannot read", "train-00002-of-00002.parquet")
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert_one_line(run_here(train, *flags), "pip install '.[parquet]'")
