@@ -96,12 +96,12 @@ class ArgumentParser(jsonargparse.ArgumentParser):
 
 def keys_of(node: yaml.Node | None) -> list[str]:
     """The keys of a YAML mapping. Raises UserError if it is something else, or if it or one within it has a key twice."""
-    if node is not None and not isinstance(node, yaml.MappingNode):
+    if not isinstance(node, yaml.MappingNode):
         raise UserError("expected keys and values")
-    keys = [key.value for key, _ in node.value] if node else []
+    keys = [key.value for key, _ in node.value]
     if double := [key for key, times in Counter(keys).items() if times > 1]:
         raise UserError(f"line {node.start_mark.line + 1}: the key {double[0]!r} stands there twice")
-    for _, value in node.value if node else ():
+    for _, value in node.value:
         if isinstance(value, yaml.MappingNode):
             keys_of(value)
     return keys

@@ -46,6 +46,7 @@ def test_a_later_config_stands_above_an_earlier_one(tmp_path, monkeypatch):
     ([], "lr: 1.0\nlr: 2.0\n", "c.yaml: line 1: the key 'lr' stands there twice"),
     ([], "run_name: x\nmodel_args:\n  a: 1\n  a: 2\n", "line 3: the key 'a' stands there twice"),
     ([], "lr:\t1\n\tx: 2\n", "c.yaml, line "),
+    ([], "# nothing\n", "c.yaml: expected keys and values"),
     ([], "- lr\n", "c.yaml: expected keys and values"),
     ([], b"\xff\xfel\x00r\x00", "c.yaml is not a text file in UTF-8"),
     (["--config", "."], None, "--config .: Is a directory"),
