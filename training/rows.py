@@ -82,7 +82,7 @@ class Readable(Dataset):
 
 def check_unreadable(unreadable: dict[int, str], count: int, limit: int) -> None:
     """Raises UserError if more than `limit` of the `count` samples of a data set could not be read."""
-    if len(unreadable) > limit:
+    if len(unreadable) > min(limit, count - 1):  # without a single readable one there is no next one
         raise UserError(f"{next(iter(unreadable.values()))}; {len(unreadable)} or more of {count:,} samples cannot be read, "
                         f"and `max_skipped` allows {limit}. Mend or remove them")
 
