@@ -50,8 +50,13 @@ def main(args: Namespace) -> None:
         raise UserError("this script is for one process; start it without torchrun")
     cli.check_numbers(args, ["epochs"], "at least 1", lambda n: n >= 1)
     cli.check_numbers(args, ["lr"], "above 0", lambda x: x > 0)
+    cli.check_numbers(args, ["image_size"], f"in {SMALLEST}..{cli.MAX_SIZE}", lambda n: SMALLEST <= n <= cli.MAX_SIZE)
     cli.check_output_flag(args, "out", ".pt")
     data, held_out = (load_dataset(args.data_path, args.image_size, args.data_root, split) for split in ("train", "val"))
+    if held_out.classes != data.classes:
+        raise UserError(f"the held-out part of `data_path` {args.data_path} holds other classes")
+    if len(data) < 2:
+        raise UserError(f"`data_path` {args.data_path} holds one image; a classifier needs two at least")
     images, labels = read_all(data)
     torch.manual_seed(args.seed)
     network = {"num_classes": len(data.classes)}
@@ -72,14 +77,12 @@ def read_all(data) -> tuple[Tensor, Tensor]:
         raise UserError("--data-path holds features; a classifier is trained on images")
     parts = [data.__getitems__(Rows.plain(rows)) for rows in in_batches(len(data), BATCH)]
     images = torch.cat([pixel_features(images) for images, _ in parts])
-    if min(images.shape[2:]) < SMALLEST:
-        raise UserError(f"`image_size` {tuple(images.shape[2:])} is less than the {SMALLEST} pixels that the classifier needs")
     return images.expand(-1, 3, -1, -1).contiguous(), torch.cat([labels for _, labels in parts])
 
 
 def train(classifier: Classifier, images: Tensor, labels: Tensor, flip: bool, args, device: torch.device) -> None:
     """Train with AdamW and a one-cycle schedule. Images are shifted at random, and mirrored at random if `flip`."""
-    batch = min(BATCH, max(1, len(images) // 8))  # a small set would else have a step or two an epoch
+    batch = min(BATCH, max(2, len(images) // 8))  # a small set would else have a step or two an epoch; BatchNorm needs two
     steps = len(images) // batch
     epochs = args.epochs or max(10, math.ceil(STEPS / steps))
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=args.lr, weight_decay=0.05)

@@ -123,8 +123,8 @@ class NpzImages:
         with damage_as_oserror(self.name), zipfile.ZipFile(path) as file:
             self.arrays = array_names(file)
             if "arr_0" not in self.arrays:
-                raise UserError(f"{self.name} has no arr_0 among its arrays ({', '.join(self.arrays) or 'none'}); "
-                                "expected images (N, H, W, 3) uint8 as arr_0")
+                raise UserError(f"{self.name} is no set of images: no arr_0 among its arrays "
+                                f"({', '.join(self.arrays) or 'none'}); expected images (N, H, W, 3) uint8 as arr_0")
             with file.open("arr_0.npy") as array:
                 shape, fortran_order, dtype = npy_header(array, self.name)
                 self.start = array.tell()

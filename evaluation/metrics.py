@@ -65,11 +65,12 @@ class RunningCovariance:
         self.scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64, device=self.device)
 
     def update(self, features: Tensor) -> "RunningCovariance":
-        """Add a batch (B, D)."""
+        """Add a batch (B, D). An empty one changes nothing."""
         x = features.to(self.device).double()
-        mean = x.mean(dim=0)
-        self._move(len(x), mean)
-        self.scatter.addmm_((x - mean).T, x - mean)
+        if len(x):
+            mean = x.mean(dim=0)
+            self._move(len(x), mean)
+            self.scatter.addmm_((x - mean).T, x - mean)
         return self
 
     def merge(self, other: "RunningCovariance") -> "RunningCovariance":

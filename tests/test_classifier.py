@@ -1,8 +1,13 @@
+import shutil
+
 import classifier as classifier_script
+import numpy as np
 import torch
-from conftest import assert_one_line
+from conftest import assert_one_line, value
 
 from pipeline import checkpoint
+from training.datasets import load_dataset
+from training.rows import Rows
 
 
 def test_a_classifier_repeats_itself_and_wrong_flags_are_one_line(tmp_path, monkeypatch, run_here):
@@ -31,12 +36,33 @@ def test_shifted_and_mirrored_images_keep_their_content():
     assert 5 < sum(mirrored) < 35
 
 
-def test_a_folder_of_a_few_photographs_of_any_size_is_enough(photographs, tmp_path, monkeypatch, run_here):
-    """Six pictures, a class of which is blue."""
+def test_a_folder_of_a_few_photographs_of_any_size_is_enough(photographs, tmp_path, monkeypatch, run_here, figures):
+    """Six pictures, a class of which is blue. Samples of that size are then read as their labels."""
     monkeypatch.chdir(tmp_path)
     flags = ["--data-path", photographs / "train", "--device", "cpu", "--out", "c.pt", "--image-size"]
     result = run_here(classifier_script, *flags, 40)
     assert "100.00% of 6 held-out images read right" in result.stdout, result.stderr
-    assert "epoch 50 of 50" in result.stderr
+    assert "epoch 100 of 100" in result.stderr
     assert checkpoint.load("c.pt")["spec"]["size"] == [32, 32]
-    assert_one_line(run_here(classifier_script, *flags, 3), "--image-size (3, 3) is less than the 4 pixels")
+    images, labels = load_dataset(str(photographs / "val"), 40).__getitems__(Rows.plain(range(6)))
+    for name, given in (("right.npz", labels), ("half.npz", labels * 0)):
+        np.savez(name, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=given.numpy())
+    options = ["--weights", "none", "--classifier", "c.pt", "--training-images", photographs / "train", "--image-size", 40]
+    assert value(figures(photographs / "val", "right.npz", *options), "Label accuracy") == 1
+    assert value(figures(photographs / "val", "half.npz", *options), "Label accuracy") == 0.5
+
+
+def test_few_small_pictures_are_enough_and_fewer_are_one_line(photographs, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(photographs, "photos")
+    flags = ["--data-path", "photos/train", "--device", "cpu", "--out", "c.pt", "--epochs", 1, "--image-size"]
+    assert run_here(classifier_script, *flags, 4).returncode == 0  # features of 1x1, which BatchNorm refuses of one image
+    for size in (0, 3):
+        assert_one_line(run_here(classifier_script, *flags, size), f"--image-size {size} is not in 4..8192")
+    (tmp_path / "photos" / "val" / "tabby cat").rename(tmp_path / "photos" / "val" / "a dog")
+    assert_one_line(run_here(classifier_script, *flags, 8), "--data-path photos/train holds other classes")
+    for split in ("train", "val"):
+        shutil.rmtree(f"photos/{split}")
+        (tmp_path / "photos" / split / "cat").mkdir(parents=True)
+        shutil.copy(photographs / split / "tabby cat" / "0.jpg", f"photos/{split}/cat")
+    assert_one_line(run_here(classifier_script, *flags, 8), "--data-path photos/train holds one image")

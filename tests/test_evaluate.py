@@ -232,6 +232,12 @@ def test_other_classifiers_are_one_line(digits_classifier, tiny_run, tmp_path, m
     assert_one_line(run_here(evaluate, *flags, checkpoint.latest(tiny_run)), "--classifier", "benchmarks/classifier.py")
 
 
+def test_a_checkpoint_is_no_set_of_images(sets, tiny_run, run_here):
+    path = checkpoint.latest(tiny_run)
+    for side, pair in (("SAMPLES", ["ref.npz", path]), ("REF", [path, "samples.npz"])):
+        assert_one_line(run_here(evaluate, *pair, "--device", "cpu"), f"{side} {path} is no set of images", "arr_0")
+
+
 def test_photographs_are_cropped_to_the_samples_size_which_is_said(sets, photographs, figures, run_here):
     np.savez("small.npz", arr_0=draw_images(20, 0, size=16))
     folder, flags = photographs / "val", ["--weights", "none", "--training-images", photographs / "train"]

@@ -19,6 +19,8 @@ def test_an_npz_a_compressed_one_and_folders_hold_the_same_images(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     (tmp_path / "folder" / "notes.txt").write_text("no image")
+    (tmp_path / "folder" / "class 1" / "circle").symlink_to(tmp_path / "folder")
+    (tmp_path / "folder" / "class 1" / "twice.png").symlink_to(tmp_path / "folder" / "class 0" / "02.PNG")
     sets = [open_images(str(tmp_path / name), "REF") for name in ("a.npz", "b.npz", "folder")]
     for one in sets:
         assert (len(one), one.size) == (11, (8, 8))

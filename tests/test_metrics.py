@@ -96,6 +96,14 @@ def test_moments_of_batches_are_numpys_whatever_the_batches_and_their_order():
     assert gaussian.at(np.array([3, 1])).covariance == pytest.approx(np.cov(x[:, [3, 1]], rowvar=False), rel=1e-9)
 
 
+def test_an_empty_batch_changes_nothing():
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(9, 4)))
+    moments = RunningCovariance(4).update(x[:0]).update(x).update(x[:0])
+    assert moments.count == 9
+    assert np.array_equal(moments.gaussian().covariance, gaussian_of(x).covariance)
+    assert np.array_equal(moments.gaussian().mean, gaussian_of(x).mean)
+
+
 # --- Inception Score -----------------------------------------------------------------------------
 
 
