@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pipeline import checkpoint
 from pipeline.spec import Spec
 from runtime import UserError
+from runtime.cli import one_line
 from runtime.pictures import to_unit_range
 
 HUB_IDS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -184,14 +185,12 @@ def load_autoencoder_kl(source: str) -> nn.Module:
                                 "owner/name")
     try:
         with warnings.catch_warnings(action="ignore"):  # the hub's client warns of its own deprecations
-            config = AutoencoderKL.load_config(hub_id)
-            if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-                raise UserError(f"{source}: {hub_id} holds an {kind}; expected an AutoencoderKL")
-            return AutoencoderKL.from_pretrained(hub_id, low_cpu_mem_usage=False).eval()
-    except UserError:
-        raise
+            kind = AutoencoderKL.load_config(hub_id).get("_class_name", "AutoencoderKL")
+            if kind == "AutoencoderKL":
+                return AutoencoderKL.from_pretrained(hub_id, low_cpu_mem_usage=False).eval()
+        reason = f"it holds an {kind}; expected an AutoencoderKL"
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
     if not is_path and not isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
         reason = "it is not in the cache of the hub's files, and the hub did not give it; a folder with it can be named instead"
     raise UserError(f"{source}: cannot load an AutoencoderKL from {hub_id}: {reason}")

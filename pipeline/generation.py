@@ -25,13 +25,12 @@ from pipeline.autoencoders import check_autoencoder, load_autoencoder
 from pipeline.spec import BareWeights, SamplingSettings, Spec
 from runtime import UserError
 from runtime.cli import WRONG_VALUE, ArgumentParser, prefix_errors
-from runtime.pictures import to_uint8
+from runtime.pictures import MAX_COLUMNS, to_uint8
 from runtime.processes import World, autocast, to_device
 from runtime.randomness import generator
 from small_models import DIFFUSION_NETWORKS
 
 DIT_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # the eight classes of DiT's figures
-SHOWN = 10  # classes in a grid
 BATCH = 64  # images drawn at once
 DECODE_BATCH = 16  # a VAE's decoder takes far more memory an image than the network
 
@@ -49,7 +48,7 @@ def add_sampling_arguments(parser: ArgumentParser) -> None:
 
 def default_labels(count: int) -> list[int]:
     """The classes to show where none is asked for: DiT's eight of 1,000, else at most ten, chosen evenly."""
-    return DIT_LABELS if count == 1000 else torch.linspace(0, count - 1, min(count, SHOWN)).round().int().tolist()
+    return DIT_LABELS if count == 1000 else torch.linspace(0, count - 1, min(count, MAX_COLUMNS)).round().int().tolist()
 
 
 # --- checkpoint -> network, settings, autoencoder ---------------------------------------------------

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from pipeline.spec import readable_names
 from runtime import UserError
+from runtime.cli import one_line
 from runtime.pictures import EXTENSIONS, center_crop, find_pictures, open_rgb
 from training.features import FastDiTFeatures, Features
 from training.parquet import ParquetImages, parquet_parts
@@ -139,7 +140,7 @@ def torchvision_dataset(kind: str, root: str, split: str) -> TrainingData:
     try:
         return dataset(root, train=split == "train", download=True)  # existing files are not downloaded again
     except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
     raise FileNotFoundError(f"`data_root` {root}: {kind} is not there and cannot be downloaded: {reason}")
 
 

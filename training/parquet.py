@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch.utils.data import Dataset
 
 from pipeline.spec import imagenet_classes, readable_names
 from runtime import UserError
-from runtime.pictures import center_crop, find_pictures, open_rgb
+from runtime.cli import one_line
+from runtime.pictures import EXTENSIONS, center_crop, find_pictures, open_rgb
 from training.rows import Rows, mirror
 
 HELD_OUT = ("validation", "val", "test")  # the first that is there
@@ -103,6 +105,8 @@ def parquet_parts(folder: Path) -> dict[str, list[Path]]:
     The hub's names tell it: `train-00000-of-00294.parquet`, `validation-…`, `val-…` or `test-…`, or folders of these names.
     Held-out files are those of validation, else of test. Without files of `train`, all are "train". No files: {}.
     """
+    if not begins_with_parquet(folder):  # or else all names of a large folder of pictures would be read for nothing
+        return {}
     found: dict[str, list[Path]] = {}
     for file in find_pictures(folder, extensions=(".parquet",)):
         parts = [re.match(r"(train|validation|val|test)(?![a-z])", part) for part in file.relative_to(folder).parts]
@@ -112,6 +116,16 @@ def parquet_parts(folder: Path) -> dict[str, list[Path]]:
         return {"train": sorted(itertools.chain(*found.values()))} if found else {}
     held_out = [found[name] for name in HELD_OUT if name in found]
     return {"train": found["train"]} | ({"val": held_out[0]} if held_out else {})
+
+
+def begins_with_parquet(folder: Path) -> bool:
+    """Whether the first picture or parquet file that is found below a folder is a parquet file."""
+    for _, _, names in os.walk(folder):
+        if any(name.lower().endswith(".parquet") for name in names):
+            return True
+        if any(name.lower().endswith(EXTENSIONS) for name in names):
+            return False
+    return False
 
 
 def read_labels(file: Path) -> tuple[np.ndarray, list[int], list[str] | None]:
@@ -174,7 +188,7 @@ def read(file: Path, function):
         with pyarrow_parquet().ParquetFile(file) as opened:
             return function(opened)
     except (OSError, pyarrow.ArrowException) as error:
-        raise OSError(f"cannot read {file}: {' '.join(str(error).split())}") from None
+        raise OSError(f"cannot read {file}: {one_line(error)}") from None
 
 
 def pyarrow_parquet():

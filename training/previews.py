@@ -38,8 +38,8 @@ def preview(ema: nn.Module, autoencoder: nn.Module, spec: Spec, path: Path, worl
     mine = range(world.rank, len(labels), world.size) or range(1)  # all take part, for `progress` waits for all
     sampling = Sampling.of(spec, {"precision": precision})
     if sampling.settings.sampler == "ddpm":
-        fast = {"sampler": "dpm++", "num_sampling_steps": min(20, sampling.process.num_timesteps)}
-        sampling = Sampling.of(spec, {"precision": precision} | fast)
+        steps = min(20, sampling.process.num_timesteps)
+        sampling = Sampling.of(spec, {"precision": precision, "sampler": "dpm++", "num_sampling_steps": steps})
     with tqdm(total=sampling.process.num_timesteps, desc="preview", leave=False, disable=not world.is_main) as bar:
         drawn = generate(ema, autoencoder, [labels[i] for i in mine], mine, seed, sampling,
                          lambda step: (progress(), bar.update())).cpu()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from runtime import UserError
+from runtime.cli import one_line
 
 
 class Rows(NamedTuple):
@@ -75,7 +76,7 @@ class Readable(Dataset):
             try:
                 return self.data.__getitems__(Rows(np.array([row]), np.array([mirrored])))
             except OSError as error:
-                unreadable[int(row)] = " ".join(str(error).split())
+                unreadable[int(row)] = one_line(error)
                 check_unreadable(unreadable, len(self.data), self.limit)
             row = (row + 1) % len(self.data)
 
