@@ -66,8 +66,8 @@ def build_parser() -> cli.ArgumentParser:
 
 def main(args: Namespace) -> None:
     torch.set_grad_enabled(False)
-    world, start = start_world(args.device), time.perf_counter()
-    exact_products()
+    world, start = start_world(args.device, tf32=False), time.perf_counter()
+    exact_sums()
     ref, samples, training = world.main_first(lambda: open_sets(args))
     extractors = world.main_first(lambda: open_extractors(
         ref, samples or ref, world.device, args.weights, args.classifier, pixels=bool(args.training_images)))
@@ -100,9 +100,8 @@ def main(args: Namespace) -> None:
             print(f"Wrote {args.json}")
 
 
-def exact_products() -> None:
-    """Compute fp32 products in full fp32 on every device."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+def exact_sums() -> None:
+    """Sum products of halves in fp32."""
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 

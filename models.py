@@ -9,6 +9,10 @@
 Legend: B batch, C channels of the image or latent, H W its size, h w the size in tokens, N = h*w tokens, D width,
 p patch size, L number of classes. Inside a block the channels come last: (B, N, D) in DiT, (B, h, w, D) in DiNext.
 
+The residual stream, to which the blocks add, has the dtype of the input x. So under autocast it is fp32 in all backbones. In
+bf16 an eager DiNext block would move 94 bytes an element instead of 104, but outputs would be further from those in fp32:
+with random weights DiT-S by 1.1 % instead of 0.4 %, DiNext-S by 0.7 % instead of 0.5 %. DiT's published outputs count more.
+
 Every backbone is called as `model(x, t, y)`. `forward` has two halves. Features can be reused at the seam between them:
 
     c = model.condition(t, y)               # the condition of the blocks
@@ -17,12 +21,13 @@ Every backbone is called as `model(x, t, y)`. `forward` has two halves. Features
 """
 
 import math
+from collections import OrderedDict
 from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn as nn
-from timm.layers import GlobalResponseNormMlp, Mlp, PatchEmbed, to_2tuple
+from timm.layers import Mlp, PatchEmbed, to_2tuple
 from timm.models.vision_transformer import Attention
 from torch import Tensor
 from torch.nn import functional as F
@@ -75,7 +80,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def over_positions(vector: Tensor, x: Tensor) -> Tensor:
     """View a vector (B, D) as (B, 1, ..., 1, D): it then broadcasts over the positions of x (B, ..., D)."""
-    return vector.view(len(vector), *[1] * (x.dim() - 2), -1)
+    return vector.view(vector.shape[0], *[1] * (x.dim() - 2), -1)
 
 
 def sincos_position_embedding(grid_size: tuple[int, int], dim: int) -> Tensor:
@@ -151,6 +156,25 @@ class DiTBlock(nn.Module):
         return self.attn(torch.cat([x, token], dim=1))[:, :-1]  # (B, N, D), without the output at the token
 
 
+class GlobalResponseNorm(nn.Module):
+    """GRN (ConvNeXt-V2, equations 1 to 3): a channel's norm over the positions, over the mean of those of all channels.
+
+    x (B, h, w, D) + weight * x * n + bias is one pass over x here. The norms n are in fp32 or better, one vector per sample.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)  # (B, 1, 1, D)
+        n = norm / (norm.mean(dim=-1, keepdim=True) + self.eps)                    # (B, 1, 1, D)
+        return torch.addcmul(self.bias.to(x.dtype), x, (1 + self.weight * n).to(x.dtype))
+
+
 class DiNextBlock(nn.Module):
     """ConvNeXt-V2 block with adaLN-Zero and one residual: depthwise 7x7 -> modulated LayerNorm -> MLP with GRN -> gate."""
 
@@ -160,7 +184,9 @@ class DiNextBlock(nn.Module):
         super().__init__()
         self.dwconv = nn.Conv2d(hidden_size, hidden_size, kernel_size=7, padding=3, groups=hidden_size)
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = GlobalResponseNormMlp(hidden_size, int(hidden_size * mlp_ratio))
+        inner = int(hidden_size * mlp_ratio)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(hidden_size, inner), act=nn.GELU(), grn=GlobalResponseNorm(inner), fc2=nn.Linear(inner, hidden_size)))
         self.adaLN_modulation = ADALN[adaln](hidden_size, self.VECTORS)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -243,7 +269,7 @@ class Backbone(nn.Module):
 
         Both halves use the first half of x. The first three channels are guided, or all channels if there are fewer.
         """
-        half = x[: len(x) // 2]
+        half = x[: x.shape[0] // 2]
         out = self(torch.cat([half, half]), t, y)  # (B, C or 2C, H, W), B the doubled batch
         guided = min(3, self.in_channels)
         conditional, unconditional = out[:, :guided].chunk(2)
@@ -331,7 +357,7 @@ class Isotropic(Backbone):
 
     def embed(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> tokens (B, N, D) or (B, h, w, D)."""
-        return self.x_embedder(x)
+        return self.x_embedder(x).to(x.dtype)
 
     def encode(self, x: Tensor, c: Tensor, split: int | None = None) -> tuple[Tensor]:
         """x (B, C, H, W) -> the tokens after the first `split` blocks."""
@@ -347,8 +373,8 @@ class Isotropic(Backbone):
         """(B, N, p*p*C) or (B, h, w, p*p*C) -> (B, C, H, W); C counts the channels of the output."""
         h, w = self.x_embedder.grid_size
         p = self.patch_size
-        x = x.reshape(len(x), h, w, p, p, self.out_channels)
-        return torch.einsum("bhwpqc->bchpwq", x).reshape(len(x), self.out_channels, h * p, w * p)
+        x = x.reshape(x.shape[0], h, w, p, p, self.out_channels)
+        return torch.einsum("bhwpqc->bchpwq", x).reshape(x.shape[0], self.out_channels, h * p, w * p)
 
 
 class DiT(Isotropic):
@@ -389,7 +415,7 @@ class DiT(Isotropic):
 
     def embed(self, x: Tensor) -> Tensor:
         # PatchEmbed returns a transposed view: without contiguous() the tokens would keep its strides in all blocks.
-        return self.x_embedder(x).contiguous() + self.pos_embed  # (B, N, D)
+        return self.x_embedder(x).contiguous().to(x.dtype) + self.pos_embed  # (B, N, D)
 
 
 class DiNext(Isotropic):
@@ -456,7 +482,7 @@ class DiNextU(Backbone):
 
     def encode(self, x: Tensor, c: tuple[Tensor, ...], split: int | None = None) -> tuple[Tensor, ...]:
         """x (B, C, H, W) -> the features after the first `split` blocks, then the skips still open, outermost first."""
-        x = channels_last(self.stem(x))  # (B, H, W, D)
+        x = channels_last(self.stem(x)).to(x.dtype)  # (B, H, W, D)
         return self.run_stages((x,), c, 0, self.resolve_split(split))
 
     def decode(self, state: tuple[Tensor, ...], c: tuple[Tensor, ...], split: int | None = None) -> Tensor:
@@ -488,7 +514,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width // 2, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return channels_last(F.pixel_unshuffle(self.conv(channels_first(x)), 2)).contiguous()
+        return channels_last(F.pixel_unshuffle(self.conv(channels_first(x)), 2)).contiguous().to(x.dtype)
 
 
 class Upsample(nn.Module):
@@ -500,8 +526,8 @@ class Upsample(nn.Module):
         self.merge = nn.Linear(width, width // 2)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = channels_last(F.pixel_shuffle(self.conv(channels_first(x)), 2))  # (B, 2h, 2w, D/2)
-        return self.merge(torch.cat([x, skip], dim=-1))                      # (B, 2h, 2w, D/2)
+        x = channels_last(F.pixel_shuffle(self.conv(channels_first(x)), 2))         # (B, 2h, 2w, D/2)
+        return self.merge(torch.cat([x, skip.to(x.dtype)], dim=-1)).to(skip.dtype)  # (B, 2h, 2w, D/2)
 
 
 class ConvHead(nn.Module):

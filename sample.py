@@ -20,10 +20,10 @@ from pipeline.generation import (
     BATCH,
     Sampling,
     add_sampling_arguments,
-    compile_network,
     decode,
     default_labels,
     generate,
+    prepare_network,
     restore_autoencoder,
     restore_checkpoint,
 )
@@ -60,8 +60,7 @@ def main(args: Namespace) -> None:
     autoencoder = restore_autoencoder(world, restored, sampling, same=args.vae is None)
     labels = parse_labels(args.class_labels, restored.spec.classes)
     cli.check_output_flag(args, "out", ".png")
-    if args.compile:
-        compile_network(restored.model)
+    prepare_network(restored.model, sampling.settings.precision, args.compile)
     if sampling.plan:
         print(sampling.plan)
 

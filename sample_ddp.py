@@ -35,8 +35,8 @@ from pipeline import checkpoint
 from pipeline.generation import (
     Sampling,
     add_sampling_arguments,
-    compile_network,
     generate,
+    prepare_network,
     restore_autoencoder,
     restore_checkpoint,
 )
@@ -68,16 +68,14 @@ def build_parser() -> cli.ArgumentParser:
 def main(args: Namespace) -> None:
     torch.set_grad_enabled(False)
     cli.check_numbers(args, ["num_fid_samples", "per_proc_batch_size"], "at least 1", lambda n: n >= 1)
-    world = start_world(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    world = start_world(args.device, args.tf32)
     given = SamplingSettings.given(vars(args))
     bare = BareWeights(args.model, args.image_size, args.num_classes, vae="ema", cfg_scale=1.5)  # as DiT's sample_ddp.py
 
     restored = restore_checkpoint(world, args.ckpt, bare, args.vae)
     sampling = Sampling.of(restored.spec, given, restored.model)
     autoencoder = restore_autoencoder(world, restored, sampling, same=args.vae is None)
-    if args.compile:
-        compile_network(restored.model)
+    prepare_network(restored.model, sampling.settings.precision, args.compile)
     count, (height, width) = args.num_fid_samples, restored.spec.image_size
     label = label_rule(args.global_seed, args.balanced, restored.model.num_classes)
     out = Path(args.sample_dir) / f"{name_of(restored, sampling, args)}.npz"
@@ -94,7 +92,7 @@ def main(args: Namespace) -> None:
     world.on_main(lambda: finish(out, sorted(done + todo, key=lambda part: part.start), (height, width), label, args.png))
     if world.is_main:
         said = "there already" if not drawn else (f"{drawn} drawn now, in {seconds:.1f} s ({drawn / seconds:.3g} images/s); "
-                                                  f"the device waited {waited:.2%} of the time")
+                                                  f"between batches the device waited {waited:.2%} of the time")
         print(f"Wrote {out}: {count} images, {said}")
 
 
@@ -234,7 +232,7 @@ def write_pngs(out: Path) -> None:
 
 
 def draw(todo: list[range], draw_batch: Callable[[range], Tensor], parts: Path, count: int, world: World) -> float:
-    """Draw all batches of `todo`, each on the next free process. Returns the share of the time that the device was idle.
+    """Draw all batches of `todo`, each on the next free process. Returns the share of the time between batches, idle for the device.
 
     While a batch is drawn, earlier ones are copied to the host and written by another thread.
     """
@@ -283,7 +281,11 @@ def write_part(parts: Path, indices: range, arrived: Callable[[], Tensor]) -> in
 
 
 class IdleTime:
-    """The share of time that the device is idle between batches. Call `mark` at the beginning and end of each."""
+    """The share of time that the device is idle between batches. Call `mark` at the beginning and end of each.
+
+    Not counted: the host's delay until a batch's first kernel, and gaps between the kernels of a batch, as of a small
+    network that computes faster than it is launched. benchmarks/gpu_report.py measures these with a profiler.
+    """
 
     def __init__(self, world: World):
         self.world, self.marks = world, []

@@ -57,7 +57,7 @@ class MLP(Backbone):
     def decode(self, state: tuple[Tensor], c: Tensor, split: int | None = None) -> Tensor:
         """What encode returned for the same split -> (B, C or 2C, H, W)."""
         x = self.run_blocks(self.blocks[self.resolve_split(split) :], state[0], c)  # (B, hidden_size)
-        return self.head(x).view(len(x), self.out_channels, *self.input_size)
+        return self.head(x).view(x.shape[0], self.out_channels, *self.input_size)
 
 
 class MLPBlock(nn.Module):
@@ -110,7 +110,8 @@ class ConvAdaLN(Backbone):
 
     def encode(self, x: Tensor, c: Tensor, split: int | None = None) -> tuple[Tensor]:
         """x (B, C, H, W) -> (B, D, H, W) after the first `split` blocks."""
-        return (self.run_blocks(self.blocks[: self.resolve_split(split)], self.stem(x), c),)
+        x = self.stem(x).to(x.dtype)  # (B, D, H, W)
+        return (self.run_blocks(self.blocks[: self.resolve_split(split)], x, c),)
 
     def decode(self, state: tuple[Tensor], c: Tensor, split: int | None = None) -> Tensor:
         """What encode returned for the same split -> (B, C or 2C, H, W)."""

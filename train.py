@@ -5,7 +5,8 @@
 
 The file reads in the order in which training happens: flags, `main`, what a run is made of, one step, what follows a step.
 The order of the data and all random numbers of step k are functions of (seed, k). They are drawn for the global batch, and each
-process takes its rows. So interruptions do not change a run, nor, up to rounding, does the number of processes.
+process takes its rows. So interruptions do not change a run, nor, up to rounding and on one model of GPU, does the number of
+processes (CUDA's generator draws a large tensor differently on another model).
 """
 
 import math
@@ -15,7 +16,7 @@ from functools import partial
 
 import torch
 from jsonargparse import Namespace
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.autoencoders import check_features, load_autoencoder
@@ -26,7 +27,7 @@ from runtime.processes import CommonError, Stopped, StopSignal, World, distribut
 from runtime.randomness import generator, seed_global
 from small_models import NETWORKS, Autoencoder_models
 from training.datasets import load_dataset
-from training.objective import Draws, Objective, process_of
+from training.objective import Objective, process_of
 from training.order import Batches, GlobalOrder
 from training.previews import preview, save_previews_gif
 from training.rows import Readable, Rows
@@ -67,7 +68,6 @@ def build_parser() -> cli.ArgumentParser:
 
 def main(args: Namespace) -> None:
     world = start_world(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     check_tracker(args.tracker)
     run = Trainer(args, world)
     run.begin()
@@ -142,7 +142,7 @@ class Trainer:
         lr = state.set_lr(args.lr * self.optim.factor(state.step, self.max_steps))
         # Noise -> x_t -> model -> loss -> gradients, summed over micro-batches and averaged over processes.
         loss = self.accumulate_gradients()
-        grad_norm = nn.utils.clip_grad_norm_(state.parameters, self.optim.clip_norm)
+        grad_norm = state.clip_gradients(self.optim.clip_norm)
         # The fused AdamW reads `found_inf` on the device: where the loss or the gradient norm is not finite on any process,
         # all of them skip the step, and the host need not wait to learn of it.
         state.opt.found_inf = state.meter.update(self.world.mean(loss), grad_norm)
@@ -163,8 +163,8 @@ class Trainer:
 
     def accumulate_gradients(self) -> Tensor:
         """Backward through this process's micro-batches of one step; their mean loss."""
-        draws = Draws.at(("train", self.args.global_seed, self.state.step), self.objective.process, self.order.batch_size,
-                         self.state.model, self.world.device)
+        draws = self.objective.draw(("train", self.args.global_seed, self.state.step), self.order.batch_size, self.state.model,
+                                    self.world.device)
         loss = torch.zeros((), device=self.world.device)
         for micro, rows in enumerate(self.order.rows):
             last = rows is self.order.rows[-1]  # processes exchange gradients once a step
@@ -206,7 +206,7 @@ class Trainer:
                 *parts, found = readable.__getitems__(Rows.plain(rows.numpy()))
                 unreadable |= found
                 batch, labels = (part.to(device) for part in parts)
-                draws = Draws.at(("val", self.args.global_seed, k), objective.process, len(rows), state.model, device)
+                draws = objective.draw(("val", self.args.global_seed, k), len(rows), state.model, device)
                 raw, ema = (objective.losses(network, batch, labels, draws) for network in (state.model, state.ema))
                 totals += torch.stack([raw["loss"], *(ema[name] for name in told), torch.ones_like(raw["loss"])]).sum(dim=1)
             if (k + 1) % world.size == 0:

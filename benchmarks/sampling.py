@@ -23,6 +23,7 @@ With --out each figure is saved in a JSON at once, and the same command continue
 shows distance over time. Without --out nothing is written.
 """
 
+import copy
 import gc
 import itertools
 import json
@@ -48,8 +49,8 @@ from pipeline.generation import (
     BATCH,
     Sampling,
     add_sampling_arguments,
-    compile_network,
     generate,
+    prepare_network,
     restore_autoencoder,
     restore_checkpoint,
 )
@@ -108,8 +109,6 @@ def main(args: Namespace) -> None:
     restored = restore_checkpoint(world, args.ckpt, bare, args.vae)
     sampling = Sampling.of(restored.spec, given, restored.model)
     autoencoder = restore_autoencoder(world, restored, sampling, same=args.vae is None)
-    if args.compile:
-        compile_network(restored.model)
     rows = make_rows(args, restored, sampling, world.device)
     report = open_report(args.out, report_settings(args.as_dict(), rows, restored, world.device))
     first, real = next(iter(rows)), real_gaussian(args, restored.spec) if args.samples else None
@@ -123,7 +122,10 @@ def main(args: Namespace) -> None:
             cells[str(key)] = measure(*given)
             save(args.out, report)
 
-    draw = partial(draw_in_turn, restored.model, autoencoder)
+    networks = {row.settings.precision: copy.deepcopy(restored.model) for row in (sampling, *rows.values())}
+    for precision, network in networks.items():
+        prepare_network(network, precision, args.compile)
+    draw = partial(draw_in_turn, networks, autoencoder)
     for batch_size in args.batch_sizes if args.repeats else []:
         fill(report["times"], batch_size, time_rows, draw, rows, batch_size, args.repeats, world.device)
     exact = make_sampling(restored.spec, restored.model, sampling.settings, EXACT)
@@ -220,9 +222,10 @@ def save(out: str | None, report: dict) -> None:
 # --- measurements --------------------------------------------------------------------------------
 
 
-def draw_in_turn(model, autoencoder, sampling: Sampling, indices: range, seed: int,
+def draw_in_turn(networks: dict[str, nn.Module], autoencoder: nn.Module, sampling: Sampling, indices: range, seed: int,
                  on_step: Callable[[dict[str, Tensor]], object] = lambda step: None) -> Tensor:
-    """Draw images (B, H, W, C) uint8, with the classes in turn as labels."""
+    """Draw images (B, H, W, C) uint8 by the network of the precision, with the classes in turn as labels."""
+    model = networks[sampling.settings.precision]
     return generate(model, autoencoder, [i % model.num_classes for i in indices], indices, seed, sampling, on_step)
 
 

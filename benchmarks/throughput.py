@@ -247,7 +247,6 @@ def main(args: Namespace) -> None:
     if args.out:
         check_writable(Path(args.out).parent)
     device = start_world(args.device).device
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     with cli.prefix_errors("--image-size:", *cli.WRONG_VALUE):
         macs = {name: count_macs(name, args.image_size // 8) for name in args.models}
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"

@@ -4,6 +4,7 @@ Every autoencoder has
     spec                           plain dict; `load_autoencoder(spec["vae"])` builds the autoencoder again
     bounded                        whether latents lie in [-1, 1], as pixels do: a sampler may then clip its predictions
     latent_shape(image_size, C)    (C, H, W) of the latent of an image of `image_size` (H, W) and C channels
+    stochastic                     whether an image has a posterior of latents to draw from, and not one latent
     encode(images, noise)          (B, C, H, W) in [-1, 1] -> latents; `noise` (of their shape) draws from the posterior
     decode(latents)                -> images (B, C, H, W) in [-1, 1]
     identity()                     what cached features must have been made with to fit it
@@ -30,7 +31,7 @@ HUB_IDS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse
 class Pixels(nn.Module):
     """No autoencoder: diffusion in pixels."""
 
-    bounded = True
+    bounded, stochastic = True, False
 
     def __init__(self):
         super().__init__()
@@ -52,12 +53,12 @@ class Pixels(nn.Module):
 class SDVAE(nn.Module):
     """Stable Diffusion's autoencoder, or any diffusers `AutoencoderKL`; scale and shift come from its config."""
 
-    bounded = False
+    bounded, stochastic = False, True
 
     def __init__(self, source: str):
         super().__init__()
         self.spec = {"vae": source}
-        self.vae = load_autoencoder_kl(source)
+        self.vae = load_autoencoder_kl(source).to(memory_format=torch.channels_last)
         config = self.vae.config
         self.scale, self.shift = config.scaling_factor, config.get("shift_factor") or 0.0
         self.factor = 2 ** (len(config.block_out_channels) - 1)  # image size / latent size
@@ -91,7 +92,7 @@ class SDVAE(nn.Module):
 class TrainedAutoencoder(nn.Module):
     """An autoencoder that train.py trained (small_models.Autoencoder). It is deterministic; its latents are standardised."""
 
-    bounded = False
+    bounded, stochastic = False, False
 
     def __init__(self, source: str, network: nn.Module):
         super().__init__()
@@ -134,7 +135,7 @@ def weights_sha256(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(value.cpu().flatten().view(torch.uint8).numpy())  # row by row, whatever the memory format
     return digest.hexdigest()
 
 

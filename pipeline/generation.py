@@ -26,7 +26,7 @@ from pipeline.spec import BareWeights, SamplingSettings, Spec
 from runtime import UserError
 from runtime.cli import WRONG_VALUE, ArgumentParser, prefix_errors
 from runtime.pictures import MAX_COLUMNS, to_uint8
-from runtime.processes import World, autocast, to_device
+from runtime.processes import World, autocast, cast_weights, to_device
 from runtime.randomness import generator
 from small_models import DIFFUSION_NETWORKS
 
@@ -177,8 +177,14 @@ def check_thresholding(settings: SamplingSettings, autoencoder: nn.Module) -> No
         raise UserError(f"`dynamic_thresholding` is for pixels in [-1, 1]; {autoencoder.spec['vae']} has latents")
 
 
-def compile_network(model: nn.Module) -> None:
-    """torch.compile a network: the two halves that a call consists of where it has a seam, as reuse calls them one by one."""
+def prepare_network(model: nn.Module, precision: str, compile: bool) -> None:
+    """Make a restored network fast, in place: bf16 weights for precision "bf16", and torch.compile.
+
+    Of a network with a seam the two halves of a call are compiled, because reuse calls them one by one.
+    """
+    cast_weights(model, precision)
+    if not compile:
+        return
     if offers(model, Seam):
         model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
     else:

@@ -18,6 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from runtime import UserError
 
 TIMEOUT = timedelta(hours=2)  # how long processes wait while the main one downloads or counts a folder's images
+# Gradients are exchanged in buckets while others are still computed. PyTorch's 25 MB are for one machine; between machines
+# a message costs more to begin, and 100 MB are still 27 buckets of DiT-XL's gradients.
+BUCKET_MB = 100
 
 
 class CommonError(UserError):
@@ -83,8 +86,15 @@ class World:
         return [part] if self.size == 1 else parts or []
 
 
-def start_world(device: str | None) -> World:
-    """Join the other processes if torchrun started any. `device` None takes CUDA if available, else the CPU."""
+def start_world(device: str | None, tf32: bool = True) -> World:
+    """Join the other processes if torchrun started any.
+
+    Args:
+        device: "cpu", "cuda" or "mps"; None takes CUDA if available, else the CPU.
+        tf32: CUDA may round the factors of fp32 products and convolutions to TF32, which is faster. Nothing else sets this:
+            PyTorch's newer `fp32_precision` must not be used beside these flags.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[kind]:
@@ -137,7 +147,7 @@ def distribute(model: nn.Module, world: World) -> nn.Module:
     """
     if world.size == 1:
         return model
-    network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB)
     x, t = (torch.zeros(1, *shape, device=world.device) for shape in ((model.in_channels, *model.input_size), ()))
     for _ in range(2):  # buckets are sorted at the start of the second pass
         network(x, t, t.long()).sum().backward()
@@ -157,7 +167,7 @@ class StopSignal:
 
     def __init__(self, world: World):
         self.name = ""
-        self.group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._hear)
 
@@ -186,3 +196,14 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def cast_weights(model: nn.Module, precision: str) -> None:
+    """For "bf16": cast the weights of linear layers and convolutions once, in place. The outputs remain the same.
+
+    Autocast would cast them in every call: it keeps a cast weight only if that needs a gradient.
+    """
+    if precision == "bf16":
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+                module.to(torch.bfloat16)

@@ -39,6 +39,17 @@ def test_sd_vae_scales_as_its_config_says(tiny_vae, capfd):
     assert torch.equal(autoencoder.decode(latents), autoencoder.vae.decode(latents / 0.18215).sample.clamp(-1, 1))
 
 
+def test_the_vae_computes_in_channels_last_and_its_identity_is_that_of_the_weights(tiny_vae):
+    autoencoder, seen = load_autoencoder(str(tiny_vae)), []
+    for part in (autoencoder.vae.encoder, autoencoder.vae.decoder):
+        part.conv_out.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    autoencoder.decode(autoencoder.encode(torch.zeros(2, 3, 32, 16)))
+    assert [x.is_contiguous(memory_format=torch.channels_last) for x in seen] == [True, True]
+    identity = autoencoder.identity()
+    autoencoder.vae.to(memory_format=torch.contiguous_format)
+    assert autoencoder.identity() == identity
+
+
 def test_a_shift_in_the_config_is_taken(tiny_vae, tmp_path):
     vae = load_autoencoder(str(tiny_vae)).vae
     vae.register_to_config(shift_factor=0.5, scaling_factor=2.0)

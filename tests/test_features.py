@@ -38,7 +38,7 @@ def test_fast_dit_features_are_read_with_their_labels_and_never_scaled_again(fas
     assert np.array_equal(x.numpy(), latents[order, 0])
     assert (data.classes[207], data.image_size, data.kind) == ("golden retriever", (256, 256), "latents")
     objective = Objective(Capture(), load_autoencoder(str(tiny_vae)), data, 0.0, "fp32")
-    draws = Draws(*(torch.zeros(12, *shape) for shape in ((4, 32, 32), (4, 32, 32), (), ())))
+    draws = Draws(*(torch.zeros(12, *shape) for shape in ((4, 32, 32), (), (), (4, 32, 32))))
     objective.losses(None, x, y, draws)
     assert torch.equal(objective.process.x, x)
 

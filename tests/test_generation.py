@@ -1,8 +1,11 @@
 import pytest
 import torch
 from conftest import assert_same_images
+from test_models import SEAMED, inputs, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion import create_diffusion
+from models import GlobalResponseNorm
 from pipeline import checkpoint, generation
 from pipeline.autoencoders import Pixels
 from pipeline.generation import Sampling, addressed_noise, generate
@@ -52,6 +55,39 @@ def test_generate_is_the_sampler_the_guidance_and_the_decoder(gaussian_run):
         noise_source=lambda step: torch.cat([noises[step]] * 2))
     expected = to_uint8(out.chunk(2)[0])
     assert_same_images(draw(gaussian_run, indices, labels=[3, 4]), expected)
+
+
+class Casts(TorchDispatchMode):
+    """Records the size of each weight that is copied to another dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and isinstance(args[0], torch.nn.Parameter):
+            self.sizes.append(args[0].numel())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SEAMED)
+def test_weights_are_cast_to_bf16_once_and_the_outputs_stay_the_same(name):
+    """What is left to cast in a call: the bias of each GRN, which is a vector."""
+    model = tiny(name)
+    x, t, y = inputs(model)
+
+    def call():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+            return model(x, t, y), casts.sizes
+
+    before, cast_before = call()
+    generation.prepare_network(model, "fp32", compile=False)
+    assert call()[1] == cast_before
+    assert sum(cast_before) > 0.5 * sum(p.numel() for p in model.parameters())
+    generation.prepare_network(model, "bf16", compile=False)
+    after, cast_after = call()
+    assert torch.equal(before, after)
+    assert cast_after == [module.bias.numel() for module in model.modules() if isinstance(module, GlobalResponseNorm)]
 
 
 def test_thresholding_replaces_clipping(gaussian_run, monkeypatch):

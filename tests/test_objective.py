@@ -12,7 +12,7 @@ from training.objective import Draws, Objective, Reconstruction, ssim
 
 def draws(process, shape, count, step):
     model = SimpleNamespace(in_channels=shape[0], input_size=shape[1:])
-    return Draws.at(("train", 0, step), process, count, model, torch.device("cpu"))
+    return Draws.at(("train", 0, step), process, count, model, torch.device("cpu"), posterior=True)
 
 
 def test_draws_of_a_batch_fall_out_to_its_parts_and_depend_on_the_step():
@@ -23,6 +23,18 @@ def test_draws_of_a_batch_fall_out_to_its_parts_and_depend_on_the_step():
         assert not torch.equal(a, c)
         assert torch.equal(a[2:4], part)
     assert not torch.equal(whole.noise, whole.posterior)
+
+
+@pytest.mark.parametrize(("stochastic", "kind", "drawn"), [
+    (True, "images", True), (True, "moments", True), (True, "latents", False), (False, "images", False)])
+def test_the_posterior_is_drawn_only_where_it_is_used_and_changes_nothing_else(stochastic, kind, drawn):
+    process, model = create_diffusion(""), SimpleNamespace(in_channels=1, input_size=(2, 2))
+    objective = Objective(process, SimpleNamespace(stochastic=stochastic), SimpleNamespace(kind=kind), 0.1, "fp32")
+    found = objective.draw(("train", 0, 3), 6, model, torch.device("cpu"))
+    assert (found.posterior is not None) == drawn
+    for a, b in zip(found[:3], draws(process, (1, 2, 2), 6, 3)):
+        assert torch.equal(a, b)
+    assert (found.rows(slice(2)).posterior is not None) == drawn
 
 
 def test_labels_are_dropped_at_their_rate():

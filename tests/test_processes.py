@@ -1,9 +1,30 @@
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import ROOT
 
 from runtime.processes import fresh_store, start_world
+
+
+@pytest.fixture
+def tf32_flags():
+    """The two flags, restored after the test."""
+    flags = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    before = [flag.allow_tf32 for flag in flags]
+    yield flags
+    for flag, value in zip(flags, before):
+        flag.allow_tf32 = value
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_one_place_decides_on_tf32(tf32, tf32_flags):
+    start_world("cpu", tf32)
+    assert [flag.allow_tf32 for flag in tf32_flags] == [tf32, tf32]
+    files = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")] if path.parent.name != "tests"]
+    setting = [path.name for path in files if re.search(r"allow_tf32 =|fp32_precision =|set_float32", path.read_text())]
+    assert setting == ["processes.py"]
 
 
 def test_a_world_of_one_needs_no_torchrun(monkeypatch):

@@ -22,20 +22,22 @@ SSIM_WINDOW = 7  # pixels
 class Draws(NamedTuple):
     """All random numbers of one step, for the rows of a batch. They depend only on the address."""
 
-    noise: Tensor      # (B, C, H, W) for the diffusion
-    posterior: Tensor  # (B, C, H, W) for the autoencoder's posterior
-    t: Tensor          # (B,)
-    drop: Tensor       # (B,) uniform: where below label_drop, the label becomes the null class
+    noise: Tensor             # (B, C, H, W) for the diffusion
+    t: Tensor                 # (B,)
+    drop: Tensor              # (B,) uniform: where below label_drop, the label becomes the null class
+    posterior: Tensor | None  # (B, C, H, W) for the autoencoder's posterior, if it has one
 
     @classmethod
-    def at(cls, address: tuple, process: TrainingProcess, batch_size: int, model: nn.Module, device: torch.device) -> "Draws":
+    def at(cls, address: tuple, process: TrainingProcess, batch_size: int, model: nn.Module, device: torch.device,
+           posterior: bool) -> "Draws":
+        """Draw for a batch, on the device; `posterior`: for the autoencoder too."""
         source = generator(*address, device=device)
         normal = partial(torch.randn, (batch_size, model.in_channels, *model.input_size), generator=source, device=device)
-        return cls(normal(), normal(), process.sample_times(batch_size, source),
-                   torch.rand(batch_size, generator=source, device=device))
+        return cls(normal(), process.sample_times(batch_size, source), torch.rand(batch_size, generator=source, device=device),
+                   normal() if posterior else None)
 
     def rows(self, rows: slice) -> "Draws":
-        return Draws(*(draw[rows] for draw in self))
+        return Draws(*(None if draw is None else draw[rows] for draw in self))
 
 
 class Objective(NamedTuple):
@@ -46,6 +48,11 @@ class Objective(NamedTuple):
     data: TrainingData  # the data set of the batches
     label_drop: float   # the share of labels that become the null class
     precision: str
+
+    def draw(self, address: tuple, batch_size: int, model: nn.Module, device: torch.device) -> Draws:
+        """The random numbers at an address, as this process, autoencoder and data set need them."""
+        posterior = self.autoencoder.stochastic and self.data.kind != "latents"
+        return Draws.at(address, self.process, batch_size, model, device, posterior)
 
     def losses(self, model: nn.Module, batch: Tensor, labels: Tensor, draws: Draws) -> dict[str, Tensor]:
         """batch (B, ...), labels (B,) -> "loss", its parts and related figures: (B,) each."""

@@ -76,6 +76,13 @@ class Training:
         self.opt.param_groups[0]["lr"] = lr
         return lr
 
+    def clip_gradients(self, clip_norm: float) -> Tensor:
+        """Scale the gradients down to a norm of at most `clip_norm`. Returns their norm before."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if clip_norm < math.inf:  # else each gradient would be multiplied by 1, a pass over all of them
+            nn.utils.clip_grads_with_norm_(self.parameters, clip_norm, norm)
+        return norm
+
     def update_ema(self, decay: float) -> None:
         """ema <- decay * ema + (1 - decay) * model, with a smaller decay in the first steps.
 
