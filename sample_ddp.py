@@ -232,7 +232,7 @@ def write_pngs(out: Path) -> None:
 
 
 def draw(todo: list[range], draw_batch: Callable[[range], Tensor], parts: Path, count: int, world: World) -> float:
-    """Draw all batches of `todo`, each on the next free process. Returns the share of the time between batches, idle for the device.
+    """Draw all batches of `todo`, each on the next free process. Returns the share of the time between batches.
 
     While a batch is drawn, earlier ones are copied to the host and written by another thread.
     """

@@ -1,16 +1,21 @@
-"""Compare training steps and forward passes: images/s, multiply-accumulates, share of the matmul rate, memory.
+"""Compare training steps and forward passes: images/s, multiply-accumulates, share of the matmul rate, bytes, memory.
 
     python benchmarks/throughput.py --models DiT-XL/2 DiNext-XL/2 diffusers/DiT-XL/2 --precision bf16 --compile true \
         --batch-size 8 32 128
 
 For each setting (what, precision, compile, batch size) all models are loaded at once and timed in turn. A round is one
 call of each, so other load on the machine affects all alike. Figures are medians over --repeats rounds. So are the ratios
-at the end; each compares two calls of one round, so they are more reliable than images/s.
+at the end; each compares two calls of one round, so they are more reliable than images/s. On CUDA a network with attention
+has a row for each fast implementation of it, and ratios are to the first model's fastest row.
 
 - train: forward, loss of `create_diffusion("")`, backward, fused AdamW. forward: under no_grad. Nothing else is timed:
-  no data, clipping or EMA. All weights are drawn from N(0, 0.02): with zeros a GPU would stay cool and run faster.
+  no data, clipping or EMA. forward in bf16 has weights that were cast once, as in sampling. All weights are drawn from
+  N(0, 0.02): with zeros a GPU would stay cool and run faster.
 - FLOP/s: 2 per multiply-accumulate of the forward pass; a training step counts as three forward passes.
 - of matmul: the share of the FLOP/s of one large square matmul at the same precision, timed in the same rounds.
+- MB moved: what the operations of an image's forward pass, run one by one on CUDA, read and write; attention and each other
+  operation count as one kernel. Counted without running them, so a CPU tells it too.
+- where: the shares of one profiled call's kernel time. "other": elementwise, reductions, copies, the optimizer.
 - memory: the peak of the model's weights, AdamW and a step together, without the other models. CUDA only: CPU
   allocators keep no such figure. A setting too large for the GPU, beside the other models, is recorded as such.
 - diffusers/NAME: diffusers' DiTTransformer2DModel with the sizes of preset NAME, as an independent reference. Each block
@@ -20,9 +25,13 @@ at the end; each compares two calls of one round, so they are more reliable than
 import gc
 import itertools
 import json
+import math
+import os
+import re
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
@@ -33,19 +42,27 @@ from typing import NamedTuple
 import torch
 from jsonargparse import Namespace
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.moved_bytes import ByteCounter, FusedAttention, fake_autocast, fake_cuda
 from diffusion import create_diffusion
 from models import DiT_models
 from runtime import UserError, cli
 from runtime.files import check_writable, write_text
-from runtime.processes import autocast, start_world, synchronize
+from runtime.processes import autocast, cast_weights, start_world, synchronize
 from small_models import DIFFUSION_NETWORKS
 
 REFERENCE = "diffusers/"
 MATMUL_SIZE = {"cuda": 8192, "mps": 4096, "cpu": 1024}  # large enough for the full rate
+ATTENTION = {"cuda": {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}}  # rows of a device
+KINDS = {  # of kernels, by the first pattern that their names match
+    "attention": r"flash|fmha|attention|sdpa", "convolution": r"conv|dgrad|wgrad|fprop",
+    "matmul": r"gemm|nvjet|cutlass|cublas|addmm|::b?mm|linear", "other": ""}
 WARM_UP = 3  # calls of each candidate before the rounds; the first ones compile
 
 
@@ -97,10 +114,10 @@ class DiffusersDiT(nn.Module):
         return self.transformer(x, t, y, return_dict=False)[0]
 
 
-def build(name: str, input_size: int) -> nn.Module:
+def build(name: str, input_size: int, **changes) -> nn.Module:
     if name.startswith(REFERENCE):
         return DiffusersDiT(name.removeprefix(REFERENCE), input_size)
-    return DIFFUSION_NETWORKS[name](input_size=input_size, in_channels=4, num_classes=1000, learn_sigma=True)
+    return DIFFUSION_NETWORKS[name](input_size=input_size, in_channels=4, num_classes=1000, learn_sigma=True, **changes)
 
 
 def count_macs(name: str, input_size: int) -> int:
@@ -110,7 +127,13 @@ def count_macs(name: str, input_size: int) -> int:
     return counter.get_total_flops() // 2
 
 
-def make_call(name: str, setting: Setting, input_size: int, device: torch.device) -> Callable[[], None]:
+def has_attention(name: str) -> bool:
+    with torch.device("meta"):
+        return any("attention" in type(module).__name__.lower() for module in build(name, 32).modules())
+
+
+def make_call(name: str, setting: Setting, input_size: int, device: torch.device,
+              attention: str | None = None) -> Callable[[], None]:
     """One training step or forward pass of a new model, as a function without arguments."""
     with device:
         model = build(name, input_size).train(setting.what == "train")
@@ -119,6 +142,8 @@ def make_call(name: str, setting: Setting, input_size: int, device: torch.device
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         nn.init.normal_(parameter, std=0.02)
+    if setting.what == "forward":
+        cast_weights(model, setting.precision)
     if setting.compile:
         model.compile()
     process, optimizer = create_diffusion(""), torch.optim.AdamW(parameters, 1e-4, fused=True)
@@ -135,12 +160,30 @@ def make_call(name: str, setting: Setting, input_size: int, device: torch.device
         with autocast(device, setting.precision):
             model(x, t.float(), y)
 
-    return train if setting.what == "train" else forward
+    call = train if setting.what == "train" else forward
+
+    def with_attention() -> None:
+        with sdpa_kernel(ATTENTION[device.type][attention]):
+            call()
+
+    return with_attention if attention else call
 
 
 def make_matmul(precision: str, device: torch.device) -> Callable[[], None]:
     matrix = torch.randn(2 * [MATMUL_SIZE[device.type]], device=device)
     return partial(torch.mm, *2 * [matrix.bfloat16() if precision == "bf16" else matrix])
+
+
+def count_bytes(name: str, precision: str, batch_size: int, input_size: int, **changes) -> float:
+    """Bytes that an image's eager forward pass on CUDA reads and writes, counted without running it."""
+    with torch.device("meta"):
+        model = build(name, input_size, **changes).eval()
+    cast_weights(model, precision)
+    with fake_cuda(model), torch.no_grad(), fake_autocast(precision):
+        inputs = torch.empty(batch_size, 4, input_size, input_size), torch.empty(batch_size), torch.zeros(batch_size).long()
+        with ByteCounter() as counter, FusedAttention(counter):
+            model(*inputs)
+    return counter.bytes / batch_size
 
 
 # --- the rounds ----------------------------------------------------------------------------------
@@ -154,6 +197,7 @@ class Candidate:
     call: Callable[[], None] | None = None
     memory: int | None = None
     seconds: list[float] = field(default_factory=list)
+    where: dict[str, float] = field(default_factory=dict)  # seconds of kernels by KINDS, in one call
 
     def prepare(self, make: Callable[[], Callable[[], None]]) -> None:
         """Make the call and warm it up. The memory is the last call's peak above the memory used before."""
@@ -172,6 +216,20 @@ class Candidate:
         self.call()
         synchronize(self.device)
         self.seconds.append(time.perf_counter() - start)
+
+    def profile(self) -> None:
+        """Read where the time of one call goes."""
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's library writes a line at each start and stop
+        cuda = self.device.type == "cuda"
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+            self.call()
+            synchronize(self.device)
+        seconds = Counter()
+        for event in profiler.key_averages():
+            if not cuda or event.device_type == DeviceType.CUDA:  # on CUDA the kernels, not what launched them
+                kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, event.key, re.IGNORECASE))
+                seconds[kind] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+        self.where = dict(seconds)
 
     def attempt(self, function: Callable[[], None]) -> None:
         """Call one of the methods above. If it is out of memory, give up the candidate and free its memory."""
@@ -194,22 +252,31 @@ def measure(setting: Setting, args, macs: dict[str, int], device: torch.device) 
     torch.compiler.reset()  # otherwise a new batch size compiles code for all sizes
     free(device)
     input_size = args.image_size // 8
-    matmul, models = Candidate(device), {name: Candidate(device) for name in macs}
+    rows = [(name, attention) for name in macs
+            for attention in (ATTENTION.get(device.type) if has_attention(name) else None) or [None]]
+    matmul, models = Candidate(device), {row: Candidate(device) for row in rows}
     matmul.prepare(partial(make_matmul, setting.precision, device))
-    for name, candidate in models.items():
-        candidate.attempt(partial(candidate.prepare, partial(make_call, name, setting, input_size, device)))
+    for (name, attention), candidate in models.items():
+        make = partial(make_call, name, setting, input_size, device, attention)
+        candidate.attempt(partial(candidate.prepare, make))
     for _ in tqdm(range(args.repeats), f"{setting}", leave=False):
         for candidate in (matmul, *models.values()):
             if candidate.call:
                 candidate.attempt(candidate.time)
+    for candidate in models.values():
+        if candidate.call:
+            candidate.attempt(candidate.profile)
     matmul_rate = 2 * MATMUL_SIZE[device.type] ** 3 / statistics.median(matmul.seconds)
-    first = next(iter(models.values()))
-    return [{"model": name, **setting._asdict(), "gmacs": macs[name] / 1e9, "matmul_flops_per_second": matmul_rate,
-             **figures(candidate, first, setting, macs[name], matmul_rate)} for name, candidate in models.items()]
+    bases = [candidate for (name, _), candidate in models.items() if name == rows[0][0]]
+    first = min(bases, key=lambda base: statistics.median(base.seconds) if base.call else math.inf)
+    return [{"model": name, "attention": attention, **setting._asdict(), "gmacs": macs[name] / 1e9,
+             "bytes_moved": count_bytes(name, setting.precision, setting.batch_size, input_size),
+             "matmul_flops_per_second": matmul_rate, **figures(candidate, first, setting, macs[name], matmul_rate)}
+            for (name, attention), candidate in models.items()]
 
 
 def figures(candidate: Candidate, first: Candidate, setting: Setting, macs: int, matmul_rate: float) -> dict:
-    """The reported figures of one candidate. "ratio" is its images/s divided by the first candidate's."""
+    """The reported figures of one candidate. "ratio" is its images/s divided by those of `first`."""
     if candidate.call is None:
         return {"out_of_memory": True, "ratio": None}
     pairs = zip(first.seconds, candidate.seconds)
@@ -218,25 +285,32 @@ def figures(candidate: Candidate, first: Candidate, setting: Setting, macs: int,
     flops = median * 2 * macs * (3 if setting.what == "train" else 1)
     return {"out_of_memory": False, "images_per_second": median, "images_per_second_min": min(images_per_second),
             "images_per_second_max": max(images_per_second), "seconds": candidate.seconds, "flops_per_second": flops,
-            "of_matmul": flops / matmul_rate, "peak_memory_bytes": candidate.memory,
+            "of_matmul": flops / matmul_rate, "peak_memory_bytes": candidate.memory, "kernel_seconds": candidate.where,
             "ratio": statistics.median(theirs / own for theirs, own in pairs) if first.call else None}
 
 
 # --- the report ----------------------------------------------------------------------------------
 
 
+def name_of(result: dict) -> str:
+    return " ".join(filter(None, [result["model"], result["attention"]]))
+
+
 def line(result: dict) -> str:
     if result["out_of_memory"]:
-        return f"  {result['model']:24} out of memory"
+        return f"  {name_of(result):24} out of memory"
     memory = result["peak_memory_bytes"]
     spread = f"({result['images_per_second_min']:.2f} to {result['images_per_second_max']:.2f})"
-    return (f"  {result['model']:24} {result['images_per_second']:9.2f} images/s {spread:20} "
+    where, kernels = result["kernel_seconds"], sum(result["kernel_seconds"].values()) or 1
+    return (f"  {name_of(result):24} {result['images_per_second']:9.2f} images/s {spread:20} "
             f"{result['gmacs']:6.1f} GMAC  {result['flops_per_second'] / 1e12:8.3f} TFLOP/s  "
-            f"{result['of_matmul']:4.0%} of matmul  {'-' if memory is None else f'{memory / 2**30:.2f} GiB'}")
+            f"{result['of_matmul']:4.0%} of matmul  {result['bytes_moved'] / 1e6:8.1f} MB moved  "
+            f"{'-' if memory is None else f'{memory / 2**30:.2f} GiB'}  "
+            f"{', '.join(f'{kind} {where[kind] / kernels:.0%}' for kind in KINDS if kind in where)}")
 
 
 def ratios(results: list[dict]) -> str:
-    return ", ".join(f"{result['model']} {'-' if result['ratio'] is None else format(result['ratio'], '.2f')}"
+    return ", ".join(f"{name_of(result)} {'-' if result['ratio'] is None else format(result['ratio'], '.2f')}"
                      for result in results)
 
 

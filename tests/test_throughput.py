@@ -1,12 +1,16 @@
 import json
+import time
 from functools import partial
 
 import pytest
 import throughput
 import torch
 from conftest import assert_one_line
+from torch.nn.attention import SDPBackend
 
+from benchmarks.moved_bytes import ByteCounter, FusedAttention
 from models import DiT, DiT_models
+from small_models import DIFFUSION_NETWORKS
 
 NAMES = ["DiT-S/2", "DiNext-S/2", "diffusers/DiT-S/2"]
 FLAGS = ["--image-size", 32, "--batch-size", 2, "--repeats", 2, "--device", "cpu"]
@@ -33,6 +37,10 @@ def test_the_report_has_all_figures_of_every_setting(tiny, run_here, tmp_path):
     for r in report["results"]:
         assert not r["out_of_memory"]
         assert r["peak_memory_bytes"] is None
+        assert r["attention"] is None  # the choice is CUDA's
+        assert r["bytes_moved"] > 4 * r["gmacs"]
+        assert set(r["kernel_seconds"]) <= set(throughput.KINDS)
+        assert 0 < r["kernel_seconds"]["matmul"] < 10
         assert 0 < r["images_per_second_min"] <= r["images_per_second"] <= r["images_per_second_max"]
         assert len(r["seconds"]) == 2
         passes = 3 if r["what"] == "train" else 1
@@ -53,7 +61,7 @@ def test_rounds_take_the_candidates_in_turn(tiny, run_here, monkeypatch):
     monkeypatch.setattr(throughput, "make_matmul", lambda *_: lambda: calls.append("matmul"))
     run_here(throughput, "--models", *NAMES, *FLAGS, "--what", "forward")
     everyone = ["matmul", *NAMES]
-    assert calls == [name for name in everyone for _ in range(throughput.WARM_UP)] + 2 * everyone
+    assert calls == [name for name in everyone for _ in range(throughput.WARM_UP)] + 2 * everyone + NAMES  # the profile
 
 
 def test_a_setting_too_large_is_recorded_and_the_sweep_goes_on(tiny, run_here, monkeypatch, tmp_path):
@@ -84,6 +92,73 @@ def test_a_training_step_trains_and_a_forward_pass_does_not(tiny, monkeypatch):
         moved = [not torch.equal(a, b) for a, b in zip(before, after)]
         assert moved == [what == "train" and parameter.requires_grad for parameter in after]
         assert all(parameter.grad is None for parameter in after)
+
+
+def test_every_implementation_of_attention_is_timed_and_the_fastest_is_the_baseline(tiny, run_here, monkeypatch, tmp_path):
+    monkeypatch.setattr(throughput, "ATTENTION", {"cpu": {"slow": SDPBackend.MATH, "fast": SDPBackend.FLASH_ATTENTION}})
+    make_call, chosen = throughput.make_call, []
+
+    def make(name, setting, input_size, device, attention):
+        call = make_call(name, setting, input_size, device, attention)
+        return lambda: (chosen.append(attention), time.sleep(0.05 * (attention == "slow")), call())
+
+    monkeypatch.setattr(throughput, "make_call", make)
+    out = tmp_path / "figures.json"
+    result = run_here(throughput, "--models", *NAMES, *FLAGS, "--what", "forward", "--out", out)
+    assert result.returncode == 0, result.stderr
+    found = {(r["model"], r["attention"]): r["ratio"] for r in json.loads(out.read_text())["results"]}
+    assert list(found) == [(NAMES[0], "slow"), (NAMES[0], "fast"), (NAMES[1], None), (NAMES[2], "slow"), (NAMES[2], "fast")]
+    assert set(chosen) == {None, "slow", "fast"}
+    assert found[NAMES[0], "fast"] == 1
+    assert found[NAMES[0], "slow"] < 0.9
+    assert "DiT-S/2 slow" in result.stdout
+
+
+def test_attention_is_computed_as_asked(tiny, monkeypatch):
+    """Each row runs its own kernels."""
+    monkeypatch.setattr(throughput, "ATTENTION", {"cpu": {"plain": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}})
+    for attention, operation in (("plain", "aten::_scaled_dot_product_attention_math"),
+                                 ("flash", "aten::_scaled_dot_product_flash_attention_for_cpu")):
+        setting = throughput.Setting("forward", "fp32", False, 2)
+        call = throughput.make_call("DiT-S/2", setting, 4, torch.device("cpu"), attention)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            call()
+        names = {event.key for event in profiler.key_averages()}
+        assert {name for name in names if name.startswith("aten::_scaled_dot_product_")} == {operation}
+
+
+def test_bytes_of_a_dinext_block_are_counted():
+    """Per element of x, 3 D wide inside; bf16, the stream in fp32; written out, one operation a line. Weights apart."""
+    elements = 2 * 16 * 16 * 384
+    operations = [
+        4 + 2,                     # x -> bf16
+        2 + 2,                     # depthwise convolution
+        2 + 4, 4 + 4, 4 + 4,       # -> fp32, LayerNorm, modulate
+        4 + 2, 2 + 3 * 2,          # -> bf16, fc1
+        3 * (2 + 2),               # GELU
+        3 * 2, 3 * (2 + 2),        # norm, addcmul
+        3 * 2 + 2,                 # fc2
+        2 + 2, 4 + 2 + 4]          # gate, residual
+    one, two = (throughput.count_bytes("DiNext-S/2", "bf16", 2, 32, depth=depth) * 2 for depth in (1, 2))
+    weights = 2 * (384 * 49 + 2 * 3 * 384**2 + 3 * 384**2)  # of the convolution, fc1, fc2 and adaLN, in bf16
+    assert two - one == pytest.approx(elements * sum(operations) + weights, rel=0.01)
+
+
+@pytest.mark.parametrize("name", DIFFUSION_NETWORKS)
+def test_bytes_are_counted_for_every_network_without_a_gpu(name):
+    fp32, bf16 = (throughput.count_bytes(name, precision, 2, 32) for precision in ("fp32", "bf16"))
+    assert 0.4 * fp32 < bf16 < fp32
+
+
+def test_attention_counts_as_one_kernel():
+    q = torch.empty(2, 3, 4, 5)
+    with ByteCounter() as counter, FusedAttention(counter):
+        out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert counter.bytes == 4 * q.nbytes
+    assert out.shape == q.shape
+    with ByteCounter() as counter:
+        q.expand(7, 2, 3, 4, 5) + torch.ones(1).expand(5)
+    assert counter.bytes == q.nbytes + 4 + 7 * q.nbytes + 4  # the last: torch.ones writes one number
 
 
 @pytest.mark.parametrize(("name", "gmac"), [("DiT-S/2", 6.1), ("DiT-XL/2", 118.6)])

@@ -1,0 +1,83 @@
+"""What the operations of a network read and write on CUDA, counted with fake tensors: no GPU is needed.
+
+    with fake_cuda(model), torch.no_grad(), fake_autocast("bf16"):  # a model on the meta device
+        with ByteCounter() as counter, FusedAttention(counter):
+            model(torch.empty(64, 4, 32, 32), torch.empty(64), torch.zeros(64).long())
+    print(counter.bytes)
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+FREE = re.compile("empty|_unsafe_view|detach")  # operations that are no views, but move nothing
+
+
+@contextmanager
+def fake_cuda(model: nn.Module) -> Iterator[None]:
+    """Inside, the weights of a model from the meta device are fake ones on CUDA, and so is every new tensor.
+
+    A fake tensor has all but its data, so operations are dispatched as on CUDA, on a machine without it.
+    """
+    with FakeTensorMode(), torch.device("cuda"):
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                        tensors[name] = nn.Parameter(fake, tensor.requires_grad) if tensors is module._parameters else fake
+        yield
+
+
+@contextmanager
+def fake_autocast(precision: str) -> Iterator[None]:
+    """autocast for CUDA, which torch.autocast refuses on a machine without it."""
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", precision == "bf16")
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+class ByteCounter(TorchDispatchMode):
+    """Adds up the bytes that each operation reads and writes. Views move nothing; what is broadcast counts once."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.namespace == "aten" and not function.is_view and not FREE.search(function.name()):
+            self.bytes += sum(bytes_of(leaf) for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor))
+        return out
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention as one kernel, which a fake tensor would not get on a machine without CUDA."""
+
+    def __init__(self, counter: ByteCounter):
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        q, k, v = args[:3]  # (B, heads, N, D / heads)
+        self.counter.bytes += 2 * bytes_of(q) + bytes_of(k) + bytes_of(v)
+        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)  # as fused kernels lay it out
+        return out.transpose(1, 2)
+
+
+def bytes_of(tensor: Tensor) -> int:
+    return tensor.element_size() * math.prod(size for size, stride in zip(tensor.shape, tensor.stride()) if stride)
