@@ -2,7 +2,7 @@
 
     with fake_cuda(model), torch.no_grad(), fake_autocast("bf16"):  # a model on the meta device
         with ByteCounter() as counter, FusedAttention(counter):
-            model(torch.empty(64, 4, 32, 32), torch.empty(64), torch.zeros(64).long())
+            model(x, t, y)  # made in here, on "cuda"
     print(counter.bytes)
 """
 
@@ -24,16 +24,17 @@ FREE = re.compile("empty|_unsafe_view|detach")  # operations that are no views, 
 
 @contextmanager
 def fake_cuda(model: nn.Module) -> Iterator[None]:
-    """Inside, the weights of a model from the meta device are fake ones on CUDA, and so is every new tensor.
+    """Inside, every tensor is a fake one, and the weights of a model from the meta device become fake ones on CUDA.
 
-    A fake tensor has all but its data, so operations are dispatched as on CUDA, on a machine without it.
+    A fake tensor has all but its data: operations are dispatched as on CUDA, on a machine without it, and tensors of two
+    devices do not mix. (Backward does not work so: autograd asks the driver.)
     """
-    with FakeTensorMode(), torch.device("cuda"):
+    with FakeTensorMode():
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
                     if tensor is not None:
-                        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
                         tensors[name] = nn.Parameter(fake, tensor.requires_grad) if tensors is module._parameters else fake
         yield
 

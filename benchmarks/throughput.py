@@ -180,9 +180,10 @@ def count_bytes(name: str, precision: str, batch_size: int, input_size: int, **c
         model = build(name, input_size, **changes).eval()
     cast_weights(model, precision)
     with fake_cuda(model), torch.no_grad(), fake_autocast(precision):
-        inputs = torch.empty(batch_size, 4, input_size, input_size), torch.empty(batch_size), torch.zeros(batch_size).long()
+        with torch.device("cuda"):
+            x, t, y = torch.empty(batch_size, 4, input_size, input_size), torch.empty(batch_size), torch.zeros(batch_size)
         with ByteCounter() as counter, FusedAttention(counter):
-            model(*inputs)
+            model(x, t, y.long())
     return counter.bytes / batch_size
 
 

@@ -42,7 +42,7 @@ def test_sd_vae_scales_as_its_config_says(tiny_vae, capfd):
 def test_the_vae_computes_in_channels_last_and_its_identity_is_that_of_the_weights(tiny_vae):
     autoencoder, seen = load_autoencoder(str(tiny_vae)), []
     for part in (autoencoder.vae.encoder, autoencoder.vae.decoder):
-        part.conv_out.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        part.conv_in.register_forward_hook(lambda module, inputs, output: seen.append(output))
     autoencoder.decode(autoencoder.encode(torch.zeros(2, 3, 32, 16)))
     assert [x.is_contiguous(memory_format=torch.channels_last) for x in seen] == [True, True]
     identity = autoencoder.identity()

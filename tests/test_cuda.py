@@ -1,0 +1,223 @@
+"""What runs on a GPU: on fake tensors of CUDA everywhere, and, marked `cuda`, on a real one: pytest -m cuda."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, TINY_RUN, read_metrics, run_script
+from test_models import SEAMED, TINY, family, inputs
+from test_models import tiny as tiny_network
+from torch.nn import functional as F
+
+from benchmarks.moved_bytes import fake_autocast, fake_cuda
+from diffusion import create_diffusion
+from diffusion.guidance import guide, in_interval
+from diffusion.reuse import Reuse, plan
+from diffusion.samplers import SAMPLERS, evaluation_times
+from evaluation.extractors import Inception
+from models import DiT
+from pipeline import checkpoint
+from pipeline.generation import prepare_network
+from runtime.processes import autocast
+from small_models import DIFFUSION_NETWORKS
+from training.state import LossMeter, OptimizerArgs, Training
+
+CUDA = torch.device("cuda")
+
+
+def cuda(test):
+    """The marks of a test that needs a GPU."""
+    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
+
+
+# --- fake tensors, on any machine -----------------------------------------------------------------
+
+
+def fake_network(name, learn_sigma=True):
+    with torch.device("meta"):
+        return DIFFUSION_NETWORKS[name](**{"input_size": 8, "in_channels": 3, "num_classes": 5, **TINY[family(name)],
+                                           "learn_sigma": learn_sigma})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", SEAMED)
+def test_forward_and_loss_stay_on_the_device(name, precision):
+    """A tensor that is made on the CPU on the way would not mix with those on CUDA."""
+    model = fake_network(name)
+    with fake_cuda(model), fake_autocast(precision):
+        x, y = torch.zeros(3, 3, 8, 8, device="cuda"), torch.zeros(3, dtype=torch.long, device="cuda")
+        out = model(x, torch.zeros(3, device="cuda"), y)
+        assert (out.device.type, out.shape) == ("cuda", (3, 6, 8, 8))
+        process = create_diffusion("")
+        loss = process.training_losses(model, x, torch.zeros(3, dtype=torch.long, device="cuda"), dict(y=y), x)["loss"]
+        assert (loss.device.type, loss.dtype) == ("cuda", torch.float32)
+        with pytest.raises(RuntimeError, match="device"):
+            x + torch.zeros(3, 3, 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["none", "encoder", "forecast"])
+@pytest.mark.parametrize("objective", ["epsilon", "flow"])
+@pytest.mark.parametrize("name", SEAMED)
+def test_samplers_guidance_and_reuse_stay_on_the_device(name, objective, kind):
+    model, process = fake_network(name, learn_sigma=objective == "epsilon"), create_diffusion("5", objective=objective)
+    draws = [sampling(model, process, sampler, kind) for sampler in SAMPLERS if (objective, sampler) != ("flow", "ddpm")]
+    with fake_cuda(model), torch.no_grad(), fake_autocast("bf16"):
+        x, y = torch.zeros(2, 3, 8, 8, device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda")
+        for draw in draws:
+            assert draw(x, y).device.type == "cuda"
+
+
+def sampling(model, process, sampler, kind):
+    """The function (start noise, labels) -> sample, as pipeline.generation composes it."""
+    times = evaluation_times(SAMPLERS[sampler], process)
+    guided = in_interval(times, 1.5, (100, 900))
+    chosen = None if kind == "none" else plan(kind, times, guided, len(model.blocks), model.default_split, "every:2")
+
+    def draw(x, y):
+        network = Reuse(model, chosen, len(y)) if chosen else model
+        network = guide(network, y, model.num_classes, 1.5, model.in_channels, guided)
+        *_, last = SAMPLERS[sampler](process, network, x, lambda step: torch.zeros_like(x))
+        return last["sample"]
+
+    return draw
+
+
+# --- a real GPU ------------------------------------------------------------------------------------
+
+
+def error(found, expected):
+    """The relative error of a tensor against an exact one."""
+    found, expected = found.double().cpu(), expected.double().cpu()
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@cuda
+@pytest.mark.parametrize(("width", "size"), [(1152, 16), (512, 32), (1024, 16), (2048, 8), (384, 16)])
+def test_depthwise_convolution_and_its_gradients_are_right_in_bf16(width, size):
+    """PyTorch has an open report of wrong gradients from cuDNN on H100."""
+    x, g = torch.randn(2, 4, size, size, width, device="cuda").permute(0, 1, 4, 2, 3)  # both in channels_last
+    w = (torch.randn(width, 1, 7, 7, device="cuda") / 7).contiguous(memory_format=torch.channels_last)
+
+    def passes(dtype):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, w)]
+        out = F.conv2d(*leaves, padding=3, groups=width)
+        return out, *torch.autograd.grad(out, leaves, g.to(dtype))
+
+    rounded = [tensor.bfloat16().double() for tensor in (x, w, g)]
+    x, w, g = rounded
+    for found, expected in zip(passes(torch.bfloat16), passes(torch.float64)):
+        assert error(found, expected) < 5e-3
+
+
+@cuda
+def test_dits_outputs_are_the_golden_ones():
+    golden = np.load(GOLDEN / "dit_tiny_latent.npz")
+    model = DiT(**json.loads(str(golden["kwargs"]))).eval()
+    model.load_state_dict({key.removeprefix("param/"): torch.from_numpy(golden[key]) for key in golden.files
+                           if key.startswith("param/")})
+    x, t, y = (torch.from_numpy(golden[key]).cuda() for key in ("x", "t", "y"))
+    with torch.no_grad():
+        assert error(model.cuda()(x, t, y), torch.from_numpy(golden["forward"])) < 1e-5  # TF32 is off unless asked for
+
+
+@cuda
+@pytest.mark.parametrize("name", ["DiT-S/2", "DiNext-S/2", "DiNext-U-S"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("tf32", 0.01), ("bf16", 0.1)])
+@pytest.mark.parametrize("how", ["eager", "compiled", "checkpointed"])
+def test_a_step_of_training_is_that_of_the_cpu(name, precision, tolerance, how):
+    def gradients(device, precision, **changes):
+        model = tiny_network(name, **changes).train().to(device)
+        if changes == {} and how == "compiled" and device == CUDA:
+            model.compile()
+        x, t, y = (part.to(device) for part in inputs(model))
+        with autocast(device, precision):
+            loss = create_diffusion("").training_losses(model, x, t.long(), dict(y=y), x.roll(1, 0))["loss"].mean()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    expected = gradients(torch.device("cpu"), "fp32")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        found = gradients(CUDA, precision, **({"gradient_checkpointing": True} if how == "checkpointed" else {}))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    assert error(found, expected) < tolerance
+
+
+@cuda
+def test_a_run_resumes_bit_for_bit(tmp_path):
+    flags = [*TINY_RUN, "--device", "cuda", "--precision", "bf16"]
+    for run, stops in (("whole", [8]), ("broken", [4, 8])):
+        for steps in stops:
+            run_script("train.py", *flags, "--run-name", run, "--max-steps", steps, "--ckpt-every", 4, cwd=tmp_path)
+    whole, broken = (checkpoint.load(tmp_path / "results" / run / "checkpoints" / "0000008.pt") for run in ("whole", "broken"))
+    for part in ("model", "ema"):
+        for key, value in whole[part].items():
+            assert torch.equal(value, broken[part][key]), key
+    lines = [line for line in read_metrics(tmp_path / "results" / "whole") if "memory_gib" in line]
+    assert len(lines) == 8
+    assert all(line["memory_gib"] > 0 for line in lines)
+
+
+@cuda
+@pytest.mark.parametrize("name", SEAMED)
+@pytest.mark.parametrize("kind", ["none", "encoder", "forecast"])
+def test_samples_in_bf16_are_near_those_of_the_cpu(name, kind):
+    model = tiny_network(name, in_channels=3).requires_grad_(False)
+    x, y = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2])
+    draw = sampling(model, create_diffusion("10", learn_sigma=model.out_channels > 3), "ddim", kind)
+    expected = draw(x, y)
+    model.cuda()
+    assert error(draw(x.cuda(), y.cuda()), expected) < 1e-3
+    prepare_network(model, "bf16", compile=False)
+    with autocast(CUDA, "bf16"):
+        assert error(draw(x.cuda(), y.cuda()), expected) < 0.1
+
+
+@cuda
+def test_a_step_of_training_and_of_sampling_does_not_wait_for_the_device():
+    model = tiny_network("DiNext-S/2").train().cuda()
+    state = Training.begin(model, LossMeter().cuda(), 1e-4, OptimizerArgs())
+    x, t, y = (part.cuda() for part in inputs(model))
+
+    def step():
+        with autocast(CUDA, "bf16"):
+            loss = create_diffusion("").training_losses(model, x, t.long(), dict(y=y), x)["loss"].mean()
+        loss.backward()
+        state.opt.found_inf = state.meter.update(loss.detach(), state.clip_gradients(1.0))
+        state.opt.step()
+        state.opt.zero_grad(set_to_none=True)
+        state.update_ema(0.99)
+
+    draw = torch.no_grad()(sampling(model, create_diffusion("4"), "ddpm", "encoder"))
+    for mode in ("default", "default", "error"):  # the first calls set up libraries
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            step()
+            with autocast(CUDA, "bf16"):
+                draw(x, y)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@cuda
+def test_sample_ddp_draws_under_nccl_what_it_draws_on_the_cpu(tmp_path):
+    run_script("train.py", *TINY_RUN, "--run-name", "run", "--max-steps", 2, cwd=tmp_path)
+    images = []
+    for device in ("cuda", "cpu"):
+        run_script("sample_ddp.py", "--ckpt", "results/run", "--num-fid-samples", 20, "--per-proc-batch-size", 8, "--no-tf32",
+                   "--num-sampling-steps", 4, "--device", device, "--sample-dir", device, cwd=tmp_path, nproc=1)
+        (out,) = (tmp_path / device).glob("*.npz")
+        images.append(np.load(out)["arr_0"].astype(int))
+    assert np.abs(images[0] - images[1]).max() <= 1
+
+
+@cuda
+def test_features_of_an_evaluation_are_those_of_the_cpu(inception_file):
+    images = torch.randint(256, (4, 64, 48, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        found, expected = (Inception(inception_file, device)(images.to(device)) for device in (CUDA, torch.device("cpu")))
+    for name in expected:
+        assert error(found[name], expected[name]) < 1e-4, name
+
