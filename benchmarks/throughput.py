@@ -26,12 +26,9 @@ import gc
 import itertools
 import json
 import math
-import os
-import re
 import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
@@ -42,14 +39,12 @@ from typing import NamedTuple
 import torch
 from jsonargparse import Namespace
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.moved_bytes import ByteCounter, FusedAttention, fake_autocast, fake_cuda
+from benchmarks.instruments import KINDS, ByteCounter, FusedAttention, fake_autocast, fake_cuda, kernel_seconds
 from diffusion import create_diffusion
 from models import DiT_models
 from runtime import UserError, cli
@@ -60,9 +55,6 @@ from small_models import DIFFUSION_NETWORKS
 REFERENCE = "diffusers/"
 MATMUL_SIZE = {"cuda": 8192, "mps": 4096, "cpu": 1024}  # large enough for the full rate
 ATTENTION = {"cuda": {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}}  # rows of a device
-KINDS = {  # of kernels, by the first pattern that their names match
-    "attention": r"flash|fmha|attention|sdpa", "convolution": r"conv|dgrad|wgrad|fprop",
-    "matmul": r"gemm|nvjet|cutlass|cublas|addmm|::b?mm|linear", "other": ""}
 WARM_UP = 3  # calls of each candidate before the rounds; the first ones compile
 
 
@@ -219,18 +211,7 @@ class Candidate:
         self.seconds.append(time.perf_counter() - start)
 
     def profile(self) -> None:
-        """Read where the time of one call goes."""
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's library writes a line at each start and stop
-        cuda = self.device.type == "cuda"
-        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
-            self.call()
-            synchronize(self.device)
-        seconds = Counter()
-        for event in profiler.key_averages():
-            if not cuda or event.device_type == DeviceType.CUDA:  # on CUDA the kernels, not what launched them
-                kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, event.key, re.IGNORECASE))
-                seconds[kind] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
-        self.where = dict(seconds)
+        self.where = kernel_seconds(self.call, self.device)
 
     def attempt(self, function: Callable[[], None]) -> None:
         """Call one of the methods above. If it is out of memory, give up the candidate and free its memory."""

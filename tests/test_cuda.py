@@ -10,7 +10,7 @@ from test_models import SEAMED, TINY, family, inputs
 from test_models import tiny as tiny_network
 from torch.nn import functional as F
 
-from benchmarks.moved_bytes import fake_autocast, fake_cuda
+from benchmarks.instruments import fake_autocast, fake_cuda
 from diffusion import create_diffusion
 from diffusion.guidance import guide, in_interval
 from diffusion.reuse import Reuse, plan

@@ -8,7 +8,7 @@ import torch
 from conftest import assert_one_line
 from torch.nn.attention import SDPBackend
 
-from benchmarks.moved_bytes import ByteCounter, FusedAttention
+from benchmarks.instruments import ByteCounter, FusedAttention
 from models import DiT, DiT_models
 from small_models import DIFFUSION_NETWORKS
 

@@ -1,4 +1,6 @@
-"""What the operations of a network read and write on CUDA, counted with fake tensors: no GPU is needed.
+"""What is seen of a network's kernels: where their time goes, and which bytes they move.
+
+Bytes are those of CUDA, counted with fake tensors, so without a GPU:
 
     with fake_cuda(model), torch.no_grad(), fake_autocast("bf16"):  # a model on the meta device
         with ByteCounter() as counter, FusedAttention(counter):
@@ -7,19 +9,43 @@
 """
 
 import math
+import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import DeviceType
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from runtime.processes import synchronize
+
+KINDS = {  # of kernels, by the first pattern that their names match
+    "attention": r"flash|fmha|attention|sdpa", "convolution": r"conv|dgrad|wgrad|fprop",
+    "matmul": r"gemm|nvjet|cutlass|cublas|addmm|::b?mm|linear", "other": ""}
 FREE = re.compile("empty|_unsafe_view|detach")  # operations that are no views, but move nothing
+
+
+def kernel_seconds(call: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Where the time of one call goes: the seconds of its kernels (on the CPU: of its operations) by KINDS, from a profiler."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's library writes a line at each start and stop
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+        call()
+        synchronize(device)
+    seconds = Counter()
+    for event in profiler.key_averages():
+        if not cuda or event.device_type == DeviceType.CUDA:  # on CUDA the kernels, not what launched them
+            kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, event.key, re.IGNORECASE))
+            seconds[kind] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+    return dict(seconds)
 
 
 @contextmanager

@@ -1,0 +1,388 @@
+"""Measure all that a GPU decides, in one command: ceilings, networks, sampling, sizes, waiting.
+
+    python benchmarks/gpu_report.py --out benchmarks/results/h200.json
+    python benchmarks/gpu_report.py --stages ceilings networks --out …      # the same command goes on where it was stopped
+    python benchmarks/gpu_report.py --toy --out toy.json                    # all of it in miniature, on a CPU
+
+Stages, the most useful first; each runs in a process of its own that is ended after --limit seconds:
+
+- ceilings: a large matmul, a large copy, and the depthwise 7x7 convolution of DiNext, forward, dgrad (to the input) and wgrad
+  (to the kernel), by dtype, backend and memory format, with the errors against float64.
+- networks: throughput.py of DiT-XL/2, DiNext-XL/2 and DiNext-U-XL, compiled, bf16; the share of the time in which kernels run.
+- sampling: seconds an image from random XL weights, without decoding: DDPM-250, dpm++ 20, interval, both kinds of reuse.
+- sizes: throughput.py of the other sizes, batches, eager, and diffusers' DiT where that is installed.
+- waiting: how long sample_ddp.py's device waits between batches, and train.py on cached features for data.
+
+Each figure is in the JSON at once; figures that are there are not measured again. expectations.json has estimates for an H200.
+They stand in the table (OUT.md) beside what was measured, so that what is off is seen.
+"""
+
+import contextlib
+import gc
+import importlib.util
+import json
+import multiprocessing
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jsonargparse import Namespace
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.instruments import KINDS, kernel_seconds
+from pipeline.autoencoders import Pixels
+from pipeline.generation import Sampling, generate, prepare_network
+from pipeline.spec import BareWeights
+from runtime import UserError, cli
+from runtime.files import check_writable, write_text
+from runtime.processes import start_world, synchronize
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPECTATIONS = Path(__file__).with_name("expectations.json")
+Row = dict[str, float | str]
+Item = tuple[str, Callable[[], dict[str, Row]]]  # a name, and what measures its rows: name -> figures
+
+
+class Scale(NamedTuple):
+    """The sizes of what is measured."""
+
+    matmul: int = 8192
+    copied: int = 2**30                   # bytes
+    depthwise: tuple = ((64, 1152, 16), (64, 512, 32), (64, 1024, 16), (64, 2048, 8), (64, 384, 16))  # B, D, H = W
+    networks: tuple = ("DiT-XL/2", "DiNext-XL/2", "DiNext-U-XL")
+    others: tuple = ("DiT-S/2", "DiNext-S/2", "DiNext-U-S", "DiT-B/2", "DiNext-B/2", "DiNext-U-B", "DiT-L/2", "DiNext-L/2",
+                     "DiNext-U-L")
+    reference: str = "diffusers/DiT-XL/2"
+    image_size: int = 256
+    batch: int = 64
+    batches: tuple = (8, 64)              # of sampling
+    steps: tuple = (250, 20)              # of ddpm and of dpm++
+    repeats: int = 20
+    compile: bool = True
+    precision: str = "bf16"
+    waiting: tuple = ("DiT-XL/2", "DiNext-S/2")
+    pictures: int = 2048
+    drawn: int = 1024
+    trained: int = 60                     # steps
+
+
+TOY = Scale(matmul=64, copied=2**12, depthwise=((2, 8, 6),), networks=("DiT-S/8", "DiNext-S/8"), others=("DiNext-U-S",),
+            reference="diffusers/DiT-S/8", image_size=64, batch=1, batches=(2,), steps=(3, 2), repeats=1, compile=False,
+            precision="fp32", waiting=("DiNext-S/8",), pictures=12, drawn=6, trained=2)
+
+
+def build_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser("Measure all that a GPU decides, into one JSON and one table.")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES), help="default: all, in this order")
+    parser.add_argument("--out", required=True, help="JSON file for the figures; the table lies beside it")
+    parser.add_argument("--limit", type=int, default=480, help="seconds for each stage")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, to try the report itself on a CPU")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one, else cpu")
+    return parser
+
+
+# --- ceilings --------------------------------------------------------------------------------------
+
+
+def ceilings(scale: Scale, device: torch.device) -> Iterator[Item]:
+    for precision in ("bf16", "tf32"):
+        yield f"matmul {precision} {scale.matmul}", partial(time_matmul, scale, precision, device)
+    yield f"copy {scale.copied / 2**20:g} MiB", partial(time_copy, scale, device)
+    for batch, width, size in scale.depthwise:
+        yield f"depthwise 7x7 B {batch} D {width} {size}x{size}", partial(time_depthwise, scale, batch, width, size, device)
+
+
+def seconds_of(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """The median time of a call, after three to warm up. Ten calls are timed together: one may be shorter than its launch."""
+    for _ in range(3):
+        call()
+    laps = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(10):
+            call()
+        synchronize(device)
+        laps.append((time.perf_counter() - start) / 10)
+    return statistics.median(laps)
+
+
+def time_matmul(scale: Scale, precision: str, device: torch.device) -> dict[str, Row]:
+    matrix = torch.randn(scale.matmul, scale.matmul, device=device, dtype=torch.bfloat16 if precision == "bf16" else None)
+    seconds = seconds_of(lambda: matrix @ matrix, scale.repeats, device)
+    return {"torch.mm": {"tflops": 2 * scale.matmul**3 / seconds / 1e12}}
+
+
+def time_copy(scale: Scale, device: torch.device) -> dict[str, Row]:
+    source = torch.ones(scale.copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = seconds_of(lambda: target.copy_(source), scale.repeats, device)
+    return {"copy_": {"terabytes_per_second": 2 * scale.copied / seconds / 1e12}}
+
+
+def time_depthwise(scale: Scale, batch: int, width: int, size: int, device: torch.device) -> dict[str, Row]:
+    x, g = torch.randn(2, batch, size, size, width, device=device).permute(0, 1, 4, 2, 3)
+    w = torch.randn(width, 1, 7, 7, device=device) / 7
+    rows = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, cudnn, benchmark in (("cudnn", True, False), ("cudnn benchmark", True, True), ("native", False, False)):
+            for layout, form in (("NHWC", torch.channels_last), ("NCHW", torch.contiguous_format)):
+                tensors = [tensor.to(dtype).contiguous(memory_format=form) for tensor in (x, w, g)]
+                with torch.backends.cudnn.flags(enabled=cudnn, benchmark=benchmark):
+                    rows[f"{str(dtype)[6:]} {name} {layout}"] = depthwise_row(*tensors, scale.repeats, device)
+    return rows
+
+
+def depthwise_row(x, w, g, repeats: int, device: torch.device) -> Row:
+    """Milliseconds and relative errors of the three passes."""
+    width = w.shape[0]
+
+    def backward(g, x, w, wanted: list[bool]):
+        return torch.ops.aten.convolution_backward(g, x, w, None, [1, 1], [3, 3], [1, 1], False, [0, 0], width, wanted)
+
+    passes = {"forward": lambda x, w, g: F.conv2d(x, w, padding=3, groups=width),
+              "dgrad": lambda x, w, g: backward(g, x, w, [True, False, False])[0],
+              "wgrad": lambda x, w, g: backward(g, x, w, [False, True, False])[1]}
+    exact = [tensor.double() for tensor in (x, w, g)]
+    row = {}
+    for name, run in passes.items():
+        row[f"{name}_ms"] = 1000 * seconds_of(partial(run, x, w, g), repeats, device)
+        found, expected = run(x, w, g).double(), run(*exact)
+        row[f"{name}_error"] = ((found - expected).norm() / expected.norm()).item()
+    return {"three_passes_ms": sum(row[f"{name}_ms"] for name in passes)} | row
+
+
+# --- networks and sizes: throughput.py -------------------------------------------------------------
+
+
+def networks(scale: Scale, device: torch.device) -> Iterator[Item]:
+    for what in ("train", "forward"):
+        measure = partial(throughput, scale, scale.networks, what, scale.batch, scale.compile, device)
+        yield f"{what} batch {scale.batch}", measure
+
+
+def sizes(scale: Scale, device: torch.device) -> Iterator[Item]:
+    for what in ("train", "forward"):
+        measure = partial(throughput, scale, scale.others, what, scale.batch, scale.compile, device)
+        yield f"{what} batch {scale.batch}, other sizes", measure
+    for batch in scale.batches:
+        yield f"forward batch {batch} eager", partial(throughput, scale, scale.networks, "forward", batch, False, device)
+    if importlib.util.find_spec("diffusers"):
+        pair = (scale.reference.removeprefix("diffusers/"), scale.reference)
+        yield f"train {scale.reference}", partial(throughput, scale, pair, "train", scale.batch, scale.compile, device)
+
+
+def throughput(scale: Scale, models: tuple, what: str, batch: int, compile: bool, device: torch.device) -> dict[str, Row]:
+    """The figures of throughput.py, by model and attention."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "figures.json"
+        start("benchmarks/throughput.py", "--models", *models, "--what", what, "--batch-size", batch, "--compile", compile,
+              "--precision", scale.precision, "--image-size", scale.image_size, "--repeats", scale.repeats, "--device",
+              device.type, "--out", out, cwd=folder)
+        results = json.loads(out.read_text())["results"]
+    return {" ".join(filter(None, [r["model"], r["attention"]])): throughput_row(r) for r in results}
+
+
+def throughput_row(result: dict) -> Row:
+    if result["out_of_memory"]:
+        return {"failed": "out of memory"}
+    kernels, seconds = result["kernel_seconds"], statistics.median(result["seconds"])
+    total = sum(kernels.values())
+    return {"images_per_second": result["images_per_second"], "ratio": result["ratio"], "of_matmul": result["of_matmul"],
+            "gib": (result["peak_memory_bytes"] or 0) / 2**30, "mb_moved_eager": result["bytes_moved"] / 1e6,
+            "kernels_run": total / seconds, **{kind: kernels[kind] / total for kind in KINDS if kind in kernels}}
+
+
+def start(script: str, *flags: object, cwd: str | Path) -> str:
+    """Run a script of this repository; its output. Raises RuntimeError with the end of what it wrote, if it fails."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], cwd=cwd, text=True, capture_output=True)
+    if done.returncode:
+        raise RuntimeError(f"{script} ended with code {done.returncode}: {done.stderr[-1000:]}")
+    return done.stdout
+
+
+# --- sampling --------------------------------------------------------------------------------------
+
+
+def sampling(scale: Scale, device: torch.device) -> Iterator[Item]:
+    for name in scale.networks:
+        for batch in scale.batches:
+            yield f"{name} batch {batch}", partial(time_sampling, scale, name, batch, device)
+
+
+def time_sampling(scale: Scale, name: str, batch: int, device: torch.device) -> dict[str, Row]:
+    """Seconds an image, guided, from random weights; the first call of each way compiles and is not timed."""
+    torch.compiler.reset()
+    spec = BareWeights(name, scale.image_size).spec({})
+    with device:
+        model = spec.model.build().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    prepare_network(model, scale.precision, scale.compile)
+    ddpm, fast = (dict(sampler=sampler, num_sampling_steps=str(steps), cfg_scale=1.5, precision=scale.precision)
+                  for sampler, steps in zip(("ddpm", "dpm++"), scale.steps))
+    ways = {"ddpm": ddpm, "ddpm encoder": ddpm | dict(reuse="encoder"), "dpm++": fast,
+            "dpm++ interval": fast | dict(guidance_interval=(100.0, 600.0)),
+            "dpm++ encoder": fast | dict(reuse="encoder", key_steps="every:2"),
+            "dpm++ forecast": fast | dict(reuse="forecast", key_steps="every:2")}
+    return {way: sampling_row(model, Sampling.of(spec, given, model), batch, device) for way, given in ways.items()}
+
+
+def sampling_row(model: nn.Module, chosen: Sampling, batch: int, device: torch.device) -> Row:
+    labels = [i % model.num_classes for i in range(batch)]
+    draw = partial(generate, model, Pixels(), labels, range(batch), 0, chosen)
+    laps = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        draw()
+        synchronize(device)
+        laps.append(time.perf_counter() - begun)
+    seconds = min(laps[1:])
+    return {"seconds_per_image": seconds / batch, "model_calls": chosen.model_calls, "block_calls": chosen.block_calls(model),
+            "kernels_run": sum(kernel_seconds(draw, device).values()) / seconds}
+
+
+# --- waiting ---------------------------------------------------------------------------------------
+
+
+def waiting(scale: Scale, device: torch.device) -> Iterator[Item]:
+    for name in scale.waiting:
+        yield f"{name} on cached features", partial(time_waiting, scale, name, device)
+
+
+def time_waiting(scale: Scale, name: str, device: torch.device) -> dict[str, Row]:
+    """A run on features of random pictures of half the size (own autoencoder of factor 4), then images from its checkpoint."""
+    common, size = ["--device", device.type, "--precision", scale.precision], scale.image_size // 2
+    with tempfile.TemporaryDirectory() as folder:
+        save_pictures(Path(folder) / "pictures", scale.pictures, size)
+        start("train.py", "--data-path", "pictures", "--image-size", size, "--num-classes", 2, "--model", "Autoencoder-F4C8",
+              "--model-args", '{"hidden_size": 8}', "--max-steps", 1, "--global-batch-size", 8, "--preview-every", 0,
+              "--run-name", "ae", *common, cwd=folder)
+        start("extract_features.py", "--data-path", "pictures", "--image-size", size, "--num-classes", 2, "--vae", "results/ae",
+              "--features-path", "features", *common, cwd=folder)
+        start("train.py", "--data-path", "features", "--model", name, "--max-steps", scale.trained, "--global-batch-size",
+              min(scale.batch, scale.pictures // 2), "--log-every", max(1, scale.trained // 3), "--preview-every", 0,
+              *(["--compile"] if scale.compile else []), "--run-name", "run", *common, cwd=folder)
+        said = start("sample_ddp.py", "--ckpt", "results/run", "--num-fid-samples", scale.drawn, "--num-sampling-steps",
+                     scale.steps[1], "--sampler", "dpm++", "--per-proc-batch-size", max(1, scale.drawn // 4), *common,
+                     cwd=folder)
+        lines = [json.loads(line) for line in (Path(folder) / "results/run/metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "data_wait_share" in line][-1]
+    speed, waited = re.search(r"\((\S+) images/s\); between batches the device waited (\S+)% of the time", said).groups()
+    return {"train.py": {"images_per_second": last["images_per_second"], "data_wait_share": last["data_wait_share"]},
+            "sample_ddp.py": {"images_per_second": float(speed), "between_batches_share": float(waited) / 100}}
+
+
+def save_pictures(folder: Path, count: int, size: int) -> None:
+    random = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / str(i % 2) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(256, size=(size, size, 3), dtype=np.uint8)).save(path, compress_level=1)
+
+
+# --- the report ------------------------------------------------------------------------------------
+
+STAGES = {"ceilings": ceilings, "networks": networks, "sampling": sampling, "sizes": sizes, "waiting": waiting}
+
+
+def run_stage(stage: str, out: Path, toy: bool, device: str) -> None:
+    """Measure what a stage's part of the report lacks. Runs in a process and a group of its own."""
+    os.setsid()
+    target = start_world(device).device
+    torch.set_grad_enabled(False)
+    report = json.loads(out.read_text())
+    for name, measure in STAGES[stage](TOY if toy else Scale(), target):
+        if name in report["stages"].get(stage, {}):
+            continue
+        print(f"{stage}: {name}", flush=True)
+        try:
+            rows = measure()
+        except (RuntimeError, OSError) as error:  # this figure is lost, not those that follow
+            print(f"  failed: {cli.one_line(error)}", flush=True)
+            report["failed"][f"{stage}: {name}"] = cli.one_line(error)
+        else:
+            report["failed"].pop(f"{stage}: {name}", None)
+            report["stages"].setdefault(stage, {})[name] = rows
+        write_text(out, json.dumps(report, indent=1) + "\n")
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def main(args: Namespace) -> None:
+    cli.check_numbers(args, ["limit"], "at least 1", lambda n: n >= 1)
+    cli.check_output_flag(args, "out", ".json")
+    out = Path(args.out)
+    check_writable(out.parent)
+    device = start_world(args.device).device
+    about = {"device": torch.cuda.get_device_name() if device.type == "cuda" else device.type, "torch": torch.__version__,
+             "toy": args.toy}
+    open_report(out, about)
+    for stage in args.stages:
+        child = multiprocessing.get_context("spawn").Process(target=run_stage, args=(stage, out, args.toy, device.type))
+        child.start()
+        child.join(args.limit)
+        if child.is_alive():
+            with contextlib.suppress(ProcessLookupError):  # it has no group yet, and so has started nothing
+                os.killpg(child.pid, signal.SIGKILL)
+            child.kill()
+            child.join()
+            print(f"{stage}: stopped after {args.limit} s; the same command goes on with what is missing")
+        elif child.exitcode:
+            raise SystemExit(child.exitcode)
+    report = json.loads(out.read_text())
+    table = out.with_suffix(".md")
+    write_text(table, markdown(report, json.loads(EXPECTATIONS.read_text())))
+    print(f"Wrote {out} and {table}; {len(report['failed'])} failed")
+
+
+def open_report(out: Path, about: dict) -> None:
+    """Begin a report, or check that the one at --out is of the same machine."""
+    if not out.exists():
+        write_text(out, json.dumps(about | {"date": f"{date.today()}", "failed": {}, "stages": {}}, indent=1) + "\n")
+        return
+    try:
+        found = json.loads(out.read_text())
+        differ = [key for key in about if found[key] != about[key]]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--out {out} exists and is no report of this script; name another file") from None
+    if differ:
+        raise UserError(f"--out {out} has the figures of another {', '.join(differ)}; name another file, or delete it")
+
+
+def markdown(report: dict, expectations: dict) -> str:
+    """One table a stage: an item and row a line, its figures, and the expected one where there is an estimate."""
+    lines = [f"# {report['device']}, torch {report['torch']}, {report['date']}{', toy sizes' if report['toy'] else ''}", "",
+             f"Expected: {expectations['about']}", ""]
+    for stage, items in report["stages"].items():
+        lines += [f"## {stage}", "", "| | figures | expected | measured / expected |", "|---|---|---|---|"]
+        for item, rows in items.items():
+            for row, figures in rows.items():
+                expected = expectations["figures"].get(f"{stage}: {item}: {row}", {})
+                shown = ", ".join(f"{name} {value:.4g}" if isinstance(value, int | float) else f"{name} {value}"
+                                  for name, value in figures.items() if value is not None)
+                ratio = ", ".join(f"{figures[name] / value:.2f}" for name, value in expected.items() if figures.get(name))
+                estimate = ", ".join(f"{name} {value:.4g}" for name, value in expected.items())
+                lines.append(f"| {item}: {row} | {shown} | {estimate} | {ratio} |")
+        lines.append("")
+    lines += [f"Failed: {name}: {why}" for name, why in report["failed"].items()]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    cli.run(main, build_parser())
