@@ -13,7 +13,7 @@ noisiest. This file uses only the seam of a network: condition, encode, decode (
 
 Legend: B batch, R rows of a call: B, or 2B [conditional, unconditional] if guided. t is on the scale 0..1000.
 Memory: order + 1 states of R rows, and the decoder's activations of at most max(R, `parallel`) rows. The differences of a
-forecast take as much again as the states. A state of DiT-XL/2 at 256 pixels is 1.1 MiB per row in fp32, half in bf16.
+forecast take as much again as the states. A state of DiT-XL/2 at 256 pixels is 1.1 MiB per row.
 """
 
 import math
