@@ -20,6 +20,7 @@ They stand in the table (OUT.md) beside what was measured, so that what is off i
 import contextlib
 import gc
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -65,8 +66,7 @@ class Scale(NamedTuple):
     copied: int = 2**30                   # bytes
     depthwise: tuple = ((64, 1152, 16), (64, 512, 32), (64, 1024, 16), (64, 2048, 8), (64, 384, 16))  # B, D, H = W
     networks: tuple = ("DiT-XL/2", "DiNext-XL/2", "DiNext-U-XL")
-    others: tuple = ("DiT-S/2", "DiNext-S/2", "DiNext-U-S", "DiT-B/2", "DiNext-B/2", "DiNext-U-B", "DiT-L/2", "DiNext-L/2",
-                     "DiNext-U-L")
+    others: tuple = tuple((f"DiT-{size}/2", f"DiNext-{size}/2", f"DiNext-U-{size}") for size in "BSL")
     reference: str = "diffusers/DiT-XL/2"
     image_size: int = 256
     batch: int = 64
@@ -81,7 +81,7 @@ class Scale(NamedTuple):
     trained: int = 60                     # steps
 
 
-TOY = Scale(matmul=64, copied=2**12, depthwise=((2, 8, 6),), networks=("DiT-S/8", "DiNext-S/8"), others=("DiNext-U-S",),
+TOY = Scale(matmul=64, copied=2**12, depthwise=((2, 8, 6),), networks=("DiT-S/8", "DiNext-S/8"), others=(("DiNext-U-S",),),
             reference="diffusers/DiT-S/8", image_size=64, batch=1, batches=(2,), steps=(3, 2), repeats=1, compile=False,
             precision="fp32", waiting=("DiNext-S/8",), pictures=12, drawn=6, trained=2)
 
@@ -177,9 +177,9 @@ def networks(scale: Scale, device: torch.device) -> Iterator[Item]:
 
 
 def sizes(scale: Scale, device: torch.device) -> Iterator[Item]:
-    for what in ("train", "forward"):
-        measure = partial(throughput, scale, scale.others, what, scale.batch, scale.compile, device)
-        yield f"{what} batch {scale.batch}, other sizes", measure
+    for what, models in itertools.product(("train", "forward"), scale.others):
+        measure = partial(throughput, scale, models, what, scale.batch, scale.compile, device)
+        yield f"{what} batch {scale.batch}, {' '.join(models)}", measure
     for batch in scale.batches:
         yield f"forward batch {batch} eager", partial(throughput, scale, scale.networks, "forward", batch, False, device)
     if importlib.util.find_spec("diffusers"):
@@ -226,7 +226,7 @@ def sampling(scale: Scale, device: torch.device) -> Iterator[Item]:
 
 
 def time_sampling(scale: Scale, name: str, batch: int, device: torch.device) -> dict[str, Row]:
-    """Seconds an image, guided, from random weights; the first call of each way compiles and is not timed."""
+    """Seconds an image, guided, from random weights. The first call of each way compiles; the second is timed."""
     torch.compiler.reset()
     spec = BareWeights(name, scale.image_size).spec({})
     with device:
@@ -246,13 +246,12 @@ def time_sampling(scale: Scale, name: str, batch: int, device: torch.device) -> 
 def sampling_row(model: nn.Module, chosen: Sampling, batch: int, device: torch.device) -> Row:
     labels = [i % model.num_classes for i in range(batch)]
     draw = partial(generate, model, Pixels(), labels, range(batch), 0, chosen)
-    laps = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        draw()
-        synchronize(device)
-        laps.append(time.perf_counter() - begun)
-    seconds = min(laps[1:])
+    draw()
+    synchronize(device)
+    begun = time.perf_counter()
+    draw()
+    synchronize(device)
+    seconds = time.perf_counter() - begun
     return {"seconds_per_image": seconds / batch, "model_calls": chosen.model_calls, "block_calls": chosen.block_calls(model),
             "kernels_run": sum(kernel_seconds(draw, device).values()) / seconds}
 
@@ -305,14 +304,14 @@ def run_stage(stage: str, out: Path, toy: bool, device: str) -> None:
     """Measure what a stage's part of the report lacks. Runs in a process and a group of its own."""
     os.setsid()
     target = start_world(device).device
-    torch.set_grad_enabled(False)
     report = json.loads(out.read_text())
     for name, measure in STAGES[stage](TOY if toy else Scale(), target):
         if name in report["stages"].get(stage, {}):
             continue
         print(f"{stage}: {name}", flush=True)
         try:
-            rows = measure()
+            with torch.no_grad():
+                rows = measure()
         except (RuntimeError, OSError) as error:  # this figure is lost, not those that follow
             print(f"  failed: {cli.one_line(error)}", flush=True)
             report["failed"][f"{stage}: {name}"] = cli.one_line(error)

@@ -60,7 +60,7 @@ def test_forward_and_loss_stay_on_the_device(name, precision):
 @pytest.mark.parametrize("objective", ["epsilon", "flow"])
 @pytest.mark.parametrize("name", SEAMED)
 def test_samplers_guidance_and_reuse_stay_on_the_device(name, objective, kind):
-    model, process = fake_network(name, learn_sigma=objective == "epsilon"), create_diffusion("5", objective=objective)
+    model, process = fake_network(name, learn_sigma=objective == "epsilon"), create_diffusion("3", objective=objective)
     draws = [sampling(model, process, sampler, kind) for sampler in SAMPLERS if (objective, sampler) != ("flow", "ddpm")]
     with fake_cuda(model), torch.no_grad(), fake_autocast("bf16"):
         x, y = torch.zeros(2, 3, 8, 8, device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda")
