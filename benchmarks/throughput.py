@@ -249,10 +249,11 @@ def measure(setting: Setting, args, macs: dict[str, int], device: torch.device) 
         if candidate.call:
             candidate.attempt(candidate.profile)
     matmul_rate = 2 * MATMUL_SIZE[device.type] ** 3 / statistics.median(matmul.seconds)
+    moved = {name: count_bytes(name, setting.precision, setting.batch_size, input_size) for name in macs}
     bases = [candidate for (name, _), candidate in models.items() if name == rows[0][0]]
     first = min(bases, key=lambda base: statistics.median(base.seconds) if base.call else math.inf)
     return [{"model": name, "attention": attention, **setting._asdict(), "gmacs": macs[name] / 1e9,
-             "bytes_moved": count_bytes(name, setting.precision, setting.batch_size, input_size),
+             "bytes_moved": moved[name],
              "matmul_flops_per_second": matmul_rate, **figures(candidate, first, setting, macs[name], matmul_rate)}
             for (name, attention), candidate in models.items()]
 
