@@ -1,0 +1,394 @@
+"""Compare networks by what they draw after the same compute time: DiT, DiNext and DiNext-U, with seeds and floors.
+
+    python benchmarks/compare.py time       # once, on a quiet machine: the seconds of a training step of each network
+    python benchmarks/compare.py list       # all runs in their order, with their steps and core-hours
+    taskset -c 0 python benchmarks/compare.py run     # the runs that are missing; a second one beside it takes others
+
+`run` may be killed at any moment; the same command goes on. One JSON a run lies in --results, failures too. For `cifar` first
+
+    python train.py --config configs/cifar_autoencoder.yaml --max-steps 6000 --run-name cifar-autoencoder --data-path DATA/train
+    python extract_features.py --vae results/cifar-autoencoder --features-path features/cifar10/train --data-path DATA/train
+
+with `--image-size 32`; DATA is a folder of CIFAR-10's pictures, with `train` and `test`.
+
+The protocol, written before the first run:
+
+- The budget of a run is compute time: its seconds over the network's seconds a step, measured by `time` on a quiet machine,
+  all networks in turn, on one thread. So it is a number of steps, which other load, kills and continuing do not change.
+- What all networks of a task share: data, autoencoder, flow with logit-normal t, label drop 0.1, EMA 0.999, batch, AdamW
+  (0.9, 0.95), 5 % of the steps to warm up, a cosine over the run; Euler in 25 steps, 5,000 samples, as many of each class, no
+  guidance. The first seed is also sampled with guidance 1.5.
+- Learning rates: LRS for each network, on a fifth of the steps, seed 0. The range of a family grows by a factor of 2 while its
+  best lies at an end. DiT may choose its patch and shape. The network and rate with the lowest FD-classifier go on.
+- Then three seeds of each family with the whole budget, and cosine runs of their own over 1/8, 1/4 and 1/2 of it (seed 0).
+- Sizes have equal step times within 10 %; parameters and multiply-accumulates are told.
+- Figures: FD-classifier (the one that decides), FD-pixel32, label accuracy, nearest training image, each with its floor, the
+  figure of real images. Where there is an autoencoder, the distance of reconstructed training images is told too: no
+  denoiser can do better than that.
+"""
+
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jsonargparse import Namespace
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from diffusion import create_diffusion
+from evaluation.image_sets import save_npz
+from pipeline.autoencoders import latents_of, load_autoencoder
+from runtime import UserError, cli
+from runtime.files import check_writable, in_batches, lock_folder, write_text
+from runtime.pictures import to_uint8
+from runtime.randomness import generator
+from small_models import DIFFUSION_NETWORKS
+from training.datasets import load_dataset
+from training.rows import Rows
+from training.state import LossMeter, OptimizerArgs, Training
+
+ROOT = Path(__file__).resolve().parent.parent
+LRS = (1.5e-3, 3e-3, 6e-3)
+SEARCH, CURVE, SEEDS = Fraction(1, 5), (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2)), (0, 1, 2)
+SAMPLES, GUIDANCE = 5000, 1.5
+FLOW = {"objective": "flow", "time_sampling": "logit-normal"}
+ROUNDS = 15  # of timed steps
+Network = tuple[str, dict[str, Any]]  # a preset, and arguments over its own
+
+
+class Task(NamedTuple):
+    """A data set, the budget, and the networks that compete, by family and name."""
+
+    seconds: float
+    batch_size: int
+    shape: tuple[int, int, int]  # (C, H, W) of what is noised
+    data: str                    # flags of train.py; {…} stands for a flag of this script, here and below
+    real: tuple[str, str]        # held-out and training images, as evaluate.py names them
+    classifier: str              # flags of classifier.py
+    families: dict[str, dict[str, Network]]
+
+
+TASKS = {
+    "cifar": Task(1980, 128, (8, 8, 8), "--data-path {cifar_features}", ("{cifar}/test", "{cifar}/train"),
+                  "--data-path {cifar}/train --image-size 32 --epochs 10", {
+        "DiT": {"DiT/1 96x3": ("DiT-S/2", dict(patch_size=1, hidden_size=96, depth=3, num_heads=3)),
+                "DiT/2 192x5": ("DiT-S/2", dict(hidden_size=192, depth=5, num_heads=3)),
+                "DiT/2 256x3": ("DiT-S/2", dict(hidden_size=256, depth=3, num_heads=4))},
+        "DiNext": {"DiNext/1 104x4": ("DiNext-S/2", dict(patch_size=1, hidden_size=104, depth=4))},
+        "DiNext-U": {"DiNext-U 64": ("DiNext-U-S", dict(hidden_size=64, depths=[1, 2, 3, 2, 1]))}}),
+    "mnist16": Task(420, 64, (1, 16, 16), "--data-path mnist --image-size 16 --vae pixels", ("mnist", "mnist"),
+                    "--data-path mnist --image-size 16 --epochs 5", {
+        "DiT": {"DiT/2 96x4": ("DiT-S/2", dict(hidden_size=96, depth=4, num_heads=3)),
+                "DiT/4 192x5": ("DiT-S/4", dict(hidden_size=192, depth=5, num_heads=3))},
+        "DiNext": {"DiNext/2 96x5": ("DiNext-S/2", dict(hidden_size=96, depth=5))},
+        "DiNext-U": {"DiNext-U 32": ("DiNext-U-S", dict(hidden_size=32, depths=[1, 1, 2, 1, 1]))}}),
+    "digits": Task(60, 64, (1, 8, 8), "--data-path digits --vae pixels", ("digits", "digits"),
+                   "--data-path digits --epochs 20", {
+        "DiT": {"DiT/1 40x2": ("DiT-S/2", dict(patch_size=1, hidden_size=40, depth=2, num_heads=1)),
+                "DiT/2 64x4": ("DiT-S/2", dict(hidden_size=64, depth=4, num_heads=2))},
+        "DiNext": {"DiNext/2 64x4": ("DiNext-S/2", dict(hidden_size=64, depth=4))},
+        "DiNext-U": {"DiNext-U 16": ("DiNext-U-S", dict(hidden_size=16, depths=[1, 1, 1, 1, 1]))}}),
+}
+
+
+def build_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser("Compare networks by what they draw after the same compute time.")
+    parser.add_argument("what", choices=list(ACTIONS), help="time first, then run; list at any time")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="in this order")
+    parser.add_argument("--results", default="benchmarks/results/compare", help="folder of the JSON files")
+    parser.add_argument("--work", default="results/compare", help="folder of runs, samples and classifiers")
+    parser.add_argument("--data-root", default="data", help="where MNIST lies")
+    parser.add_argument("--cifar", default="data/cifar10-jpg", help="CIFAR-10's pictures, with train and test")
+    parser.add_argument("--cifar-features", default="features/cifar10/train", help="their latents, mirrored ones too")
+    return parser
+
+
+# --- which runs --------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """One training, its samples and figures."""
+
+    task: str
+    stage: str  # "search" of a learning rate and shape, "main", "curve"
+    family: str
+    network: str
+    lr: float
+    seed: int
+    share: Fraction  # of the budget
+
+    @property
+    def name(self) -> str:
+        """The name of its JSON and of its folder."""
+        share = f"{self.share.numerator}of{self.share.denominator}"
+        return f"{self.task}-{self.network.replace(' ', '-').replace('/', '')}-lr{self.lr:g}-seed{self.seed}-{share}"
+
+
+def plan(task: str, results: dict[str, dict]) -> list[Run]:
+    """The runs of a task in their order, as far as the results so far tell which these are."""
+    runs, chosen = [], {}
+    for family, networks in TASKS[task].families.items():
+        searched, chosen[family] = search(task, family, list(networks), results)
+        runs += searched
+    if None in chosen.values():
+        return runs
+
+    def of_all(stage: str, seed: int, share: Fraction) -> list[Run]:
+        return [Run(task, stage, family, best.network, best.lr, seed, share) for family, best in chosen.items()]
+
+    runs += [run for seed in SEEDS for run in of_all("main", seed, Fraction(1))]
+    return runs + [run for share in CURVE for run in of_all("curve", SEEDS[0], share)]
+
+
+def search(task: str, family: str, networks: list[str], results: dict[str, dict]) -> tuple[list[Run], Run | None]:
+    """The runs that seek a family's network and learning rate, and the best of them once all are done."""
+    rates = {network: list(LRS) for network in networks}
+    while True:
+        runs = [Run(task, "search", family, network, lr, SEEDS[0], SEARCH) for network in networks for lr in rates[network]]
+        if not all(run.name in results for run in runs):
+            return runs, None
+        best = min(runs, key=lambda run: distance(results[run.name]))
+        range_ = sorted(rates[best.network])
+        if best.lr in range_[1:-1]:
+            return runs, best
+        rates[best.network].append(best.lr / 2 if best.lr == range_[0] else best.lr * 2)
+
+
+def distance(result: dict) -> float:
+    return figure(result, "FD-classifier")["value"] if "figures" in result else math.inf
+
+
+def figure(result: dict, name: str) -> dict:
+    return next(figure for figure in result["figures"] if figure["name"] == name)
+
+
+def read_results(folder: Path) -> dict[str, dict]:
+    """By name, all JSON files of --results."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def steps_of(run: Run, results: dict[str, dict]) -> int:
+    if run.network not in (times := results.get(f"{run.task}-times", {"networks": {}})["networks"]):
+        raise UserError(f"the step time of {run.network} is not known; first run `compare.py time --tasks {run.task}`")
+    return round(run.share * TASKS[run.task].seconds / times[run.network]["seconds"])
+
+
+# --- time --------------------------------------------------------------------------------------------
+
+
+def time_steps(args: Namespace) -> None:
+    """Write TASK-times.json: the median seconds of a training step of each network, all in turn, on one thread."""
+    torch.set_num_threads(1)
+    for name in args.tasks:
+        task, path = TASKS[name], Path(args.results) / f"{name}-times.json"
+        if path.exists():
+            raise UserError(f"{path} exists, and budgets depend on it; delete it to measure anew")
+        networks = {title: build(network, task.shape) for family in task.families.values() for title, network in family.items()}
+        calls = {title: training_step(network, task) for title, network in networks.items()}
+        seconds = {title: [] for title in calls}
+        for _ in tqdm(range(ROUNDS + 2), f"{name}: rounds of steps"):
+            for title, call in calls.items():
+                start = time.perf_counter()
+                call()
+                seconds[title].append(time.perf_counter() - start)
+        figures = {title: {"seconds": statistics.median(own[2:]), "fastest": min(own), "slowest": max(own[2:]),
+                           "parameters": sum(p.numel() for p in networks[title].parameters() if p.requires_grad),
+                           "macs": count_macs(networks[title])} for title, own in seconds.items()}
+        write_json(path, about() | {"batch_size": task.batch_size, "rounds": ROUNDS, "networks": figures})
+
+
+def build(network: Network, shape: tuple[int, int, int]) -> torch.nn.Module:
+    name, changes = network
+    return DIFFUSION_NETWORKS[name](**{"input_size": shape[1:], "in_channels": shape[0], "num_classes": 10,
+                                       "learn_sigma": False} | changes)
+
+
+def training_step(model: torch.nn.Module, task: Task) -> Callable[[], None]:
+    """What train.py does in a step, without reading data, as a function without arguments."""
+    process = create_diffusion("", **FLOW)
+    state, draws = Training.begin(model, LossMeter(), 1e-3, OptimizerArgs()), torch.Generator().manual_seed(0)
+    x, y = torch.randn(task.batch_size, *task.shape), torch.randint(10, (task.batch_size,))
+
+    def step() -> None:
+        noise, t = torch.randn(x.shape, generator=draws), process.sample_times(task.batch_size, draws)
+        loss = process.training_losses(model, x, t, dict(y=y), noise)["loss"].mean()
+        loss.backward()
+        state.opt.found_inf = state.meter.update(loss.detach(), state.clip_gradients(math.inf))
+        state.opt.step()
+        state.opt.zero_grad(set_to_none=True)
+        state.update_ema(0.999)
+        state.step += 1
+
+    return step
+
+
+def count_macs(model: torch.nn.Module) -> int:
+    """Multiply-accumulates of one image's forward pass."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, model.in_channels, *model.input_size), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    return counter.get_total_flops() // 2
+
+
+# --- list, run ---------------------------------------------------------------------------------------
+
+
+def list_runs(args: Namespace) -> None:
+    results = read_results(Path(args.results))
+    for task in args.tasks:
+        runs = plan(task, results)
+        for run in runs:
+            state = "-" if run.name not in results else "failed" if "failed" in results[run.name] else "done"
+            print(f"{state:6} {run.stage:6} {steps_of(run, results):6} steps {hours(run):5.2f} h  {run.name}")
+        more = ", then what the search decides" if runs[-1].stage == "search" else ""
+        print(f"{task}: {sum(map(hours, runs)):.1f} core-hours of training{more}", flush=True)
+
+
+def hours(run: Run) -> float:
+    return float(run.share) * TASKS[run.task].seconds / 3600
+
+
+def run_all(args: Namespace) -> None:
+    """Do what is missing, the worthiest first. Several of these may run beside each other."""
+    folder, work = Path(args.results), Path(args.work)
+    list_runs(args)
+    check_writable(work)
+    for task in args.tasks:
+        prepare(task, args)
+        while missing := missing_runs(task, folder):
+            run = next((run for run in missing if claim(work / "claims" / run.name)), None)
+            if run is None:
+                time.sleep(10)  # others are at work on them; what they find may call for more runs
+            elif run in missing_runs(task, folder):  # and not done by another one since
+                write_json(folder / f"{run.name}.json", execute(run, steps_of(run, read_results(folder)), args))
+
+
+def missing_runs(task: str, folder: Path) -> list[Run]:
+    results = read_results(folder)
+    return [run for run in plan(task, results) if run.name not in results]
+
+
+def claim(folder: Path) -> bool:
+    """Whether this process may do the work of this name. It has it until it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock_folder(folder, "", "")
+    except UserError:
+        return False
+    return True
+
+
+def prepare(task: str, args: Namespace) -> None:
+    """A classifier of the task's images, and the figures of reconstructed images where there is an autoencoder."""
+    while not claim(Path(args.work) / "claims" / task):
+        time.sleep(10)
+    if not (classifier := classifier_of(task, args)).exists():
+        call(["benchmarks/classifier.py", *expand(TASKS[task].classifier, args), "--data-root", args.data_root, "--out",
+              str(classifier)])
+    path = Path(args.results) / f"{task}-reconstructions.json"
+    if task == "cifar" and not path.exists():
+        npz = Path(args.work) / "reconstructions" / "samples.npz"
+        npz.parent.mkdir(exist_ok=True)
+        reconstruct(args.cifar_features, npz)
+        write_json(path, about() | {"figures": evaluate(task, npz, args, training=True)})
+
+
+@torch.no_grad()
+def reconstruct(features: str, path: Path) -> None:
+    """Decode the latents of SAMPLES training images."""
+    data = load_dataset(features)
+    autoencoder = load_autoencoder(data.made_by["vae"])
+    rows = torch.randperm(len(data), generator=generator("floor"))[:SAMPLES].numpy()
+    images, labels = [], []
+    for batch in in_batches(SAMPLES, 100):
+        latents, own = data.__getitems__(Rows.plain(rows[batch]))
+        images.append(to_uint8(autoencoder.decode(latents_of(autoencoder, latents, data.kind, None))).numpy())
+        labels += own.tolist()
+    save_npz(path, (SAMPLES, *images[0].shape[1:]), images, arr_1=labels)
+
+
+def execute(run: Run, steps: int, args: Namespace) -> dict:
+    """Train, sample and measure. Returns what the run's JSON holds."""
+    task, folder = TASKS[run.task], Path(args.work) / run.name
+    preset, changes = task.families[run.family][run.network]
+    train = ["train.py", *expand(task.data, args), "--data-root", args.data_root, "--model", preset,
+             "--model-args", json.dumps(changes), "--diffusion-args", json.dumps(FLOW), "--optimizer-args",
+             json.dumps({"betas": [0.9, 0.95], "warmup_steps": steps // 20, "schedule": "cosine"}), "--lr", str(run.lr),
+             "--ema-decay", "0.999", "--global-batch-size", str(task.batch_size), "--max-steps", str(steps),
+             "--global-seed", str(run.seed), "--num-workers", "0", "--ckpt-every", "200", "--keep-last", "1",
+             "--preview-every", "0", "--results-dir", args.work, "--run-name", run.name]
+    result = run._asdict() | {"share": float(run.share), "steps": steps, "preset": preset, "model_args": changes,
+                              "seconds": task.seconds * float(run.share), **about(), "command": shlex.join(train)}
+    if failure := call(train, may_fail=True):
+        return result | {"failed": failure}
+    result["loss"] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+    first = run.stage == "main" and run.seed == SEEDS[0]
+    for name, scale in {"figures": 1.0, **({"guided": GUIDANCE} if first else {})}.items():
+        call(["sample_ddp.py", "--ckpt", str(folder / f"checkpoints/{steps:07d}.pt"), "--balanced", "--num-fid-samples",
+              str(SAMPLES), "--per-proc-batch-size", "250", "--sampler", "euler", "--num-sampling-steps", "25",
+              "--cfg-scale", str(scale), "--sample-dir", str(folder / name)])
+        (npz,) = (folder / name).glob("*.npz")
+        result[name] = evaluate(run.task, npz, args, training=run.stage == "main")
+    return result
+
+
+def evaluate(task: str, npz: Path, args: Namespace, training: bool) -> list[dict]:
+    """evaluate.py's figures of samples; `training`: the nearest training images too, and floors of training images."""
+    held_out, train = expand(" ".join(TASKS[task].real), args)
+    out = npz.with_name("figures.json")
+    call(["evaluate.py", held_out, str(npz), "--weights", "none", "--classifier", str(classifier_of(task, args)),
+          "--data-root", args.data_root, *(["--training-images", train] if training else []), "--json", str(out)])
+    return json.loads(out.read_text())["figures"]
+
+
+def expand(flags: str, args: Namespace) -> list[str]:
+    return [flag.format(**args.as_dict()) for flag in flags.split()]
+
+
+def classifier_of(task: str, args: Namespace) -> Path:
+    return Path(args.work) / f"classifier-{task}.pt"
+
+
+def call(command: list[str], may_fail: bool = False) -> str | None:
+    """Run one of the scripts on one thread. Returns its error, the last line, if it fails with one and `may_fail`."""
+    print(f"{time.strftime('%H:%M:%S')} {shlex.join(command)}", flush=True)
+    done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode and not (may_fail and done.returncode == 2):
+        raise SystemExit(f"{shlex.join(command)} failed:\n{done.stderr[-3000:]}")
+    return done.stderr.strip().splitlines()[-1] if done.returncode else None
+
+
+def about() -> dict[str, str]:
+    """Where and of what code a figure is."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {"device": f"cpu, 1 thread, {platform.machine()}", "torch": torch.__version__, "date": f"{date.today()}",
+            "commit": git.stdout.strip()}
+
+
+def write_json(path: Path, report: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(report, indent=1) + "\n")
+
+
+ACTIONS = {"time": time_steps, "list": list_runs, "run": run_all}
+
+
+def main(args: Namespace) -> None:
+    ACTIONS[args.what](args)
+
+
+if __name__ == "__main__":
+    cli.run(main, build_parser())
