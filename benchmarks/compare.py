@@ -3,6 +3,7 @@
     python benchmarks/compare.py time       # once, on a quiet machine: the seconds of a training step of each network
     python benchmarks/compare.py list       # all runs in their order, with their steps and core-hours
     taskset -c 0 python benchmarks/compare.py run     # the runs that are missing; a second one beside it takes others
+    python benchmarks/compare.py plot       # table.md and compare.png, from the results
 
 `run` may be killed at any moment; the same command goes on. One JSON a run lies in --results, failures too. For `cifar` first
 
@@ -38,9 +39,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from jsonargparse import Namespace
@@ -48,6 +47,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.comparison import (
+    GUIDANCE,
+    SEEDS,
+    TASKS,
+    Network,
+    Run,
+    Task,
+    hours,
+    missing_runs,
+    plan,
+    read_results,
+    steps_of,
+    write_report,
+)
 from diffusion import create_diffusion
 from evaluation.image_sets import save_npz
 from pipeline.autoencoders import latents_of, load_autoencoder
@@ -61,129 +74,20 @@ from training.rows import Rows
 from training.state import LossMeter, OptimizerArgs, Training
 
 ROOT = Path(__file__).resolve().parent.parent
-LRS = (1.5e-3, 3e-3, 6e-3)
-SEARCH, CURVE, SEEDS = Fraction(1, 5), (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2)), (0, 1, 2)
-SAMPLES, GUIDANCE = 5000, 1.5
+SAMPLES, ROUNDS = 5000, 15  # images of a run; timed steps of a network
 FLOW = {"objective": "flow", "time_sampling": "logit-normal"}
-ROUNDS = 15  # of timed steps
-Network = tuple[str, dict[str, Any]]  # a preset, and arguments over its own
-
-
-class Task(NamedTuple):
-    """A data set, the budget, and the networks that compete, by family and name."""
-
-    seconds: float
-    batch_size: int
-    shape: tuple[int, int, int]  # (C, H, W) of what is noised
-    data: str                    # flags of train.py; {…} stands for a flag of this script, here and below
-    real: tuple[str, str]        # held-out and training images, as evaluate.py names them
-    classifier: str              # flags of classifier.py
-    families: dict[str, dict[str, Network]]
-
-
-TASKS = {
-    "cifar": Task(1980, 128, (8, 8, 8), "--data-path {cifar_features}", ("{cifar}/test", "{cifar}/train"),
-                  "--data-path {cifar}/train --image-size 32 --epochs 10", {
-        "DiT": {"DiT/1 96x3": ("DiT-S/2", dict(patch_size=1, hidden_size=96, depth=3, num_heads=3)),
-                "DiT/2 192x5": ("DiT-S/2", dict(hidden_size=192, depth=5, num_heads=3)),
-                "DiT/2 256x3": ("DiT-S/2", dict(hidden_size=256, depth=3, num_heads=4))},
-        "DiNext": {"DiNext/1 104x4": ("DiNext-S/2", dict(patch_size=1, hidden_size=104, depth=4))},
-        "DiNext-U": {"DiNext-U 64": ("DiNext-U-S", dict(hidden_size=64, depths=[1, 2, 3, 2, 1]))}}),
-    "mnist16": Task(420, 64, (1, 16, 16), "--data-path mnist --image-size 16 --vae pixels", ("mnist", "mnist"),
-                    "--data-path mnist --image-size 16 --epochs 5", {
-        "DiT": {"DiT/2 96x4": ("DiT-S/2", dict(hidden_size=96, depth=4, num_heads=3)),
-                "DiT/4 192x5": ("DiT-S/4", dict(hidden_size=192, depth=5, num_heads=3))},
-        "DiNext": {"DiNext/2 96x5": ("DiNext-S/2", dict(hidden_size=96, depth=5))},
-        "DiNext-U": {"DiNext-U 32": ("DiNext-U-S", dict(hidden_size=32, depths=[1, 1, 2, 1, 1]))}}),
-    "digits": Task(60, 64, (1, 8, 8), "--data-path digits --vae pixels", ("digits", "digits"),
-                   "--data-path digits --epochs 20", {
-        "DiT": {"DiT/1 40x2": ("DiT-S/2", dict(patch_size=1, hidden_size=40, depth=2, num_heads=1)),
-                "DiT/2 64x4": ("DiT-S/2", dict(hidden_size=64, depth=4, num_heads=2))},
-        "DiNext": {"DiNext/2 64x4": ("DiNext-S/2", dict(hidden_size=64, depth=4))},
-        "DiNext-U": {"DiNext-U 16": ("DiNext-U-S", dict(hidden_size=16, depths=[1, 1, 1, 1, 1]))}}),
-}
 
 
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Compare networks by what they draw after the same compute time.")
-    parser.add_argument("what", choices=list(ACTIONS), help="time first, then run; list at any time")
+    parser.add_argument("what", choices=list(ACTIONS), help="time first, then run; list and plot at any time")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="in this order")
-    parser.add_argument("--results", default="benchmarks/results/compare", help="folder of the JSON files")
+    parser.add_argument("--results", default="benchmarks/results/compare", help="folder of the JSON files, table and figure")
     parser.add_argument("--work", default="results/compare", help="folder of runs, samples and classifiers")
     parser.add_argument("--data-root", default="data", help="where MNIST lies")
     parser.add_argument("--cifar", default="data/cifar10-jpg", help="CIFAR-10's pictures, with train and test")
     parser.add_argument("--cifar-features", default="features/cifar10/train", help="their latents, mirrored ones too")
     return parser
-
-
-# --- which runs --------------------------------------------------------------------------------------
-
-
-class Run(NamedTuple):
-    """One training, its samples and figures."""
-
-    task: str
-    stage: str  # "search" of a learning rate and shape, "main", "curve"
-    family: str
-    network: str
-    lr: float
-    seed: int
-    share: Fraction  # of the budget
-
-    @property
-    def name(self) -> str:
-        """The name of its JSON and of its folder."""
-        share = f"{self.share.numerator}of{self.share.denominator}"
-        return f"{self.task}-{self.network.replace(' ', '-').replace('/', '')}-lr{self.lr:g}-seed{self.seed}-{share}"
-
-
-def plan(task: str, results: dict[str, dict]) -> list[Run]:
-    """The runs of a task in their order, as far as the results so far tell which these are."""
-    runs, chosen = [], {}
-    for family, networks in TASKS[task].families.items():
-        searched, chosen[family] = search(task, family, list(networks), results)
-        runs += searched
-    if None in chosen.values():
-        return runs
-
-    def of_all(stage: str, seed: int, share: Fraction) -> list[Run]:
-        return [Run(task, stage, family, best.network, best.lr, seed, share) for family, best in chosen.items()]
-
-    runs += [run for seed in SEEDS for run in of_all("main", seed, Fraction(1))]
-    return runs + [run for share in CURVE for run in of_all("curve", SEEDS[0], share)]
-
-
-def search(task: str, family: str, networks: list[str], results: dict[str, dict]) -> tuple[list[Run], Run | None]:
-    """The runs that seek a family's network and learning rate, and the best of them once all are done."""
-    rates = {network: list(LRS) for network in networks}
-    while True:
-        runs = [Run(task, "search", family, network, lr, SEEDS[0], SEARCH) for network in networks for lr in rates[network]]
-        if not all(run.name in results for run in runs):
-            return runs, None
-        best = min(runs, key=lambda run: distance(results[run.name]))
-        range_ = sorted(rates[best.network])
-        if best.lr in range_[1:-1]:
-            return runs, best
-        rates[best.network].append(best.lr / 2 if best.lr == range_[0] else best.lr * 2)
-
-
-def distance(result: dict) -> float:
-    return figure(result, "FD-classifier")["value"] if "figures" in result else math.inf
-
-
-def figure(result: dict, name: str) -> dict:
-    return next(figure for figure in result["figures"] if figure["name"] == name)
-
-
-def read_results(folder: Path) -> dict[str, dict]:
-    """By name, all JSON files of --results."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-
-
-def steps_of(run: Run, results: dict[str, dict]) -> int:
-    if run.network not in (times := results.get(f"{run.task}-times", {"networks": {}})["networks"]):
-        raise UserError(f"the step time of {run.network} is not known; first run `compare.py time --tasks {run.task}`")
-    return round(run.share * TASKS[run.task].seconds / times[run.network]["seconds"])
 
 
 # --- time --------------------------------------------------------------------------------------------
@@ -256,10 +160,6 @@ def list_runs(args: Namespace) -> None:
         print(f"{task}: {sum(map(hours, runs)):.1f} core-hours of training{more}", flush=True)
 
 
-def hours(run: Run) -> float:
-    return float(run.share) * TASKS[run.task].seconds / 3600
-
-
 def run_all(args: Namespace) -> None:
     """Do what is missing, the worthiest first. Several of these may run beside each other."""
     folder, work = Path(args.results), Path(args.work)
@@ -273,11 +173,6 @@ def run_all(args: Namespace) -> None:
                 time.sleep(10)  # others are at work on them; what they find may call for more runs
             elif run in missing_runs(task, folder):  # and not done by another one since
                 write_json(folder / f"{run.name}.json", execute(run, steps_of(run, read_results(folder)), args))
-
-
-def missing_runs(task: str, folder: Path) -> list[Run]:
-    results = read_results(folder)
-    return [run for run in plan(task, results) if run.name not in results]
 
 
 def claim(folder: Path) -> bool:
@@ -383,7 +278,12 @@ def write_json(path: Path, report: dict) -> None:
     write_text(path, json.dumps(report, indent=1) + "\n")
 
 
-ACTIONS = {"time": time_steps, "list": list_runs, "run": run_all}
+def plot(args: Namespace) -> None:
+    write_report(Path(args.results), args.tasks)
+    print(f"Wrote {args.results}/table.md and {args.results}/compare.png")
+
+
+ACTIONS = {"time": time_steps, "list": list_runs, "run": run_all, "plot": plot}
 
 
 def main(args: Namespace) -> None:

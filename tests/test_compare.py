@@ -1,0 +1,166 @@
+import importlib
+import itertools
+import json
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from conftest import assert_one_line, run_script
+
+from benchmarks import compare, comparison
+from benchmarks.comparison import Run, plan, search, steps_of
+
+NETWORKS = ["DiT/1 40x2", "DiT/2 64x4"]
+
+
+def result(value):
+    names = zip(comparison.FIGURES, itertools.count(value))
+    return {"figures": [{"name": name, "value": number, "floor": 0.5} for name, number in names]}
+
+
+def searched(distances, networks=NETWORKS):
+    """Results in which a network's distance at a learning rate is distances(network, lr)."""
+    results = {}
+    for _ in range(10):
+        runs, best = search("digits", "DiT", networks, results)
+        if best:
+            return results, best
+        results |= {run.name: result(distances(run.network, run.lr)) for run in runs}
+    return results, None
+
+
+def test_the_search_takes_the_best_network_and_rate():
+    results, best = searched(lambda network, lr: abs(math.log(lr / 3e-3)) + (network == NETWORKS[0]))
+    assert (best.network, best.lr) == (NETWORKS[1], 3e-3)
+    assert len(results) == 6  # three rates of two networks: no range had to grow
+
+
+@pytest.mark.parametrize("minimum", [0.4e-3, 20e-3])
+def test_the_range_grows_only_where_the_best_lies_at_its_end(minimum):
+    results, best = searched(lambda network, lr: abs(math.log(lr / minimum)) + 5 * (network == NETWORKS[0]))
+    assert best.lr == {0.4e-3: 0.375e-3, 20e-3: 24e-3}[minimum]
+    tried = sorted(float(name.split("-lr")[1].split("-seed")[0]) for name in results if "DiT2" in name)
+    assert tried == ([0.1875e-3, 0.375e-3, 0.75e-3, *comparison.LRS] if minimum < 1e-3
+                     else [*comparison.LRS, 12e-3, 24e-3, 48e-3])
+    assert len([name for name in results if "DiT1" in name]) == 3
+
+
+def test_a_run_that_failed_is_the_worst():
+    results, best = searched(lambda network, lr: -lr)  # without an end
+    assert best is None
+    failing = {name: {"failed": "nan"} if "lr0.006" in name else result(1 - 0.1 * ("lr0.003" in name)) for name in results}
+    assert search("digits", "DiT", NETWORKS, failing)[1].lr == 3e-3
+
+
+def test_seeds_and_curves_follow_the_search_of_all_families():
+    results = {}
+    for family, networks in comparison.TASKS["digits"].families.items():
+        assert {run.stage for run in plan("digits", results)} == {"search"}
+        for run in search("digits", family, list(networks), {})[0]:
+            results[run.name] = result(abs(math.log(run.lr / 3e-3)))
+    runs = [run for run in plan("digits", results) if run.name not in results]
+    assert [(run.family, run.seed, run.share) for run in runs] == [
+        *((family, seed, 1) for seed in (0, 1, 2) for family in ("DiT", "DiNext", "DiNext-U")),
+        *((family, 0, Fraction(1, part)) for part in (8, 4, 2) for family in ("DiT", "DiNext", "DiNext-U"))]
+    assert len({run.name for run in plan("digits", results)}) == len(plan("digits", results))
+
+
+def test_a_budget_is_a_number_of_steps():
+    times = {"mnist16-times": {"networks": {"DiT/2 96x4": {"seconds": 0.21}}}}
+    run = Run("mnist16", "search", "DiT", "DiT/2 96x4", 3e-3, 0, Fraction(1, 5))
+    assert steps_of(run, times) == 400  # 420 s / 5 / 0.21 s
+    with pytest.raises(ValueError, match=r"is not known; first run `compare.py time --tasks mnist16`"):
+        steps_of(run, {})
+
+
+def test_table_and_figure(tmp_path):
+    task = comparison.TASKS["digits"]
+    networks = {name: {"seconds": 0.03, "parameters": 1e6, "macs": 2e6} for own in task.families.values() for name in own}
+    results = {"digits-times": {"networks": networks}}
+    for _ in range(5):
+        for run in plan("digits", results):
+            value = 2.0 + run.seed + len(run.family) if run.stage == "main" else abs(math.log(run.lr / 3e-3))
+            results.setdefault(run.name, result(value) | {"steps": 7, "guided": result(9)["figures"]})
+    for name, content in results.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    comparison.write_report(tmp_path, ["digits"])
+    table = (tmp_path / "table.md").read_text()
+    assert "| DiT/1 40x2 | 1.00 | 2.0 | 30 | 7 | 0.003 | 3 | 6 ± 1 | 7 ± 1 | 8 ± 1 |" in table  # of 5, 6, 7 with n - 1
+    assert "| real images | - | - | - | - | - | - | 0.5 |" in table
+    assert "| DiT/2 64x4 | 0.693 | 0 | 0.693 |" in table
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
+
+
+def test_wrong_use_is_one_line(tmp_path):
+    (tmp_path / "digits-times.json").write_text("{}")
+    again = run_script("benchmarks/compare.py", "time", "--tasks", "digits", "--results", ".", cwd=tmp_path, check=False)
+    assert_one_line(again, "digits-times.json exists, and budgets depend on it; delete it to measure anew")
+    (tmp_path / "digits-times.json").unlink()
+    early = run_script("benchmarks/compare.py", "run", "--tasks", "digits", "--results", ".", cwd=tmp_path, check=False)
+    assert_one_line(early, "the step time of DiT/1 40x2 is not known; first run")
+
+
+def call_in_process(command, may_fail=False):
+    """What compare.call does, without the seconds in which a process starts."""
+    script = importlib.import_module(command[0].removesuffix(".py").replace("/", "."))
+    with torch.set_grad_enabled(True):  # restored afterwards: scripts that sample set it
+        script.main(script.build_parser().parse_args(command[1:]))
+
+
+def test_a_task_from_time_to_table(tmp_path, monkeypatch):
+    """One network, rates until the best lies inside, one seed; interrupted once and continued."""
+    networks = {"DiNext-U": {"U": ("DiNext-U-S", dict(hidden_size=8, depths=[1, 1, 1, 1, 1]))}}
+    task = comparison.TASKS["digits"]._replace(seconds=2, families=networks, classifier="--data-path digits --epochs 1")
+    monkeypatch.setitem(comparison.TASKS, "digits", task)  # the same dict as compare's
+    for module in (compare, comparison):
+        monkeypatch.setattr(module, "SEEDS", (0,))
+    monkeypatch.setattr(comparison, "CURVE", ())
+    monkeypatch.setattr(compare, "SAMPLES", 100)
+    flags = ["--tasks", "digits", "--results", str(tmp_path), "--work", str(tmp_path / "work")]
+    calls = []
+
+    def act(what):
+        threads = torch.get_num_threads()
+        compare.main(compare.build_parser().parse_args([what, *flags]))
+        torch.set_num_threads(threads)
+
+    def interrupted(command, may_fail=False):
+        calls.append(command[0])
+        if calls.count("sample_ddp.py") == 2:
+            raise KeyboardInterrupt
+        call_in_process(command)
+
+    act("time")
+    monkeypatch.setattr(compare, "call", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        act("run")
+    assert len(list(tmp_path.glob("*1of5.json"))) == 1
+    monkeypatch.setattr(compare, "call", call_in_process)
+    act("run")
+    (main,) = tmp_path.glob("*1of1.json")
+    report = json.loads(main.read_text())
+    assert 0 < comparison.figure(report, "Label accuracy")["value"] <= 1
+    assert comparison.figure(report, "FD-classifier", "guided")["value"] > 0
+    assert report["steps"] == round(2 / json.loads((tmp_path / "digits-times.json").read_text())["networks"]["U"]["seconds"])
+    monkeypatch.setattr(compare, "call", None)  # nothing is called any more
+    act("run")
+    act("plot")
+    assert "\n| U | 0.0" in (tmp_path / "table.md").read_text()
+
+
+def test_a_script_that_fails(tmp_path):
+    wrong = ["train.py", "--data-path", str(tmp_path)]
+    assert "is not a folder of classes" in compare.call(wrong, may_fail=True)
+    with pytest.raises(SystemExit, match=r"failed:\n.*is not a folder of classes"):
+        compare.call(wrong)
+
+
+def test_failure_of_training_is_a_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "call", lambda command, may_fail=False: "error: the loss is not finite" if may_fail else None)
+    run = Run("digits", "search", "DiNext-U", "DiNext-U 16", 1.0, 0, Fraction(1, 5))
+    args = compare.build_parser().parse_args(["run", "--work", str(tmp_path)])
+    report = compare.execute(run, 10, args)
+    assert report["failed"] == "error: the loss is not finite"
+    assert comparison.distance(report) == math.inf
+    assert json.loads(json.dumps(report))["share"] == 0.2
