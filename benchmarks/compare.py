@@ -19,8 +19,9 @@ The protocol, written before the first run:
 - What all networks of a task share: data, autoencoder, flow with logit-normal t, label drop 0.1, EMA 0.999, batch, AdamW
   (0.9, 0.95), 5 % of the steps to warm up, a cosine over the run; Euler in 25 steps, 5,000 samples, as many of each class, no
   guidance. The first seed is also sampled with guidance 1.5.
-- Learning rates: LRS for each network, on a fifth of the steps, seed 0. The range of a family grows by a factor of 2 while its
-  best lies at an end. DiT may choose its patch and shape. The network and rate with the lowest FD-classifier go on.
+- Learning rates: LRS for each network, on a fifth of the steps, seed 0, by 2,000 samples. The range of a family grows by a
+  factor of 2 while its best lies at an end. DiT may choose its patch and shape. The network and rate with the lowest
+  FD-classifier go on.
 - Then three seeds of each family with the whole budget, and cosine runs of their own over 1/8, 1/4 and 1/2 of it (seed 0).
 - Sizes have equal step times within 10 %; parameters and multiply-accumulates are told.
 - Figures: FD-classifier (the one that decides), FD-pixel32, label accuracy, nearest training image, each with its floor, the
@@ -74,7 +75,8 @@ from training.rows import Rows
 from training.state import LossMeter, OptimizerArgs, Training
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLES, ROUNDS = 5000, 15  # images of a run; timed steps of a network
+SAMPLES = {"search": 2000, "main": 5000, "curve": 5000}  # of a run
+ROUNDS = 15  # of timed steps
 FLOW = {"objective": "flow", "time_sampling": "logit-normal"}
 
 
@@ -202,16 +204,17 @@ def prepare(task: str, args: Namespace) -> None:
 
 @torch.no_grad()
 def reconstruct(features: str, path: Path) -> None:
-    """Decode the latents of SAMPLES training images."""
+    """Decode the latents of as many training images as a run has samples."""
     data = load_dataset(features)
     autoencoder = load_autoencoder(data.made_by["vae"])
-    rows = torch.randperm(len(data), generator=generator("floor"))[:SAMPLES].numpy()
+    count = SAMPLES["main"]
+    rows = torch.randperm(len(data), generator=generator("floor"))[:count].numpy()
     images, labels = [], []
-    for batch in in_batches(SAMPLES, 100):
+    for batch in in_batches(count, 100):
         latents, own = data.__getitems__(Rows.plain(rows[batch]))
         images.append(to_uint8(autoencoder.decode(latents_of(autoencoder, latents, data.kind, None))).numpy())
         labels += own.tolist()
-    save_npz(path, (SAMPLES, *images[0].shape[1:]), images, arr_1=labels)
+    save_npz(path, (count, *images[0].shape[1:]), images, arr_1=labels)
 
 
 def execute(run: Run, steps: int, args: Namespace) -> dict:
@@ -232,7 +235,7 @@ def execute(run: Run, steps: int, args: Namespace) -> dict:
     first = run.stage == "main" and run.seed == SEEDS[0]
     for name, scale in {"figures": 1.0, **({"guided": GUIDANCE} if first else {})}.items():
         call(["sample_ddp.py", "--ckpt", str(folder / f"checkpoints/{steps:07d}.pt"), "--balanced", "--num-fid-samples",
-              str(SAMPLES), "--per-proc-batch-size", "250", "--sampler", "euler", "--num-sampling-steps", "25",
+              str(SAMPLES[run.stage]), "--per-proc-batch-size", "250", "--sampler", "euler", "--num-sampling-steps", "25",
               "--cfg-scale", str(scale), "--sample-dir", str(folder / name)])
         (npz,) = (folder / name).glob("*.npz")
         result[name] = evaluate(run.task, npz, args, training=run.stage == "main")

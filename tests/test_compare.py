@@ -116,7 +116,7 @@ def test_a_task_from_time_to_table(tmp_path, monkeypatch):
     for module in (compare, comparison):
         monkeypatch.setattr(module, "SEEDS", (0,))
     monkeypatch.setattr(comparison, "CURVE", ())
-    monkeypatch.setattr(compare, "SAMPLES", 100)
+    monkeypatch.setattr(compare, "SAMPLES", dict.fromkeys(compare.SAMPLES, 100))
     flags = ["--tasks", "digits", "--results", str(tmp_path), "--work", str(tmp_path / "work")]
     calls = []
 
