@@ -39,10 +39,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 class TimestepEmbedder(nn.Module):
-    """Embed timesteps on the scale 0..1000, whole or fractional: (B,) -> (B, D)."""
+    """Embed timesteps on the scale 0..1000, whole or fractional: (B,) -> (B, D). Those embedded are `scale` times as large."""
 
-    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
+    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256, scale: float = 1.0):
         super().__init__()
+        self.scale = scale
         self.mlp = nn.Sequential(
             nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
@@ -58,8 +59,8 @@ class TimestepEmbedder(nn.Module):
         return F.pad(embedding, (0, dim % 2))
 
     def forward(self, t: Tensor) -> Tensor:
-        frequencies = self.timestep_embedding(t, self.frequency_embedding_size)  # (B, 256)
-        return self.mlp(frequencies.to(self.mlp[0].weight.dtype))                # (B, D)
+        frequencies = self.timestep_embedding(t * self.scale, self.frequency_embedding_size)  # (B, 256)
+        return self.mlp(frequencies.to(self.mlp[0].weight.dtype))                             # (B, D)
 
 
 class LabelEmbedder(nn.Module):
@@ -327,20 +328,20 @@ class Isotropic(Backbone):
         token_format: "NLC" for tokens (B, N, D), "NHWC" for (B, h, w, D).
         patch_size: p; H and W must be multiples of it.
         hidden_size: D, the width of the tokens.
-        adaln, class_token: see DiT.
+        adaln, class_token, time_scale: see DiT.
 
     The other arguments are those of Backbone.
     """
 
     def __init__(self, blocks: list[nn.Module], token_format: str, input_size: int | tuple[int, int], patch_size: int,
                  in_channels: int, hidden_size: int, num_classes: int, learn_sigma: bool, gradient_checkpointing: bool,
-                 adaln: str = "zero", class_token: bool = False):
+                 adaln: str = "zero", class_token: bool = False, time_scale: float = 1.0):
         if not blocks or hidden_size < 1 or patch_size < 1:
             raise ValueError(f"depth {len(blocks)}, hidden_size {hidden_size} and patch_size {patch_size} must be positive")
         super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, patch_size)
         self.patch_size = patch_size
         self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, hidden_size, output_fmt=token_format)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, scale=time_scale)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         self.blocks = nn.ModuleList(blocks)
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, adaln)
@@ -396,19 +397,20 @@ class DiT(Isotropic):
         gradient_checkpointing: recompute each block in the backward pass, which saves memory.
         adaln: "zero": each block projects c itself. "single": all blocks share one projection (AdaLNSingle).
         class_token: attention sees the label as one more key and value. Needs adaln="single".
+        time_scale: the embedded timestep, divided by t in 0..1000. SiT and REPA embed 0..1: 0.001.
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
                  hidden_size: int = 1152, depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0,
                  num_classes: int = 1000, learn_sigma: bool = True, gradient_checkpointing: bool = False,
-                 adaln: Literal["zero", "single"] = "zero", class_token: bool = False):
+                 adaln: Literal["zero", "single"] = "zero", class_token: bool = False, time_scale: float = 1.0):
         if class_token and adaln != "single":
             raise ValueError("class_token needs adaln 'single'")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads}) and of 4")
         blocks = [DiTBlock(hidden_size, num_heads, mlp_ratio, adaln, class_token) for _ in range(depth)]
         super().__init__(blocks, "NLC", input_size, patch_size, in_channels, hidden_size, num_classes, learn_sigma,
-                         gradient_checkpointing, adaln, class_token)
+                         gradient_checkpointing, adaln, class_token, time_scale)
         positions = sincos_position_embedding(self.x_embedder.grid_size, hidden_size)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, N, D)
         initialize(self)

@@ -53,7 +53,7 @@ def main(args: Namespace) -> None:
     out = Path(args.out)
     cli.check_numbers(args, ["num_samples"], "at least 1", lambda n: n >= 1)
     given = SamplingSettings.given(vars(args))
-    bare = BareWeights(args.model, args.image_size, args.num_classes, vae="mse", cfg_scale=4.0)  # as DiT's sample.py
+    bare = BareWeights(args.model, args.image_size, args.num_classes, "mse", 4.0, args.objective)  # as DiT's sample.py
 
     restored = restore_checkpoint(world, args.ckpt, bare, args.vae)
     sampling = Sampling.of(restored.spec, given, restored.model)

@@ -70,7 +70,7 @@ def main(args: Namespace) -> None:
     cli.check_numbers(args, ["num_fid_samples", "per_proc_batch_size"], "at least 1", lambda n: n >= 1)
     world = start_world(args.device, args.tf32)
     given = SamplingSettings.given(vars(args))
-    bare = BareWeights(args.model, args.image_size, args.num_classes, vae="ema", cfg_scale=1.5)  # as DiT's sample_ddp.py
+    bare = BareWeights(args.model, args.image_size, args.num_classes, "ema", 1.5, args.objective)  # as DiT's sample_ddp.py
 
     restored = restore_checkpoint(world, args.ckpt, bare, args.vae)
     sampling = Sampling.of(restored.spec, given, restored.model)

@@ -105,7 +105,7 @@ def main(args: Namespace) -> None:
     check_flags(args)
     world = start_world(args.device)
     given = SamplingSettings.given(vars(args))
-    bare = BareWeights(args.model, args.image_size, args.num_classes)
+    bare = BareWeights(args.model, args.image_size, args.num_classes, objective=args.objective)
     restored = restore_checkpoint(world, args.ckpt, bare, args.vae)
     sampling = Sampling.of(restored.spec, given, restored.model)
     autoencoder = restore_autoencoder(world, restored, sampling, same=args.vae is None)

@@ -12,6 +12,7 @@ This file alone reads and writes the weights of networks.
 
 import argparse
 import errno
+import json
 import os
 import pickle
 import re
@@ -23,16 +24,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pipeline import interchange
+from pipeline.interchange import Published
 from pipeline.spec import BareWeights, ModelSpec, Spec
 from runtime import UserError
 from runtime.cli import WRONG_VALUE, prefix_errors
-from runtime.files import HashingFile, atomic, download, sha256, sha256_file, write_text
+from runtime.files import HashingFile, atomic, download, download_folder, is_hub_id, sha256, sha256_file, write_text
 from small_models import Autoencoder_models
 
 # DiT's published weights; they carry their own non-commercial licence (CC BY-NC 4.0).
 PUBLISHED = {
     name: f"https://dl.fbaipublicfiles.com/DiT/models/{name}" for name in ("DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt")
 }
+
+HUB_FILES = ["*.json", "model.safetensors", "transformer/*", "scheduler/*", "vae/*"]  # what is fetched of a hub's repository
 
 # --- one file ------------------------------------------------------------------------------------
 
@@ -111,15 +116,23 @@ def find_model(name: str | Path) -> dict[str, Tensor]:
 
 
 def resolve(name: str | Path) -> Path:
-    """The file that a path, a run's folder (its newest) or the name of a published file stands for."""
-    if str(name) in PUBLISHED and not Path(name).is_file():
+    """What a name stands for: a checkpoint's file, or a folder that `read` reads.
+
+    Args:
+        name: a path; a run's folder (its newest checkpoint); a folder of export.py or of diffusers; the name of a
+            published file; or a repository of the hub, user/repo or user/repo@revision, which is then downloaded.
+    """
+    path = Path(name)
+    if str(name) in PUBLISHED and not path.is_file():
         return download(str(name), PUBLISHED[name], "DiT's weights are licensed CC BY-NC 4.0", zipfile.is_zipfile)
-    if Path(name).is_dir():
-        newest = latest(Path(name))
+    if is_hub_id(str(name)):
+        return download_folder(str(name), HUB_FILES)
+    if path.is_dir() and not (path / "config.json").is_file() and not (path / "model_index.json").is_file():
+        newest = latest(path)
         if newest is None:
-            raise FileNotFoundError(f"{name}: the folder holds no checkpoints/*.pt")
+            raise FileNotFoundError(f"{name}: the folder holds no checkpoints/*.pt, no config.json and no model_index.json")
         return newest
-    return Path(name)
+    return path
 
 
 def steps_of(folder: Path) -> list[Path]:
@@ -154,7 +167,66 @@ def spec_of(state: dict, path: Path, bare: BareWeights | None = None) -> Spec:
             return Spec.from_dict(state["spec"])
     if bare is None:
         raise UserError(f"{path} holds nothing that describes itself")
-    return bare.spec(vars(state["args"]) if isinstance(state.get("args"), argparse.Namespace) else {})
+    return bare.spec(flags_of(state))
+
+
+def flags_of(state: dict) -> dict:
+    """The flags of DiT's own trainer, or a fork's, where a file holds them."""
+    return vars(state["args"]) if isinstance(state.get("args"), argparse.Namespace) else {}
+
+
+# --- a file or folder, whoever wrote it ------------------------------------------------------------
+
+
+def read(path: Path, bare: BareWeights) -> tuple[Path, Published]:
+    """The file that holds the weights of a checkpoint or folder, and the network in it.
+
+    Raises:
+        UserError, OSError: it is none that this version knows, or incomplete; `bare` contradicts it.
+    """
+    state = None if path.is_dir() else load(path)
+    if bare.objective and (state is None or "spec" in state):
+        raise UserError(f"`objective` {bare.objective} is for bare weights; {path} says what it predicts")
+    if state is None:
+        return read_diffusers(path, bare) if (path / "model_index.json").is_file() else read_exported(path)
+    weights = weights_of(state, path)
+    if "spec" in state:
+        return path, Published(spec_of(state, path), weights)
+    with prefix_errors(f"checkpoint {path}:"):
+        return path, interchange.from_bare(weights, flags_of(state), bare)
+
+
+def read_exported(folder: Path) -> tuple[Path, Published]:
+    """A folder that export.py wrote: config.json is the Spec, model.safetensors the weights."""
+    with prefix_errors(f"{folder / 'config.json'}:", KeyError, *WRONG_VALUE):
+        spec = Spec.from_dict(read_json(folder / "config.json"))
+    return folder / "model.safetensors", Published(spec, load(folder / "model.safetensors"))
+
+
+def read_diffusers(folder: Path, bare: BareWeights) -> tuple[Path, Published]:
+    """A folder that diffusers' DiTPipeline.save_pretrained wrote, or one of the hub."""
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") != "DiTPipeline":
+        raise UserError(f"{folder} holds a {index.get('_class_name')}; of diffusers' pipelines only DiTPipeline is known")
+    config, scheduler = (read_json(folder / name) for name in ("transformer/config.json", "scheduler/scheduler_config.json"))
+    names = [f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin")]
+    path = next((path for name in names if (path := folder / "transformer" / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder}/transformer holds neither {' nor '.join(names)}")
+    vae = str(folder / "vae") if (folder / "vae").is_dir() else bare.vae
+    with prefix_errors(f"{folder}:"):
+        return path, interchange.from_diffusers(index, config, scheduler, load(path), vae, bare)
+
+
+def read_json(path: Path) -> dict:
+    """Raises UserError if a file is no JSON object, OSError if it cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
 
 
 # --- from a file to a network --------------------------------------------------------------------
@@ -166,14 +238,21 @@ class Restored:
 
     model: nn.Module
     spec: Spec
-    path: Path
+    path: Path  # of the weights
+    remark: str = ""  # a sentence about what was assumed
 
     @property
     def name(self) -> str:
-        """Run and step, or the file's name."""
-        if self.path.parent.name == "checkpoints":
-            return f"{self.path.parent.parent.resolve().name}-{self.path.stem}"
-        return self.path.stem
+        """Run and step, or the name of the file, of a folder, of a repository of the hub and its revision."""
+        path = self.path
+        if path.parent.name == "checkpoints":
+            return f"{path.parent.parent.resolve().name}-{path.stem}"
+        if path.stem not in ("model", "diffusion_pytorch_model"):
+            return path.stem
+        folder = (path.parent if path.stem == "model" else path.parent.parent).absolute()
+        if folder.parent.name == "snapshots":  # models--user--repo/snapshots/revision
+            return f"{folder.parents[1].name.removeprefix('models--')}-{folder.name[:7]}"
+        return folder.name
 
     def sha256(self) -> str:
         """Of the file: what stands beside it, which `load` has compared with it, else counted now."""
@@ -185,7 +264,7 @@ def restore(ckpt: str | Path | None, bare: BareWeights = BareWeights(), vae: str
     """Rebuild what a checkpoint holds.
 
     Args:
-        ckpt: a path, a run's folder, the name of a published file, or None for the published DiT-XL/2 of bare.image_size.
+        ckpt: as of `resolve`, or None for the published DiT-XL/2 of bare.image_size.
         bare: what bare weights are; beside a checkpoint that describes itself it must agree with it.
         vae: the autoencoder, in place of the checkpoint's.
     """
@@ -195,13 +274,11 @@ def restore(ckpt: str | Path | None, bare: BareWeights = BareWeights(), vae: str
         if model != "DiT-XL/2" or ckpt not in PUBLISHED:
             raise UserError(f"`ckpt` is needed: only DiT-XL/2 at `image_size` 256 and 512 is published, not {model} at {size}")
     with prefix_errors("`ckpt`"):
-        path = resolve(ckpt)
-        state = load(path)
-    spec = spec_of(state, path, bare)
+        path, (spec, weights, remark) = read(resolve(ckpt), bare)
     check_agrees("model", bare.model, spec.model.name, ckpt)
     check_agrees("image_size", bare.image_size, spec.image_size[0], ckpt)
     check_agrees("num_classes", bare.num_classes, len(spec.classes), ckpt)
-    return Restored(rebuild(spec.model, weights_of(state, path), path), spec.with_vae(vae), path)
+    return Restored(rebuild(spec.model, weights, path), spec.with_vae(vae), path, remark)
 
 
 def restore_autoencoder(source: str) -> nn.Module:

@@ -22,6 +22,7 @@ from diffusion.reuse import Plan, Reuse, add_prior_noise, plan
 from diffusion.samplers import evaluation_times, get_sampler
 from pipeline import checkpoint
 from pipeline.autoencoders import check_autoencoder, load_autoencoder
+from pipeline.interchange import OBJECTIVES
 from pipeline.spec import BareWeights, SamplingSettings, Spec
 from runtime import UserError
 from runtime.cli import WRONG_VALUE, ArgumentParser, prefix_errors
@@ -42,6 +43,7 @@ def add_sampling_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", choices=list(DIFFUSION_NETWORKS), help="for bare weights (DiT-XL/2)")
     parser.add_argument("--image-size", type=int | None, help="for bare weights (256)")
     parser.add_argument("--num-classes", type=int | None, help="for bare weights (1000)")
+    parser.add_argument("--objective", choices=OBJECTIVES, help="for bare weights: DiT's, SiT's or REPA's (epsilon)")
     parser.add_argument("--vae", type=str | None, help="ema, mse, pixels, a folder, own run, hub id; default: the checkpoint's")
     SamplingSettings.add_flags(parser)
 
@@ -74,6 +76,8 @@ def restore_checkpoint(world: World, ckpt: str | None, bare: BareWeights = BareW
     if restored.spec.is_autoencoder:
         raise UserError(f"`ckpt` {restored.path} is an autoencoder, which has nothing to sample from; pass it as `vae`")
     check(restored.model, Network, "sampling needs")
+    if restored.remark and world.is_main:
+        print(restored.remark)
     restored.model.to(world.device)
     return restored
 

@@ -304,6 +304,7 @@ class BareWeights:
     num_classes: int | None = None
     vae: str = "mse"
     cfg_scale: float = 4.0
+    objective: str | None = None  # of interchange.OBJECTIVES; None: what the file shows, else epsilon
 
     def spec(self, stored: dict[str, Any]) -> Spec:
         """An epsilon model on Stable Diffusion's latents. `stored`: the flags of DiT's own trainer, where the file has them."""

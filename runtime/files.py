@@ -4,10 +4,12 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -118,6 +120,30 @@ def download(name: str, url: str, licence: str, complete: Callable[[Path], bool]
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is one of the hub's, user/repo or user/repo@revision, and not a path."""
+    path = Path(name.partition("@")[0])
+    return (re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name, re.ASCII) is not None
+            and not path.parent.is_dir() and path.suffix not in (".pt", ".safetensors", ".bin", ".json"))
+
+
+def download_folder(hub_id: str, patterns: list[str]) -> Path:
+    """A repository of the hub, user/repo or user/repo@revision, in its cache. Raises OSError that says what else to do.
+
+    Args:
+        patterns: of the files to fetch.
+    """
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = hub_id.partition("@")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # the hub's client warns of its own deprecations
+            return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+    raise OSError(f"{hub_id} is no path here, not in the cache of the hub's files, and the hub did not give it ({reason})")
 
 
 # --- folders ---------------------------------------------------------------------------------------

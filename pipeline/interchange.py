@@ -1,0 +1,206 @@
+"""Other formats <-> our Spec and weights, as dictionaries that checkpoint.py has read or will write. No file is opened here.
+
+- bare weights: DiT's `.pt`; SiT's and REPA's, which have the same keys and another meaning
+- a folder of diffusers' DiTPipeline: model_index.json, transformer/, scheduler/, vae/
+
+Sources: SiT: Ma et al. (arXiv:2401.08740), REPA: Yu et al. (arXiv:2410.06940), diffusers' DiTTransformer2DModel.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.schedules import named_betas
+from models import DiT, DiT_models, sincos_position_embedding
+from pipeline.spec import BareWeights, ModelSpec, Spec
+from runtime import UserError
+
+Weights = dict[str, Tensor]
+Config = dict[str, Any]
+
+PROJECTORS = "projectors."  # REPA's, which only training needs
+# What flow models are sampled by, as published: SiT's Heun with 250 evaluations, REPA's 250 steps and interval.
+FLOWS = {"sit": dict(sampler="heun", num_sampling_steps="125"),
+         "repa": dict(sampler="euler", num_sampling_steps="250", cfg_scale=1.8, cfg_channels=None, guidance_interval=(0, 700))}
+OBJECTIVES = ("epsilon", *FLOWS)
+
+# diffusers' names -> ours
+TOP = {"pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1", "proj_out_2": "final_layer.linear"}
+BLOCK = {"norm1.linear": "adaLN_modulation.1", "attn1.to_out.0": "attn.proj", "ff.net.0.proj": "mlp.fc1", "ff.net.2": "mlp.fc2"}
+EMBEDDERS = {"norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",  # a copy in each block
+             "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+             "norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table"}
+QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+
+
+class Published(NamedTuple):
+    """A network as others publish it, in our terms."""
+
+    spec: Spec
+    weights: Weights
+    remark: str = ""  # a sentence about what was assumed
+
+
+# --- bare weights ----------------------------------------------------------------------------------
+
+
+def from_bare(weights: Weights, stored: Config, bare: BareWeights) -> Published:
+    """Weights with DiT's keys.
+
+    Args:
+        stored: the flags of the trainer that wrote the file, if it holds them.
+        bare: what the user says of the weights. Without an objective, projectors mean REPA's and stored flags of SiT's
+            trainer mean SiT's; any other weights are taken to predict epsilon, as DiT's do.
+    """
+    projectors = any(key.startswith(PROJECTORS) for key in weights)
+    name = str(stored.get("model", ""))
+    objective = bare.objective or ("repa" if projectors else "sit" if name.startswith("SiT") else "epsilon")
+    if objective == "epsilon":
+        if projectors:
+            raise UserError(f"`objective` epsilon: REPA's {PROJECTORS}* stand beside these weights; they predict a velocity")
+        remark = "" if bare.objective else ("bare weights, taken to predict epsilon as DiT's do; `objective` sit or repa "
+                                            "says otherwise")
+        return Published(bare.spec(stored), weights, remark)
+    check_path(stored)
+    flags = {"image_size": "resolution", "num_classes": "num_classes", "vae": "vae"}  # SiT's names are DiT's
+    stored = {key: stored.get(key, stored.get(other)) for key, other in flags.items() if {key, other} & set(stored)}
+    spec = bare.spec(stored | ({"model": name.replace("SiT", "DiT")} if name else {}))
+    model = replace(spec.model, args=spec.model.args | {"learn_sigma": False, "time_scale": 1e-3})
+    spec = replace(spec, model=model, diffusion={"objective": "flow"}, sampling=replace(spec.sampling, **FLOWS[objective]))
+    weights = first_half({key: value for key, value in weights.items() if not key.startswith(PROJECTORS)}, spec.model.args)
+    remark = f"bare weights of {objective}'s flow"
+    return Published(spec, reverse_time(weights) if objective == "sit" else weights, remark)
+
+
+def check_path(stored: Config) -> None:
+    """SiT's and REPA's trainers know other paths and predictions than the published ones; these have no form here."""
+    for key, allowed in {"path_type": ("linear",), "prediction": ("velocity", "v"), "qk_norm": (False,)}.items():
+        value = stored.get(key, allowed[0])
+        if (value.lower() if isinstance(value, str) else value) not in allowed:
+            raise UserError(f"its {key} is {value}; only {' or '.join(map(str, allowed))} is known here")
+
+
+def first_half(weights: Weights, args: Config) -> Weights:
+    """Without the second half of the output's channels, which SiT has as DiT, and does not use."""
+    channels, patch = args["in_channels"], args["patch_size"]
+    linear = {key: weights[key] for key in ("final_layer.linear.weight", "final_layer.linear.bias") if key in weights}
+    for key, value in linear.items():
+        if len(value) == 2 * channels * patch**2:  # (p * p * 2C, ...)
+            linear[key] = value.unflatten(0, (patch**2, 2 * channels))[:, :channels].flatten(0, 1)
+    return weights | linear
+
+
+def reverse_time(weights: Weights) -> Weights:
+    """SiT's network u(x, s) gives data - noise at s, 1 = data. These weights give noise - data at t = 1 - s.
+
+    cos(f - f t) and sin(f - f t) are linear in cos(f t) and sin(f t), so the first matrix of the time's MLP absorbs the
+    reversal; the last layer absorbs the sign.
+    """
+    key = "t_embedder.mlp.0.weight"
+    if key not in weights:
+        return weights  # of another architecture, which loading will say
+    cos, sin = weights[key].double().chunk(2, dim=1)  # (D, 128) each
+    count = cos.shape[1]
+    f = torch.exp(-math.log(10_000) * torch.arange(count, dtype=torch.float64) / count)
+    matrix = torch.cat([cos * f.cos() + sin * f.sin(), cos * f.sin() - sin * f.cos()], dim=1)
+    last = {name: -weights[name] for name in ("final_layer.linear.weight", "final_layer.linear.bias")}
+    return weights | last | {key: matrix.to(weights[key].dtype)}
+
+
+# --- diffusers -------------------------------------------------------------------------------------
+
+
+def from_diffusers(index: Config, config: Config, scheduler: Config, weights: Weights, vae: str,
+                   bare: BareWeights) -> Published:
+    """A folder of DiTPipeline: the dictionaries of model_index.json, transformer/ and scheduler/ and the weights.
+
+    Args:
+        vae: the folder's, as load_autoencoder takes it.
+        bare: its cfg_scale is recommended.
+    """
+    check_transformer(config)
+    heads, width = config["num_attention_heads"], config["num_attention_heads"] * config["attention_head_dim"]
+    classes = config["num_embeds_ada_norm"]
+    args = dict(input_size=config["sample_size"], patch_size=config["patch_size"], in_channels=config["in_channels"],
+                hidden_size=width, depth=config["num_layers"], num_heads=heads, num_classes=classes,
+                learn_sigma=config["out_channels"] == 2 * config["in_channels"])
+    size = (8 * config["sample_size"],) * 2
+    names = index.get("id2label", {})
+    spec = bare.spec({"model": preset_of(args), "image_size": size[0], "num_classes": classes, "vae": vae})
+    model = ModelSpec(spec.model.name, "DiT", spec.model.args | args)
+    spec = replace(spec, model=model, diffusion=diffusion_of(scheduler, args["learn_sigma"]),
+                   sampling=replace(spec.sampling, cfg_channels=min(3, args["in_channels"])),
+                   classes=[names[str(i)] for i in range(classes)] if len(names) == classes else spec.classes)
+    return Published(spec, transformer_weights(weights, args))
+
+
+def check_transformer(config: Config) -> None:
+    expected = {"_class_name": ("DiTTransformer2DModel", "Transformer2DModel"), "norm_type": ("ada_norm_zero",),
+                "activation_fn": ("gelu-approximate",), "attention_bias": (True,)}
+    for key, allowed in expected.items():
+        if config.get(key) not in allowed:
+            raise UserError(f"its transformer's {key} is {config.get(key)}; a DiT's is {' or '.join(map(str, allowed))}")
+    if missing := {"num_attention_heads", "attention_head_dim", "num_layers", "sample_size", "patch_size", "in_channels",
+                   "out_channels", "num_embeds_ada_norm"} - set(config):
+        raise UserError(f"its transformer's config lacks {', '.join(sorted(missing))}")
+
+
+def preset_of(args: Config) -> str:
+    """The preset with this shape; DiT-XL/2 stands for a shape that no preset has."""
+    shape = ("depth", "hidden_size", "patch_size", "num_heads")
+    for name, preset in DiT_models.items():
+        if preset.func is DiT and all(preset.keywords[key] == args[key] for key in shape):
+            return name
+    return "DiT-XL/2"
+
+
+def diffusion_of(scheduler: Config, learn_sigma: bool) -> Config:
+    """Arguments of create_diffusion for a scheduler's config. UserError where its betas have no name here."""
+    scheduler = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02, trained_betas=None,
+                     prediction_type="epsilon") | scheduler
+    steps, schedule = scheduler["num_train_timesteps"], scheduler["beta_schedule"]
+    objective = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}.get(scheduler["prediction_type"])
+    ends = [scheduler["beta_start"], scheduler["beta_end"]]
+    named = {"linear": np.allclose(ends, named_betas("linear", steps)[[0, -1]], rtol=1e-5), "squaredcos_cap_v2": True}
+    if not objective or scheduler["trained_betas"] or not named.get(schedule):
+        raise UserError(f"its scheduler is none that create_diffusion knows: {scheduler['prediction_type']}, {schedule}, "
+                        f"{steps} steps, betas {ends[0]} to {ends[1]}")
+    return dict(noise_schedule=schedule, diffusion_steps=steps, objective=objective, learn_sigma=learn_sigma)
+
+
+def transformer_weights(theirs: Weights, args: Config) -> Weights:
+    """diffusers' state dict -> ours. UserError if it is not a DiT's, or if the blocks' copies of the embedders differ."""
+    theirs, ours = dict(theirs), {}
+
+    def take(prefix: str) -> dict[str, Tensor]:
+        """Take away what has this prefix: "weight" and, where there is one, "bias"."""
+        found = {kind: theirs.pop(f"{prefix}.{kind}") for kind in ("weight", "bias") if f"{prefix}.{kind}" in theirs}
+        if not found:
+            raise UserError(f"its transformer lacks {prefix}.weight, so it is no DiT of {args['depth']} blocks")
+        return found
+
+    def put(prefix: str, tensors: dict[str, Tensor]) -> None:
+        ours.update({f"{prefix}.{kind}": tensor for kind, tensor in tensors.items()})
+
+    for name, own in TOP.items():
+        put(own, take(name))
+    for i in range(args["depth"]):
+        block = f"transformer_blocks.{i}"
+        for name, own in BLOCK.items():
+            put(f"blocks.{i}.{own}", take(f"{block}.{name}"))
+        thirds = [take(f"{block}.{name}") for name in QKV]
+        put(f"blocks.{i}.attn.qkv", {kind: torch.cat([third[kind] for third in thirds]) for kind in thirds[0]})
+        for name, own in EMBEDDERS.items():
+            copy = take(f"{block}.{name}")
+            if i and any(not torch.equal(ours[f"{own}.{kind}"], tensor) for kind, tensor in copy.items()):
+                raise UserError(f"its blocks 0 and {i} differ in {name}; a DiT has one such embedder for all blocks")
+            put(own, copy)
+    theirs.pop("pos_embed.pos_embed", None)
+    if theirs:
+        raise UserError(f"its transformer has {next(iter(theirs))}, which no DiT has")
+    side = args["input_size"] // args["patch_size"]
+    return ours | {"pos_embed": sincos_position_embedding((side, side), args["hidden_size"])}

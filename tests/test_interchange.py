@@ -1,0 +1,268 @@
+"""What others publish, against formulas written out here and against diffusers."""
+
+import argparse
+import copy
+import json
+import math
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from conftest import assert_one_line, run_script
+from torch.nn import functional as F
+
+from diffusion import create_diffusion
+from diffusion.samplers import euler, last
+from models import DiT, DiT_models
+from pipeline import checkpoint, interchange
+from pipeline.interchange import from_bare
+from pipeline.spec import BareWeights
+from runtime import UserError
+from small_models import DIFFUSION_NETWORKS, NETWORKS
+
+TINY = dict(patch_size=2, hidden_size=32, depth=3, num_heads=4)
+
+
+@pytest.fixture(autouse=True)
+def tiny_preset(monkeypatch):
+    for registry in (DiT_models, DIFFUSION_NETWORKS, NETWORKS):
+        monkeypatch.setitem(registry, "DiT-tiny", partial(DiT, **TINY))
+
+
+def random_weights(learn_sigma: bool, **changes) -> dict:
+    torch.manual_seed(1)
+    model = DiT(**TINY | dict(input_size=8, num_classes=10, learn_sigma=learn_sigma) | changes)
+    return {key: value if key == "pos_embed" else torch.randn_like(value) * 0.2 for key, value in model.state_dict().items()}
+
+
+def written_out(w: dict, x, t, y, heads: int = TINY["num_heads"], depth: int = TINY["depth"], p: int = TINY["patch_size"]):
+    """SiT's and REPA's network from their papers and DiT's: (B, C or 2C, H, W). t is embedded as it is."""
+    def linear(name, x):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def modulated(x, shift, scale):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+        return x * (1 + scale[:, None]) + shift[:, None]
+
+    frequencies = torch.tensor([10_000 ** (-i / 128) for i in range(128)])
+    angles = t[:, None] * frequencies
+    c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=1))))
+    c = F.silu(c + w["y_embedder.embedding_table.weight"][y])
+    b, _, height, width = x.shape
+    x = F.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=p).flatten(2).mT + w["pos_embed"]
+    for i in range(depth):
+        block = f"blocks.{i}"
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(f"{block}.adaLN_modulation.1", c).chunk(6, dim=1)
+        q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2)
+                   for part in linear(f"{block}.attn.qkv", modulated(x, shift_a, scale_a)).chunk(3, dim=2))
+        attended = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
+        x = x + gate_a[:, None] * linear(f"{block}.attn.proj", attended.transpose(1, 2).flatten(2))
+        h = F.gelu(linear(f"{block}.mlp.fc1", modulated(x, shift_m, scale_m)), approximate="tanh")
+        x = x + gate_m[:, None] * linear(f"{block}.mlp.fc2", h)
+    x = linear("final_layer.linear", modulated(x, *linear("final_layer.adaLN_modulation.1", c).chunk(2, dim=1)))
+    x = x.view(b, height // p, width // p, p, p, -1).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(b, -1, height, width)
+
+
+def batch():
+    torch.manual_seed(2)
+    return torch.randn(3, 4, 8, 8), torch.tensor([0.0, 0.37, 0.99]), torch.tensor([1, 9, 10])
+
+
+def restored(tmp_path, state, **bare):
+    torch.save(state, tmp_path / "published.pt")
+    return checkpoint.restore(tmp_path / "published.pt", BareWeights("DiT-tiny", 64, 10, **bare))
+
+
+# --- SiT, REPA -------------------------------------------------------------------------------------
+
+
+def test_sits_network_is_ours_with_time_and_sign_reversed(tmp_path):
+    """SiT: x_s = s x_1 + (1 - s) x_0 from noise x_0 to data x_1; u = x_1 - x_0. Ours: noise - data at t = 1 - s."""
+    weights, (x, s, y) = random_weights(learn_sigma=True), batch()
+    ours = restored(tmp_path, weights, objective="sit")
+    theirs = written_out(weights, x, s, y)[:, :4]
+    out = ours.model(x, 1000 * (1 - s), y)
+    assert out.shape == theirs.shape
+    torch.testing.assert_close(out, -theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+    sampling = ours.spec.sampling
+    assert (sampling.sampler, sampling.num_sampling_steps, sampling.cfg_channels) == ("heun", "125", 3)
+
+
+def test_repas_network_is_ours(tmp_path):
+    weights, (x, t, y) = random_weights(learn_sigma=False), batch()
+    ours = restored(tmp_path, {"ema": weights | {"projectors.0.0.weight": torch.ones(3, 3)}})  # nobody says that it is REPA's
+    theirs = written_out(weights, x, t, y)
+    torch.testing.assert_close(ours.model(x, 1000 * t, y), theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+    sampling = ours.spec.sampling
+    assert (sampling.sampler, sampling.cfg_scale, sampling.guidance_interval) == ("euler", 1.8, (0, 700))
+    assert sampling.cfg_channels is None
+
+
+def test_sits_euler_is_ours(tmp_path):
+    """dx = u ds from s = 0 to 1 in equal steps."""
+    weights, (x, _, y) = random_weights(learn_sigma=True), batch()
+    ours = restored(tmp_path, weights, objective="sit")
+    process = create_diffusion("10", **ours.spec.diffusion)
+    found = last(euler(process, lambda x, t: ours.model(x, t, y), x, None))
+    for step in range(10):
+        x = x + written_out(weights, x, torch.full((3,), step / 10), y)[:, :4] / 10
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+
+
+def test_a_trainers_file_tells_what_it_is(tmp_path):
+    weights = random_weights(learn_sigma=True)
+    flags = dict(model="SiT-tiny", image_size=64, num_classes=10, path_type="Linear", prediction="velocity", vae="ema")
+    torch.save({"ema": weights, "args": argparse.Namespace(**flags)}, tmp_path / "sit.pt")
+    spec = checkpoint.restore(tmp_path / "sit.pt").spec
+    assert (spec.model.name, spec.model.args["time_scale"], spec.vae) == ("DiT-tiny", 1e-3, "ema")
+    assert spec.diffusion == {"objective": "flow"}
+    flags |= dict(path_type="GVP")
+    torch.save({"ema": weights, "args": argparse.Namespace(**flags)}, tmp_path / "gvp.pt")
+    with pytest.raises(ValueError, match=r"gvp\.pt: its path_type is GVP; only linear is known here"):
+        checkpoint.restore(tmp_path / "gvp.pt")
+    weights["projectors.0.0.weight"] = torch.ones(2, 2)
+    repa = dict(model="SiT-tiny", resolution=64, num_classes=10, path_type="linear", prediction="v", qk_norm=False)
+    torch.save({"ema": weights, "args": argparse.Namespace(**repa)}, tmp_path / "repa.pt")
+    spec = checkpoint.restore(tmp_path / "repa.pt").spec
+    assert (spec.image_size, spec.sampling.cfg_scale) == ((64, 64), 1.8)
+
+
+def test_what_is_assumed_is_said():
+    weights = random_weights(learn_sigma=True)
+    bare = BareWeights("DiT-tiny", 64, 10)
+    assert "taken to predict epsilon" in from_bare(weights, {}, bare).remark
+    assert from_bare(weights, {}, BareWeights("DiT-tiny", 64, 10, objective="epsilon")).remark == ""
+    with pytest.raises(UserError, match=r"`objective` epsilon: REPA's projectors\.\*"):
+        from_bare(weights | {"projectors.0": torch.ones(1)}, {}, BareWeights("DiT-tiny", 64, 10, objective="epsilon"))
+
+
+# --- diffusers -------------------------------------------------------------------------------------
+
+SCHEDULER = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """diffusers' DiTPipeline with random weights, the embedders the same in all blocks, as DiT has them."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(num_attention_heads=4, attention_head_dim=8, num_layers=3, patch_size=2, sample_size=8,
+                                        in_channels=4, out_channels=8, num_embeds_ada_norm=10).eval()
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    for block in transformer.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(transformer.transformer_blocks[0].norm1.emb.state_dict())
+    vae = AutoencoderKL(block_out_channels=[8, 8, 8, 8], norm_num_groups=4, latent_channels=4,
+                        down_block_types=4 * ["DownEncoderBlock2D"], up_block_types=4 * ["UpDecoderBlock2D"])
+    return DiTPipeline(transformer, vae, DDIMScheduler(**SCHEDULER))
+
+
+@pytest.fixture
+def folder(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "theirs")
+    edit(tmp_path / "theirs" / "model_index.json", id2label={i: f"thing {i}, whatsit {i}" for i in range(10)})  # as published
+    return tmp_path / "theirs"
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_diffusers_folder_is_the_dit_in_it(folder, pipeline):
+    """Equal outputs, where diffusers' frequencies and one epsilon are set to DiT's."""
+    ours = checkpoint.restore(folder)
+    theirs = copy.deepcopy(pipeline.transformer)
+    x, t, y = batch()
+    before = theirs(x, 1000 * t, y).sample
+    for block in theirs.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+        block.norm3.eps = 1e-6
+    expected = theirs(x, 1000 * t, y).sample
+    found = ours.model(x, 1000 * t, y)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    assert (before - expected).norm() > 0.01 * expected.norm()  # what the 127 costs: it is not our mapping that hides it
+    spec = ours.spec
+    assert spec.classes[3] == "thing 3, whatsit 3"
+    assert (spec.image_size, spec.vae) == ((64, 64), str(folder / "vae"))
+    assert (spec.sampling.sampler, spec.sampling.cfg_channels) == ("ddpm", 3)
+    assert spec.diffusion == dict(noise_schedule="linear", diffusion_steps=1000, objective="epsilon", learn_sigma=True)
+    assert ours.name == "theirs"
+
+
+def test_a_bin_file_as_published_is_read_and_no_code_in_it(folder):
+    from safetensors.torch import load_file
+
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    expected = checkpoint.restore(folder).model.state_dict()
+    weights.unlink()
+    torch.save(state, weights.with_suffix(".bin"))
+    edit(folder / "transformer" / "config.json", _class_name="Transformer2DModel")  # as the published ones say
+    found = checkpoint.restore(folder).model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    weights.with_suffix(".bin").write_bytes(pickle.dumps({"x": print}, protocol=2))
+    with pytest.raises(ValueError, match="nothing was executed"):
+        checkpoint.restore(folder)
+
+
+@pytest.mark.parametrize(("file", "changes", "words"), [
+    ("model_index.json", dict(_class_name="PixArtAlphaPipeline"), "holds a PixArtAlphaPipeline; of diffusers' pipelines only"),
+    ("transformer/config.json", dict(_class_name="SD3Transformer2DModel"), "_class_name is SD3Transformer2DModel; a DiT's is"),
+    ("transformer/config.json", dict(norm_type="ada_norm_single"), "norm_type is ada_norm_single; a DiT's is ada_norm_zero"),
+    ("transformer/config.json", dict(num_layers=4), "lacks transformer_blocks.3.norm1.linear.weight, so it is no DiT of 4"),
+    ("transformer/config.json", dict(num_layers=2), "has transformer_blocks.2."),
+    ("scheduler/scheduler_config.json", dict(beta_schedule="scaled_linear"), "create_diffusion knows: epsilon, scaled"),
+    ("scheduler/scheduler_config.json", dict(beta_end=0.012), "betas 0.0001 to 0.012"),
+    ("scheduler/scheduler_config.json", dict(prediction_type="flow"), "create_diffusion knows: flow"),
+])
+def test_other_folders_are_refused_in_one_line(folder, file, changes, words):
+    edit(folder / file, **changes)
+    with pytest.raises(UserError) as error:
+        checkpoint.restore(folder)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_blocks_whose_embedders_differ_are_refused(pipeline, tmp_path):
+    other = copy.deepcopy(pipeline.transformer)
+    torch.nn.init.zeros_(other.transformer_blocks[2].norm1.emb.timestep_embedder.linear_2.bias)
+    pipeline.save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path / "transformer")
+    with pytest.raises(UserError, match=r"its blocks 0 and 2 differ in norm1\.emb\.timestep_embedder\.linear_2"):
+        checkpoint.restore(tmp_path)
+
+
+def test_folders_that_lack_something_are_refused_in_one_line(folder):
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"transformer holds neither diffusion_pytorch_model\.safetensors nor"):
+        checkpoint.restore(folder)
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(OSError, match=r"scheduler_config\.json"):
+        checkpoint.restore(folder)
+    (folder / "model_index.json").write_text("[]")
+    with pytest.raises(UserError, match=r"model_index\.json is not a JSON object"):
+        checkpoint.restore(folder)
+
+
+def test_what_describes_itself_takes_no_objective(folder):
+    with pytest.raises(UserError, match="`objective` sit is for bare weights"):
+        checkpoint.restore(folder, BareWeights(objective="sit"))
+
+
+def test_schedulers_and_predictions():
+    base = SCHEDULER | dict(prediction_type="v_prediction")
+    assert interchange.diffusion_of(base, False)["objective"] == "v"
+    cosine = dict(beta_schedule="squaredcos_cap_v2", num_train_timesteps=400)
+    assert interchange.diffusion_of(cosine, True) == dict(
+        noise_schedule="squaredcos_cap_v2", diffusion_steps=400, objective="epsilon", learn_sigma=True)
+
+
+def test_sampling_from_a_diffusers_folder(folder, tmp_path):
+    done = run_script("sample.py", "--ckpt", folder, "--class-labels", "thing 3", "--num-sampling-steps", "4",
+                      "--device", "cpu", "--out", "x.png", cwd=tmp_path)
+    assert "1 images of thing 3, whatsit 3" in done.stdout
+    wrong = run_script("sample.py", "--ckpt", folder / "vae", "--device", "cpu", cwd=tmp_path, check=False)
+    assert_one_line(wrong, "config.json: ")
