@@ -204,6 +204,6 @@ def load_autoencoder(vae: str, device: torch.device | str = "cpu") -> nn.Module:
         return Pixels()
     path = Path(vae)
     source = str(path.resolve()) if path.exists() else vae
-    if path.suffix == ".pt" or (path / "checkpoints").is_dir():
+    if path.suffix == ".pt" or (path / "checkpoints").is_dir() or (path / "model.safetensors").is_file():  # export.py's
         return TrainedAutoencoder(source, checkpoint.restore_autoencoder(source)).to(device)
     return SDVAE(source).to(device)

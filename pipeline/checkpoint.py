@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline import interchange
@@ -64,6 +65,23 @@ def save(path: Path, state: dict) -> None:
         raise OSError(f"cannot write the checkpoint {path}: {cause.strerror}") from None
 
 
+def save_folder(folder: Path, spec: Spec, weights: dict[str, Tensor]) -> None:
+    """Write what `read` reads as a folder: config.json and model.safetensors."""
+    folder.mkdir(exist_ok=True)
+    write_text(folder / "config.json", json.dumps(spec.to_dict(), indent=1) + "\n")
+    save_file({key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors")
+
+
+def save_pipeline(folder: Path, index: dict, scheduler: dict, name: str, config: dict, weights: dict[str, Tensor]) -> None:
+    """Write a folder of diffusers: model_index.json, scheduler/, and the network, in the folder `name`."""
+    for path, content in {"model_index.json": index, "scheduler/scheduler_config.json": scheduler,
+                          f"{name}/config.json": config}.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        write_text(folder / path, json.dumps(content, indent=1) + "\n")
+    save_file({key: value.contiguous() for key, value in weights.items()},
+              folder / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
 class DamagedError(UserError):
     """A file is not the checkpoint that was written."""
 
@@ -92,7 +110,6 @@ def load(path: str | Path) -> dict:
     verify(path)
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             state = torch.load(path, map_location="cpu", weights_only=True,  # DiT's own trainer stores a Namespace
@@ -200,6 +217,7 @@ def read_exported(folder: Path) -> tuple[Path, Published]:
     """A folder that export.py wrote: config.json is the Spec, model.safetensors the weights."""
     with prefix_errors(f"{folder / 'config.json'}:", KeyError, *WRONG_VALUE):
         spec = Spec.from_dict(read_json(folder / "config.json"))
+    spec = spec.with_vae(str(folder / "vae") if (folder / "vae").is_dir() else None)
     return folder / "model.safetensors", Published(spec, load(folder / "model.safetensors"))
 
 
@@ -282,13 +300,11 @@ def restore(ckpt: str | Path | None, bare: BareWeights = BareWeights(), vae: str
 
 
 def restore_autoencoder(source: str) -> nn.Module:
-    """The network of an autoencoder that train.py trained, with its EMA weights, from its checkpoint or run."""
-    path = resolve(source)
-    state = load(path)
-    model = spec_of(state, path).model
-    if model.name not in Autoencoder_models:
-        raise UserError(f"{path} holds {model.name}, not one of {', '.join(Autoencoder_models)}")
-    return rebuild(model, weights_of(state, path), path)
+    """The network of an autoencoder that train.py trained, with its EMA weights, from its checkpoint, run or folder."""
+    restored = restore(source)
+    if restored.spec.model.name not in Autoencoder_models:
+        raise UserError(f"{restored.path} holds {restored.spec.model.name}, not one of {', '.join(Autoencoder_models)}")
+    return restored.model
 
 
 def check_agrees(name: str, given: object, stored: object, ckpt: str | Path) -> None:

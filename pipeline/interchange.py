@@ -1,7 +1,8 @@
 """Other formats <-> our Spec and weights, as dictionaries that checkpoint.py has read or will write. No file is opened here.
 
 - bare weights: DiT's `.pt`; SiT's and REPA's, which have the same keys and another meaning
-- a folder of diffusers' DiTPipeline: model_index.json, transformer/, scheduler/, vae/
+- a folder of diffusers' DiTPipeline: model_index.json, transformer/, scheduler/, vae/; in and out
+- what pipeline/exported.py needs to draw what our samplers draw, by diffusers' schedulers; out
 
 Sources: SiT: Ma et al. (arXiv:2401.08740), REPA: Yu et al. (arXiv:2410.06940), diffusers' DiTTransformer2DModel.
 """
@@ -14,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.process import Process
 from diffusion.schedules import named_betas
 from models import DiT, DiT_models, sincos_position_embedding
-from pipeline.spec import BareWeights, ModelSpec, Spec
+from pipeline.spec import BareWeights, ModelSpec, SamplingSettings, Spec, constructor_of
 from runtime import UserError
 
 Weights = dict[str, Tensor]
@@ -64,16 +66,28 @@ def from_bare(weights: Weights, stored: Config, bare: BareWeights) -> Published:
             raise UserError(f"`objective` epsilon: REPA's {PROJECTORS}* stand beside these weights; they predict a velocity")
         remark = "" if bare.objective else ("bare weights, taken to predict epsilon as DiT's do; `objective` sit or repa "
                                             "says otherwise")
-        return Published(bare.spec(stored), weights, remark)
+        return Published(bare.spec(stored, shape_of(weights)), weights, remark)
     check_path(stored)
     flags = {"image_size": "resolution", "num_classes": "num_classes", "vae": "vae"}  # SiT's names are DiT's
     stored = {key: stored.get(key, stored.get(other)) for key, other in flags.items() if {key, other} & set(stored)}
-    spec = bare.spec(stored | ({"model": name.replace("SiT", "DiT")} if name else {}))
+    spec = bare.spec(stored | ({"model": name.replace("SiT", "DiT")} if name else {}), shape_of(weights))
     model = replace(spec.model, args=spec.model.args | {"learn_sigma": False, "time_scale": 1e-3})
     spec = replace(spec, model=model, diffusion={"objective": "flow"}, sampling=replace(spec.sampling, **FLOWS[objective]))
     weights = first_half({key: value for key, value in weights.items() if not key.startswith(PROJECTORS)}, spec.model.args)
     remark = f"bare weights of {objective}'s flow"
     return Published(spec, reverse_time(weights) if objective == "sit" else weights, remark)
+
+
+def shape_of(weights: Weights) -> Config:
+    """The preset, image size and number of classes that the shapes of DiT's tensors tell; {} for other weights."""
+    try:
+        width, _, patch, _ = weights["x_embedder.proj.weight"].shape
+        tokens, rows = weights["pos_embed"].shape[1], len(weights["y_embedder.embedding_table.weight"])
+    except (KeyError, ValueError, IndexError):
+        return {}
+    depth = sum(key.endswith("attn.qkv.weight") for key in weights)
+    return {"model": preset_of(dict(depth=depth, hidden_size=width, patch_size=patch)),
+            "image_size": 8 * patch * math.isqrt(tokens), "num_classes": max(1, rows - 1)}
 
 
 def check_path(stored: Config) -> None:
@@ -149,11 +163,12 @@ def check_transformer(config: Config) -> None:
         raise UserError(f"its transformer's config lacks {', '.join(sorted(missing))}")
 
 
-def preset_of(args: Config) -> str:
-    """The preset with this shape; DiT-XL/2 stands for a shape that no preset has."""
-    shape = ("depth", "hidden_size", "patch_size", "num_heads")
-    for name, preset in DiT_models.items():
-        if preset.func is DiT and all(preset.keywords[key] == args[key] for key in shape):
+def preset_of(shape: Config) -> str:
+    """DiT's preset with this depth, hidden_size, patch_size; DiT-XL/2 stands for a shape that no preset has."""
+    for name in DiT_models:
+        constructor, preset = constructor_of(name)
+        same = all(preset.get(key) == shape[key] for key in ("depth", "hidden_size", "patch_size"))
+        if constructor is DiT and same and "adaln" not in preset:
             return name
     return "DiT-XL/2"
 
@@ -204,3 +219,84 @@ def transformer_weights(theirs: Weights, args: Config) -> Weights:
         raise UserError(f"its transformer has {next(iter(theirs))}, which no DiT has")
     side = args["input_size"] // args["patch_size"]
     return ours | {"pos_embed": sincos_position_embedding((side, side), args["hidden_size"])}
+
+
+def to_diffusers(spec: Spec, weights: Weights) -> tuple[Config, Config, Config, Weights]:
+    """What from_diffusers takes: model_index.json, the configs of transformer and scheduler, and the transformer's weights.
+
+    Raises:
+        UserError: diffusers' DiT cannot express the network or its process.
+    """
+    args, diffusion = spec.model.args, dict(learn_sigma=True, noise_schedule="linear", objective="epsilon") | spec.diffusion
+    square = len(set(np.atleast_1d(args["input_size"]).tolist())) == 1
+    plain = dict(adaln="zero", class_token=False, time_scale=1.0, mlp_ratio=4.0)
+    if spec.model.class_name != "DiT" or not square or any(args[key] != value for key, value in plain.items()):
+        raise UserError(f"{spec.model.name} is not DiT's own network, the only one that diffusers' DiTPipeline knows")
+    predictions = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
+    if diffusion["objective"] not in predictions or diffusion["noise_schedule"] not in ("linear", "squaredcos_cap_v2"):
+        raise UserError(f"objective {diffusion['objective']} with noise_schedule {diffusion['noise_schedule']} is none that "
+                        "DiTPipeline's schedulers know")
+    config = dict(_class_name="DiTTransformer2DModel", num_attention_heads=args["num_heads"],
+                  attention_head_dim=args["hidden_size"] // args["num_heads"], in_channels=args["in_channels"],
+                  out_channels=args["in_channels"] * (2 if args["learn_sigma"] else 1), num_layers=args["depth"],
+                  sample_size=int(np.max(args["input_size"])), patch_size=args["patch_size"], activation_fn="gelu-approximate",
+                  num_embeds_ada_norm=args["num_classes"], norm_type="ada_norm_zero", attention_bias=True, dropout=0.0,
+                  norm_elementwise_affine=False, norm_eps=1e-5)
+    steps = diffusion.get("diffusion_steps", 1000)
+    ends = named_betas("linear", steps)[[0, -1]].tolist()
+    scheduler = dict(_class_name="DDIMScheduler", num_train_timesteps=steps, beta_schedule=diffusion["noise_schedule"],
+                     beta_start=ends[0], beta_end=ends[1], prediction_type=predictions[diffusion["objective"]],
+                     clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading")
+    index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"],
+             "scheduler": ["diffusers", "DDIMScheduler"], "vae": ["diffusers", "AutoencoderKL"],
+             "id2label": {str(i): name for i, name in enumerate(spec.classes)}}
+    return index, config, scheduler, their_weights(weights, args)
+
+
+def their_weights(ours: Weights, args: Config) -> Weights:
+    """Our DiT's state dict -> diffusers': the inverse of transformer_weights."""
+    theirs: Weights = {}
+
+    def copy(own: str, name: str) -> None:
+        theirs.update({name + key.removeprefix(own): value for key, value in ours.items() if key.startswith(f"{own}.")})
+
+    for name, own in TOP.items():
+        copy(own, name)
+    for i in range(args["depth"]):
+        block = f"transformer_blocks.{i}"
+        for name, own in BLOCK.items():
+            copy(f"blocks.{i}.{own}", f"{block}.{name}")
+        for name, own in EMBEDDERS.items():
+            copy(own, f"{block}.{name}")
+        for kind in ("weight", "bias"):
+            thirds = ours[f"blocks.{i}.attn.qkv.{kind}"].chunk(3)
+            theirs.update({f"{block}.{name}.{kind}": third for name, third in zip(QKV, thirds)})
+    return {key: value.clone() for key, value in theirs.items()}  # a file of safetensors shares no memory
+
+
+def scheduler_of(settings: SamplingSettings, process: Process, diffusion: Config) -> tuple[Config, list[int] | None]:
+    """diffusers' scheduler that draws as our sampler does: its config, and the timesteps to set, if it is told them.
+
+    Raises:
+        UserError: diffusers has none.
+    """
+    objective, name = diffusion.get("objective", "epsilon"), settings.sampler
+    if objective == "flow" and name in ("euler", "heun"):
+        return dict(_class_name=f"FlowMatch{name.title()}DiscreteScheduler", num_train_timesteps=process.num_timesteps,
+                    shift=1.0), None
+    kinds = {"ddpm": dict(_class_name="DDPMScheduler", clip_sample=False, timestep_spacing="linspace"),
+             "ddim": dict(_class_name="DDIMScheduler", clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading"),
+             "dpm++": dict(_class_name="DPMSolverMultistepScheduler", algorithm_type="dpmsolver++", solver_order=2,
+                           final_sigmas_type="zero")}
+    predictions = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
+    if objective not in predictions or name not in kinds:
+        raise UserError(f"sampler {name} of objective {objective} has no form among diffusers' schedulers")
+    steps = diffusion.get("diffusion_steps", 1000)
+    stride, timesteps = steps // process.num_timesteps, process.timestep_map[::-1]
+    if name == "ddim" and timesteps != [i * stride for i in reversed(range(process.num_timesteps))]:
+        raise UserError(f"diffusers' DDIM has an integer stride: num_sampling_steps must be ddim{process.num_timesteps}, not "
+                        f"{settings.num_sampling_steps}")
+    variance = dict(variance_type=process.variance) if name == "ddpm" else {}
+    config = kinds[name] | variance | dict(num_train_timesteps=steps, prediction_type=predictions[objective],
+                                           trained_betas=named_betas(diffusion.get("noise_schedule", "linear"), steps).tolist())
+    return config, None if name == "ddim" else timesteps

@@ -297,7 +297,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class BareWeights:
-    """What bare weights, such as DiT's published ones, are said to be. None: what their file says, else DiT-XL/2 at 256."""
+    """What bare weights, such as DiT's published ones, are said to be. None: what their file or their shapes tell."""
 
     model: str | None = None
     image_size: int | None = None
@@ -306,10 +306,15 @@ class BareWeights:
     cfg_scale: float = 4.0
     objective: str | None = None  # of interchange.OBJECTIVES; None: what the file shows, else epsilon
 
-    def spec(self, stored: dict[str, Any]) -> Spec:
-        """An epsilon model on Stable Diffusion's latents. `stored`: the flags of DiT's own trainer, where the file has them."""
+    def spec(self, stored: dict[str, Any], shape: dict[str, Any] | None = None) -> Spec:
+        """An epsilon model on Stable Diffusion's latents.
+
+        Args:
+            stored: the flags of DiT's own trainer, where the file has them.
+            shape: the model, image_size and num_classes that the weights look like, where nobody tells them.
+        """
         given = {key: getattr(self, key) for key in ("model", "image_size", "num_classes") if getattr(self, key) is not None}
-        args = {"model": "DiT-XL/2", "image_size": 256, "num_classes": 1000, "vae": self.vae} | given | stored
+        args = {"model": "DiT-XL/2", "image_size": 256, "num_classes": 1000, "vae": self.vae} | (shape or {}) | given | stored
         model, image_size, num_classes = args["model"], args["image_size"], args["num_classes"]
         if image_size < 8 or image_size % 8 or num_classes < 1:
             raise UserError(f"`image_size` {image_size} must be a positive multiple of 8, `num_classes` {num_classes} positive")

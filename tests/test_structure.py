@@ -12,12 +12,12 @@ runtime/__init__ runtime/files runtime/randomness runtime/pictures runtime/proce
 diffusion/process diffusion/schedules diffusion/samplers diffusion/gaussian_diffusion diffusion/flow diffusion/guidance
 diffusion/reuse diffusion/__init__
 models small_models
-pipeline/__init__ pipeline/spec pipeline/interchange pipeline/checkpoint pipeline/autoencoders pipeline/generation
+pipeline/__init__ pipeline/spec pipeline/interchange pipeline/checkpoint pipeline/autoencoders pipeline/generation pipeline/exported
 training/__init__ training/rows training/features training/parquet training/datasets training/order training/objective
 training/state training/runs training/previews
 evaluation/__init__ evaluation/metrics evaluation/image_sets evaluation/extractors evaluation/survey evaluation/figures
 """.split()  # a file imports those that stand before it
-SCRIPTS = ["train", "sample", "sample_ddp", "extract_features", "evaluate"]
+SCRIPTS = ["train", "sample", "sample_ddp", "extract_features", "evaluate", "export"]
 LINES = {"models": 575}  # at most; of any other file, about 350
 
 

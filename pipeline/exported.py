@@ -1,0 +1,140 @@
+"""A diffusers pipeline for a network of DiNext: class labels -> images. It needs torch, timm and diffusers, and no checkout.
+
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)
+    pipe(class_labels=[0, 1]).images[0].save("picture.png")
+
+export.py makes pipeline.py and network/network.py of an exported folder from this file, guidance.py and models.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from PIL import Image
+from torch import Tensor
+
+import models
+from diffusion.guidance import MODEL_TIME, dynamic_threshold, guide, in_interval
+
+
+class DiNextPipeline(DiffusionPipeline):
+    """Draw images of a class-conditional model.
+
+    Args:
+        network: (x, t in 0..1000, label) -> prediction.
+        vae: an AutoencoderKL; None: the network draws pixels.
+        scheduler: of diffusers.
+        sampling: what export.py found in the checkpoint: steps, timesteps, guidance, bounds.
+        id2label: names of the classes, by their ids as strings.
+    """
+
+    _optional_components = ["vae"]
+
+    def __init__(self, network, scheduler, vae=None, sampling: dict | None = None, id2label: dict | None = None):
+        super().__init__()
+        self.register_modules(network=network, scheduler=scheduler, vae=vae)
+        self.register_to_config(sampling=sampling, id2label=id2label)
+
+    @torch.no_grad()
+    def __call__(self, class_labels: Sequence[int | str], num_inference_steps: int | None = None,
+                 guidance_scale: float | None = None, guidance_interval: tuple[float, float] | None = None,
+                 generator: torch.Generator | None = None, latents: Tensor | None = None, output_type: str = "pil",
+                 return_dict: bool = True) -> ImagePipelineOutput | tuple:
+        """One image a label.
+
+        Args:
+            class_labels: ids, or names of classes.
+            num_inference_steps, guidance_scale, guidance_interval: default: the checkpoint's.
+            generator: of the noise.
+            latents: the start noise (B, C, H, W) in place of a draw.
+            output_type: "pil", "pt" (B, C, H, W) in [-1, 1], or "latent".
+        """
+        settings, device = self.config.sampling, self._execution_device
+        names = {name: int(i) for i, name in self.config.id2label.items()}
+        y = torch.tensor([names[label] if isinstance(label, str) else label for label in class_labels], device=device)
+        x = latents
+        if x is None:
+            source = "cpu" if generator is None else generator.device
+            x = torch.randn(len(y), *settings["shape"], generator=generator, device=source)
+        x = x.to(device, torch.float32)
+        scale = settings["cfg_scale"] if guidance_scale is None else guidance_scale
+
+        times = self.prepare_steps(num_inference_steps, device)
+        guided = in_interval(times, scale, guidance_interval or settings["guidance_interval"])
+        network = guide(self.evaluate, y, settings["num_classes"], scale, settings["cfg_channels"], guided)
+        for step, time in zip(self.progress_bar(self.scheduler.timesteps), times):
+            out = self.bound(network(x, torch.full((len(x),), time, device=device)), x, step, time)
+            if getattr(self.scheduler.config, "variance_type", None) != "learned_range":
+                out = out[:, : x.shape[1]]  # without a learned variance
+            x = self.scheduler.step(out, step, x, generator=generator).prev_sample
+
+        images = self.to_pil(self.decode(x)) if output_type == "pil" else x if output_type == "latent" else self.decode(x)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def prepare_steps(self, count: int | None, device: torch.device) -> list[float]:
+        """Set the scheduler's steps. Returns the network's t, 0..1000, at each evaluation."""
+        settings, scheduler = self.config.sampling, self.scheduler
+        count = count or settings["steps"]
+        if settings["prediction"] == "flow":  # its times are k / count
+            self.scheduler = scheduler = type(scheduler).from_config(scheduler.config, num_train_timesteps=count)
+        if settings["timesteps"] and count == settings["steps"]:
+            scheduler.set_timesteps(timesteps=settings["timesteps"], device=device)
+        else:
+            scheduler.set_timesteps(count, device=device)
+        return [float(t) * MODEL_TIME / scheduler.config.num_train_timesteps for t in scheduler.timesteps]
+
+    def evaluate(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.network(x.to(self.network.dtype), t, y).float()
+
+    def bound(self, out: Tensor, x: Tensor, step: Tensor, time: float) -> Tensor:
+        """The prediction whose x_0 is bounded, as that of pixels is; the prediction itself for latents."""
+        settings, channels = self.config.sampling, x.shape[1]
+        if not settings["bounded"]:
+            return out
+        prediction, own = settings["prediction"], out[:, :channels]
+        if prediction == "flow":
+            alpha, sigma = 1 - time / MODEL_TIME, time / MODEL_TIME
+            x_0 = x - sigma * own
+        else:
+            abar = float(self.scheduler.alphas_cumprod[int(step)])
+            alpha, sigma = abar**0.5, (1 - abar) ** 0.5
+            x_0 = {"epsilon": (x - sigma * own) / alpha, "v": alpha * x - sigma * own, "x0": own}[prediction]
+        limit = settings["input_scale"]
+        x_0 = limit * dynamic_threshold(x_0 / limit) if settings["dynamic_thresholding"] else x_0.clamp(-limit, limit)
+        own = {"epsilon": (x - alpha * x_0) / sigma, "v": (alpha * x - x_0) / sigma, "x0": x_0,
+               "flow": (x - x_0) / sigma}[prediction]
+        return torch.cat([own, out[:, channels:]], dim=1)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """A sampler's x_0 (B, C, H, W) -> images (B, C, H, W) in [-1, 1]."""
+        x = x / self.config.sampling["input_scale"]
+        if self.vae is None:
+            return x.clamp(-1, 1)
+        scale, shift = (torch.tensor(self.config.sampling[name], device=x.device).view(-1, 1, 1) for name in ("scale", "shift"))
+        return self.vae.decode((x / scale + shift).to(self.vae.dtype)).sample.float().clamp(-1, 1)
+
+    @staticmethod
+    def to_pil(images: Tensor) -> list[Image.Image]:
+        arrays = (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(array.squeeze()) for array in arrays]
+
+
+class Network(ModelMixin, ConfigMixin):
+    """A network of DiNext as a component of diffusers.
+
+    Args:
+        name: of its class.
+        args: of its constructor.
+    """
+
+    @register_to_config
+    def __init__(self, name: str, args: dict):
+        super().__init__()
+        self.network = getattr(models, name)(**args)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """x (B, C, H, W), t (B,) in 0..1000, y (B,) -> (B, C or 2C, H, W)."""
+        return self.network(x, t, y)

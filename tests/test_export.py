@@ -1,0 +1,326 @@
+"""Folders that export.py writes: what comes back, and what diffusers draws from them without this checkout."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT, assert_one_line, run_script
+
+import export
+from diffusion import create_diffusion
+from models import DiT_models
+from pipeline import checkpoint
+from pipeline.autoencoders import load_autoencoder
+from pipeline.generation import Sampling, addressed_noise, generate
+from pipeline.spec import ModelSpec, SamplingSettings, Spec
+
+NAMES = ["cat", "dog", "owl"]
+ARGS = {  # tiny networks, one of each class
+    "DiT-S/2": dict(hidden_size=32, depth=2, num_heads=4), "DiNext-S/2": dict(hidden_size=16, depth=2),
+    "DiNext-U-S": dict(hidden_size=8, depths=(1, 1, 1, 1, 1)), "PixArt-B/2": dict(hidden_size=32, depth=2, num_heads=4),
+    "MLP": dict(hidden_size=64, label_features=8), "ConvAdaLN": dict(hidden_size=16, depth=2)}
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(block_out_channels=[8, 8, 8, 8], norm_num_groups=4, latent_channels=4, scaling_factor=0.3, shift_factor=0.1,
+                  down_block_types=4 * ["DownEncoderBlock2D"], up_block_types=4 * ["UpDecoderBlock2D"]).save_pretrained(folder)
+    return str(folder)
+
+
+def save(folder, vae, model="DiT-S/2", diffusion=None, sampling=None, **args):
+    """A run's checkpoint of a network with random weights."""
+    diffusion = diffusion or {}
+    process, pixels = create_diffusion("", **diffusion), vae == "pixels"
+    size, channels = (8, 8), 1 if pixels else 4
+    from_data = dict(input_size=size, in_channels=channels, num_classes=len(NAMES), learn_sigma=process.learn_sigma)
+    settings = SamplingSettings.recommend(process, 0.1, dict(num_sampling_steps="4", cfg_scale=1.5) | (sampling or {}))
+    spec = Spec(ModelSpec.of_preset(model, from_data | ARGS[model] | args), diffusion, vae, size if pixels else (64, 64),
+                1 if pixels else 3, NAMES, settings)
+    torch.manual_seed(1)
+    network = spec.model.build()
+    for name, value in network.named_parameters():
+        if name != "pos_embed":
+            torch.nn.init.normal_(value, std=0.1)
+    path = folder / "results" / "run" / "checkpoints" / "0000007.pt"
+    path.parent.mkdir(parents=True)
+    state = {"ema": network.state_dict(), "spec": spec.to_dict(), "step": 7,
+             "args": {"data_path": "animals", "global_batch_size": 64}}
+    checkpoint.save(path, state)
+    return path.parent.parent
+
+
+def run_export(*flags, cwd=None):
+    export.main(export.build_parser().parse_args(list(map(str, flags))))
+
+
+def draw(ckpt, **given):
+    """Two images, and the start and later noise that they are drawn from."""
+    restored = checkpoint.restore(ckpt)
+    sampling = Sampling.of(restored.spec, given)
+    return restored, generate(restored.model, load_autoencoder(restored.spec.vae), [2, 0], [0, 1], 0, sampling)
+
+
+# --- dinext ----------------------------------------------------------------------------------------
+
+
+def test_an_exported_folder_loads_bit_equal(tmp_path, vae, capsys):
+    run = save(tmp_path, vae, "DiNext-U-S", {"objective": "flow"})
+    run_export("--ckpt", run, "--out", tmp_path / "out")
+    before, after = checkpoint.restore(run), checkpoint.restore(tmp_path / "out")
+    expected = before.spec.with_vae(str(tmp_path / "out" / "vae")).to_dict()
+    assert json.dumps(after.spec.to_dict()) == json.dumps(expected)  # as lists, where the run has tuples
+    assert all(torch.equal(value, before.model.state_dict()[key]) for key, value in after.model.state_dict().items())
+    assert torch.equal(draw(run)[1], draw(tmp_path / "out")[1])
+    assert after.name == "out"
+    assert "README.md, config.json, model.safetensors, vae" in capsys.readouterr().out
+
+
+def test_an_own_autoencoder_comes_along(tmp_path):
+    spec = Spec(ModelSpec.of_preset("Autoencoder-F4C8", dict(input_size=(32, 32), in_channels=3, hidden_size=8)), {}, "pixels",
+                (32, 32), 3, NAMES, None)
+    torch.manual_seed(0)
+    network = spec.model.build()
+    checkpoint.save(tmp_path / "ae.pt", {"ema": network.state_dict(), "spec": spec.to_dict()})
+    autoencoder = load_autoencoder(str(tmp_path / "ae.pt"))
+    model = ModelSpec.of_preset("DiNext-U-S", ARGS["DiNext-U-S"] | dict(input_size=(8, 8), in_channels=8, num_classes=3,
+                                                                       learn_sigma=False))
+    settings = SamplingSettings(sampler="euler", num_sampling_steps="2")
+    spec = Spec(model, {"objective": "flow"}, image_size=(32, 32), channels=3, classes=NAMES, sampling=settings,
+                **autoencoder.spec)
+    checkpoint.save(tmp_path / "x.pt", {"ema": model.build().state_dict(), "spec": spec.to_dict()})
+    run_export("--ckpt", tmp_path / "x.pt", "--out", tmp_path / "out")
+    expected = draw(tmp_path / "x.pt")[1]
+    (tmp_path / "ae.pt").unlink()
+    assert torch.equal(draw(tmp_path / "out")[1], expected)
+    with pytest.raises(ValueError, match="has no form in diffusers; --format dinext takes it along"):
+        run_export("--ckpt", tmp_path / "out", "--out", tmp_path / "other", "--format", "diffusers")
+    run_export("--ckpt", tmp_path / "out" / "vae", "--out", tmp_path / "vae")  # an autoencoder alone
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_card_tells_data_steps_figures_and_shows_the_picture(tmp_path, vae):
+    run = save(tmp_path, vae)
+    (run / "previews").mkdir()
+    for step in (3, 7):
+        (run / "previews" / f"{step:07d}.png").write_bytes(bytes([step]))
+    figures = [dict(name="FID-5000", value=12.345678, floor=None, remark="biased upwards, as N is below 50,000")]
+    (run / "figures.json").write_text(json.dumps({"figures": figures}))
+    run_export("--ckpt", run, "--out", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\nlibrary_name: dinext\n")
+    for words in ("Data: animals", "Steps: 7", "Batch: 64", "DiT-S/2 (DiT)", '"sampler": "ddpm"', "![samples](samples.png)",
+                  "| FID-5000 | 12.35 | - | biased upwards, as N is below 50,000 |"):
+        assert words in card
+    assert (tmp_path / "out" / "samples.png").read_bytes() == bytes([7])
+
+
+# --- diffusers -------------------------------------------------------------------------------------
+
+LOAD = """
+import json, sys, torch
+from diffusers import DiffusionPipeline
+from diffusers.schedulers import scheduling_ddpm
+torch.set_num_threads(1)
+noise = torch.load("noise.pt")
+later = iter(noise["later"])
+real, scheduling_ddpm.randn_tensor = scheduling_ddpm.randn_tensor, lambda *args, **kwargs: next(later)
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+pipe.set_progress_bar_config(disable=True)
+out = pipe(class_labels=["owl", 0], latents=noise["start"], output_type="pt", **json.loads(sys.argv[2])).images
+torch.save(out, "out.pt")
+scheduling_ddpm.randn_tensor = real
+assert len(pipe(class_labels=[1], num_inference_steps=3).images) == 1  # by steps of one's own, as a picture
+"""
+
+CASES = {
+    "DiT, DDPM, learned variance, three guided channels": ("DiT-S/2", "vae", {}, dict(sampler="ddpm", cfg_channels=3)),
+    "DiNext, DDIM, v": ("DiNext-S/2", "vae", {"objective": "v", "learn_sigma": False},
+                        dict(sampler="ddim", num_sampling_steps="ddim4")),
+    "DiNext-U, flow, Euler, interval": ("DiNext-U-S", "vae", {"objective": "flow"},
+                                        dict(sampler="euler", guidance_interval=(300, 800))),
+    "PixArt, DPM-Solver++, cosine": ("PixArt-B/2", "vae", {"noise_schedule": "squaredcos_cap_v2"}, dict(sampler="dpm++")),
+    "DiT, flow, Heun, pixels": ("DiT-S/2", "pixels", {"objective": "flow"}, dict(sampler="heun")),
+    "MLP, DDPM, pixels, small variance": ("MLP", "pixels", {"learn_sigma": False, "sigma_small": True}, dict(sampler="ddpm")),
+    "ConvAdaLN, x0, 400 steps": ("ConvAdaLN", "vae", {"objective": "x0", "learn_sigma": False, "diffusion_steps": 400},
+                                 dict(sampler="dpm++")),
+    "DiNext-U, thresholded pixels": ("DiNext-U-S", "pixels", {"learn_sigma": False},
+                                     dict(sampler="dpm++", dynamic_thresholding=True)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_diffusers_draws_what_generate_draws_without_this_checkout(tmp_path, vae, case, monkeypatch):
+    """In another directory, which has modules of the same names, with only the folder."""
+    model, autoencoder, diffusion, sampling = CASES[case]
+    run = save(tmp_path, vae if autoencoder == "vae" else "pixels", model, diffusion, sampling)
+    run_export("--ckpt", run, "--out", tmp_path / "out", "--format", "diffusers")
+    restored = checkpoint.restore(run)
+    made, decoded = Sampling.of(restored.spec), []
+    autoencoder = load_autoencoder(restored.spec.vae)
+    decode = autoencoder.decode
+    autoencoder.decode = lambda z: decoded.append(decode(z)) or decoded[-1]
+    generate(restored.model, autoencoder, [2, 0], [0, 1], 0, made)
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("models", "data", "diffusion", "pipeline"):
+        (elsewhere / f"{name}.py").write_text("raise ImportError('of another project')\n" if name != "data" else "")
+    noise = partial(addressed_noise, restored.model, 0, [0, 1])
+    torch.save({"start": noise(), "later": [noise(step) for step in range(4)]}, elsewhere / "noise.pt")
+    shutil.rmtree(tmp_path / "results")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(elsewhere / "cache")}
+    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "out"), "{}"], cwd=elsewhere, env=environment,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    out, (expected,) = torch.load(elsewhere / "out.pt"), decoded
+    assert (out - expected).norm() / expected.norm() < 1e-5
+
+
+def test_the_guidance_in_the_folder_is_ours():
+    """Its one copy, function by function."""
+    import ast
+    import inspect
+
+    from diffusion import guidance
+
+    def functions(text):
+        return {node.name: ast.unparse(node) for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+
+    ours, theirs = functions(inspect.getsource(guidance)), functions(export.pipeline_source())
+    assert ours == theirs
+    assert {"guide", "in_interval", "dynamic_threshold"} <= set(ours)
+
+
+@pytest.mark.parametrize(("diffusion", "sampling", "words"), [
+    ({}, dict(sampler="heun"), "sampler heun of objective epsilon has no form among diffusers' schedulers"),
+    ({"objective": "flow"}, dict(sampler="dpm++"), "sampler dpm++ of objective flow has no form"),
+    ({}, dict(sampler="ddim"), "num_sampling_steps must be ddim4, not 4"),
+])
+def test_what_diffusers_cannot_draw_is_refused_in_one_line(tmp_path, vae, diffusion, sampling, words):
+    run = save(tmp_path, vae, "DiT-S/2", diffusion, sampling)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        run_export("--ckpt", run, "--out", tmp_path / "out", "--format", "diffusers")
+    assert words in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results"]  # nothing is left behind
+
+
+def test_diffusers_own_pipeline_takes_a_dit(tmp_path, vae, capsys):
+    """And what it takes comes back bit-equal."""
+    from diffusers import DiTPipeline
+
+    run = save(tmp_path, vae)
+    run_export("--ckpt", run, "--out", tmp_path / "out", "--format", "diffusers-dit")
+    said = capsys.readouterr().out
+    assert "by 127 where DiT divides by 128" in said
+    assert "with 3 classes it cannot guide" in said
+    pipe = DiTPipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(class_labels=[1], num_inference_steps=2, guidance_scale=1.0, output_type="np").images.shape == (1, 64, 64, 3)
+    before, after = checkpoint.restore(run), checkpoint.restore(tmp_path / "out")
+    assert all(torch.equal(value, before.model.state_dict()[key]) for key, value in after.model.state_dict().items())
+    assert after.spec.classes == NAMES
+    other = save(tmp_path / "other", vae, "DiNext-S/2")
+    with pytest.raises(ValueError, match="DiNext-S/2 is not DiT's own network"):
+        run_export("--ckpt", other, "--out", tmp_path / "x", "--format", "diffusers-dit")
+    flow = save(tmp_path / "flow", vae, "DiT-S/2", {"objective": "flow"})
+    with pytest.raises(ValueError, match="objective flow with noise_schedule linear is none that DiTPipeline"):
+        run_export("--ckpt", flow, "--out", tmp_path / "x", "--format", "diffusers-dit")
+
+
+def test_models_need_torch_and_timm_alone():
+    """models.py and small_models.py, so that a network's one file is enough."""
+    import ast
+
+    for name, own in (("models", set()), ("small_models", {"models"})):
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        found = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        found |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert found - set(sys.stdlib_module_names) - own == {"torch", "timm"}
+
+
+# --- the hub ---------------------------------------------------------------------------------------
+
+
+class FakeApi:
+    """What export.py uses of HfApi."""
+
+    calls: list = []
+
+    def create_repo(self, name, exist_ok):
+        self.calls.append(("repo", name))
+
+    def create_branch(self, name, branch, exist_ok):
+        self.calls.append(("branch", name, branch))
+
+    def upload_folder(self, repo_id, folder_path, revision):
+        self.calls.append(("upload", repo_id, sorted(os.listdir(folder_path)), revision))
+        return f"https://example.org/{repo_id}"
+
+
+def test_a_folder_is_pushed_to_the_branch(tmp_path, vae, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    run = save(tmp_path, vae)
+    run_export("--ckpt", run, "--out", tmp_path / "out", "--push", "someone/animals", "--revision", "v2")
+    files = ["README.md", "config.json", "model.safetensors", "vae"]
+    assert FakeApi.calls == [("repo", "someone/animals"), ("branch", "someone/animals", "v2"),
+                             ("upload", "someone/animals", files, "v2")]
+    said = capsys.readouterr()
+    assert "Pushed to https://example.org/someone/animals" in said.out
+    assert "hf_secret" not in said.out + said.err
+
+    def refuse(self, name, exist_ok):
+        raise OSError("401 Client Error: Unauthorized\nlong story")
+
+    monkeypatch.setattr(FakeApi, "create_repo", refuse)
+    with pytest.raises(OSError, match=r"did not take someone/animals: 401 Client Error: Unauthorized; .*out2 is complete"):
+        run_export("--ckpt", run, "--out", tmp_path / "out2", "--push", "someone/animals")
+
+
+@pytest.mark.parametrize("name", ["someone/animals", "someone/animals@v2"])
+def test_a_repository_of_the_hub_is_read_from_its_cache(tmp_path, vae, monkeypatch, name):
+    run = save(tmp_path, vae)
+    repository, commit = tmp_path / "hub" / "models--someone--animals", "0123456789abcdef0123456789abcdef01234567"
+    (repository / "snapshots").mkdir(parents=True)
+    run_export("--ckpt", run, "--out", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / ("v2" if "@" in name else "main")).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    restored = checkpoint.restore(name)
+    assert restored.name == "someone--animals-0123456"
+    assert all(torch.equal(value, checkpoint.restore(run).model.state_dict()[key])
+               for key, value in restored.model.state_dict().items())
+    with pytest.raises(OSError, match=r"someone/others is no path here, not in the cache of the hub's files, and the hub did"):
+        checkpoint.restore("someone/others")
+
+
+def test_wrong_flags_are_one_line(tmp_path):
+    (tmp_path / "there").mkdir()
+    for flags, words in ((["--ckpt", "x.pt", "--out", "there"], "--out there exists; name a new folder"),
+                         (["--ckpt", "x.pt", "--out", "new", "--revision", "v2"], "--revision names the branch of --push"),
+                         (["--ckpt", "x.pt", "--out", "new"], "--ckpt x.pt does not exist")):
+        assert_one_line(run_script("export.py", *flags, cwd=tmp_path, check=False), words)
+
+
+def test_presets_are_known_by_their_shapes(tmp_path):
+    """Bare weights need no --model, --image-size or --num-classes."""
+    torch.manual_seed(0)
+    weights = DiT_models["DiT-S/4"](input_size=16, num_classes=7).state_dict()
+    torch.save(weights, tmp_path / "bare.pt")
+    spec = checkpoint.restore(tmp_path / "bare.pt").spec
+    assert (spec.model.name, spec.image_size, len(spec.classes)) == ("DiT-S/4", (128, 128), 7)
+
+
