@@ -301,10 +301,11 @@ def restore(ckpt: str | Path | None, bare: BareWeights = BareWeights(), vae: str
 
 def restore_autoencoder(source: str) -> nn.Module:
     """The network of an autoencoder that train.py trained, with its EMA weights, from its checkpoint, run or folder."""
-    restored = restore(source)
-    if restored.spec.model.name not in Autoencoder_models:
-        raise UserError(f"{restored.path} holds {restored.spec.model.name}, not one of {', '.join(Autoencoder_models)}")
-    return restored.model
+    path, (spec, weights, remark) = read(resolve(source), BareWeights())
+    if remark or spec.model.name not in Autoencoder_models:
+        holds = "nothing that describes itself" if remark else spec.model.name
+        raise UserError(f"{path} holds {holds}, not one of {', '.join(Autoencoder_models)}")
+    return rebuild(spec.model, weights, path)
 
 
 def check_agrees(name: str, given: object, stored: object, ckpt: str | Path) -> None:
