@@ -150,7 +150,8 @@ CASES = {
                                         dict(sampler="euler", guidance_interval=(300, 800))),
     "PixArt, DPM-Solver++, cosine": ("PixArt-B/2", "vae", {"noise_schedule": "squaredcos_cap_v2"}, dict(sampler="dpm++")),
     "DiT, flow, Heun, pixels": ("DiT-S/2", "pixels", {"objective": "flow"}, dict(sampler="heun")),
-    "MLP, DDPM, pixels, small variance": ("MLP", "pixels", {"learn_sigma": False, "sigma_small": True}, dict(sampler="ddpm")),
+    "MLP, DDPM, v, pixels, small variance": ("MLP", "pixels", {"objective": "v", "learn_sigma": False, "sigma_small": True},
+                                             dict(sampler="ddpm")),
     "ConvAdaLN, x0, 400 steps": ("ConvAdaLN", "vae", {"objective": "x0", "learn_sigma": False, "diffusion_steps": 400},
                                  dict(sampler="dpm++")),
     "DiNext-U, thresholded pixels": ("DiNext-U-S", "pixels", {"learn_sigma": False},
@@ -158,7 +159,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("DiT, DDPM, learned variance, three guided channels", "DiNext-U, flow, Euler, interval",
+         "MLP, DDPM, v, pixels, small variance")
+
+
+@pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_diffusers_draws_what_generate_draws_without_this_checkout(tmp_path, vae, case, monkeypatch):
     """In another directory, which has modules of the same names, with only the folder."""
     model, autoencoder, diffusion, sampling = CASES[case]
