@@ -19,6 +19,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 from jsonargparse import Namespace
 
 import models
@@ -88,7 +89,7 @@ def write_diffusers(restored: checkpoint.Restored, folder: Path) -> list[str]:
     index = {
         "_class_name": ["pipeline", "DiNextPipeline"], "network": ["network", "Network"],
         "scheduler": ["diffusers", scheduler["_class_name"]],
-        "vae": [None, None] if isinstance(autoencoder, Pixels) else ["diffusers", "AutoencoderKL"],
+        "vae": [None, None] if isinstance(autoencoder, Pixels) else ["diffusers", type(autoencoder.vae).__name__],
         "id2label": {str(i): name for i, name in enumerate(spec.classes)},
         "sampling": {
             "shape": [restored.model.in_channels, *restored.model.input_size], "num_classes": restored.model.num_classes,
@@ -126,7 +127,7 @@ FORMATS = {"dinext": write_dinext, "diffusers": write_diffusers, "diffusers-dit"
 
 def open_autoencoder(spec) -> Pixels | SDVAE:
     with cli.prefix_errors("the checkpoint's autoencoder:"):
-        autoencoder = load_autoencoder(spec.vae)
+        autoencoder = load_autoencoder(spec.vae, statistics=spec.statistics)
     if not isinstance(autoencoder, Pixels | SDVAE):
         raise UserError(f"the model's autoencoder, {spec.vae}, has no form in diffusers; --format dinext takes it along")
     return autoencoder
@@ -136,7 +137,7 @@ def scale_of(autoencoder: Pixels | SDVAE) -> dict[str, list[float]]:
     """Latents are (z - shift) * scale, for each channel or for all."""
     if isinstance(autoencoder, Pixels):
         return {"scale": [1.0], "shift": [0.0]}
-    return {"scale": [autoencoder.scale], "shift": [autoencoder.shift]}
+    return {name: torch.as_tensor(getattr(autoencoder, name)).flatten().tolist() for name in ("scale", "shift")}
 
 
 def pipeline_source() -> str:

@@ -6,7 +6,8 @@
 The folder holds `moments.npy` (N, 2, 2C, h, w) fp16: mean and log-variance of the posterior of each image and of its
 mirror image, because an autoencoder is not equivariant to flips; `labels.npy` (N,) int64; `skipped.txt`, the images that
 could not be read; and, at the end, `meta.json`. Row i is image i, whichever process writes it. After a kill, the same
-command continues on any number of processes.
+command continues on any number of processes. With --normalise, meta.json also has the mean and standard deviation of each
+channel of the latents; training then normalises by them, and not as the autoencoder says.
 """
 
 import json
@@ -23,9 +24,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from pipeline.autoencoders import Pixels, load_autoencoder
+from pipeline.autoencoders import NO_VARIANCE, SDVAE, Pixels, load_autoencoder
 from runtime import UserError, cli
-from runtime.files import check_writable, write_text
+from runtime.files import check_writable, in_batches, write_text
 from runtime.pictures import to_unit_range
 from runtime.processes import autocast, start_world
 from training.datasets import load_dataset
@@ -41,6 +42,7 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_shared_arguments()
     parser.add_argument("--features-path", required=True, help="the folder to write")
     parser.add_argument("--per-proc-batch-size", type=int, default=32, help="images that a process encodes at once")
+    parser.add_argument("--normalise", action="store_true", help="measure mean and std of each channel; train.py uses them")
     parser.add_argument("--max-skipped", type=float, default=0.001, help="share of images that may be unreadable")
     return parser
 
@@ -55,8 +57,8 @@ def main(args: Namespace) -> None:
     if data.kind != "images":
         raise UserError(f"--data-path {args.data_path} holds features already")
     with cli.prefix_errors("--vae"):
-        autoencoder = world.main_first(lambda: load_autoencoder(args.vae or "ema", world.device))
-        meta = describe_features(data, autoencoder, args.data_path)
+        autoencoder = world.main_first(lambda: load_autoencoder(args.vae or "ema", world.device, raw=args.normalise))
+        meta = describe_features(data, autoencoder, args.data_path, args.normalise)
     folder = world.on_main(lambda: check_writable(args.features_path))
     todo = world.on_main(lambda: lay_out(folder, meta))
     if args.compile:
@@ -81,15 +83,17 @@ def main(args: Namespace) -> None:
         print(f"{folder} is complete: {len(todo):,} of {len(data):,} images encoded now, {time.perf_counter() - start:.0f} s")
 
 
-def describe_features(data: TrainingData, autoencoder: nn.Module, data_path: str) -> dict:
+def describe_features(data: TrainingData, autoencoder: nn.Module, data_path: str, normalise: bool) -> dict:
     """The content of meta.json, except the skipped rows."""
     if isinstance(autoencoder, Pixels):
         raise UserError("pixels has no features to write: train.py reads pixels as they are")
+    if normalise and not isinstance(autoencoder, SDVAE):
+        raise UserError(f"{autoencoder.spec['vae']}: its latents are standardised already; leave out `normalise`")
     return {
         "autoencoder": autoencoder.spec | autoencoder.identity(),
         "latent_shape": autoencoder.latent_shape(data.image_size, data.channels),
         "image_size": data.image_size, "channels": data.channels, "classes": data.classes, "flip": data.flip,
-        "rows": len(data), "dtype": "float16", "data_path": data_path,
+        "rows": len(data), "dtype": "float16", "data_path": data_path, **({"normalise": True} if normalise else {}),
     }
 
 
@@ -105,9 +109,9 @@ def lay_out(folder: Path, meta: dict) -> np.ndarray:
     for path in (done, begun):
         if path.exists():
             stored = json.loads(path.read_text())
-            if different := [key for key in meta if stored[key] != meta[key]]:
+            if different := [key for key in meta if stored.get(key) != meta[key]]:
                 raise UserError(f"--features-path {folder} holds other features: their {different[0]} is "
-                                f"{stored[different[0]]}, not {meta[different[0]]}")
+                                f"{stored.get(different[0])}, not {meta[different[0]]}")
             return np.flatnonzero(np.load(folder / "labels.npy", mmap_mode="r") < 0) if path == begun else np.array([], int)
     channels, *size = meta["latent_shape"]
     shape = (meta["rows"], 2, 2 * channels, *size)
@@ -186,8 +190,20 @@ def finish(folder: Path, data: TrainingData, meta: dict, limit: float) -> None:
     if len(skipped) > limit:
         raise UserError(f"{len(skipped)} of {len(data)} images cannot be read, more than --max-skipped allows; they are "
                         f"listed in {folder / 'skipped.txt'}. Mend or remove them, and start the same command again")
-    write_json(folder / "meta.json", meta | {"images": len(data) - len(skipped), "skipped": skipped.tolist()})
+    measured = measure_latents(folder, np.flatnonzero(labels >= 0)) if "normalise" in meta else {}
+    write_json(folder / "meta.json", meta | measured | {"images": len(data) - len(skipped), "skipped": skipped.tolist()})
     (folder / "unfinished.json").unlink(missing_ok=True)
+
+
+def measure_latents(folder: Path, rows: np.ndarray) -> dict[str, list[float]]:
+    """Mean and standard deviation of each channel of the raw latents: Var[z] = E[variance] + Var[mean] of the posteriors."""
+    moments = np.load(folder / "moments.npy", mmap_mode="r")
+    sums = torch.zeros(3, moments.shape[2] // 2, dtype=torch.float64)  # of means, squared means and variances
+    for batch in tqdm(in_batches(len(rows), 1000), "measuring"):
+        mean, log_variance = torch.from_numpy(moments[rows[batch]]).double().chunk(2, dim=2)  # (B, 2, C, h, w) each
+        sums += torch.stack([part.sum(dim=(0, 1, 3, 4)) for part in (mean, mean**2, log_variance.clamp(NO_VARIANCE, 20).exp())])
+    mean, square, variance = sums / (len(rows) * moments[0].size / (2 * sums.shape[1]))
+    return {"latents_mean": mean.tolist(), "latents_std": (square - mean**2 + variance).sqrt().tolist()}
 
 
 def why_unreadable(data: TrainingData, row: int) -> str:

@@ -1,7 +1,7 @@
 """Image <-> latent. Only this file handles scale factors of latents.
 
 Every autoencoder has
-    spec                           plain dict; `load_autoencoder(spec["vae"])` builds the autoencoder again
+    spec                           plain dict, what a checkpoint's Spec says of it; `load_autoencoder` builds it again
     bounded                        whether latents lie in [-1, 1], as pixels do: a sampler may then clip its predictions
     latent_shape(image_size, C)    (C, H, W) of the latent of an image of `image_size` (H, W) and C channels
     stochastic                     whether an image has a posterior of latents to draw from, and not one latent
@@ -20,11 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import checkpoint
+from pipeline.interchange import from_ldm
 from pipeline.spec import Spec
 from runtime import UserError
-from runtime.cli import one_line
+from runtime.cli import one_line, prefix_errors
 from runtime.pictures import to_unit_range
 
+NO_VARIANCE = -30  # log-variance of what is one latent and not a posterior
+Statistics = tuple[list[float], list[float]]  # mean and standard deviation of each channel of raw latents
 HUB_IDS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
 
@@ -51,17 +54,44 @@ class Pixels(nn.Module):
 
 
 class SDVAE(nn.Module):
-    """Stable Diffusion's autoencoder, or any diffusers `AutoencoderKL`; scale and shift come from its config."""
+    """Stable Diffusion's autoencoder, or any `AutoencoderKL` or `AutoencoderDC` of diffusers.
 
-    bounded, stochastic = False, True
+    Latents are (z - shift) * scale. By the config, the scale is scaling_factor, and the shift shift_factor; with latents_mean
+    and latents_std, of each channel, they are scaling_factor / latents_std and latents_mean.
 
-    def __init__(self, source: str):
+    Args:
+        source: where it came from.
+        vae: diffusers' network.
+        statistics: mean and standard deviation of z, of each channel, in place of what the config says: then latents are
+            (z - mean) / std.
+    """
+
+    bounded = False
+
+    def __init__(self, source: str, vae: nn.Module, statistics: Statistics | None = None):
         super().__init__()
+        self.vae = vae.to(memory_format=torch.channels_last)
+        config = vae.config
+        self.stochastic = hasattr(vae, "quant_conv")  # an AutoencoderDC has one latent an image
+        self.factor = getattr(vae, "spatial_compression_ratio", 2 ** (len(config.get("block_out_channels") or [0]) - 1))
         self.spec = {"vae": source}
-        self.vae = load_autoencoder_kl(source).to(memory_format=torch.channels_last)
-        config = self.vae.config
-        self.scale, self.shift = config.scaling_factor, config.get("shift_factor") or 0.0
-        self.factor = 2 ** (len(config.block_out_channels) - 1)  # image size / latent size
+        self.of_config = {"scaling_factor": config.scaling_factor, "shift_factor": config.get("shift_factor") or 0.0}
+        scaling = config.scaling_factor
+        if statistics:
+            self.spec |= {"latents_mean": list(statistics[0]), "latents_std": list(statistics[1])}
+            scaling = 1.0
+        elif config.get("latents_mean") and config.get("latents_std"):
+            statistics = config.latents_mean, config.latents_std
+        self.statistics = statistics
+        if statistics:
+            mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in statistics)
+            if len(mean) != config.latent_channels or len(std) != config.latent_channels or not (std > 0).all():
+                raise UserError(f"{source}: latents_mean and latents_std must be {config.latent_channels} numbers each, one a "
+                                "channel of its latents, and latents_std positive")
+            self.register_buffer("shift", mean, persistent=False)
+            self.register_buffer("scale", scaling / std, persistent=False)
+        else:
+            self.shift, self.scale = self.of_config["shift_factor"], scaling
         self.requires_grad_(False)
 
     def latent_shape(self, image_size: tuple[int, int], channels: int) -> tuple[int, int, int]:
@@ -73,12 +103,16 @@ class SDVAE(nn.Module):
 
     def moments(self, images: Tensor) -> Tensor:
         """Mean and log-variance of the posterior, unscaled: (B, 2C, h, w)."""
-        return self.vae.encode(images).latent_dist.parameters
+        if self.stochastic:
+            return self.vae.encode(images).latent_dist.parameters
+        latents = self.vae.encode(images).latent
+        return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1)
 
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents (B, C, h, w) from their moments (B, 2C, h, w)."""
-        mean, log_variance = moments.chunk(2, dim=1)
-        latents = mean if noise is None else mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise
+        latents, log_variance = moments.chunk(2, dim=1)
+        if self.stochastic and noise is not None:
+            latents = latents + torch.exp(0.5 * log_variance.clamp(NO_VARIANCE, 20)) * noise
         return (latents - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -86,7 +120,8 @@ class SDVAE(nn.Module):
 
     def identity(self) -> dict:
         """The scale, and the sha256 of the weights. It does not depend on the file that holds them."""
-        return {"sha256": weights_sha256(self.vae), "scaling_factor": self.scale, "shift_factor": self.shift}
+        statistics = dict(zip(("latents_mean", "latents_std"), map(list, self.statistics or ())))
+        return {"sha256": weights_sha256(self.vae), **self.of_config, **statistics}
 
 
 class TrainedAutoencoder(nn.Module):
@@ -108,7 +143,7 @@ class TrainedAutoencoder(nn.Module):
     def moments(self, images: Tensor) -> Tensor:
         """The latent, and a log-variance that means no variance: (B, 2C, h, w)."""
         latents = self.encode(images)
-        return torch.cat([latents, torch.full_like(latents, -30)], dim=1)
+        return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1)
 
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         return moments.chunk(2, dim=1)[0]
@@ -151,6 +186,11 @@ def latents_of(autoencoder: nn.Module, batch: Tensor, kind: str, noise: Tensor) 
             return batch
 
 
+def statistics_of(data) -> Statistics | None:
+    """Those by which a data set's features are normalised, if they are."""
+    return (data.made_by["latents_mean"], data.made_by["latents_std"]) if "latents_mean" in data.made_by else None
+
+
 def check_features(autoencoder: nn.Module, *datasets) -> None:
     """Raises UserError if one of the data sets holds features of another autoencoder. None is skipped."""
     features = [data for data in datasets if data is not None and data.kind != "images"]
@@ -173,37 +213,67 @@ def check_autoencoder(autoencoder: nn.Module, spec: Spec) -> None:
                         f"expected {expected}; `vae` may name where the right ones lie")
 
 
-def load_autoencoder_kl(source: str) -> nn.Module:
-    """A diffusers AutoencoderKL from a local folder or the hub."""
-    from diffusers import AutoencoderKL  # slow to import
+def load_vae(source: str) -> nn.Module:
+    """An AutoencoderKL or AutoencoderDC of diffusers, from a local folder or the hub."""
+    from diffusers import AutoencoderDC, AutoencoderKL  # slow to import
     from huggingface_hub import try_to_load_from_cache
 
+    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
     hub_id = HUB_IDS.get(source, source)
     is_path = hub_id.startswith((".", "/", "~")) or hub_id.count("/") != 1 or Path(hub_id).parent.is_dir()
     if is_path and not Path(hub_id).is_dir():
         raise FileNotFoundError(f"{source}: no such folder; allowed: ema, mse, pixels, a folder that "
-                                "AutoencoderKL.save_pretrained wrote, the run or checkpoint of an autoencoder, or a hub id "
-                                "owner/name")
+                                "save_pretrained of an AutoencoderKL or AutoencoderDC wrote, a file of LDM's autoencoder, the "
+                                "run or checkpoint of an autoencoder, or a hub id owner/name")
     try:
         with warnings.catch_warnings(action="ignore"):  # the hub's client warns of its own deprecations
             kind = AutoencoderKL.load_config(hub_id).get("_class_name", "AutoencoderKL")
-            if kind == "AutoencoderKL":
-                return AutoencoderKL.from_pretrained(hub_id, low_cpu_mem_usage=False).eval()
-        reason = f"it holds an {kind}; expected an AutoencoderKL"
+            if kind in kinds:
+                return kinds[kind].from_pretrained(hub_id, low_cpu_mem_usage=False).eval()
+        reason = f"it holds an {kind}; expected an AutoencoderKL or AutoencoderDC"
     except (OSError, ValueError) as error:
         reason = one_line(error)[:200]
     if not is_path and not isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
         reason = "it is not in the cache of the hub's files, and the hub did not give it; a folder with it can be named instead"
-    raise UserError(f"{source}: cannot load an AutoencoderKL from {hub_id}: {reason}")
+    raise UserError(f"{source}: cannot load an autoencoder from {hub_id}: {reason}")
 
 
-def load_autoencoder(vae: str, device: torch.device | str = "cpu") -> nn.Module:
-    """Load an autoencoder: "pixels", "ema" or "mse" (Stable Diffusion's), a local folder, a hub id, or a checkpoint or
-    run of an autoencoder that train.py trained."""
+def load_ldm(path: Path) -> nn.Module:
+    """The autoencoder in a file of LDM (VA-VAE's, say), as diffusers' AutoencoderKL. The file does not tell its scale."""
+    from diffusers import AutoencoderKL
+
+    state = checkpoint.load(path)
+    with prefix_errors(f"{path}:"):
+        config, weights = from_ldm(state.get("state_dict", state))
+        vae = AutoencoderKL(**config)
+        checkpoint.load_weights(vae, weights, path)
+    return vae.eval()
+
+
+def load_autoencoder(vae: str, device: torch.device | str = "cpu", statistics: Statistics | None = None,
+                     raw: bool = False) -> nn.Module:
+    """An autoencoder by name.
+
+    Args:
+        vae: "pixels", "ema" or "mse" (Stable Diffusion's), a local folder, a hub id, a file of LDM's autoencoder, or a
+            checkpoint, run or exported folder of an autoencoder that train.py trained.
+        statistics: of its raw latents, by which they are normalised.
+        raw: it need not know a scale of its latents.
+
+    Raises:
+        UserError, OSError: it cannot be loaded, or nothing tells the scale of its latents.
+    """
     if vae == "pixels":
         return Pixels()
     path = Path(vae)
     source = str(path.resolve()) if path.exists() else vae
-    if path.suffix == ".pt" or (path / "checkpoints").is_dir() or (path / "model.safetensors").is_file():  # export.py's
+    if (path / "checkpoints").is_dir() or (path / "model.safetensors").is_file():
         return TrainedAutoencoder(source, checkpoint.restore_autoencoder(source)).to(device)
-    return SDVAE(source).to(device)
+    if path.suffix not in (".pt", ".ckpt", ".safetensors"):
+        return SDVAE(source, load_vae(source), statistics).to(device)
+    if "spec" in checkpoint.load(path):
+        return TrainedAutoencoder(source, checkpoint.restore_autoencoder(source)).to(device)
+    if statistics is None and not raw:
+        raise UserError(f"{vae} does not tell the scale of its latents; extract_features.py measures it with `normalise`, and "
+                        "training on these features knows it")
+    return SDVAE(source, load_ldm(path), statistics).to(device)

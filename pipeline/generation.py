@@ -162,7 +162,7 @@ def restore_autoencoder(world: World, restored: checkpoint.Restored, sampling: S
     spec, model = restored.spec, restored.model
     with prefix_errors("`vae`"):
         try:
-            autoencoder = world.main_first(lambda: load_autoencoder(spec.vae, world.device))
+            autoencoder = world.main_first(lambda: load_autoencoder(spec.vae, world.device, spec.statistics))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; it is what the checkpoint names: if it has moved, pass its new place as `vae`"
                                     if same else str(error)) from None

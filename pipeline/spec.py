@@ -5,6 +5,7 @@ In memory it is a `Spec`; in the file it is a plain dict of numbers, strings, li
     model           {"name": the preset, "class": of the network, "args": every argument of its constructor}
     diffusion       arguments of create_diffusion
     vae             of load_autoencoder;  vae_sha256: of its weights, where train.py trained it
+    latents_mean    and latents_std, of each channel of raw latents, where the features were normalised by them
     image_size      (H, W);  channels: of an image
     classes         names, in the order of their ids
     sampling        the recommended settings of sampling; None for an autoencoder, from which nothing is sampled
@@ -30,6 +31,7 @@ from runtime import UserError
 from runtime.cli import ArgumentParser, check_arguments, prefix_errors
 from small_models import NETWORKS
 
+OPTIONAL = {"vae_sha256", "latents_mean", "latents_std"}  # fields of a Spec that a checkpoint may lack
 DERIVED = {"kind", "times", "guided", "depth", "default_split", "key_steps"}  # arguments of reuse.plan not in `reuse_args`
 
 # --- the settings of sampling ----------------------------------------------------------------------
@@ -264,6 +266,8 @@ class Spec:
     classes: list[str]                 # names, in the order of their ids
     sampling: SamplingSettings | None  # recommended; None for an autoencoder
     vae_sha256: str | None = None      # of the autoencoder's weights, where train.py trained it
+    latents_mean: list[float] | None = None  # of each channel of the autoencoder's raw latents, where they are normalised by
+    latents_std: list[float] | None = None   # these and not as the autoencoder says
 
     @property
     def is_autoencoder(self) -> bool:
@@ -275,7 +279,7 @@ class Spec:
         """Raises UserError where something is missing, or of a kind that this version does not know."""
         names = {one.name for one in fields(cls)}
         given = set(stored) if isinstance(stored, dict) else set()
-        if missing := names - given - {"vae_sha256"}:
+        if missing := names - given - OPTIONAL:
             raise UserError(f"its description lacks {', '.join(sorted(missing))}")
         if unknown := given - names:
             raise UserError(f"its description has {', '.join(sorted(unknown))}, which this version does not know")
@@ -287,9 +291,13 @@ class Spec:
     def to_dict(self) -> dict[str, Any]:
         """The plain dict that a checkpoint holds."""
         plain = {one.name: getattr(self, one.name) for one in fields(self)}
-        if self.vae_sha256 is None:
-            del plain["vae_sha256"]
+        plain = {name: value for name, value in plain.items() if value is not None or name not in OPTIONAL}
         return plain | {"model": self.model.to_dict(), "sampling": self.sampling and self.sampling.to_dict()}
+
+    @property
+    def statistics(self) -> tuple[list[float], list[float]] | None:
+        """Mean and standard deviation by which raw latents are normalised, as load_autoencoder takes them."""
+        return None if self.latents_mean is None else (self.latents_mean, self.latents_std)
 
     def with_vae(self, vae: str | None) -> "Spec":
         return replace(self, vae=vae) if vae else self
@@ -333,15 +341,6 @@ def imagenet_classes() -> list[str]:
     """The English names of ImageNet's 1,000 classes."""
     from timm.data import ImageNetInfo
     return ImageNetInfo().label_descriptions()
-
-
-def readable_names(folders: list[str]) -> list[str]:
-    """English names for ImageNet's folders (n02099601 -> golden retriever). Other names stay unchanged."""
-    from timm.data import ImageNetInfo
-
-    imagenet = ImageNetInfo()
-    known = set(imagenet.label_names())
-    return [imagenet.label_name_to_description(name) if name in known else name for name in folders]
 
 
 def normal_name(name: str) -> str:

@@ -13,6 +13,7 @@ import train
 from models import DiT_models
 from pipeline import checkpoint
 from pipeline.autoencoders import load_autoencoder
+from runtime import UserError
 from runtime.pictures import to_uint8, to_unit_range
 from runtime.randomness import generator
 from training.datasets import load_dataset
@@ -70,7 +71,7 @@ def test_a_saved_spec_builds_it_again_from_anywhere(tiny_vae, tmp_path, monkeypa
 def test_wrong_autoencoders_and_sizes_are_refused(tiny_vae, tmp_path):
     with pytest.raises(FileNotFoundError, match="/nowhere/vae: no such folder"):
         load_autoencoder("/nowhere/vae")
-    with pytest.raises(ValueError, match="cannot load an AutoencoderKL"):
+    with pytest.raises(ValueError, match="cannot load an autoencoder"):
         load_autoencoder(str(tmp_path))
     autoencoder = load_autoencoder(str(tiny_vae))
     with pytest.raises(ValueError, match="divisible by 8"):
@@ -206,12 +207,6 @@ def test_features_are_cached_with_it(trained, tmp_path, run_here, photographs):
     assert result.returncode == 0, result.stderr
 
 
-def test_a_folder_of_another_kind_of_autoencoder_is_told(tmp_path):
-    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderDC", "in_channels": 3}')
-    with pytest.raises(ValueError, match="holds an AutoencoderDC; expected an AutoencoderKL"):
-        load_autoencoder(str(tmp_path))
-
-
 def test_without_the_hub_the_reason_is_told(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"ema: .* is not in the cache of the hub's files, and the hub did not give it"):
@@ -230,3 +225,104 @@ def test_a_moved_autoencoder_can_be_named_anew(tiny_vae, tmp_path, monkeypatch, 
     shutil.move("old", "new")
     assert_one_line(run_here(sample, "--ckpt", "c.pt"), "--vae ", "/old: no such folder", "pass its new place as --vae")
     assert run_here(sample, "--ckpt", "c.pt", "--vae", "new").returncode == 0
+
+
+# --- scales, other kinds and files -----------------------------------------------------------------
+
+
+def kl(folder, **config):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**dict(block_out_channels=[32, 32], layers_per_block=1, latent_channels=4, norm_num_groups=32,
+                               down_block_types=2 * ["DownEncoderBlock2D"], up_block_types=2 * ["UpDecoderBlock2D"]) | config)
+    vae.eval().save_pretrained(folder)
+    return vae
+
+
+def test_statistics_in_a_config_are_honoured(tmp_path):
+    """latents = (z - mean) * scaling_factor / std, as diffusers' pipelines do."""
+    mean, std = [0.5, -1.0, 0.0, 2.0], [1.0, 2.0, 0.5, 4.0]
+    vae = kl(tmp_path, latents_mean=mean, latents_std=std, scaling_factor=0.7)
+    ours, x = load_autoencoder(str(tmp_path)), torch.rand(2, 3, 8, 8) * 2 - 1
+    z = vae.encode(x).latent_dist.mean
+    wide = [torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std)]
+    torch.testing.assert_close(ours.encode(x), (z - wide[0]) * 0.7 / wide[1])
+    torch.testing.assert_close(ours.decode(ours.encode(x)), vae.decode(z).sample.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+    assert ours.identity()["latents_mean"] == mean
+    given = load_autoencoder(str(tmp_path), statistics=([1.0] * 4, [3.0] * 4))  # those of features go before
+    torch.testing.assert_close(given.encode(x), (z - 1) / 3)
+    assert given.spec == {"vae": str(tmp_path), "latents_mean": [1.0] * 4, "latents_std": [3.0] * 4}
+    with pytest.raises(UserError, match="must be 4 numbers each"):
+        load_autoencoder(str(tmp_path), statistics=([1.0], [3.0]))
+
+
+def test_an_autoencoder_dc_has_one_latent_an_image(tmp_path):
+    from diffusers import AutoencoderDC
+
+    torch.manual_seed(0)
+    vae = AutoencoderDC(latent_channels=8, encoder_block_out_channels=(16, 16, 16), decoder_block_out_channels=(16, 16, 16),
+                        encoder_layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 1, 1), attention_head_dim=8,
+                        encoder_block_types="ResBlock", decoder_block_types="ResBlock", encoder_qkv_multiscales=((), (), ()),
+                        decoder_qkv_multiscales=((), (), ()), scaling_factor=0.3, downsample_block_type="pixel_unshuffle",
+                        upsample_block_type="pixel_shuffle").eval()
+    vae.save_pretrained(tmp_path)
+    ours, x = load_autoencoder(str(tmp_path)), torch.rand(2, 3, 16, 16) * 2 - 1
+    assert ours.latent_shape((16, 16), 3) == (8, 4, 4)
+    z = vae.encode(x).latent
+    torch.testing.assert_close(ours.encode(x, torch.randn(2, 8, 4, 4)), 0.3 * z)
+    torch.testing.assert_close(ours.sample(ours.moments(x), torch.randn(2, 8, 4, 4)), 0.3 * z)
+    torch.testing.assert_close(ours.decode(0.3 * z), vae.decode(z).sample.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+    assert not ours.stochastic
+
+
+def ldm_names(state, levels):
+    """diffusers' names -> LDM's, one by one, as LDM's modules are called."""
+    parts = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "mid_block.attentions.0": "mid.attn_1",
+             "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_q": "q", "to_k": "k",
+             "to_v": "v", "to_out.0": "proj_out", "downsamplers.0": "downsample", "upsamplers.0": "upsample"}
+    renamed = {}
+    for key, value in state.items():
+        if "attentions" in key and key.endswith("weight") and "group_norm" not in key:
+            value = value[:, :, None, None]
+        for theirs, own in parts.items():
+            key = key.replace(theirs, own)
+        for level in range(levels):
+            key = key.replace(f"down_blocks.{level}.", f"down.{level}.")
+            key = key.replace(f"up_blocks.{level}.", f"UP.{levels - 1 - level}.")
+        key = key.replace("UP.", "up.").replace(".resnets.", ".block.").replace(".attentions.", ".attn.")
+        renamed[key] = value
+    return renamed
+
+
+def test_a_file_of_ldm_is_the_autoencoder_kl_in_it(tmp_path):
+    """With attention at its lowest resolution, as VA-VAE has."""
+    vae = kl(tmp_path / "kl", down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"], block_out_channels=[32, 64],
+             up_block_types=["AttnUpDecoderBlock2D", "UpDecoderBlock2D"])
+    state = ldm_names(vae.state_dict(), 2)
+    assert "decoder.up.0.block.0.norm1.weight" in state
+    assert "encoder.down.1.attn.0.q.weight" in state
+    torch.save({"state_dict": state | {"loss.logvar": torch.zeros(1)}}, tmp_path / "vavae.pt")
+    statistics = ([0.5] * 4, [2.0] * 4)
+    ours, x = load_autoencoder(str(tmp_path / "vavae.pt"), statistics=statistics), torch.rand(2, 3, 8, 8) * 2 - 1
+    z = vae.encode(x).latent_dist.mean
+    torch.testing.assert_close(ours.encode(x), (z - 0.5) / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.decode(ours.encode(x)), vae.decode(z).sample.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+    assert ours.latent_shape((16, 16), 3) == (4, 8, 8)
+    with pytest.raises(UserError, match="does not tell the scale of its latents"):
+        load_autoencoder(str(tmp_path / "vavae.pt"))
+
+
+def test_other_files_and_folders_are_one_line(tmp_path):
+    torch.save({"unet.weight": torch.zeros(1)}, tmp_path / "unet.pt")
+    with pytest.raises(UserError, match=r"unet\.pt: it holds no autoencoder of LDM, which has encoder\.conv_in\.weight"):
+        load_autoencoder(str(tmp_path / "unet.pt"), raw=True)
+    state = ldm_names(kl(tmp_path / "kl").state_dict(), 2)
+    del state["decoder.conv_in.bias"]
+    torch.save(state, tmp_path / "part.pt")
+    with pytest.raises(UserError, match=r"part\.pt is of another architecture \(1 differences, first: decoder\.conv_in\.bias"):
+        load_autoencoder(str(tmp_path / "part.pt"), raw=True)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
+    with pytest.raises(UserError, match="it holds an AutoencoderTiny; expected an AutoencoderKL or AutoencoderDC"):
+        load_autoencoder(str(tmp_path / "tiny"))

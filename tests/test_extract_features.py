@@ -15,8 +15,10 @@ import extract_features
 import sample
 import train
 from pipeline import checkpoint
-from pipeline.autoencoders import load_autoencoder
+from pipeline.autoencoders import load_autoencoder, statistics_of
+from pipeline.generation import Sampling, restore_autoencoder
 from runtime.pictures import to_unit_range
+from runtime.processes import World
 from training.datasets import load_dataset
 from training.rows import Rows
 
@@ -167,3 +169,32 @@ def test_wrong_input_is_one_line(features, photographs, tiny_vae, tmp_path, run_
     assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, features), "--image-size", 64),
                     "latent_shape", "[4, 4, 4]")
     assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, "/proc/x")), "/proc/x")
+
+
+def test_measured_latents_are_normalised_in_training_and_decoded_by_what_the_checkpoint_says(
+        photographs, tiny_vae, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    assert run_here(extract_features, *flags(photographs, tiny_vae, "f", "--normalise")).returncode == 0
+    data = load_dataset("f")
+    autoencoder = load_autoencoder(str(tiny_vae), statistics=statistics_of(data))
+    both = torch.cat([data.__getitems__(Rows(np.arange(6), np.full(6, flip)))[0] for flip in (False, True)]).float()
+    draws = torch.stack([autoencoder.sample(both, torch.randn(12, 4, 4, 4)) for _ in range(200)])
+    assert draws.std(dim=(0, 1, 3, 4)).sub(1).abs().max() < 0.02
+    assert draws.mean(dim=(0, 1, 3, 4)).abs().max() < 0.02
+
+    tiny = ["--data-path", "f", "--model", "DiT-S/2", "--model-args", '{"hidden_size": 32, "depth": 1, "num_heads": 2}',
+            "--global-batch-size", 4, "--max-steps", 2, "--run-name", "r", "--num-workers", 0, "--device", "cpu",
+            "--diffusion-args", '{"sampling": {"num_sampling_steps": "2"}}']
+    assert run_here(train, *tiny).returncode == 0
+    spec = checkpoint.restore("results/r").spec
+    assert (spec.latents_mean, spec.latents_std) == statistics_of(data)
+    restored = restore_autoencoder(World(0, 1, torch.device("cpu")), checkpoint.restore("results/r"), Sampling.of(spec))
+    assert torch.equal(restored.encode(torch.ones(1, 3, 32, 32)), autoencoder.encode(torch.ones(1, 3, 32, 32)))
+
+    again = run_here(extract_features, *flags(photographs, tiny_vae, "f", "--normalise"))
+    assert "0 of 6 images encoded now" in again.stdout
+    shutil.copytree("f", "g")
+    meta = json.loads((tmp_path / "g" / "meta.json").read_text())
+    (tmp_path / "g" / "meta.json").write_text(json.dumps(meta | {"latents_std": [1.0] * 4}))
+    assert_one_line(run_here(train, *tiny, "--data-path", "g", "--max-steps", 3), "was trained with latents_std")
+    assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, "h", "--normalise", "--vae", "pixels")), "pixels")

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_RUN, assert_one_line
+from safetensors.torch import save_file
 
 import train
-from pipeline.autoencoders import load_autoencoder
+from pipeline.autoencoders import check_features, latents_of, load_autoencoder, statistics_of
 from training.datasets import load_dataset
 from training.objective import Draws, Objective
 from training.rows import Rows
@@ -136,3 +137,113 @@ def test_a_row_that_is_not_finite_is_named_where_it_is_read(features):
     data.__getitems__(Rows.plain(range(5)))
     with pytest.raises(ValueError, match=r"row 4 of moments\.npy is not finite"):
         data.__getitems__(Rows(np.arange(5), np.ones(5, dtype=bool)))
+
+
+# --- those of EDM2 and REPA ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def edm2(tmp_path):
+    """As EDM2's dataset_tool.py encode, and REPA's, leave them."""
+    rng = np.random.default_rng(0)
+    moments = rng.standard_normal((6, 8, 4, 4)).astype(np.float32)
+    moments[:, 4:] = np.abs(moments[:, 4:])  # standard deviations
+    labels = []
+    for i, sample in enumerate(moments):
+        name = f"{i // 4:05d}/img-mean-std-{i:08d}.npy"
+        (tmp_path / "edm2" / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "edm2" / name, sample)
+        labels.append([name, i % 3])
+    (tmp_path / "edm2" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return tmp_path / "edm2", moments
+
+
+def test_edm2s_moments_are_read_as_mean_and_standard_deviation(edm2, tiny_vae):
+    folder, moments = edm2
+    data = load_dataset(str(folder))
+    x, y = data.__getitems__(Rows.plain([5, 0]))
+    autoencoder = load_autoencoder(str(tiny_vae))
+    noise = torch.randn(2, 4, 4, 4)
+    mean, std = torch.from_numpy(moments[[5, 0]]).chunk(2, dim=1)
+    expected = ((mean + std * noise) - autoencoder.shift) * autoencoder.scale
+    torch.testing.assert_close(autoencoder.sample(x, noise), expected)
+    assert y.tolist() == [2, 0]
+    assert (data.classes, data.image_size, data.latent_shape, data.kind) == (["0", "1", "2"], (32, 32), (4, 4, 4), "moments")
+    inner = folder.parent / "repa"
+    inner.mkdir()
+    folder.rename(inner / "vae-sd")
+    assert torch.equal(load_dataset(str(inner)).__getitems__(Rows.plain([5]))[0], x[:1])  # REPA's folder
+
+
+def test_damaged_features_of_edm2_are_named(edm2):
+    folder, moments = edm2
+    with pytest.raises(ValueError, match=r"`num_classes` 2: .* has labels from 0 to 2"):
+        load_dataset(str(folder), num_classes=2)
+    with pytest.raises(ValueError, match="`image_size` 256"):
+        load_dataset(str(folder), 256)
+    data = load_dataset(str(folder))
+    np.save(folder / "00001" / "img-mean-std-00000004.npy", moments[4, :, :2])
+    with pytest.raises(OSError, match=r"00000004\.npy has the shape \(8, 2, 4\); expected \(2C, h, w\)"):
+        data.__getitems__(Rows.plain([4]))
+    np.save(folder / "00001" / "img-mean-std-00000004.npy", -np.abs(moments[4]))
+    with pytest.raises(OSError, match=r"00000004\.npy is not finite, or holds a negative"):
+        data.__getitems__(Rows.plain([4]))
+    (folder / "dataset.json").write_text('{"labels": null}')
+    with pytest.raises(ValueError, match=r"dataset\.json is damaged"):
+        load_dataset(str(folder))
+
+
+# --- those of LightningDiT -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lightning(tmp_path):
+    """As LightningDiT's extract_features.py leaves them: two shards of different length, and statistics."""
+    torch.manual_seed(0)
+    folder = tmp_path / "lightning"
+    folder.mkdir()
+    latents, flipped, labels = 3 * torch.randn(7, 32, 4, 4) + 1, torch.randn(7, 32, 4, 4), torch.arange(7) % 5
+    for shard, rows in enumerate((slice(0, 4), slice(4, 7))):
+        save_file({"latents": latents[rows].clone(), "latents_flip": flipped[rows].clone(), "labels": labels[rows].clone()},
+                  folder / f"latents_rank00_shard{shard:03d}.safetensors", metadata={"total_size": str(len(labels[rows]))})
+    statistics = {"mean": latents.mean(dim=(0, 2, 3), keepdim=True), "std": latents.std(dim=(0, 2, 3), keepdim=True)}
+    torch.save(statistics, folder / "latents_stats.pt")
+    return folder, latents, flipped, labels, statistics
+
+
+def test_lightnings_latents_are_read_and_normalised_as_there(lightning, tmp_path):
+    folder, latents, flipped, labels, statistics = lightning
+    data = load_dataset(str(folder))
+    rows = Rows(np.array([6, 1, 4, 3]), np.array([True, False, False, True]))
+    x, y = data.__getitems__(rows)
+    expected = torch.stack([flipped[6], latents[1], latents[4], flipped[3]])
+    assert torch.equal(x.chunk(2, dim=1)[0], expected)
+    assert torch.equal(y, labels[[6, 1, 4, 3]])
+    assert (len(data), data.image_size, data.latent_shape, data.flip) == (7, (64, 64), (32, 4, 4), True)
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(block_out_channels=5 * [8], norm_num_groups=8, latent_channels=32,
+                        down_block_types=5 * ["DownEncoderBlock2D"], up_block_types=5 * ["UpDecoderBlock2D"])
+    vae.save_pretrained(tmp_path)
+    autoencoder = load_autoencoder(str(tmp_path), statistics=statistics_of(data))
+    check_features(autoencoder, data)
+    found = latents_of(autoencoder, x, data.kind, torch.randn(4, 32, 4, 4))
+    torch.testing.assert_close(found, (expected - statistics["mean"]) / statistics["std"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="their latents_mean is"):
+        check_features(load_autoencoder(str(tmp_path)), data)
+
+
+def test_damaged_shards_are_named(lightning):
+    folder = lightning[0]
+    shard = folder / "latents_rank00_shard001.safetensors"
+    save_file({"latents": torch.zeros(3, 32, 4, 4), "labels": torch.zeros(3)}, shard)
+    data = load_dataset(str(folder))
+    with pytest.raises(OSError, match=r"cannot read latents_flip of .*shard001"):
+        data.__getitems__(Rows(np.array([5]), np.array([True])))
+    shard.write_bytes(b"no tensors")
+    with pytest.raises(OSError, match=r"cannot read labels of .*shard001"):
+        load_dataset(str(folder))
+    torch.save({"mean": 1}, folder / "latents_stats.pt")
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"latents_stats\.pt is damaged"):
+        load_dataset(str(folder))

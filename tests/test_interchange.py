@@ -272,7 +272,7 @@ def test_sits_weights_sample_with_every_switch_by_their_name_alone(tmp_path, fol
     """Preset, size and classes are told by the shapes."""
     torch.save(random_weights(learn_sigma=True, hidden_size=384, depth=12, num_heads=6), tmp_path / "sit.pt")
     done = run_script("sample.py", "--ckpt", "sit.pt", "--objective", "sit", "--vae", folder / "vae", "--sampler", "dpm++",
-                      "--num-sampling-steps", "6", "--reuse", "forecast", "--guidance-interval", "100", "900", "--cfg-scale", "2",
-                      "--class-labels", "3", "--device", "cpu", "--out", "x.png", cwd=tmp_path)
+                      "--num-sampling-steps", "6", "--reuse", "forecast", "--guidance-interval", "100", "900",
+                      "--cfg-scale", "2", "--class-labels", "3", "--device", "cpu", "--out", "x.png", cwd=tmp_path)
     assert "bare weights of sit's flow" in done.stdout
     assert "1 images of 3 in" in done.stdout

@@ -9,13 +9,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.spec import readable_names
 from runtime import UserError
 from runtime.cli import one_line
 from runtime.pictures import EXTENSIONS, center_crop, find_pictures, open_rgb
-from training.features import FastDiTFeatures, Features
+from training.features import EDM2Features, FastDiTFeatures, Features, LightningDiTFeatures
 from training.parquet import ParquetImages, parquet_parts
-from training.rows import Rows, TrainingData, mirror
+from training.rows import Rows, TrainingData, mirror, readable_names
 
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 FOLDER_IMAGE_SIZE = 256
@@ -105,6 +104,11 @@ def open_dataset(name: str, image_size: int | None, data_root: str, split: str, 
         return Features(folder, image_size)
     if (folder / "imagenet256_features").is_dir():
         return FastDiTFeatures(folder, image_size, num_classes)
+    for file in (folder / "dataset.json", folder / "vae-sd" / "dataset.json"):
+        if file.is_file():
+            return EDM2Features(file, image_size, num_classes)
+    if any(folder.glob("*.safetensors")):
+        return LightningDiTFeatures(folder, image_size, num_classes)
     if parquet_parts(folder):
         return ParquetImages(folder, "train", image_size or FOLDER_IMAGE_SIZE)
     return FolderImages(folder, image_size)

@@ -1,13 +1,16 @@
-"""Features cached from images: those of extract_features.py, and fast-DiT's."""
+"""Features cached from images: those of extract_features.py, and those of fast-DiT, EDM2, REPA and LightningDiT."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pipeline import checkpoint
+from pipeline.autoencoders import NO_VARIANCE
 from pipeline.spec import imagenet_classes
 from runtime import UserError
 from runtime.cli import prefix_errors
@@ -34,7 +37,8 @@ class Features(Dataset):
                 raise UserError(f"meta.json lacks {', '.join(sorted(missing))}")
             self.classes, self.channels, self.flip = meta["classes"], meta["channels"], meta["flip"]
             self.image_size, self.latent_shape = tuple(meta["image_size"]), tuple(meta["latent_shape"])
-            self.made_by = meta["autoencoder"]
+            statistics = {key: meta[key] for key in ("latents_mean", "latents_std") if key in meta}
+            self.made_by = meta["autoencoder"] | statistics
             self.skipped = np.array(meta["skipped"], dtype=np.int64)  # ascending rows that hold no image
             self.map_files()
             self.check(meta["rows"])
@@ -91,9 +95,7 @@ class FastDiTFeatures(Dataset):
         if not len(self.stems):
             raise FileNotFoundError(f"`data_path` {folder}: imagenet256_features holds no .npy files")
         self.latent_shape = self.read("features", self.stems[0]).shape[1:]
-        self.image_size = tuple(self.FACTOR * size for size in self.latent_shape[1:])
-        if image_size not in (None, self.image_size[0]):
-            raise UserError(f"`image_size` {image_size}: the features in {folder} are of images of {self.image_size[0]}")
+        self.image_size = image_size_of(folder, self.latent_shape, self.FACTOR, image_size)
         self.classes = imagenet_classes() if num_classes in (None, 1000) else [str(i) for i in range(num_classes)]
 
     def __len__(self) -> int:
@@ -116,6 +118,109 @@ class FastDiTFeatures(Dataset):
         if shape not in (None, array.shape):
             raise OSError(f"{path} has the shape {array.shape}; expected {shape}")
         return array
+
+
+class EDM2Features(Dataset):
+    """EDM2's and REPA's: one `.npy` a sample, float32 (2C, h, w), mean and standard deviation of Stable Diffusion's posterior;
+    `dataset.json`, beside them or in `vae-sd`, lists their names and labels. There are no mirror images.
+    """
+
+    kind = "moments"
+    flip = False
+    channels = 3
+    made_by = FastDiTFeatures.made_by
+
+    def __init__(self, file: Path, image_size: int | None, num_classes: int | None):
+        self.folder = file.parent
+        with prefix_errors(f"`data_path` {self.folder}: dataset.json is damaged:", TypeError, ValueError, KeyError):
+            names, labels = zip(*json.loads(file.read_text())["labels"])
+            self.names, self.labels = np.array(names), np.array(labels, dtype=np.int64)
+        moments = self.read(self.names[0])
+        self.latent_shape = (moments.shape[0] // 2, *moments.shape[1:])
+        self.image_size = image_size_of(self.folder, self.latent_shape, FastDiTFeatures.FACTOR, image_size)
+        self.classes = classes_of(self.folder, self.labels, num_classes)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        arrays = [self.read(name) for name in self.names[rows.indices]]
+        mean, std = torch.from_numpy(np.stack(arrays)).float().chunk(2, dim=1)
+        return torch.cat([mean, 2 * std.log()], dim=1), torch.from_numpy(self.labels[rows.indices])
+
+    def read(self, name: str) -> np.ndarray:
+        array = read_array(self.folder / name)
+        shape = getattr(self, "latent_shape", None)
+        if array.ndim != 3 or array.shape[0] % 2 or (shape and array.shape != (2 * shape[0], *shape[1:])):
+            raise OSError(f"{self.folder / name} has the shape {array.shape}; expected (2C, h, w), as of all others")
+        if not (np.isfinite(array).all() and (array[len(array) // 2 :] >= 0).all()):
+            raise OSError(f"{self.folder / name} is not finite, or holds a negative standard deviation")
+        return array
+
+
+class LightningDiTFeatures(Dataset):
+    """LightningDiT's: `*.safetensors`, each with `latents` and `latents_flip` (N, C, h, w), raw, and `labels` (N,); and
+    `latents_stats.pt`, their mean and standard deviation. A latent has no variance.
+    """
+
+    kind = "moments"
+    flip = True
+    channels = 3
+    FACTOR = 16  # image size / latent size of VA-VAE
+
+    def __init__(self, folder: Path, image_size: int | None, num_classes: int | None):
+        self.folder, self.files = folder, sorted(folder.glob("*.safetensors"))
+        labels = [self.read(file, "labels") for file in self.files]
+        self.labels = torch.cat(labels).long()
+        self.ends = np.cumsum([len(own) for own in labels])  # of each file's rows
+        self.latent_shape = tuple(self.read(self.files[0], "latents", [0]).shape[1:])
+        self.image_size = image_size_of(folder, self.latent_shape, self.FACTOR, image_size)
+        self.classes = classes_of(folder, self.labels.numpy(), num_classes)
+        self.made_by = {}
+        if (folder / "latents_stats.pt").is_file():
+            with prefix_errors(f"`data_path` {folder}: latents_stats.pt is damaged:", KeyError, AttributeError, TypeError):
+                stored = checkpoint.load(folder / "latents_stats.pt")
+                self.made_by = {f"latents_{name}": stored[name].flatten().tolist() for name in ("mean", "std")}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        latents = torch.empty(len(rows.indices), *self.latent_shape)
+        which = np.searchsorted(self.ends, rows.indices, side="right")
+        for file in np.unique(which):
+            start = self.ends[file - 1] if file else 0
+            for name, mirrored in (("latents", False), ("latents_flip", True)):
+                own = np.flatnonzero((which == file) & (rows.mirrored == mirrored))
+                if len(own):
+                    latents[torch.from_numpy(own)] = self.read(self.files[file], name, rows.indices[own] - start).float()
+        return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1), self.labels[rows.indices]
+
+    def read(self, file: Path, name: str, lines: np.ndarray | list[int] | None = None) -> Tensor:
+        """A tensor of a file, or some lines of it. Raises OSError that names a damaged file."""
+        try:
+            with safe_open(file, "pt") as opened:
+                if lines is None:
+                    return opened.get_tensor(name)
+                part = opened.get_slice(name)
+                return torch.cat([part[int(line) : int(line) + 1] for line in lines])
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise OSError(f"cannot read {name} of {file}: {error}") from None
+
+
+def image_size_of(folder: Path, latent_shape: tuple[int, ...], factor: int, given: int | None) -> tuple[int, int]:
+    size = tuple(factor * side for side in latent_shape[1:])
+    if given not in (None, size[0]):
+        raise UserError(f"`image_size` {given}: the features in {folder} are of images of {size[0]}")
+    return size
+
+
+def classes_of(folder: Path, labels: np.ndarray, num_classes: int | None) -> list[str]:
+    """Names for labels 0..num_classes-1, by default 0 to the highest that occurs."""
+    count = num_classes or int(labels.max()) + 1
+    if not (0 <= labels.min() and labels.max() < count):
+        raise UserError(f"`num_classes` {count}: {folder} has labels from {labels.min()} to {labels.max()}")
+    return imagenet_classes() if count == 1000 else [str(i) for i in range(count)]
 
 
 def read_array(path: Path, **options: str) -> np.ndarray:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.spec import imagenet_classes, readable_names
+from pipeline.spec import imagenet_classes
 from runtime import UserError
 from runtime.cli import one_line
 from runtime.pictures import EXTENSIONS, center_crop, find_pictures, open_rgb
-from training.rows import Rows, mirror
+from training.rows import Rows, mirror, readable_names
 
 HELD_OUT = ("validation", "val", "test")  # the first that is there
 CACHE_BYTES = 128e6  # of row groups, in each process that reads

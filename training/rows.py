@@ -93,3 +93,12 @@ def mirror(images: Tensor, mirrored: np.ndarray) -> Tensor:
     if not mirrored.any():
         return images
     return torch.where(torch.from_numpy(mirrored).view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def readable_names(folders: list[str]) -> list[str]:
+    """English names for ImageNet's folders (n02099601 -> golden retriever). Other names stay unchanged."""
+    from timm.data import ImageNetInfo
+
+    imagenet = ImageNetInfo()
+    known = set(imagenet.label_names())
+    return [imagenet.label_name_to_description(name) if name in known else name for name in folders]

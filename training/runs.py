@@ -127,7 +127,8 @@ def fixed_settings(spec: Spec, flags: dict[str, Any]) -> dict[str, Any]:
     model = {"model": spec.model.name, **{f"model argument {key}": value for key, value in spec.model.args.items()}}
     model.pop("model argument gradient_checkpointing", None)
     vae = "vae_sha256" if spec.vae_sha256 else "vae"  # a folder may have moved
-    return model | fixed | {key: getattr(spec, key) for key in (vae, "image_size", "channels", "classes")}
+    of_data = (vae, "image_size", "channels", "classes", "latents_mean", "latents_std")
+    return model | fixed | {key: getattr(spec, key) for key in of_data}
 
 
 def open_run(results: Path, run_name: str | None, model: str) -> Path:
