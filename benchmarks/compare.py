@@ -189,17 +189,18 @@ def claim(folder: Path) -> bool:
 
 def prepare(task: str, args: Namespace) -> None:
     """A classifier of the task's images, and the figures of reconstructed images where there is an autoencoder."""
-    while not claim(Path(args.work) / "claims" / task):
-        time.sleep(10)
-    if not (classifier := classifier_of(task, args)).exists():
+    classifier, floor = classifier_of(task, args), Path(args.results) / f"{task}-reconstructions.json"
+    wanted = [classifier, *([floor] if "cifar_features" in TASKS[task].data else [])]
+    while not all(path.exists() for path in wanted) and not claim(Path(args.work) / "claims" / task):
+        time.sleep(10)  # another one is making them
+    if not classifier.exists():
         call(["benchmarks/classifier.py", *expand(TASKS[task].classifier, args), "--data-root", args.data_root, "--out",
               str(classifier)])
-    path = Path(args.results) / f"{task}-reconstructions.json"
-    if task == "cifar" and not path.exists():
+    if floor in wanted and not floor.exists():
         npz = Path(args.work) / "reconstructions" / "samples.npz"
         npz.parent.mkdir(exist_ok=True)
         reconstruct(args.cifar_features, npz)
-        write_json(path, about() | {"figures": evaluate(task, npz, args, training=True)})
+        write_json(floor, about() | {"figures": evaluate(task, npz, args, training=True)})
 
 
 @torch.no_grad()
