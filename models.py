@@ -5,6 +5,7 @@
 - DiNext: ConvNeXt-V2 blocks (Woo et al., arXiv:2301.00808) with adaLN-Zero, at DiT's depths and widths.
 - DiNext-U: DiNext's block at three resolutions, as in FCDM (fully convolutional diffusion models).
 - PixArt: DiT with adaLN-single; the label is one more key and value (Chen et al., arXiv:2310.00426; nano-diffusion).
+- LightningDiT: DiT with RMSNorm, rotary positions and a gated MLP (Yao et al., arXiv:2501.01423).
 
 Legend: B batch, C channels of the image or latent, H W its size, h w the size in tokens, N = h*w tokens, D width,
 p patch size, L number of classes. Inside a block the channels come last: (B, N, D) in DiT, (B, h, w, D) in DiNext.
@@ -27,7 +28,7 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
-from timm.layers import Mlp, PatchEmbed, to_2tuple
+from timm.layers import GluMlp, Mlp, PatchEmbed, apply_rot_embed, build_rotary_pos_embed, to_2tuple
 from timm.models.vision_transformer import Attention
 from torch import Tensor
 from torch.nn import functional as F
@@ -120,6 +121,7 @@ class AdaLNSingle(nn.Module):
 
 
 ADALN = {"zero": AdaLN, "single": AdaLNSingle}
+RMSNorm = partial(nn.RMSNorm, eps=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -136,11 +138,11 @@ class DiTBlock(nn.Module):
     VECTORS = 6
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, adaln: str = "zero",
-                 class_token: bool = False):
+                 class_token: bool = False, qk_norm: bool = False):
         super().__init__()
         self.class_token = class_token
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=RMSNorm)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
         self.adaLN_modulation = ADALN[adaln](hidden_size, self.VECTORS)
@@ -155,6 +157,30 @@ class DiTBlock(nn.Module):
             return self.attn(x)                                 # (B, N, D)
         token = c[:, None, -x.shape[-1] :]                      # (B, 1, D)
         return self.attn(torch.cat([x, token], dim=1))[:, :-1]  # (B, N, D), without the output at the token
+
+
+class RotaryAttention(Attention):
+    """Attention with rotary positions (arXiv:2104.09864): the row turns half of a head's channels, the column the rest."""
+
+    def __init__(self, hidden_size: int, num_heads: int, grid_size: tuple[int, int], qk_norm: bool):
+        super().__init__(hidden_size, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=RMSNorm)
+        self.grid_size = grid_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, D/heads) each
+        angles = build_rotary_pos_embed(list(self.grid_size), dim=q.shape[-1], in_pixels=False, device=x.device)  # sin, cos
+        q, k = (apply_rot_embed(norm(part), *angles).to(v.dtype) for part, norm in ((q, self.q_norm), (k, self.k_norm)))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+class LightningDiTBlock(DiTBlock):
+    """DiTBlock with RMSNorm, RotaryAttention and SwiGLU, a gated MLP with 2/3 of the width (LightningDiT, arXiv:2501.01423)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool, grid_size: tuple[int, int]):
+        super().__init__(hidden_size, num_heads, mlp_ratio)
+        self.norm1, self.norm2 = RMSNorm(hidden_size), RMSNorm(hidden_size)
+        self.attn = RotaryAttention(hidden_size, num_heads, grid_size, qk_norm)
+        self.mlp = GluMlp(hidden_size, 2 * int(2 / 3 * hidden_size * mlp_ratio), act_layer=nn.SiLU, gate_last=False)
 
 
 class GlobalResponseNorm(nn.Module):
@@ -398,21 +424,32 @@ class DiT(Isotropic):
         adaln: "zero": each block projects c itself. "single": all blocks share one projection (AdaLNSingle).
         class_token: attention sees the label as one more key and value. Needs adaln="single".
         time_scale: the embedded timestep, divided by t in 0..1000. SiT and REPA embed 0..1: 0.001.
+        qk_norm: RMSNorm of each head's queries and keys.
+        lightning: LightningDiT's blocks and last norm. Needs adaln="zero", and heads of a multiple of 4 channels.
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
                  hidden_size: int = 1152, depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0,
                  num_classes: int = 1000, learn_sigma: bool = True, gradient_checkpointing: bool = False,
-                 adaln: Literal["zero", "single"] = "zero", class_token: bool = False, time_scale: float = 1.0):
+                 adaln: Literal["zero", "single"] = "zero", class_token: bool = False, time_scale: float = 1.0,
+                 qk_norm: bool = False, lightning: bool = False):
         if class_token and adaln != "single":
             raise ValueError("class_token needs adaln 'single'")
-        if hidden_size % num_heads or hidden_size % 4:
+        if num_heads < 1 or hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads}) and of 4")
-        blocks = [DiTBlock(hidden_size, num_heads, mlp_ratio, adaln, class_token) for _ in range(depth)]
+        if lightning and (adaln != "zero" or hidden_size // num_heads % 4):
+            raise ValueError("lightning needs adaln 'zero', and hidden_size / num_heads must be a multiple of 4")
+        if lightning:
+            grid_size = tuple(size // patch_size for size in to_2tuple(input_size))
+            blocks = [LightningDiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, grid_size) for _ in range(depth)]
+        else:
+            blocks = [DiTBlock(hidden_size, num_heads, mlp_ratio, adaln, class_token, qk_norm) for _ in range(depth)]
         super().__init__(blocks, "NLC", input_size, patch_size, in_channels, hidden_size, num_classes, learn_sigma,
                          gradient_checkpointing, adaln, class_token, time_scale)
         positions = sincos_position_embedding(self.x_embedder.grid_size, hidden_size)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, N, D)
+        if lightning:
+            self.final_layer.norm_final = RMSNorm(hidden_size)
         initialize(self)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -572,3 +609,5 @@ for _size, _preset in ISOTROPIC.items():
 for _size, _preset in U.items():
     DiT_models[f"DiNext-U-{_size}"] = partial(DiNextU, **_preset)
 DiT_models["PixArt-B/2"] = partial(DiT, patch_size=2, num_heads=12, adaln="single", class_token=True, **ISOTROPIC["B"])
+DiT_models["LightningDiT-XL/1"] = partial(DiT, input_size=16, patch_size=1, in_channels=32, num_heads=16, learn_sigma=False,
+                                          lightning=True, **ISOTROPIC["XL"])

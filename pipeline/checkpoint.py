@@ -209,8 +209,10 @@ def read(path: Path, bare: BareWeights) -> tuple[Path, Published]:
     weights = weights_of(state, path)
     if "spec" in state:
         return path, Published(spec_of(state, path), weights)
+    beside = path.with_name("latents_stats.pt")
+    statistics = load(beside) if beside.is_file() else {}
     with prefix_errors(f"checkpoint {path}:"):
-        return path, interchange.from_bare(weights, flags_of(state), bare)
+        return path, interchange.from_bare(weights, flags_of(state), bare, statistics)
 
 
 def read_exported(folder: Path) -> tuple[Path, Published]:

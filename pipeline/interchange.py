@@ -1,11 +1,11 @@
 """Other formats <-> our Spec and weights, as dictionaries that checkpoint.py has read or will write. No file is opened here.
 
-- bare weights: DiT's `.pt`; SiT's and REPA's, which have the same keys and another meaning
+- bare weights: DiT's `.pt`; SiT's and REPA's, which have the same keys and another meaning; LightningDiT's
 - a folder of diffusers' DiTPipeline: model_index.json, transformer/, scheduler/, vae/; in and out
-- the autoencoder in a file of LDM; in
 - what pipeline/exported.py needs to draw what our samplers draw, by diffusers' schedulers; out
 
-Sources: SiT: Ma et al. (arXiv:2401.08740), REPA: Yu et al. (arXiv:2410.06940), diffusers' DiTTransformer2DModel.
+Sources: SiT: Ma et al. (arXiv:2401.08740), REPA: Yu et al. (arXiv:2410.06940), LightningDiT: Yao et al. (arXiv:2501.01423),
+diffusers' DiTTransformer2DModel.
 """
 
 import math
@@ -31,6 +31,8 @@ PROJECTORS = "projectors."  # REPA's, which only training needs
 FLOWS = {"sit": dict(sampler="heun", num_sampling_steps="125"),
          "repa": dict(sampler="euler", num_sampling_steps="250", cfg_scale=1.8, cfg_channels=None, guidance_interval=(0, 700))}
 OBJECTIVES = ("epsilon", *FLOWS)
+# LightningDiT-XL of 800 epochs. Its paper also shifts the times of the steps, which no sampler here does.
+LIGHTNING = dict(sampler="euler", num_sampling_steps="250", cfg_scale=6.7, guidance_interval=(0, 875))
 
 # diffusers' names -> ours
 TOP = {"pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1", "proj_out_2": "final_layer.linear"}
@@ -52,14 +54,17 @@ class Published(NamedTuple):
 # --- bare weights ----------------------------------------------------------------------------------
 
 
-def from_bare(weights: Weights, stored: Config, bare: BareWeights) -> Published:
-    """Weights with DiT's keys.
+def from_bare(weights: Weights, stored: Config, bare: BareWeights, statistics: Weights) -> Published:
+    """Weights with DiT's keys, or LightningDiT's.
 
     Args:
         stored: the flags of the trainer that wrote the file, if it holds them.
         bare: what the user says of the weights. Without an objective, projectors mean REPA's and stored flags of SiT's
             trainer mean SiT's; any other weights are taken to predict epsilon, as DiT's do.
+        statistics: of the latents, mean and std, which LightningDiT has in a file of its own.
     """
+    if any(".mlp.w12." in key for key in weights):
+        return from_lightning(weights, bare, statistics)
     projectors = any(key.startswith(PROJECTORS) for key in weights)
     name = str(stored.get("model", ""))
     objective = bare.objective or ("repa" if projectors else "sit" if name.startswith("SiT") else "epsilon")
@@ -78,6 +83,25 @@ def from_bare(weights: Weights, stored: Config, bare: BareWeights) -> Published:
     weights = first_half({key: value for key, value in weights.items() if not key.startswith(PROJECTORS)}, spec.model.args)
     remark = f"bare weights of {objective}'s flow"
     return Published(spec, reverse_time(weights) if objective == "sit" else weights, remark)
+
+
+def from_lightning(weights: Weights, bare: BareWeights, statistics: Weights) -> Published:
+    """LightningDiT's weights. Its flow is SiT's, its latents are normalised, and an image is 16 times as large as they."""
+    if bare.objective:
+        raise UserError(f"`objective` {bare.objective}: these are weights of a LightningDiT, which has a flow of its own")
+    if not {"mean", "std"} <= set(statistics):
+        raise UserError("it is a LightningDiT, so mean and std of its latents must lie beside it in latents_stats.pt")
+    names = {"mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."}
+    weights = {re.sub(r"mlp\.w\d+\.", lambda found: names[found[0]], key): value for key, value in weights.items()
+               if not key.startswith("feat_rope.")}
+    shape = {"image_size": 128} | shape_of(weights)
+    spec = bare.spec({}, shape | {"model": "LightningDiT-XL/1", "image_size": 2 * shape["image_size"]})
+    args = {"in_channels": len(statistics["mean"].flatten()), "input_size": spec.image_size[0] // 16, "learn_sigma": False,
+            "time_scale": 1e-3}
+    mean, std = (statistics[key].flatten().tolist() for key in ("mean", "std"))
+    spec = replace(spec, model=replace(spec.model, args=spec.model.args | args), diffusion={"objective": "flow"},
+                   sampling=replace(spec.sampling, **LIGHTNING), latents_mean=mean, latents_std=std)
+    return Published(spec, reverse_time(first_half(weights, spec.model.args)), "bare weights of a LightningDiT")
 
 
 def shape_of(weights: Weights) -> Config:
@@ -123,7 +147,7 @@ def reverse_time(weights: Weights) -> Weights:
     count = cos.shape[1]
     f = torch.exp(-math.log(10_000) * torch.arange(count, dtype=torch.float64) / count)
     matrix = torch.cat([cos * f.cos() + sin * f.sin(), cos * f.sin() - sin * f.cos()], dim=1)
-    last = {name: -weights[name] for name in ("final_layer.linear.weight", "final_layer.linear.bias")}
+    last = {name: -weights[name] for name in ("final_layer.linear.weight", "final_layer.linear.bias") if name in weights}
     return weights | last | {key: matrix.to(weights[key].dtype)}
 
 
@@ -170,7 +194,7 @@ def preset_of(shape: Config) -> str:
     for name in DiT_models:
         constructor, preset = constructor_of(name)
         same = all(preset.get(key) == shape[key] for key in ("depth", "hidden_size", "patch_size"))
-        if constructor is DiT and same and "adaln" not in preset:
+        if constructor is DiT and same and not {"adaln", "lightning"} & set(preset):
             return name
     return "DiT-XL/2"
 
@@ -231,7 +255,7 @@ def to_diffusers(spec: Spec, weights: Weights) -> tuple[Config, Config, Config, 
     """
     args, diffusion = spec.model.args, dict(learn_sigma=True, noise_schedule="linear", objective="epsilon") | spec.diffusion
     square = len(set(np.atleast_1d(args["input_size"]).tolist())) == 1
-    plain = dict(adaln="zero", class_token=False, time_scale=1.0, mlp_ratio=4.0)
+    plain = dict(adaln="zero", class_token=False, time_scale=1.0, mlp_ratio=4.0, qk_norm=False, lightning=False)
     if spec.model.class_name != "DiT" or not square or any(args[key] != value for key, value in plain.items()):
         raise UserError(f"{spec.model.name} is not DiT's own network, the only one that diffusers' DiTPipeline knows")
     predictions = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -302,49 +326,3 @@ def scheduler_of(settings: SamplingSettings, process: Process, diffusion: Config
     config = kinds[name] | variance | dict(num_train_timesteps=steps, prediction_type=predictions[objective],
                                            trained_betas=named_betas(diffusion.get("noise_schedule", "linear"), steps).tolist())
     return config, None if name == "ddim" else timesteps
-
-
-# --- LDM's autoencoder -----------------------------------------------------------------------------
-
-LDM = [  # LDM's names -> diffusers'
-    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."), (r"\.(down|up)\.(\d+)\.attn\.", r".\1_blocks.\2.attentions."),
-    (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\3samplers.0."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."), (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."), (r"\.norm_out\.", ".conv_norm_out."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."), (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
-    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."), (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0.")]
-
-
-def from_ldm(weights: Weights) -> tuple[Config, Weights]:
-    """The config and weights of diffusers' AutoencoderKL for LDM's (Rombach et al., arXiv:2112.10752): VA-VAE's, say.
-
-    Raises:
-        UserError: these are not the weights of such an autoencoder.
-    """
-    weights = {key.removeprefix("first_stage_model."): value for key, value in weights.items()}
-    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-    weights = {key: value for key, value in weights.items() if key.startswith(parts)}
-    first = "encoder.down.{}.block.0.conv1.weight"
-    if missing := [key for key in ("encoder.conv_in.weight", first.format(0), "quant_conv.weight", "post_quant_conv.weight")
-                   if key not in weights]:
-        raise UserError(f"it holds no autoencoder of LDM, which has {missing[0]}")
-    levels = sum(first.format(level) in weights for level in range(10))
-    blocks = sum(f"encoder.down.0.block.{j}.conv1.weight" in weights for j in range(10))
-    attention = [f"encoder.down.{level}.attn.0.q.weight" in weights for level in range(levels)]
-    down = ["AttnDownEncoderBlock2D" if has else "DownEncoderBlock2D" for has in attention]
-    config = dict(in_channels=weights["encoder.conv_in.weight"].shape[1],
-                  out_channels=weights["decoder.conv_out.weight"].shape[0],
-                  latent_channels=weights["post_quant_conv.weight"].shape[0], layers_per_block=blocks, down_block_types=down,
-                  up_block_types=[kind.replace("Down", "Up").replace("Encoder", "Decoder") for kind in reversed(down)],
-                  block_out_channels=[len(weights[first.format(level)]) for level in range(levels)],
-                  norm_num_groups=32, scaling_factor=1.0)
-    return config, {ldm_name(key, levels): value.flatten(1) if re.search(r"attn.*\.(q|k|v|proj_out)\.weight", key) else value
-                    for key, value in weights.items()}
-
-
-def ldm_name(key: str, levels: int) -> str:
-    """diffusers' name of one of LDM's tensors; LDM counts the decoder's levels from the highest resolution."""
-    key = re.sub(r"^(decoder\.up\.)(\d+)", lambda found: f"{found[1]}{levels - 1 - int(found[2])}", key)
-    for pattern, replacement in LDM:
-        key = re.sub(pattern, replacement, key)
-    return key

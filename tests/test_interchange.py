@@ -37,13 +37,27 @@ def random_weights(learn_sigma: bool, **changes) -> dict:
 
 
 def written_out(w: dict, x, t, y, heads: int = TINY["num_heads"], depth: int = TINY["depth"], p: int = TINY["patch_size"]):
-    """SiT's and REPA's network from their papers and DiT's: (B, C or 2C, H, W). t is embedded as it is."""
+    """SiT's, REPA's and LightningDiT's networks from their papers and DiT's: (B, C or 2C, H, W). t is embedded as it is."""
+    lightning = "blocks.0.mlp.w12.weight" in w
+
     def linear(name, x):
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
-    def modulated(x, shift, scale):
-        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+    def modulated(x, shift, scale, norm):
+        if lightning:
+            x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{norm}.weight"]
+        else:
+            x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
         return x * (1 + scale[:, None]) + shift[:, None]
+
+    def turned(q):
+        """Rotary positions, by complex numbers: pairs of a head's first half turn with the row, the others with the column."""
+        pairs = torch.view_as_complex(q.unflatten(-1, (-1, 2)))  # (B, heads, N, d / 2)
+        quarter = q.shape[-1] // 4
+        speeds = torch.tensor([10_000 ** (-i / quarter) for i in range(quarter)])
+        row, column = torch.arange(height // p).repeat_interleave(width // p), torch.arange(width // p).repeat(height // p)
+        angles = torch.cat([row[:, None] * speeds, column[:, None] * speeds], dim=1)
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
     frequencies = torch.tensor([10_000 ** (-i / 128) for i in range(128)])
     angles = t[:, None] * frequencies
@@ -55,12 +69,23 @@ def written_out(w: dict, x, t, y, heads: int = TINY["num_heads"], depth: int = T
         block = f"blocks.{i}"
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(f"{block}.adaLN_modulation.1", c).chunk(6, dim=1)
         q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2)
-                   for part in linear(f"{block}.attn.qkv", modulated(x, shift_a, scale_a)).chunk(3, dim=2))
+                   for part in linear(f"{block}.attn.qkv", modulated(x, shift_a, scale_a, f"{block}.norm1")).chunk(3, dim=2))
+        if f"{block}.attn.q_norm.weight" in w:
+            q, k = (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{block}.attn.{name}_norm.weight"]
+                    for z, name in ((q, "q"), (k, "k")))
+        if lightning:
+            q, k = turned(q.contiguous()), turned(k.contiguous())
         attended = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
         x = x + gate_a[:, None] * linear(f"{block}.attn.proj", attended.transpose(1, 2).flatten(2))
-        h = F.gelu(linear(f"{block}.mlp.fc1", modulated(x, shift_m, scale_m)), approximate="tanh")
-        x = x + gate_m[:, None] * linear(f"{block}.mlp.fc2", h)
-    x = linear("final_layer.linear", modulated(x, *linear("final_layer.adaLN_modulation.1", c).chunk(2, dim=1)))
+        h = modulated(x, shift_m, scale_m, f"{block}.norm2")
+        if lightning:
+            gate, value = linear(f"{block}.mlp.w12", h).chunk(2, dim=2)
+            h = linear(f"{block}.mlp.w3", F.silu(gate) * value)
+        else:
+            h = linear(f"{block}.mlp.fc2", F.gelu(linear(f"{block}.mlp.fc1", h), approximate="tanh"))
+        x = x + gate_m[:, None] * h
+    modulation = linear("final_layer.adaLN_modulation.1", c).chunk(2, dim=1)
+    x = linear("final_layer.linear", modulated(x, *modulation, "final_layer.norm_final"))
     x = x.view(b, height // p, width // p, p, p, -1).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(b, -1, height, width)
 
@@ -132,10 +157,63 @@ def test_a_trainers_file_tells_what_it_is(tmp_path):
 def test_what_is_assumed_is_said():
     weights = random_weights(learn_sigma=True)
     bare = BareWeights("DiT-tiny", 64, 10)
-    assert "taken to predict epsilon" in from_bare(weights, {}, bare).remark
-    assert from_bare(weights, {}, BareWeights("DiT-tiny", 64, 10, objective="epsilon")).remark == ""
+    assert "taken to predict epsilon" in from_bare(weights, {}, bare, {}).remark
+    assert from_bare(weights, {}, BareWeights("DiT-tiny", 64, 10, objective="epsilon"), {}).remark == ""
     with pytest.raises(UserError, match=r"`objective` epsilon: REPA's projectors\.\*"):
-        from_bare(weights | {"projectors.0": torch.ones(1)}, {}, BareWeights("DiT-tiny", 64, 10, objective="epsilon"))
+        from_bare(weights | {"projectors.0": torch.ones(1)}, {}, BareWeights("DiT-tiny", 64, 10, objective="epsilon"), {})
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_dit_written_out(qk_norm):
+    weights, (x, t, y) = random_weights(learn_sigma=True, qk_norm=qk_norm), batch()
+    model = DiT(**TINY, input_size=8, num_classes=10, qk_norm=qk_norm)
+    model.load_state_dict(weights)
+    theirs = written_out(weights, x, 1000 * t, y)
+    torch.testing.assert_close(model(x, 1000 * t, y), theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+# --- LightningDiT ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[False, True], ids=["", "qk-norm"])
+def lightning(monkeypatch, tmp_path, request):
+    """A file as published: the weights, and latents_stats.pt beside it."""
+    args = dict(patch_size=1, lightning=True, qk_norm=request.param)
+    for registry in (DiT_models, DIFFUSION_NETWORKS, NETWORKS):
+        monkeypatch.setitem(registry, "LightningDiT-tiny", partial(DiT, **TINY | args))
+    weights = random_weights(learn_sigma=False, in_channels=3, **args)
+    weights = {key.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): value for key, value in weights.items()}
+    torch.save({"ema": weights | {"feat_rope.freqs_cos": torch.ones(64, 8)}}, tmp_path / "lightning.pt")
+    statistics = {"mean": torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1), "std": torch.tensor([4.0, 5, 6]).view(1, 3, 1, 1)}
+    torch.save(statistics, tmp_path / "latents_stats.pt")
+    return tmp_path / "lightning.pt", weights
+
+
+def test_lightningdits_network_is_ours(lightning):
+    path, weights = lightning
+    ours = checkpoint.restore(path, BareWeights("LightningDiT-tiny"))
+    _, s, y = batch()
+    x = torch.randn(3, 3, 8, 8)
+    theirs = written_out(weights, x, s, y, p=1)  # SiT's flow: data - noise at s, 1 = data
+    torch.testing.assert_close(ours.model(x, 1000 * (1 - s), y), -theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+    spec, sampling = ours.spec, ours.spec.sampling
+    assert (spec.image_size, len(spec.classes), spec.statistics) == ((128, 128), 10, ([1, 2, 3], [4, 5, 6]))
+    assert (sampling.sampler, sampling.cfg_scale, sampling.cfg_channels) == ("euler", 6.7, 3)
+    assert sampling.guidance_interval == (0, 875)
+
+
+def test_a_lightningdit_without_what_it_needs_is_refused_in_one_line(lightning):
+    path, weights = lightning
+    with pytest.raises(UserError, match="`objective` sit: these are weights of a LightningDiT"):
+        checkpoint.restore(path, BareWeights("LightningDiT-tiny", objective="sit"))
+    with pytest.raises(UserError, match="is of another architecture"):
+        checkpoint.restore(path)  # as LightningDiT-XL/1
+    torch.save({key: value for key, value in weights.items() if "blocks" in key}, path)
+    with pytest.raises(UserError, match=r"final_layer\.\S+ is missing"):
+        checkpoint.restore(path, BareWeights("LightningDiT-tiny", num_classes=10))
+    (path.parent / "latents_stats.pt").unlink()
+    with pytest.raises(UserError, match=r"mean and std of its latents must lie beside it in latents_stats\.pt"):
+        checkpoint.restore(path, BareWeights("LightningDiT-tiny"))
 
 
 # --- diffusers -------------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ TINY = {
     "DiNext-U": dict(hidden_size=8, depths=(1, 2, 1, 1, 2)),
     "DiNext": dict(hidden_size=16, depth=3),
     "PixArt": dict(hidden_size=24, depth=3, num_heads=2),
+    "LightningDiT": dict(hidden_size=24, depth=3, num_heads=2),
     "MLP": dict(hidden_size=16, label_features=5),
     "ConvAdaLN": dict(hidden_size=16, depth=3),
 }
-SEAMED = ["DiT-S/2", "DiNext-S/2", "DiNext-U-S", "PixArt-B/2", "MLP", "ConvAdaLN"]
+SEAMED = ["DiT-S/2", "DiNext-S/2", "DiNext-U-S", "PixArt-B/2", "LightningDiT-XL/1", "MLP", "ConvAdaLN"]
 
 
 def tiny(name, **kwargs):
