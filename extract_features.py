@@ -93,7 +93,7 @@ def describe_features(data: TrainingData, autoencoder: nn.Module, data_path: str
         "autoencoder": autoencoder.spec | autoencoder.identity(),
         "latent_shape": autoencoder.latent_shape(data.image_size, data.channels),
         "image_size": data.image_size, "channels": data.channels, "classes": data.classes, "flip": data.flip,
-        "rows": len(data), "dtype": "float16", "data_path": data_path, **({"normalise": True} if normalise else {}),
+        "rows": len(data), "dtype": "float16", "data_path": data_path, "normalise": normalise,
     }
 
 
@@ -108,7 +108,7 @@ def lay_out(folder: Path, meta: dict) -> np.ndarray:
     done, begun = folder / "meta.json", folder / "unfinished.json"
     for path in (done, begun):
         if path.exists():
-            stored = json.loads(path.read_text())
+            stored = {"normalise": False} | json.loads(path.read_text())  # an older version could not normalise
             if different := [key for key in meta if stored.get(key) != meta[key]]:
                 raise UserError(f"--features-path {folder} holds other features: their {different[0]} is "
                                 f"{stored.get(different[0])}, not {meta[different[0]]}")
@@ -190,7 +190,7 @@ def finish(folder: Path, data: TrainingData, meta: dict, limit: float) -> None:
     if len(skipped) > limit:
         raise UserError(f"{len(skipped)} of {len(data)} images cannot be read, more than --max-skipped allows; they are "
                         f"listed in {folder / 'skipped.txt'}. Mend or remove them, and start the same command again")
-    measured = measure_latents(folder, np.flatnonzero(labels >= 0)) if "normalise" in meta else {}
+    measured = measure_latents(folder, np.flatnonzero(labels >= 0)) if meta["normalise"] else {}
     write_json(folder / "meta.json", meta | measured | {"images": len(data) - len(skipped), "skipped": skipped.tolist()})
     (folder / "unfinished.json").unlink(missing_ok=True)
 

@@ -19,7 +19,7 @@ from jsonargparse import Namespace
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.autoencoders import check_features, load_autoencoder, statistics_of
+from pipeline.autoencoders import check_features, load_autoencoder
 from runtime import UserError, cli
 from runtime.files import check_writable
 from runtime.log import TRACKERS, Log, Stopwatch, check_tracker, peak_memory
@@ -110,7 +110,7 @@ class Trainer:
         self.max_steps = args.max_steps or math.ceil(args.epochs * len(self.data) / args.global_batch_size)
         vae = args.vae or ("pixels" if args.model in Autoencoder_models else self.data.made_by.get("vae", "ema"))
         with cli.prefix_errors("--vae"):
-            self.autoencoder = world.main_first(lambda: load_autoencoder(vae, world.device, statistics_of(self.data)))
+            self.autoencoder = world.main_first(lambda: load_autoencoder(vae, world.device, self.data.statistics))
             check_features(self.autoencoder, self.data, self.held_out)
         self.spec, label_drop = describe(args.model, args.model_args, args.diffusion_args, self.data, self.autoencoder)
         self.objective = Objective(process_of(self.spec), self.autoencoder, self.data, label_drop, args.precision)

@@ -64,7 +64,7 @@ from benchmarks.comparison import (
 )
 from diffusion import create_diffusion
 from evaluation.image_sets import save_npz
-from pipeline.autoencoders import latents_of, load_autoencoder, statistics_of
+from pipeline.autoencoders import latents_of, load_autoencoder
 from runtime import UserError, cli
 from runtime.files import check_writable, in_batches, lock_folder, write_text
 from runtime.pictures import to_uint8
@@ -207,7 +207,7 @@ def prepare(task: str, args: Namespace) -> None:
 def reconstruct(features: str, path: Path) -> None:
     """Decode the latents of as many training images as a run has samples."""
     data = load_dataset(features)
-    autoencoder = load_autoencoder(data.made_by["vae"], statistics=statistics_of(data))
+    autoencoder = load_autoencoder(data.made_by["vae"], statistics=data.statistics)
     count = SAMPLES["main"]
     rows = torch.randperm(len(data), generator=generator("floor"))[:count].numpy()
     images, labels = [], []

@@ -24,7 +24,7 @@ from pipeline import checkpoint
 from pipeline.interchange import Config, Weights
 from pipeline.spec import Spec
 from runtime import UserError
-from runtime.cli import one_line, prefix_errors
+from runtime.cli import WRONG_VALUE, one_line, prefix_errors
 from runtime.pictures import to_unit_range
 
 NO_VARIANCE = -30  # log-variance of what is one latent and not a posterior
@@ -77,23 +77,26 @@ class SDVAE(nn.Module):
         self.factor = getattr(vae, "spatial_compression_ratio", 2 ** (len(config.get("block_out_channels") or [0]) - 1))
         self.spec = {"vae": source}
         self.of_config = {"scaling_factor": config.scaling_factor, "shift_factor": config.get("shift_factor") or 0.0}
-        scaling = config.scaling_factor
+        if config.get("latents_mean") and config.get("latents_std"):
+            self.of_config |= {"latents_mean": list(config.latents_mean), "latents_std": list(config.latents_std)}
         if statistics:
             self.spec |= {"latents_mean": list(statistics[0]), "latents_std": list(statistics[1])}
-            scaling = 1.0
-        elif config.get("latents_mean") and config.get("latents_std"):
-            statistics = config.latents_mean, config.latents_std
-        self.statistics = statistics
-        if statistics:
-            mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in statistics)
-            if len(mean) != config.latent_channels or len(std) != config.latent_channels or not (std > 0).all():
-                raise UserError(f"{source}: latents_mean and latents_std must be {config.latent_channels} numbers each, one a "
-                                "channel of its latents, and latents_std positive")
-            self.register_buffer("shift", mean, persistent=False)
-            self.register_buffer("scale", scaling / std, persistent=False)
+            self.normalise(*statistics, scaling=1.0)
+        elif "latents_mean" in self.of_config:
+            self.normalise(config.latents_mean, config.latents_std, config.scaling_factor)
         else:
-            self.shift, self.scale = self.of_config["shift_factor"], scaling
+            self.shift, self.scale = self.of_config["shift_factor"], self.of_config["scaling_factor"]
         self.requires_grad_(False)
+
+    def normalise(self, mean: list[float], std: list[float], scaling: float) -> None:
+        """Let latents be (z - mean) * scaling / std. Raises UserError if these are not one number a channel."""
+        channels = self.vae.config.latent_channels
+        with prefix_errors(f"{self.spec['vae']}: latents_mean and latents_std:", *WRONG_VALUE):
+            shift, divisor = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+            if len(shift) != channels or len(divisor) != channels or not (divisor > 0).all():
+                raise UserError(f"they must be {channels} numbers each, one a channel of its latents, and latents_std positive")
+        self.register_buffer("shift", shift, persistent=False)
+        self.register_buffer("scale", scaling / divisor, persistent=False)
 
     def latent_shape(self, image_size: tuple[int, int], channels: int) -> tuple[int, int, int]:
         config = self.vae.config
@@ -120,9 +123,8 @@ class SDVAE(nn.Module):
         return self.vae.decode(latents / self.scale + self.shift).sample.clamp(-1, 1)
 
     def identity(self) -> dict:
-        """The scale, and the sha256 of the weights. It does not depend on the file that holds them."""
-        statistics = dict(zip(("latents_mean", "latents_std"), map(list, self.statistics or ())))
-        return {"sha256": weights_sha256(self.vae), **self.of_config, **statistics}
+        """The scale by its config, and the sha256 of the weights. It does not depend on the file that holds them."""
+        return {"sha256": weights_sha256(self.vae), **self.of_config}
 
 
 class TrainedAutoencoder(nn.Module):
@@ -187,11 +189,6 @@ def latents_of(autoencoder: nn.Module, batch: Tensor, kind: str, noise: Tensor) 
             return batch
 
 
-def statistics_of(data) -> Statistics | None:
-    """Those by which a data set's features are normalised, if they are."""
-    return (data.made_by["latents_mean"], data.made_by["latents_std"]) if "latents_mean" in data.made_by else None
-
-
 def check_features(autoencoder: nn.Module, *datasets) -> None:
     """Raises UserError if one of the data sets holds features of another autoencoder. None is skipped."""
     features = [data for data in datasets if data is not None and data.kind != "images"]
@@ -230,9 +227,13 @@ def load_vae(source: str) -> nn.Module:
         with warnings.catch_warnings(action="ignore"):  # the hub's client warns of its own deprecations
             kind = AutoencoderKL.load_config(hub_id).get("_class_name", "AutoencoderKL")
             if kind in kinds:
-                return kinds[kind].from_pretrained(hub_id, low_cpu_mem_usage=False).eval()
-        reason = f"it holds an {kind}; expected an AutoencoderKL or AutoencoderDC"
-    except (OSError, ValueError) as error:
+                vae, found = kinds[kind].from_pretrained(hub_id, low_cpu_mem_usage=False, output_loading_info=True)
+                if not found["missing_keys"]:
+                    return vae.eval()
+                reason = f"its weights lack {found['missing_keys'][0]}"
+            else:
+                reason = f"it holds an {kind}; expected an AutoencoderKL or AutoencoderDC"
+    except (OSError, ValueError, RuntimeError) as error:
         reason = one_line(error)[:200]
     if not is_path and not isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
         reason = "it is not in the cache of the hub's files, and the hub did not give it; a folder with it can be named instead"
@@ -244,7 +245,7 @@ def load_ldm(path: Path) -> nn.Module:
     from diffusers import AutoencoderKL
 
     state = checkpoint.load(path)
-    with prefix_errors(f"{path}:"):
+    with prefix_errors(f"{path} holds no autoencoder of LDM that is known here:", KeyError, AttributeError, *WRONG_VALUE):
         config, weights = from_ldm(state.get("state_dict", state))
         vae = AutoencoderKL(**config)
         checkpoint.load_weights(vae, weights, path)
@@ -295,15 +296,15 @@ def from_ldm(weights: Weights) -> tuple[Config, Weights]:
     """The config and weights of diffusers' AutoencoderKL for LDM's (Rombach et al., arXiv:2112.10752): VA-VAE's, say.
 
     Raises:
-        UserError: these are not the weights of such an autoencoder.
+        UserError, KeyError: these are not the weights of such an autoencoder.
     """
     weights = {key.removeprefix("first_stage_model."): value for key, value in weights.items()}
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     weights = {key: value for key, value in weights.items() if key.startswith(parts)}
     first = "encoder.down.{}.block.0.conv1.weight"
-    if missing := [key for key in ("encoder.conv_in.weight", first.format(0), "quant_conv.weight", "post_quant_conv.weight")
-                   if key not in weights]:
-        raise UserError(f"it holds no autoencoder of LDM, which has {missing[0]}")
+    for key in ("encoder.conv_in.weight", first.format(0), "quant_conv.weight", "post_quant_conv.weight"):
+        if key not in weights:
+            raise UserError(f"it lacks {key}")
     levels = sum(first.format(level) in weights for level in range(10))
     blocks = sum(f"encoder.down.0.block.{j}.conv1.weight" in weights for j in range(10))
     attention = [f"encoder.down.{level}.attn.0.q.weight" in weights for level in range(levels)]

@@ -38,7 +38,10 @@ PUBLISHED = {
     name: f"https://dl.fbaipublicfiles.com/DiT/models/{name}" for name in ("DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt")
 }
 
-HUB_FILES = ["*.json", "model.safetensors", "transformer/*", "scheduler/*", "vae/*"]  # what is fetched of a hub's repository
+# What is fetched of a repository of the hub. Variants such as .fp16.safetensors are not.
+HUB_FILES = ["*.json", "model.safetensors*", "*/*.json", "*/model.safetensors*",
+             "*/diffusion_pytorch_model.safetensors", "*/diffusion_pytorch_model.bin"]
+OWN_VAE = "vae"  # a Spec's vae where the autoencoder stands in a folder of this name beside the weights
 
 # --- one file ------------------------------------------------------------------------------------
 
@@ -66,10 +69,12 @@ def save(path: Path, state: dict) -> None:
 
 
 def save_folder(folder: Path, spec: Spec, weights: dict[str, Tensor]) -> None:
-    """Write what `read` reads as a folder: config.json and model.safetensors."""
+    """Write what `read` reads as a folder: config.json, model.safetensors and its sha256."""
     folder.mkdir(exist_ok=True)
     write_text(folder / "config.json", json.dumps(spec.to_dict(), indent=1) + "\n")
-    save_file({key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors")
+    path = folder / "model.safetensors"
+    save_file({key: value.contiguous() for key, value in weights.items()}, path)
+    write_text(sha256_file(path), f"{sha256(path)}  {path.name}\n")
 
 
 def save_pipeline(folder: Path, index: dict, scheduler: dict, name: str, config: dict, weights: dict[str, Tensor]) -> None:
@@ -173,18 +178,12 @@ def weights_of(state: dict, source: str | Path) -> dict[str, Tensor]:
     return weights
 
 
-def spec_of(state: dict, path: Path, bare: BareWeights | None = None) -> Spec:
-    """What a checkpoint says of itself; what `bare` says of bare weights.
-
-    Raises:
-        UserError: it says nothing of itself, and `bare` is None; or its description is not understood.
-    """
-    if "spec" in state:
-        with prefix_errors(f"checkpoint {path}:", KeyError, *WRONG_VALUE):
-            return Spec.from_dict(state["spec"])
-    if bare is None:
+def spec_of(state: dict, path: Path) -> Spec:
+    """What a checkpoint says of itself. UserError if it says nothing, or its description is not understood."""
+    if "spec" not in state:
         raise UserError(f"{path} holds nothing that describes itself")
-    return bare.spec(flags_of(state))
+    with prefix_errors(f"checkpoint {path}:", KeyError, *WRONG_VALUE):
+        return Spec.from_dict(state["spec"])
 
 
 def flags_of(state: dict) -> dict:
@@ -219,22 +218,25 @@ def read_exported(folder: Path) -> tuple[Path, Published]:
     """A folder that export.py wrote: config.json is the Spec, model.safetensors the weights."""
     with prefix_errors(f"{folder / 'config.json'}:", KeyError, *WRONG_VALUE):
         spec = Spec.from_dict(read_json(folder / "config.json"))
-    spec = spec.with_vae(str(folder / "vae") if (folder / "vae").is_dir() else None)
+    spec = spec.with_vae(str(folder / "vae") if spec.vae == OWN_VAE else None)
     return folder / "model.safetensors", Published(spec, load(folder / "model.safetensors"))
 
 
 def read_diffusers(folder: Path, bare: BareWeights) -> tuple[Path, Published]:
     """A folder that diffusers' DiTPipeline.save_pretrained wrote, or one of the hub."""
     index = read_json(folder / "model_index.json")
-    if index.get("_class_name") != "DiTPipeline":
-        raise UserError(f"{folder} holds a {index.get('_class_name')}; of diffusers' pipelines only DiTPipeline is known")
+    name = index.get("_class_name")
+    if isinstance(name, list):
+        raise UserError(f"{folder} holds a pipeline with code of its own, which only diffusers loads")
+    if name != "DiTPipeline":
+        raise UserError(f"{folder} holds a {name}; of diffusers' pipelines only DiTPipeline is known")
     config, scheduler = (read_json(folder / name) for name in ("transformer/config.json", "scheduler/scheduler_config.json"))
     names = [f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin")]
     path = next((path for name in names if (path := folder / "transformer" / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder}/transformer holds neither {' nor '.join(names)}")
     vae = str(folder / "vae") if (folder / "vae").is_dir() else bare.vae
-    with prefix_errors(f"{folder}:"):
+    with prefix_errors(f"{folder}:", KeyError, AttributeError, *WRONG_VALUE):
         return path, interchange.from_diffusers(index, config, scheduler, load(path), vae, bare)
 
 
@@ -298,7 +300,10 @@ def restore(ckpt: str | Path | None, bare: BareWeights = BareWeights(), vae: str
     check_agrees("model", bare.model, spec.model.name, ckpt)
     check_agrees("image_size", bare.image_size, spec.image_size[0], ckpt)
     check_agrees("num_classes", bare.num_classes, len(spec.classes), ckpt)
-    return Restored(rebuild(spec.model, weights, path), spec.with_vae(vae), path, remark)
+    model = rebuild(spec.model, weights, path)
+    if not spec.is_autoencoder and len(spec.classes) != model.num_classes:
+        raise UserError(f"{path}: its description names {len(spec.classes)} classes, its network has {model.num_classes}")
+    return Restored(model, spec.with_vae(vae), path, remark)
 
 
 def restore_autoencoder(source: str) -> nn.Module:

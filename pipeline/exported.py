@@ -52,8 +52,10 @@ class DiNextPipeline(DiffusionPipeline):
             output_type: "pil", "pt" (B, C, H, W) in [-1, 1], or "latent".
         """
         settings, device = self.config.sampling, self._execution_device
-        names = {name: int(i) for i, name in self.config.id2label.items()}
-        y = torch.tensor([names[label] if isinstance(label, str) else label for label in class_labels], device=device)
+        ids = {name: int(i) for i, name in self.config.id2label.items()} | {int(i): int(i) for i in self.config.id2label}
+        if unknown := [label for label in class_labels if label not in ids]:
+            raise ValueError(f"class_labels {unknown} are none of 0..{settings['num_classes'] - 1}, nor names in id2label")
+        y = torch.tensor([ids[label] for label in class_labels], device=device)
         x = latents
         if x is None:
             source = "cpu" if generator is None else generator.device

@@ -208,7 +208,7 @@ def generate(model: nn.Module, autoencoder: nn.Module, labels: list[int], indice
     >>> from pipeline import checkpoint
     >>> from pipeline.autoencoders import load_autoencoder
     >>> restored = checkpoint.restore("results/digits")
-    >>> autoencoder = load_autoencoder(restored.spec.vae)
+    >>> autoencoder = load_autoencoder(restored.spec.vae, statistics=restored.spec.statistics)
     >>> sampling = Sampling.of(restored.spec, {"num_sampling_steps": 8})
     >>> generate(restored.model, autoencoder, [3, 7], [0, 1], seed=0, sampling=sampling).shape
     torch.Size([2, 8, 8, 1])

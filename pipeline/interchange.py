@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion import create_diffusion
+from diffusion.flow import FlowMatching
+from diffusion.gaussian_diffusion import GaussianDiffusion
 from diffusion.process import Process
 from diffusion.schedules import named_betas
 from models import DiT, DiT_models, sincos_position_embedding
@@ -41,6 +44,7 @@ EMBEDDERS = {"norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",  # a co
              "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
              "norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table"}
 QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}  # ours -> diffusers'
 
 
 class Published(NamedTuple):
@@ -59,25 +63,28 @@ def from_bare(weights: Weights, stored: Config, bare: BareWeights, statistics: W
 
     Args:
         stored: the flags of the trainer that wrote the file, if it holds them.
-        bare: what the user says of the weights. Without an objective, projectors mean REPA's and stored flags of SiT's
-            trainer mean SiT's; any other weights are taken to predict epsilon, as DiT's do.
+        bare: what the user says of the weights. Without an objective, projectors or a `resolution` mean REPA's and other flags
+            of a SiT's trainer mean SiT's; any other weights are taken to predict epsilon, as DiT's do.
         statistics: of the latents, mean and std, which LightningDiT has in a file of its own.
     """
     if any(".mlp.w12." in key for key in weights):
         return from_lightning(weights, bare, statistics)
     projectors = any(key.startswith(PROJECTORS) for key in weights)
     name = str(stored.get("model", ""))
-    objective = bare.objective or ("repa" if projectors else "sit" if name.startswith("SiT") else "epsilon")
+    found = "repa" if projectors or "resolution" in stored else "sit" if name.startswith("SiT") else None
+    if bare.objective and found not in (None, bare.objective):
+        raise UserError(f"`objective` {bare.objective} contradicts what stands beside these weights, which are of {found}")
+    objective = bare.objective or found or "epsilon"
     if objective == "epsilon":
-        if projectors:
-            raise UserError(f"`objective` epsilon: REPA's {PROJECTORS}* stand beside these weights; they predict a velocity")
-        remark = "" if bare.objective else ("bare weights, taken to predict epsilon as DiT's do; `objective` sit or repa "
-                                            "says otherwise")
+        remark = "" if bare.objective else ("bare weights, taken to predict epsilon as DiT's do; if they are SiT's or REPA's, "
+                                            "the objective must be given")
         return Published(bare.spec(stored, shape_of(weights)), weights, remark)
     check_path(stored)
     flags = {"image_size": "resolution", "num_classes": "num_classes", "vae": "vae"}  # SiT's names are DiT's
     stored = {key: stored.get(key, stored.get(other)) for key, other in flags.items() if {key, other} & set(stored)}
     spec = bare.spec(stored | ({"model": name.replace("SiT", "DiT")} if name else {}), shape_of(weights))
+    if spec.model.class_name != "DiT":
+        raise UserError(f"`model` {spec.model.name} is no DiT, as the networks of SiT and REPA are")
     model = replace(spec.model, args=spec.model.args | {"learn_sigma": False, "time_scale": 1e-3})
     spec = replace(spec, model=model, diffusion={"objective": "flow"}, sampling=replace(spec.sampling, **FLOWS[objective]))
     weights = first_half({key: value for key, value in weights.items() if not key.startswith(PROJECTORS)}, spec.model.args)
@@ -164,17 +171,17 @@ def from_diffusers(index: Config, config: Config, scheduler: Config, weights: We
     """
     check_transformer(config)
     heads, width = config["num_attention_heads"], config["num_attention_heads"] * config["attention_head_dim"]
-    classes = config["num_embeds_ada_norm"]
+    classes, diffusion = config["num_embeds_ada_norm"], diffusion_of(scheduler, config["out_channels"] > config["in_channels"])
     args = dict(input_size=config["sample_size"], patch_size=config["patch_size"], in_channels=config["in_channels"],
                 hidden_size=width, depth=config["num_layers"], num_heads=heads, num_classes=classes,
-                learn_sigma=config["out_channels"] == 2 * config["in_channels"])
+                learn_sigma=diffusion["learn_sigma"], time_scale=diffusion["diffusion_steps"] / 1000)  # theirs counts steps
     size = (8 * config["sample_size"],) * 2
-    names = index.get("id2label", {})
+    names = {str(i): name for i, name in dict(index.get("id2label") or {}).items()}
     spec = bare.spec({"model": preset_of(args), "image_size": size[0], "num_classes": classes, "vae": vae})
     model = ModelSpec(spec.model.name, "DiT", spec.model.args | args)
-    spec = replace(spec, model=model, diffusion=diffusion_of(scheduler, args["learn_sigma"]),
+    spec = replace(spec, model=model, diffusion=diffusion,
                    sampling=replace(spec.sampling, cfg_channels=min(3, args["in_channels"])),
-                   classes=[names[str(i)] for i in range(classes)] if len(names) == classes else spec.classes)
+                   classes=[names.get(str(i), name) for i, name in enumerate(spec.classes)])
     return Published(spec, transformer_weights(weights, args))
 
 
@@ -200,16 +207,18 @@ def preset_of(shape: Config) -> str:
 
 
 def diffusion_of(scheduler: Config, learn_sigma: bool) -> Config:
-    """Arguments of create_diffusion for a scheduler's config. UserError where its betas have no name here."""
-    scheduler = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02, trained_betas=None,
-                     prediction_type="epsilon") | scheduler
-    steps, schedule = scheduler["num_train_timesteps"], scheduler["beta_schedule"]
-    objective = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}.get(scheduler["prediction_type"])
+    """Arguments of create_diffusion for a scheduler's config. UserError where its process has no form here."""
+    scheduler = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02,
+                     prediction_type="epsilon", _class_name="DDIMScheduler") | scheduler
+    steps, schedule, name = (scheduler[key] for key in ("num_train_timesteps", "beta_schedule", "_class_name"))
+    objective = {theirs: own for own, theirs in PREDICTIONS.items()}.get(scheduler["prediction_type"])
     ends = [scheduler["beta_start"], scheduler["beta_end"]]
-    named = {"linear": np.allclose(ends, named_betas("linear", steps)[[0, -1]], rtol=1e-5), "squaredcos_cap_v2": True}
-    if not objective or scheduler["trained_betas"] or not named.get(schedule):
-        raise UserError(f"its scheduler is none that create_diffusion knows: {scheduler['prediction_type']}, {schedule}, "
-                        f"{steps} steps, betas {ends[0]} to {ends[1]}")
+    known = schedule == "squaredcos_cap_v2" or (
+        schedule == "linear" and np.allclose(ends, named_betas("linear", steps)[[0, -1]], rtol=1e-5))
+    other = [key for key in ("trained_betas", "rescale_betas_zero_snr", "use_flow_sigmas") if scheduler.get(key)]
+    if not objective or not known or other or name.startswith("FlowMatch"):
+        raise UserError(f"its scheduler is none that create_diffusion knows: {', '.join([name, *other])}, "
+                        f"{scheduler['prediction_type']}, {schedule}, {steps} steps, betas {ends[0]} to {ends[1]}")
     return dict(noise_schedule=schedule, diffusion_steps=steps, objective=objective, learn_sigma=learn_sigma)
 
 
@@ -253,25 +262,24 @@ def to_diffusers(spec: Spec, weights: Weights) -> tuple[Config, Config, Config, 
     Raises:
         UserError: diffusers' DiT cannot express the network or its process.
     """
-    args, diffusion = spec.model.args, dict(learn_sigma=True, noise_schedule="linear", objective="epsilon") | spec.diffusion
+    args, process = spec.model.args, create_diffusion("", **spec.diffusion)
+    schedule, steps = spec.diffusion.get("noise_schedule", "linear"), process.num_timesteps
+    if (prediction_of(process) not in PREDICTIONS or schedule not in ("linear", "squaredcos_cap_v2") or steps != 1000
+            or process.input_scale != 1):
+        raise UserError(f"its process, {spec.diffusion}, is none that DiTPipeline's schedulers know")
     square = len(set(np.atleast_1d(args["input_size"]).tolist())) == 1
     plain = dict(adaln="zero", class_token=False, time_scale=1.0, mlp_ratio=4.0, qk_norm=False, lightning=False)
     if spec.model.class_name != "DiT" or not square or any(args[key] != value for key, value in plain.items()):
         raise UserError(f"{spec.model.name} is not DiT's own network, the only one that diffusers' DiTPipeline knows")
-    predictions = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
-    if diffusion["objective"] not in predictions or diffusion["noise_schedule"] not in ("linear", "squaredcos_cap_v2"):
-        raise UserError(f"objective {diffusion['objective']} with noise_schedule {diffusion['noise_schedule']} is none that "
-                        "DiTPipeline's schedulers know")
     config = dict(_class_name="DiTTransformer2DModel", num_attention_heads=args["num_heads"],
                   attention_head_dim=args["hidden_size"] // args["num_heads"], in_channels=args["in_channels"],
                   out_channels=args["in_channels"] * (2 if args["learn_sigma"] else 1), num_layers=args["depth"],
                   sample_size=int(np.max(args["input_size"])), patch_size=args["patch_size"], activation_fn="gelu-approximate",
                   num_embeds_ada_norm=args["num_classes"], norm_type="ada_norm_zero", attention_bias=True, dropout=0.0,
                   norm_elementwise_affine=False, norm_eps=1e-5)
-    steps = diffusion.get("diffusion_steps", 1000)
     ends = named_betas("linear", steps)[[0, -1]].tolist()
-    scheduler = dict(_class_name="DDIMScheduler", num_train_timesteps=steps, beta_schedule=diffusion["noise_schedule"],
-                     beta_start=ends[0], beta_end=ends[1], prediction_type=predictions[diffusion["objective"]],
+    scheduler = dict(_class_name="DDIMScheduler", num_train_timesteps=steps, beta_schedule=schedule,
+                     beta_start=ends[0], beta_end=ends[1], prediction_type=PREDICTIONS[process.prediction],
                      clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading")
     index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"],
              "scheduler": ["diffusers", "DDIMScheduler"], "vae": ["diffusers", "AutoencoderKL"],
@@ -300,13 +308,22 @@ def their_weights(ours: Weights, args: Config) -> Weights:
     return {key: value.clone() for key, value in theirs.items()}  # a file of safetensors shares no memory
 
 
+def prediction_of(process: Process) -> str:
+    """What the network predicts: "epsilon", "v", "x0" or "flow". UserError for a process of one's own."""
+    if isinstance(process, GaussianDiffusion):
+        return process.prediction
+    if isinstance(process, FlowMatching):
+        return "flow"
+    raise UserError(f"a {type(process).__name__} has no form among diffusers' schedulers")
+
+
 def scheduler_of(settings: SamplingSettings, process: Process, diffusion: Config) -> tuple[Config, list[int] | None]:
     """diffusers' scheduler that draws as our sampler does: its config, and the timesteps to set, if it is told them.
 
     Raises:
         UserError: diffusers has none.
     """
-    objective, name = diffusion.get("objective", "epsilon"), settings.sampler
+    objective, name = prediction_of(process), settings.sampler
     if objective == "flow" and name in ("euler", "heun"):
         return dict(_class_name=f"FlowMatch{name.title()}DiscreteScheduler", num_train_timesteps=process.num_timesteps,
                     shift=1.0), None
@@ -314,15 +331,14 @@ def scheduler_of(settings: SamplingSettings, process: Process, diffusion: Config
              "ddim": dict(_class_name="DDIMScheduler", clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading"),
              "dpm++": dict(_class_name="DPMSolverMultistepScheduler", algorithm_type="dpmsolver++", solver_order=2,
                            final_sigmas_type="zero")}
-    predictions = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
-    if objective not in predictions or name not in kinds:
+    if objective not in PREDICTIONS or name not in kinds:
         raise UserError(f"sampler {name} of objective {objective} has no form among diffusers' schedulers")
     steps = diffusion.get("diffusion_steps", 1000)
     stride, timesteps = steps // process.num_timesteps, process.timestep_map[::-1]
     if name == "ddim" and timesteps != [i * stride for i in reversed(range(process.num_timesteps))]:
-        raise UserError(f"diffusers' DDIM has an integer stride: num_sampling_steps must be ddim{process.num_timesteps}, not "
-                        f"{settings.num_sampling_steps}")
+        raise UserError(f"diffusers' DDIM has steps of one length: num_sampling_steps must be ddimN with an N that divides "
+                        f"{steps}, not {settings.num_sampling_steps}")
     variance = dict(variance_type=process.variance) if name == "ddpm" else {}
-    config = kinds[name] | variance | dict(num_train_timesteps=steps, prediction_type=predictions[objective],
+    config = kinds[name] | variance | dict(num_train_timesteps=steps, prediction_type=PREDICTIONS[objective],
                                            trained_betas=named_betas(diffusion.get("noise_schedule", "linear"), steps).tolist())
     return config, None if name == "ddim" else timesteps

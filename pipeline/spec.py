@@ -283,10 +283,11 @@ class Spec:
             raise UserError(f"its description lacks {', '.join(sorted(missing))}")
         if unknown := given - names:
             raise UserError(f"its description has {', '.join(sorted(unknown))}, which this version does not know")
-        sampling = stored["sampling"]
-        return cls(**stored | dict(
-            model=ModelSpec.from_dict(stored["model"]), image_size=tuple(stored["image_size"]),
-            sampling=None if sampling is None else SamplingSettings.from_dict(sampling)))
+        if not isinstance(stored["classes"], list) or ("latents_mean" in given) != ("latents_std" in given):
+            raise UserError("its classes are no list of names, or only one of latents_mean and latents_std is there")
+        model, image_size, sampling = ModelSpec.from_dict(stored["model"]), tuple(stored["image_size"]), stored["sampling"]
+        sampling = None if sampling is None else SamplingSettings.from_dict(sampling)
+        return cls(**stored | dict(model=model, image_size=image_size, sampling=sampling))
 
     def to_dict(self) -> dict[str, Any]:
         """The plain dict that a checkpoint holds."""

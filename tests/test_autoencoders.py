@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import torch
 from conftest import TINY_RUN, assert_one_line, read_metrics, run_script
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import extract_features
 import sample
@@ -315,13 +317,26 @@ def test_a_file_of_ldm_is_the_autoencoder_kl_in_it(tmp_path):
 
 def test_other_files_and_folders_are_one_line(tmp_path):
     torch.save({"unet.weight": torch.zeros(1)}, tmp_path / "unet.pt")
-    with pytest.raises(UserError, match=r"unet\.pt: it holds no autoencoder of LDM, which has encoder\.conv_in\.weight"):
+    with pytest.raises(UserError, match=r"unet\.pt holds no autoencoder of LDM .*: it lacks encoder\.conv_in\.weight"):
         load_autoencoder(str(tmp_path / "unet.pt"), raw=True)
     state = ldm_names(kl(tmp_path / "kl").state_dict(), 2)
     del state["decoder.conv_in.bias"]
     torch.save(state, tmp_path / "part.pt")
     with pytest.raises(UserError, match=r"part\.pt is of another architecture \(1 differences, first: decoder\.conv_in\.bias"):
         load_autoencoder(str(tmp_path / "part.pt"), raw=True)
+    torch.save({"state_dict": [1]}, tmp_path / "list.pt")
+    with pytest.raises(UserError, match=r"list\.pt holds no autoencoder of LDM"):
+        load_autoencoder(str(tmp_path / "list.pt"), raw=True)
+    folder = tmp_path / "kl"  # saved above
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    save_file({key: value for key, value in weights.items() if "decoder.conv_out.bias" not in key},
+              folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"its weights lack decoder\.conv_out\.bias"):
+        load_autoencoder(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"latent_channels": 7}))
+    with pytest.raises(UserError, match="cannot load an autoencoder from"):
+        load_autoencoder(str(folder))
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
     with pytest.raises(UserError, match="it holds an AutoencoderTiny; expected an AutoencoderKL or AutoencoderDC"):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,15 +38,15 @@ def vae(tmp_path_factory):
     return str(folder)
 
 
-def save(folder, vae, model="DiT-S/2", diffusion=None, sampling=None, **args):
+def save(folder, vae, model="DiT-S/2", diffusion=None, sampling=None, image_size=(64, 64), statistics=(None, None), **args):
     """A run's checkpoint of a network with random weights."""
     diffusion = diffusion or {}
     process, pixels = create_diffusion("", **diffusion), vae == "pixels"
     size, channels = (8, 8), 1 if pixels else 4
     from_data = dict(input_size=size, in_channels=channels, num_classes=len(NAMES), learn_sigma=process.learn_sigma)
     settings = SamplingSettings.recommend(process, 0.1, dict(num_sampling_steps="4", cfg_scale=1.5) | (sampling or {}))
-    spec = Spec(ModelSpec.of_preset(model, from_data | ARGS[model] | args), diffusion, vae, size if pixels else (64, 64),
-                1 if pixels else 3, NAMES, settings)
+    spec = Spec(ModelSpec.of_preset(model, from_data | ARGS[model] | args), diffusion, vae, size if pixels else image_size,
+                1 if pixels else 3, NAMES, settings, None, *statistics)
     torch.manual_seed(1)
     network = spec.model.build()
     for name, value in network.named_parameters():
@@ -67,7 +68,8 @@ def draw(ckpt, **given):
     """Two images, and the start and later noise that they are drawn from."""
     restored = checkpoint.restore(ckpt)
     sampling = Sampling.of(restored.spec, given)
-    return restored, generate(restored.model, load_autoencoder(restored.spec.vae), [2, 0], [0, 1], 0, sampling)
+    autoencoder = load_autoencoder(restored.spec.vae, statistics=restored.spec.statistics)
+    return restored, generate(restored.model, autoencoder, [2, 0], [0, 1], 0, sampling)
 
 
 # --- dinext ----------------------------------------------------------------------------------------
@@ -79,10 +81,19 @@ def test_an_exported_folder_loads_bit_equal(tmp_path, vae, capsys):
     before, after = checkpoint.restore(run), checkpoint.restore(tmp_path / "out")
     expected = before.spec.with_vae(str(tmp_path / "out" / "vae")).to_dict()
     assert json.dumps(after.spec.to_dict()) == json.dumps(expected)  # as lists, where the run has tuples
+    assert vae not in (tmp_path / "out" / "config.json").read_text() + (tmp_path / "out" / "README.md").read_text()
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (tmp_path / "out").rglob("*"))  # others may read them
     assert all(torch.equal(value, before.model.state_dict()[key]) for key, value in after.model.state_dict().items())
     assert torch.equal(draw(run)[1], draw(tmp_path / "out")[1])
     assert after.name == "out"
-    assert "README.md, config.json, model.safetensors, vae" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "out" / "vae")
+    with pytest.raises(OSError, match="out/vae"):
+        draw(tmp_path / "out")
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
+    with pytest.raises(ValueError, match="is damaged: its sha256"):
+        checkpoint.restore(tmp_path / "out")
+    assert "README.md, config.json, model.safetensors, model.safetensors.sha256, vae" in capsys.readouterr().out
 
 
 def test_an_own_autoencoder_comes_along(tmp_path):
@@ -102,16 +113,55 @@ def test_an_own_autoencoder_comes_along(tmp_path):
     expected = draw(tmp_path / "x.pt")[1]
     (tmp_path / "ae.pt").unlink()
     assert torch.equal(draw(tmp_path / "out")[1], expected)
+    other = Spec(**vars(spec) | {"vae": str(tmp_path / "out" / "vae"), "vae_sha256": "0" * 64})  # it was trained further since
+    checkpoint.save(tmp_path / "y.pt", {"ema": model.build().state_dict(), "spec": other.to_dict()})
+    with pytest.raises(ValueError, match="has other weights than the model was trained with"):
+        run_export("--ckpt", tmp_path / "y.pt", "--out", tmp_path / "other")
     with pytest.raises(ValueError, match="has no form in diffusers; --format dinext takes it along"):
         run_export("--ckpt", tmp_path / "out", "--out", tmp_path / "other", "--format", "diffusers")
     run_export("--ckpt", tmp_path / "out" / "vae", "--out", tmp_path / "vae")  # an autoencoder alone
+    assert "train.py --vae THIS_FOLDER" in (tmp_path / "vae" / "README.md").read_text()
     assert not (tmp_path / "other").exists()
+
+
+def test_an_autoencoder_in_a_file_of_ldm_comes_along(tmp_path, monkeypatch):
+    from test_autoencoders import kl, ldm_names
+
+    monkeypatch.chdir(tmp_path)
+    torch.save(ldm_names(kl(tmp_path / "kl").state_dict(), 2), "ldm.pt")
+    run = save(tmp_path, "ldm.pt", image_size=(16, 16), statistics=([0.1] * 4, [2.0] * 4))
+    expected = draw(run)[1]
+    run_export("--ckpt", run, "--out", "out")
+    Path("ldm.pt").unlink()
+    assert torch.equal(draw("out")[1], expected)
+
+
+def test_pixels_take_no_folder_of_that_name_along(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pixels").mkdir()
+    Path("pixels/private.png").touch()
+    run_export("--ckpt", save(tmp_path, "pixels", model="MLP", diffusion={"learn_sigma": False}), "--out", "out")
+    assert not Path("out/vae").exists()
+    assert checkpoint.restore("out").spec.vae == "pixels"
+
+
+def test_bare_weights_are_told_what_they_predict(tmp_path, vae, capsys):
+    network = DiT_models["DiT-S/8"](input_size=8, num_classes=3)
+    torch.save(network.state_dict(), tmp_path / "DiT-XL-2-256x256.pt")
+    (tmp_path / "figures.json").write_text("{}")  # of something else
+    run_export("--ckpt", tmp_path / "DiT-XL-2-256x256.pt", "--out", tmp_path / "epsilon")
+    assert "taken to predict epsilon" in capsys.readouterr().out
+    card = (tmp_path / "epsilon" / "README.md").read_text()
+    assert "taken to predict epsilon" in card
+    assert "license: unknown" in card  # not ours to say
+    run_export("--ckpt", tmp_path / "DiT-XL-2-256x256.pt", "--out", tmp_path / "sit", "--objective", "sit")
+    assert checkpoint.restore(tmp_path / "sit").spec.diffusion == {"objective": "flow"}
 
 
 def test_the_card_tells_data_steps_figures_and_shows_the_picture(tmp_path, vae):
     run = save(tmp_path, vae)
     (run / "previews").mkdir()
-    for step in (3, 7):
+    for step in (3, 7, 9):
         (run / "previews" / f"{step:07d}.png").write_bytes(bytes([step]))
     figures = [dict(name="FID-5000", value=12.345678, floor=None, remark="biased upwards, as N is below 50,000")]
     (run / "figures.json").write_text(json.dumps({"figures": figures}))
@@ -121,7 +171,11 @@ def test_the_card_tells_data_steps_figures_and_shows_the_picture(tmp_path, vae):
     for words in ("Data: animals", "Steps: 7", "Batch: 64", "DiT-S/2 (DiT)", '"sampler": "ddpm"', "![samples](samples.png)",
                   "| FID-5000 | 12.35 | - | biased upwards, as N is below 50,000 |"):
         assert words in card
-    assert (tmp_path / "out" / "samples.png").read_bytes() == bytes([7])
+    assert (tmp_path / "out" / "samples.png").read_bytes() == bytes([7])  # 9 is of weights that came later
+    (run / "figures.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"figures\.json is no report of evaluate\.py"):
+        run_export("--ckpt", run, "--out", tmp_path / "out2")
+    assert not (tmp_path / "out2").exists()
 
 
 # --- diffusers -------------------------------------------------------------------------------------
@@ -140,6 +194,11 @@ out = pipe(class_labels=["owl", 0], latents=noise["start"], output_type="pt", **
 torch.save(out, "out.pt")
 scheduling_ddpm.randn_tensor = real
 assert len(pipe(class_labels=[1], num_inference_steps=3).images) == 1  # by steps of one's own, as a picture
+try:
+    pipe(class_labels=[3])  # the null label
+    sys.exit("a label that is no class was drawn")
+except ValueError as error:
+    assert "class_labels [3] are none of 0..2" in str(error)
 """
 
 CASES = {
@@ -210,7 +269,8 @@ def test_the_guidance_in_the_folder_is_ours():
 @pytest.mark.parametrize(("diffusion", "sampling", "words"), [
     ({}, dict(sampler="heun"), "sampler heun of objective epsilon has no form among diffusers' schedulers"),
     ({"objective": "flow"}, dict(sampler="dpm++"), "sampler dpm++ of objective flow has no form"),
-    ({}, dict(sampler="ddim"), "num_sampling_steps must be ddim4, not 4"),
+    ({}, dict(sampler="ddim"), "num_sampling_steps must be ddimN with an N that divides 1000, not 4"),
+    ({}, dict(sampler="ddim", num_sampling_steps="ddim334"), "an N that divides 1000, not ddim334"),
 ])
 def test_what_diffusers_cannot_draw_is_refused_in_one_line(tmp_path, vae, diffusion, sampling, words):
     run = save(tmp_path, vae, "DiT-S/2", diffusion, sampling)
@@ -224,7 +284,10 @@ def test_diffusers_own_pipeline_takes_a_dit(tmp_path, vae, capsys):
     """And what it takes comes back bit-equal."""
     from diffusers import DiTPipeline
 
-    run = save(tmp_path, vae)
+    shutil.copytree(vae, tmp_path / "kl")
+    config = json.loads((tmp_path / "kl" / "config.json").read_text())
+    (tmp_path / "kl" / "config.json").write_text(json.dumps(config | {"shift_factor": None}))
+    run = save(tmp_path, str(tmp_path / "kl"))
     run_export("--ckpt", run, "--out", tmp_path / "out", "--format", "diffusers-dit")
     said = capsys.readouterr().out
     assert "by 127 where DiT divides by 128" in said
@@ -238,9 +301,18 @@ def test_diffusers_own_pipeline_takes_a_dit(tmp_path, vae, capsys):
     other = save(tmp_path / "other", vae, "DiNext-S/2")
     with pytest.raises(ValueError, match="DiNext-S/2 is not DiT's own network"):
         run_export("--ckpt", other, "--out", tmp_path / "x", "--format", "diffusers-dit")
-    flow = save(tmp_path / "flow", vae, "DiT-S/2", {"objective": "flow"})
-    with pytest.raises(ValueError, match="objective flow with noise_schedule linear is none that DiTPipeline"):
-        run_export("--ckpt", flow, "--out", tmp_path / "x", "--format", "diffusers-dit")
+    for name, diffusion in (("flow", {"objective": "flow"}), ("steps", {"diffusion_steps": 500}),
+                            ("scale", {"input_scale": 0.5, "learn_sigma": False}),
+                            ("schedule", {"noise_schedule": "gamma_cosine"})):
+        run = save(tmp_path / name, str(tmp_path / "kl"), "DiT-S/2", diffusion)
+        with pytest.raises(ValueError, match="is none that DiTPipeline's schedulers know"):
+            run_export("--ckpt", run, "--out", tmp_path / "x", "--format", "diffusers-dit")
+    shifted = save(tmp_path / "shifted", vae)
+    with pytest.raises(ValueError, match="DiTPipeline knows only the scaling_factor of latents"):
+        run_export("--ckpt", shifted, "--out", tmp_path / "x", "--format", "diffusers-dit")
+    run_export("--ckpt", save(tmp_path / "x0", str(tmp_path / "kl"), "DiT-S/2", {"predict_xstart": True}), "--out",
+               tmp_path / "sample", "--format", "diffusers-dit")
+    assert checkpoint.restore(tmp_path / "sample").spec.diffusion["objective"] == "x0"
 
 
 def test_models_need_torch_and_timm_alone():
@@ -278,7 +350,7 @@ def test_a_folder_is_pushed_to_the_branch(tmp_path, vae, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     run = save(tmp_path, vae)
     run_export("--ckpt", run, "--out", tmp_path / "out", "--push", "someone/animals", "--revision", "v2")
-    files = ["README.md", "config.json", "model.safetensors", "vae"]
+    files = ["README.md", "config.json", "model.safetensors", "model.safetensors.sha256", "vae"]
     assert FakeApi.calls == [("repo", "someone/animals"), ("branch", "someone/animals", "v2"),
                              ("upload", "someone/animals", files, "v2")]
     said = capsys.readouterr()
@@ -286,7 +358,7 @@ def test_a_folder_is_pushed_to_the_branch(tmp_path, vae, monkeypatch, capsys):
     assert "hf_secret" not in said.out + said.err
 
     def refuse(self, name, exist_ok):
-        raise OSError("401 Client Error: Unauthorized\nlong story")
+        raise RuntimeError("401 Client Error: Unauthorized\nlong story")  # of any client
 
     monkeypatch.setattr(FakeApi, "create_repo", refuse)
     with pytest.raises(OSError, match=r"did not take someone/animals: 401 Client Error: Unauthorized; .*out2 is complete"):
@@ -316,7 +388,8 @@ def test_wrong_flags_are_one_line(tmp_path):
     (tmp_path / "there").mkdir()
     for flags, words in ((["--ckpt", "x.pt", "--out", "there"], "--out there exists; name a new folder"),
                          (["--ckpt", "x.pt", "--out", "new", "--revision", "v2"], "--revision names the branch of --push"),
-                         (["--ckpt", "x.pt", "--out", "new"], "--ckpt x.pt does not exist")):
+                         (["--ckpt", "x.pt", "--out", "new", "--push", "not a repo/!!"], "--push not a repo/!! is no"),
+                         (["--ckpt", "x.pt", "--out", "new/er"], "--ckpt x.pt does not exist")):
         assert_one_line(run_script("export.py", *flags, cwd=tmp_path, check=False), words)
 
 

@@ -15,7 +15,7 @@ import extract_features
 import sample
 import train
 from pipeline import checkpoint
-from pipeline.autoencoders import load_autoencoder, statistics_of
+from pipeline.autoencoders import check_features, load_autoencoder
 from pipeline.generation import Sampling, restore_autoencoder
 from runtime.pictures import to_unit_range
 from runtime.processes import World
@@ -176,7 +176,7 @@ def test_measured_latents_are_normalised_in_training_and_decoded_by_what_the_che
     monkeypatch.chdir(tmp_path)
     assert run_here(extract_features, *flags(photographs, tiny_vae, "f", "--normalise")).returncode == 0
     data = load_dataset("f")
-    autoencoder = load_autoencoder(str(tiny_vae), statistics=statistics_of(data))
+    autoencoder = load_autoencoder(str(tiny_vae), statistics=data.statistics)
     both = torch.cat([data.__getitems__(Rows(np.arange(6), np.full(6, flip)))[0] for flip in (False, True)]).float()
     draws = torch.stack([autoencoder.sample(both, torch.randn(12, 4, 4, 4)) for _ in range(200)])
     assert draws.std(dim=(0, 1, 3, 4)).sub(1).abs().max() < 0.02
@@ -187,14 +187,36 @@ def test_measured_latents_are_normalised_in_training_and_decoded_by_what_the_che
             "--diffusion-args", '{"sampling": {"num_sampling_steps": "2"}}']
     assert run_here(train, *tiny).returncode == 0
     spec = checkpoint.restore("results/r").spec
-    assert (spec.latents_mean, spec.latents_std) == statistics_of(data)
+    assert (spec.latents_mean, spec.latents_std) == data.statistics
     restored = restore_autoencoder(World(0, 1, torch.device("cpu")), checkpoint.restore("results/r"), Sampling.of(spec))
     assert torch.equal(restored.encode(torch.ones(1, 3, 32, 32)), autoencoder.encode(torch.ones(1, 3, 32, 32)))
 
     again = run_here(extract_features, *flags(photographs, tiny_vae, "f", "--normalise"))
     assert "0 of 6 images encoded now" in again.stdout
+    plain = run_here(extract_features, *flags(photographs, tiny_vae, "f"))
+    assert_one_line(plain, "holds other features: their normalise is True, not False")
     shutil.copytree("f", "g")
     meta = json.loads((tmp_path / "g" / "meta.json").read_text())
     (tmp_path / "g" / "meta.json").write_text(json.dumps(meta | {"latents_std": [1.0] * 4}))
     assert_one_line(run_here(train, *tiny, "--data-path", "g", "--max-steps", 3), "was trained with latents_std")
     assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, "h", "--normalise", "--vae", "pixels")), "pixels")
+    (tmp_path / "both").mkdir()
+    shutil.copytree("f", "both/train")
+    shutil.copytree("g", "both/val")  # its own statistics do not count: those of the training features normalise it
+    done = run_here(train, *tiny, "--data-path", "both/train", "--run-name", "both", "--val-every", 1)
+    assert done.returncode == 0, done.stderr
+
+
+def test_features_of_a_vae_whose_config_has_statistics_are_scaled_as_it_says(
+        photographs, tiny_vae, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_vae, "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    config |= {"scaling_factor": 0.5, "latents_mean": [1.0] * 4, "latents_std": [2.0] * 4}
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    assert run_here(extract_features, *flags(photographs, "vae", "f")).returncode == 0
+    data = load_dataset("f")
+    autoencoder = load_autoencoder("vae", statistics=data.statistics)
+    check_features(autoencoder, data)
+    moments = data.__getitems__(Rows.plain([0]))[0].float()
+    torch.testing.assert_close(autoencoder.sample(moments), (moments[:, :4] - 1) * 0.25)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_RUN, assert_one_line
+from PIL import Image
 from safetensors.torch import save_file
 
 import train
-from pipeline.autoencoders import check_features, latents_of, load_autoencoder, statistics_of
+from pipeline.autoencoders import check_features, latents_of, load_autoencoder
 from training.datasets import load_dataset
 from training.objective import Draws, Objective
 from training.rows import Rows
@@ -193,6 +194,14 @@ def test_damaged_features_of_edm2_are_named(edm2):
         load_dataset(str(folder))
 
 
+def test_a_json_or_safetensors_beside_pictures_makes_no_features_of_them(tmp_path):
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat" / "x.png")
+    (tmp_path / "dataset.json").write_text('{"labels": [["cat/x.png", 0]]}')  # as EDM's dataset_tool writes it
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert load_dataset(str(tmp_path), 8).kind == "images"
+
+
 # --- those of LightningDiT -------------------------------------------------------------------------
 
 
@@ -225,21 +234,26 @@ def test_lightnings_latents_are_read_and_normalised_as_there(lightning, tmp_path
     vae = AutoencoderKL(block_out_channels=5 * [8], norm_num_groups=8, latent_channels=32,
                         down_block_types=5 * ["DownEncoderBlock2D"], up_block_types=5 * ["UpDecoderBlock2D"])
     vae.save_pretrained(tmp_path)
-    autoencoder = load_autoencoder(str(tmp_path), statistics=statistics_of(data))
+    autoencoder = load_autoencoder(str(tmp_path), statistics=data.statistics)
     check_features(autoencoder, data)
     found = latents_of(autoencoder, x, data.kind, torch.randn(4, 32, 4, 4))
     torch.testing.assert_close(found, (expected - statistics["mean"]) / statistics["std"], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="their latents_mean is"):
-        check_features(load_autoencoder(str(tmp_path)), data)
 
 
 def test_damaged_shards_are_named(lightning):
     folder = lightning[0]
     shard = folder / "latents_rank00_shard001.safetensors"
     save_file({"latents": torch.zeros(3, 32, 4, 4), "labels": torch.zeros(3)}, shard)
-    data = load_dataset(str(folder))
     with pytest.raises(OSError, match=r"cannot read latents_flip of .*shard001"):
-        data.__getitems__(Rows(np.array([5]), np.array([True])))
+        load_dataset(str(folder))
+    tensors = {"latents": torch.zeros(3, 32, 4, 4), "latents_flip": torch.zeros(2, 32, 4, 4), "labels": torch.zeros(3)}
+    save_file(tensors, shard)
+    with pytest.raises(ValueError, match=r"latents_flip of \S+ has the shape \(2, 32, 4, 4\); expected \(3, "):
+        load_dataset(str(folder))
+    save_file(tensors | {"latents_flip": torch.full((3, 32, 4, 4), torch.nan)}, shard)
+    data = load_dataset(str(folder))
+    with pytest.raises(ValueError, match="the latent of row 5 is not finite"):
+        data.__getitems__(Rows(np.array([0, 5]), np.array([True, True])))
     shard.write_bytes(b"no tensors")
     with pytest.raises(OSError, match=r"cannot read labels of .*shard001"):
         load_dataset(str(folder))

@@ -143,6 +143,10 @@ def test_a_trainers_file_tells_what_it_is(tmp_path):
     spec = checkpoint.restore(tmp_path / "sit.pt").spec
     assert (spec.model.name, spec.model.args["time_scale"], spec.vae) == ("DiT-tiny", 1e-3, "ema")
     assert spec.diffusion == {"objective": "flow"}
+    with pytest.raises(UserError, match="`objective` repa contradicts what stands beside these weights, which are of sit"):
+        checkpoint.restore(tmp_path / "sit.pt", BareWeights(objective="repa"))
+    with pytest.raises(UserError, match="`model` MLP is no DiT"):
+        from_bare(weights, {}, BareWeights("MLP", 64, 10, objective="sit"), {})
     flags |= dict(path_type="GVP")
     torch.save({"ema": weights, "args": argparse.Namespace(**flags)}, tmp_path / "gvp.pt")
     with pytest.raises(ValueError, match=r"gvp\.pt: its path_type is GVP; only linear is known here"):
@@ -152,6 +156,9 @@ def test_a_trainers_file_tells_what_it_is(tmp_path):
     torch.save({"ema": weights, "args": argparse.Namespace(**repa)}, tmp_path / "repa.pt")
     spec = checkpoint.restore(tmp_path / "repa.pt").spec
     assert (spec.image_size, spec.sampling.cfg_scale) == ((64, 64), 1.8)
+    del weights["projectors.0.0.weight"]
+    torch.save({"ema": weights, "args": argparse.Namespace(**repa)}, tmp_path / "repa.pt")
+    assert checkpoint.restore(tmp_path / "repa.pt").spec.sampling.cfg_scale == 1.8  # still not SiT's
 
 
 def test_what_is_assumed_is_said():
@@ -159,7 +166,7 @@ def test_what_is_assumed_is_said():
     bare = BareWeights("DiT-tiny", 64, 10)
     assert "taken to predict epsilon" in from_bare(weights, {}, bare, {}).remark
     assert from_bare(weights, {}, BareWeights("DiT-tiny", 64, 10, objective="epsilon"), {}).remark == ""
-    with pytest.raises(UserError, match=r"`objective` epsilon: REPA's projectors\.\*"):
+    with pytest.raises(UserError, match="`objective` epsilon contradicts what stands beside these weights, which are of repa"):
         from_bare(weights | {"projectors.0": torch.ones(1)}, {}, BareWeights("DiT-tiny", 64, 10, objective="epsilon"), {})
 
 
@@ -292,9 +299,17 @@ def test_a_bin_file_as_published_is_read_and_no_code_in_it(folder):
     ("transformer/config.json", dict(norm_type="ada_norm_single"), "norm_type is ada_norm_single; a DiT's is ada_norm_zero"),
     ("transformer/config.json", dict(num_layers=4), "lacks transformer_blocks.3.norm1.linear.weight, so it is no DiT of 4"),
     ("transformer/config.json", dict(num_layers=2), "has transformer_blocks.2."),
-    ("scheduler/scheduler_config.json", dict(beta_schedule="scaled_linear"), "create_diffusion knows: epsilon, scaled"),
+    ("scheduler/scheduler_config.json", dict(beta_schedule="scaled_linear"), "knows: DDIMScheduler, epsilon, scaled"),
     ("scheduler/scheduler_config.json", dict(beta_end=0.012), "betas 0.0001 to 0.012"),
-    ("scheduler/scheduler_config.json", dict(prediction_type="flow"), "create_diffusion knows: flow"),
+    ("scheduler/scheduler_config.json", dict(prediction_type="flow"), "knows: DDIMScheduler, flow"),
+    ("scheduler/scheduler_config.json", dict(_class_name="FlowMatchEulerDiscreteScheduler"), "knows: FlowMatchEuler"),
+    ("scheduler/scheduler_config.json", dict(rescale_betas_zero_snr=True), "knows: DDIMScheduler, rescale_betas_zero_snr"),
+    ("scheduler/scheduler_config.json", dict(num_train_timesteps="x"), "theirs: "),
+    ("transformer/config.json", dict(num_attention_heads=None), "theirs: "),
+    ("transformer/config.json", dict(patch_size=0), "theirs: "),
+    ("transformer/config.json", dict(sample_size=[8, 8]), "theirs: "),
+    ("model_index.json", dict(id2label=["cat"]), "theirs: "),
+    ("model_index.json", dict(_class_name=["pipeline", "DiNextPipeline"]), "which only diffusers loads"),
 ])
 def test_other_folders_are_refused_in_one_line(folder, file, changes, words):
     edit(folder / file, **changes)

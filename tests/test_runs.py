@@ -1,3 +1,4 @@
+import argparse
 import subprocess
 import sys
 
@@ -82,6 +83,24 @@ def test_init_from_matches_classes_by_name_and_keeps_the_null_row(tmp_path):
     same = begun(DiT(**kwargs))
     init_from(same, source, classes)
     assert torch.equal(table_of(same.model), theirs)
+
+
+def test_init_from_takes_what_the_sampling_scripts_take(tmp_path):
+    """A folder of export.py, and SiT's weights, with their time reversed."""
+    kwargs, weights = golden_dit()
+    source = save_named(tmp_path / "w.pt", weights, [str(i) for i in range(kwargs["num_classes"])])
+    restored = checkpoint.restore(source)
+    checkpoint.save_folder(tmp_path / "out", restored.spec, restored.model.state_dict())
+    training = begun(DiT(**kwargs))
+    init_from(training, str(tmp_path / "out"), restored.spec.classes)
+    assert all(torch.equal(value, weights[key]) for key, value in training.model.state_dict().items())
+    flags = argparse.Namespace(model="SiT-S/2", num_classes=kwargs["num_classes"])
+    torch.save({"ema": weights, "args": flags}, tmp_path / "sit.pt")
+    training = begun(DiT(**kwargs | {"learn_sigma": False}))
+    assert "(bare weights of sit's flow)" in init_from(training, str(tmp_path / "sit.pt"), restored.spec.classes)
+    key = "final_layer.linear.bias"
+    expected = -weights[key].unflatten(0, (-1, 2 * kwargs["in_channels"]))[:, : kwargs["in_channels"]].flatten()
+    assert torch.equal(training.model.state_dict()[key], expected)
 
 
 def test_init_from_refuses_a_checkpoint_of_which_little_fits(tmp_path):

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from runtime import UserError
 from runtime.cli import one_line
 from runtime.pictures import EXTENSIONS, center_crop, find_pictures, open_rgb
-from training.features import EDM2Features, FastDiTFeatures, Features, LightningDiTFeatures
+from training.features import EDM2Features, FastDiTFeatures, Features, LightningDiTFeatures, is_edm2
 from training.parquet import ParquetImages, parquet_parts
 from training.rows import Rows, TrainingData, mirror, readable_names
 
@@ -24,7 +24,7 @@ MAX_BYTES = 16e9  # of a data set in memory
 class ArrayImages(Dataset):
     """Images in memory: uint8 (N, H, W) or (N, H, W, C), labels (N,)."""
 
-    kind, made_by = "images", {}
+    kind, made_by, statistics = "images", {}, None
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, classes: list[str], flip: bool, image_size: int | None):
         images = images[..., None] if images.ndim == 3 else images
@@ -48,7 +48,7 @@ class ArrayImages(Dataset):
 class FolderImages(Dataset):
     """A folder with one sub-folder of pictures per class. Pictures are read, converted to RGB and cropped on access."""
 
-    kind, made_by = "images", {}
+    kind, made_by, statistics = "images", {}, None
     channels = 3
     flip = True
 
@@ -105,9 +105,9 @@ def open_dataset(name: str, image_size: int | None, data_root: str, split: str, 
     if (folder / "imagenet256_features").is_dir():
         return FastDiTFeatures(folder, image_size, num_classes)
     for file in (folder / "dataset.json", folder / "vae-sd" / "dataset.json"):
-        if file.is_file():
+        if is_edm2(file):
             return EDM2Features(file, image_size, num_classes)
-    if any(folder.glob("*.safetensors")):
+    if any(folder.glob("*.safetensors")) and not any(path.is_dir() for path in folder.iterdir()):
         return LightningDiTFeatures(folder, image_size, num_classes)
     if parquet_parts(folder):
         return ParquetImages(folder, "train", image_size or FOLDER_IMAGE_SIZE)

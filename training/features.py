@@ -1,6 +1,7 @@
 """Features cached from images: those of extract_features.py, and those of fast-DiT, EDM2, REPA and LightningDiT."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,8 @@ class Features(Dataset):
                 raise UserError(f"meta.json lacks {', '.join(sorted(missing))}")
             self.classes, self.channels, self.flip = meta["classes"], meta["channels"], meta["flip"]
             self.image_size, self.latent_shape = tuple(meta["image_size"]), tuple(meta["latent_shape"])
-            statistics = {key: meta[key] for key in ("latents_mean", "latents_std") if key in meta}
-            self.made_by = meta["autoencoder"] | statistics
+            self.made_by = meta["autoencoder"]
+            self.statistics = (meta["latents_mean"], meta["latents_std"]) if "latents_mean" in meta else None
             self.skipped = np.array(meta["skipped"], dtype=np.int64)  # ascending rows that hold no image
             self.map_files()
             self.check(meta["rows"])
@@ -86,7 +87,7 @@ class FastDiTFeatures(Dataset):
     kind = "latents"
     flip = False
     channels = 3
-    made_by = {"scaling_factor": 0.18215, "shift_factor": 0.0}
+    made_by, statistics = {"scaling_factor": 0.18215, "shift_factor": 0.0}, None
     FACTOR = 8  # image size / latent size of Stable Diffusion's autoencoder
 
     def __init__(self, folder: Path, image_size: int | None, num_classes: int | None):
@@ -128,7 +129,7 @@ class EDM2Features(Dataset):
     kind = "moments"
     flip = False
     channels = 3
-    made_by = FastDiTFeatures.made_by
+    made_by, statistics = FastDiTFeatures.made_by, None
 
     def __init__(self, file: Path, image_size: int | None, num_classes: int | None):
         self.folder = file.parent
@@ -166,6 +167,7 @@ class LightningDiTFeatures(Dataset):
     kind = "moments"
     flip = True
     channels = 3
+    made_by, statistics = {}, None
     FACTOR = 16  # image size / latent size of VA-VAE
 
     def __init__(self, folder: Path, image_size: int | None, num_classes: int | None):
@@ -174,13 +176,17 @@ class LightningDiTFeatures(Dataset):
         self.labels = torch.cat(labels).long()
         self.ends = np.cumsum([len(own) for own in labels])  # of each file's rows
         self.latent_shape = tuple(self.read(self.files[0], "latents", [0]).shape[1:])
+        for file, own in zip(self.files, labels):
+            for name in ("latents", "latents_flip"):
+                if (shape := self.shape(file, name)) != (len(own), *self.latent_shape):
+                    raise UserError(f"`data_path`: {name} of {file} has the shape {shape}; expected "
+                                    f"{(len(own), *self.latent_shape)}, by its labels and the first file")
         self.image_size = image_size_of(folder, self.latent_shape, self.FACTOR, image_size)
         self.classes = classes_of(folder, self.labels.numpy(), num_classes)
-        self.made_by = {}
         if (folder / "latents_stats.pt").is_file():
             with prefix_errors(f"`data_path` {folder}: latents_stats.pt is damaged:", KeyError, AttributeError, TypeError):
                 stored = checkpoint.load(folder / "latents_stats.pt")
-                self.made_by = {f"latents_{name}": stored[name].flatten().tolist() for name in ("mean", "std")}
+                self.statistics = tuple(stored[name].flatten().tolist() for name in ("mean", "std"))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -194,18 +200,37 @@ class LightningDiTFeatures(Dataset):
                 own = np.flatnonzero((which == file) & (rows.mirrored == mirrored))
                 if len(own):
                     latents[torch.from_numpy(own)] = self.read(self.files[file], name, rows.indices[own] - start).float()
+        if not latents.sum().isfinite():
+            row = rows.indices[~latents.flatten(1).isfinite().all(dim=1).numpy()][0]
+            raise UserError(f"`data_path` {self.folder}: the latent of row {row} is not finite")
         return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1), self.labels[rows.indices]
 
     def read(self, file: Path, name: str, lines: np.ndarray | list[int] | None = None) -> Tensor:
         """A tensor of a file, or some lines of it. Raises OSError that names a damaged file."""
-        try:
-            with safe_open(file, "pt") as opened:
-                if lines is None:
-                    return opened.get_tensor(name)
-                part = opened.get_slice(name)
-                return torch.cat([part[int(line) : int(line) + 1] for line in lines])
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise OSError(f"cannot read {name} of {file}: {error}") from None
+        with opened(file, name) as part:
+            return part[:] if lines is None else torch.cat([part[int(line) : int(line) + 1] for line in lines])
+
+    def shape(self, file: Path, name: str) -> tuple[int, ...]:
+        with opened(file, name) as part:
+            return tuple(part.get_shape())
+
+
+def is_edm2(file: Path) -> bool:
+    """Whether a dataset.json lists features; NVIDIA's tools write one beside images too."""
+    if not file.is_file():
+        return False
+    with prefix_errors(f"{file} is damaged:", TypeError, ValueError, KeyError, IndexError):
+        return json.loads(file.read_text())["labels"][0][0].endswith(".npy")
+
+
+@contextmanager
+def opened(file: Path, name: str):
+    """A tensor in a file of safetensors, to be sliced. Raises OSError that names a damaged file."""
+    try:
+        with safe_open(file, "pt") as content:
+            yield content.get_slice(name)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise OSError(f"cannot read {name} of {file}: {error}") from None
 
 
 def image_size_of(folder: Path, latent_shape: tuple[int, ...], factor: int, given: int | None) -> tuple[int, int]:

@@ -40,7 +40,7 @@ class ParquetImages(Dataset):
         OSError: a file is damaged.
     """
 
-    kind, made_by = "images", {}
+    kind, made_by, statistics = "images", {}, None
     channels = 3
     flip = True
 

@@ -39,6 +39,7 @@ class TrainingData(Protocol):
     channels: int                # C of the images, cached or not
     flip: bool                   # whether training may use mirror images: half of the samples are then mirrored
     made_by: dict[str, Any]      # description of the autoencoder of cached features; {} for images
+    statistics: tuple[list[float], list[float]] | None  # mean and std by which these are normalised, if they are
 
     def __len__(self) -> int: ...
 

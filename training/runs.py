@@ -262,14 +262,14 @@ def init_from(training: Training, source: str, classes: list[str]) -> str:
         UserError: less than half of the network's weights would be taken, counted in numbers and not in tensors.
     """
     with prefix_errors("`init_from`"):
-        path = checkpoint.resolve(source)
-        state = checkpoint.load(path)
-        weights, own = checkpoint.weights_of(state, path), training.model.state_dict()
+        _, (spec, weights, assumed) = checkpoint.read(checkpoint.resolve(source), BareWeights())
+        own = training.model.state_dict()
         taken = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
         drawn, remark = 0, ""  # how many numbers of class embeddings stay as drawn
         for key in own:
             if key.endswith(CLASS_TABLE) and key in weights and own[key].shape[1:] == weights[key].shape[1:]:
-                theirs = checkpoint.spec_of(state, path, BareWeights(num_classes=len(weights[key]) - 1)).classes
+                rows = len(weights[key])
+                theirs = spec.classes if rows - len(spec.classes) in (0, 1) else [str(i) for i in range(rows - 1)]
                 taken[key], fresh = match_classes(own[key], weights[key], classes, theirs)
                 drawn += len(fresh) * own[key][0].numel()
                 remark = (f"; embeddings of no label and of {len(classes) - len(fresh)} of {len(classes)} classes, by name; "
@@ -284,8 +284,8 @@ def init_from(training: Training, source: str, classes: list[str]) -> str:
     for network in (training.model, training.ema):
         network.load_state_dict(taken, strict=False)
     unused = [key for key in weights if key not in own]
-    return (f"Initialised {len(taken)} of {len(own)} tensors from {source}; fresh: {shortened(differing)}; "
-            f"unused: {shortened(unused)}{remark}")
+    return (f"Initialised {len(taken)} of {len(own)} tensors from {source}{assumed and f' ({assumed})'}; "
+            f"fresh: {shortened(differing)}; unused: {shortened(unused)}{remark}")
 
 
 def match_classes(own: Tensor, theirs: Tensor, classes: list[str], their_classes: list[str]) -> tuple[Tensor, list[str]]:
