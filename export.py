@@ -59,6 +59,8 @@ def main(args: Namespace) -> None:
     restored = checkpoint.restore(args.ckpt, BareWeights(objective=args.objective))
     if restored.spec.is_autoencoder and args.format != "dinext":
         raise UserError(f"--ckpt {args.ckpt} is an autoencoder; --format dinext takes it")
+    if not restored.spec.is_autoencoder:
+        Sampling.of(restored.spec)  # what nothing can be sampled from is not worth a folder
     check_writable(out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as made:
         remarks = [restored.remark] * bool(restored.remark) + FORMATS[args.format](restored, Path(made))
@@ -216,7 +218,8 @@ def write_card(restored: checkpoint.Restored, args: Namespace, folder: Path, rem
         shutil.copyfile(preview, folder / "samples.png")
         lines += ["![samples](samples.png)", ""]
     lines += [*(f"- {name}: {value}" for name, value in facts.items() if value is not None), "", *remarks, ""]
-    lines += AUTOENCODER if spec.is_autoencoder else USE[args.format]
+    scale = str(spec.sampling.cfg_scale if len(spec.classes) == 1000 else 1.0) if spec.sampling else ""
+    lines += [line.replace("SCALE", scale) for line in (AUTOENCODER if spec.is_autoencoder else USE[args.format])]
     if run and (run / "figures.json").is_file():
         with cli.prefix_errors(f"{run / 'figures.json'} is no report of evaluate.py:", KeyError, TypeError):
             lines += ["", *figures_table(checkpoint.read_json(run / "figures.json"))]
@@ -239,7 +242,7 @@ USE = {"dinext": ["```", "python sample.py --ckpt THIS_FOLDER   # of DiNext, or 
                      'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", trust_remote_code=True)',
                      'pipe(class_labels=[0]).images[0].save("picture.png")', "```"],
        "diffusers-dit": ["```python", "from diffusers import DiTPipeline", 'pipe = DiTPipeline.from_pretrained("THIS_FOLDER")',
-                         'pipe(class_labels=[0]).images[0].save("picture.png")', "```"]}
+                         'pipe(class_labels=[0], guidance_scale=SCALE).images[0].save("picture.png")', "```"]}
 AUTOENCODER = ["```", "python train.py --vae THIS_FOLDER …   # of DiNext", "```"]
 
 

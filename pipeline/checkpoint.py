@@ -242,6 +242,8 @@ def read_diffusers(folder: Path, bare: BareWeights) -> tuple[Path, Published]:
 
 def read_json(path: Path) -> dict:
     """Raises UserError if a file is no JSON object, OSError if it cannot be read."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
