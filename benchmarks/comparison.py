@@ -17,8 +17,6 @@ FIGURES = ("FD-classifier", "FD-pixel32", "Label accuracy", "Nearest training im
 Network = tuple[str, dict[str, Any]]  # a preset, and arguments over its own
 
 
-
-
 class Task(NamedTuple):
     """A data set, the budget, and the networks that compete, by family and name."""
 
@@ -37,8 +35,12 @@ TASKS = {
         "DiT": {"DiT/1 96x3": ("DiT-S/2", dict(patch_size=1, hidden_size=96, depth=3, num_heads=3)),
                 "DiT/2 192x5": ("DiT-S/2", dict(hidden_size=192, depth=5, num_heads=3)),
                 "DiT/2 256x3": ("DiT-S/2", dict(hidden_size=256, depth=3, num_heads=4))},
-        "DiNext": {"DiNext/1 104x4": ("DiNext-S/2", dict(patch_size=1, hidden_size=104, depth=4))},
-        "DiNext-U": {"DiNext-U 64": ("DiNext-U-S", dict(hidden_size=64, depths=[1, 2, 3, 2, 1]))}}),
+        "DiNext": {"DiNext/1 104x4": ("DiNext-S/2", dict(patch_size=1, hidden_size=104, depth=4)),
+                   "DiNext/1 128x3": ("DiNext-S/2", dict(patch_size=1, hidden_size=128, depth=3)),
+                   "DiNext/2 256x4": ("DiNext-S/2", dict(hidden_size=256, depth=4))},
+        "DiNext-U": {"DiNext-U 64": ("DiNext-U-S", dict(hidden_size=64, depths=[1, 2, 3, 2, 1])),
+                     "DiNext-U 64 21112": ("DiNext-U-S", dict(hidden_size=64, depths=[2, 1, 1, 1, 2])),
+                     "DiNext-U 48 32223": ("DiNext-U-S", dict(hidden_size=48, depths=[3, 2, 2, 2, 3]))}}),
     "mnist16": Task(420, 64, (1, 16, 16), "--data-path mnist --image-size 16 --vae pixels", ("mnist", "mnist"),
                     "--data-path mnist --image-size 16 --epochs 5", {
         "DiT": {"DiT/2 96x4": ("DiT-S/2", dict(hidden_size=96, depth=4, num_heads=3)),

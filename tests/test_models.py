@@ -213,9 +213,16 @@ def test_global_response_norm_is_timms(dtype, tolerance):
         torch.nn.init.normal_(parameter)
     oracle.load_state_dict(own.state_dict())
     x = torch.randn(3, 4, 5, 12, generator=torch.Generator().manual_seed(0)).to(dtype)
-    out, expected = own(x), oracle(x.double())
+    x[1, ..., 2] = 0  # a channel without a response, whose norm has no derivative
+    exact = x.double().requires_grad_()
+    x.requires_grad_()
+    out, expected = own(x), oracle(exact)
     assert out.dtype == dtype
     assert (out - expected).norm() / expected.norm() < tolerance
+    weight = torch.randn(out.shape)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert (x.grad - exact.grad).norm() / exact.grad.norm() < 2 * tolerance
     block, whole = DiNextBlock(4), GlobalResponseNormMlp(4, 12)
     assert {name: value.shape for name, value in block.mlp.state_dict().items()} == {
         name: value.shape for name, value in whole.state_dict().items()}
