@@ -29,7 +29,7 @@ The protocol, written before the first run:
   denoiser can do better than that.
 
 Changed on 2026-11-25, after the first searches and before any run of `cifar` with the whole budget: DiNext and DiNext-U had one
-shape on `cifar`, where DiT had three. And the norm in GRN, which took 10 % of a step on the CPU, was written anew. So the times
+shape on `cifar`, where DiT had three. And the norm in GRN, 12 % of a step of DiNext-U there, was written anew. So the times
 were measured again; the searches before had DiNext's older, larger ones, that is fewer steps. Each JSON tells its own.
 """
 
