@@ -19,6 +19,7 @@ from pipeline import checkpoint
 from pipeline.autoencoders import load_autoencoder
 from pipeline.generation import Sampling, addressed_noise, generate
 from pipeline.spec import ModelSpec, SamplingSettings, Spec
+from runtime import UserError
 
 NAMES = ["cat", "dog", "owl"]
 ARGS = {  # tiny networks, one of each class
@@ -60,6 +61,13 @@ def save(folder, vae, model="DiT-S/2", diffusion=None, sampling=None, image_size
     return path.parent.parent
 
 
+@pytest.fixture(scope="module")
+def exported(vae, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    run_export("--ckpt", save(folder, vae), "--out", folder / "out")
+    return folder / "out"
+
+
 def run_export(*flags, cwd=None):
     export.main(export.build_parser().parse_args(list(map(str, flags))))
 
@@ -94,6 +102,27 @@ def test_an_exported_folder_loads_bit_equal(tmp_path, vae, capsys):
     with pytest.raises(ValueError, match="is damaged: its sha256"):
         checkpoint.restore(tmp_path / "out")
     assert "README.md, config.json, model.safetensors, model.safetensors.sha256, vae" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"classes": 3}, "its classes are no list of names"),
+    ({"classes": ["cat"]}, "its description names 1 classes, its network has 3"),
+    ({"latents_mean": [0.0] * 4}, "only one of latents_mean and latents_std is there"),
+    ({"latents_mean": [0.0] * 4, "latents_std": "abc"}, "latents_mean and latents_std:"),
+    ({"latents_mean": [0.0] * 4, "latents_std": [1.0]}, "must be 4 numbers each"),
+    ({"colour": 1}, "its description has colour"),
+    ({"model": "DiT"}, "config.json"),
+    ({"diffusion": {"objective": "w"}}, "objective 'w' is unknown"),
+    ({"sampling": {"sampler": "zzz"}}, "zzz"),
+])
+def test_a_changed_config_is_one_line(exported, changes, words, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "f")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises((ValueError, OSError)) as error:
+        draw(folder)
+    assert isinstance(error.value, UserError | OSError)
+    assert words in str(error.value)
 
 
 def test_an_own_autoencoder_comes_along(tmp_path):
