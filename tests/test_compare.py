@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import assert_one_line, run_script
+from conftest import assert_one_line
 
 from benchmarks import compare, comparison
 from benchmarks.comparison import Run, plan, search, steps_of
@@ -92,12 +92,12 @@ def test_table_and_figure(tmp_path):
     assert (tmp_path / "compare.png").stat().st_size > 10_000
 
 
-def test_wrong_use_is_one_line(tmp_path):
+def test_wrong_use_is_one_line(tmp_path, run_here):
     (tmp_path / "digits-times.json").write_text("{}")
-    again = run_script("benchmarks/compare.py", "time", "--tasks", "digits", "--results", ".", cwd=tmp_path, check=False)
+    again = run_here(compare, "time", "--tasks", "digits", "--results", tmp_path)
     assert_one_line(again, "digits-times.json exists, and budgets depend on it; delete it to measure anew")
     (tmp_path / "digits-times.json").unlink()
-    early = run_script("benchmarks/compare.py", "run", "--tasks", "digits", "--results", ".", cwd=tmp_path, check=False)
+    early = run_here(compare, "run", "--tasks", "digits", "--results", tmp_path)
     assert_one_line(early, "the step time of DiT/1 40x2 is not known; first run")
 
 

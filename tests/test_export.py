@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line, run_script
+from conftest import ROOT, assert_one_line
 
 import export
 from diffusion import create_diffusion
@@ -413,13 +413,15 @@ def test_a_repository_of_the_hub_is_read_from_its_cache(tmp_path, vae, monkeypat
         checkpoint.restore("someone/others")
 
 
-def test_wrong_flags_are_one_line(tmp_path):
+def test_wrong_flags_are_one_line(tmp_path, run_here, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
     for flags, words in ((["--ckpt", "x.pt", "--out", "there"], "--out there exists; name a new folder"),
                          (["--ckpt", "x.pt", "--out", "new", "--revision", "v2"], "--revision names the branch of --push"),
                          (["--ckpt", "x.pt", "--out", "new", "--push", "not a repo/!!"], "--push not a repo/!! is no"),
                          (["--ckpt", "x.pt", "--out", "new/er"], "--ckpt x.pt does not exist")):
-        assert_one_line(run_script("export.py", *flags, cwd=tmp_path, check=False), words)
+        assert_one_line(run_here(export, *flags), words)
+    assert not (tmp_path / "new").exists()
 
 
 def test_presets_are_known_by_their_shapes(tmp_path):

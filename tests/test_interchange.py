@@ -9,9 +9,10 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import assert_one_line, run_script
+from conftest import assert_one_line
 from torch.nn import functional as F
 
+import sample
 from diffusion import create_diffusion
 from diffusion.samplers import euler, last
 from models import DiT, DiT_models
@@ -353,19 +354,19 @@ def test_schedulers_and_predictions():
         noise_schedule="squaredcos_cap_v2", diffusion_steps=400, objective="epsilon", learn_sigma=True)
 
 
-def test_sampling_from_a_diffusers_folder(folder, tmp_path):
-    done = run_script("sample.py", "--ckpt", folder, "--class-labels", "thing 3", "--num-sampling-steps", "4",
-                      "--device", "cpu", "--out", "x.png", cwd=tmp_path)
+def test_sampling_from_a_diffusers_folder(folder, tmp_path, run_here):
+    done = run_here(sample, "--ckpt", folder, "--class-labels", "thing 3", "--num-sampling-steps", "4",
+                    "--device", "cpu", "--out", tmp_path / "x.png")
     assert "1 images of thing 3, whatsit 3" in done.stdout
-    wrong = run_script("sample.py", "--ckpt", folder / "vae", "--device", "cpu", cwd=tmp_path, check=False)
+    wrong = run_here(sample, "--ckpt", folder / "vae", "--device", "cpu")
     assert_one_line(wrong, "config.json: ")
 
 
-def test_sits_weights_sample_with_every_switch_by_their_name_alone(tmp_path, folder):
+def test_sits_weights_sample_with_every_switch_by_their_name_alone(tmp_path, folder, run_here):
     """Preset, size and classes are told by the shapes."""
     torch.save(random_weights(learn_sigma=True, hidden_size=384, depth=12, num_heads=6), tmp_path / "sit.pt")
-    done = run_script("sample.py", "--ckpt", "sit.pt", "--objective", "sit", "--vae", folder / "vae", "--sampler", "dpm++",
-                      "--num-sampling-steps", "6", "--reuse", "forecast", "--guidance-interval", "100", "900",
-                      "--cfg-scale", "2", "--class-labels", "3", "--device", "cpu", "--out", "x.png", cwd=tmp_path)
+    done = run_here(sample, "--ckpt", tmp_path / "sit.pt", "--objective", "sit", "--vae", folder / "vae", "--sampler", "dpm++",
+                    "--num-sampling-steps", "6", "--reuse", "forecast", "--guidance-interval", "100", "900",
+                    "--cfg-scale", "2", "--class-labels", "3", "--device", "cpu", "--out", tmp_path / "x.png")
     assert "bare weights of sit's flow" in done.stdout
     assert "1 images of 3 in" in done.stdout

@@ -205,6 +205,7 @@ def test_tensorboard_mirrors_scalars_config_and_previews_also_of_a_continued_run
     assert b"global_batch_size" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
 
 
+@pytest.mark.slow
 def test_mlflow_mirrors_scalars_config_and_previews_on_its_server(tmp_path):
     pytest.importorskip("mlflow")
     uri = f"http://127.0.0.1:{free_port()}"
