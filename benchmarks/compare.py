@@ -19,7 +19,7 @@ The protocol, written before the first run:
 - What all networks of a task share: data, autoencoder, flow with logit-normal t, label drop 0.1, EMA 0.999, batch, AdamW
   (0.9, 0.95), 5 % of the steps to warm up, a cosine over the run; Euler in 25 steps, 5,000 samples, as many of each class, no
   guidance. The first seed is also sampled with guidance 1.5.
-- Learning rates: LRS for each network, on a fifth of the steps, seed 0, by 2,000 samples. The range of a family grows by a
+- Learning rates: LRS for each network, on a fifth of the steps, seed 0, by 2,000 samples. The range of a network grows by a
   factor of 2 while its best lies at an end. On `cifar` each family chooses among three shapes, patch 1 or 2, on the others
   DiT among two. The network and rate with the lowest FD-classifier go on.
 - Then three seeds of each family with the whole budget, and cosine runs of their own over 1/8, 1/4 and 1/2 of it (seed 0).
@@ -30,7 +30,8 @@ The protocol, written before the first run:
 
 Changed on 2026-11-25, after the first searches and before any run of `cifar` with the whole budget: DiNext and DiNext-U had one
 shape on `cifar`, where DiT had three. And the norm in GRN, 12 % of a step of DiNext-U there, was written anew. So the times
-were measured again; the searches before had DiNext's older, larger ones, that is fewer steps. Each JSON tells its own.
+were measured again; the searches before had DiNext's older, larger ones, that is fewer steps. Each JSON tells its own. And the
+range of rates now grows for every network, not only for the best of a family.
 """
 
 import json

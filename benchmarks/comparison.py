@@ -95,16 +95,22 @@ def plan(task: str, results: dict[str, dict]) -> list[Run]:
 
 def search(task: str, family: str, networks: list[str], results: dict[str, dict]) -> tuple[list[Run], Run | None]:
     """The runs that seek a family's network and learning rate, and the best of them once all are done."""
-    rates = {network: list(LRS) for network in networks}
+    found = [search_rate(task, family, network, results) for network in networks]
+    runs, best = [run for own, _ in found for run in own], [run for _, run in found]
+    return runs, None if None in best else min(best, key=lambda run: distance(results[run.name]))
+
+
+def search_rate(task: str, family: str, network: str, results: dict[str, dict]) -> tuple[list[Run], Run | None]:
+    """The runs that seek a network's learning rate, and the best of them once it lies inside of the range."""
+    rates = list(LRS)
     while True:
-        runs = [Run(task, "search", family, network, lr, SEEDS[0], SEARCH) for network in networks for lr in rates[network]]
+        runs = [Run(task, "search", family, network, lr, SEEDS[0], SEARCH) for lr in rates]
         if not all(run.name in results for run in runs):
             return runs, None
         best = min(runs, key=lambda run: distance(results[run.name]))
-        range_ = sorted(rates[best.network])
-        if best.lr in range_[1:-1]:
+        if best.lr in sorted(rates)[1:-1]:
             return runs, best
-        rates[best.network].append(best.lr / 2 if best.lr == range_[0] else best.lr * 2)
+        rates.append(best.lr / 2 if best.lr == min(rates) else best.lr * 2)
 
 
 def distance(result: dict) -> float:
@@ -172,7 +178,7 @@ def main_table(task: str, done: list[Run], results: dict[str, dict]) -> list[str
     if decoded := results.get(f"{task}-reconstructions"):
         lines.append(row("real images, encoded and decoded", *6 * ["-"],
                          *(f"{figure(decoded, name)['value']:.3g}" for name in FIGURES), "-"))
-    return [*lines, row("real images", *6 * ["-"], *(f"{floors[name]:.3g}" for name in FIGURES if floors), "-")]
+    return [*lines, row("real images", *6 * ["-"], *(f"{floors[name]:.3g}" if floors else "-" for name in FIGURES), "-")]
 
 
 def search_table(done: list[Run], results: dict[str, dict]) -> list[str]:
@@ -187,6 +193,9 @@ def search_table(done: list[Run], results: dict[str, dict]) -> list[str]:
 
 def draw_curves(panel, task: str, done: list[Run], results: dict[str, dict]) -> None:
     """FD-classifier over the seconds of training; bars are standard deviations over the seeds."""
+    panel.set(title=task, xlabel="seconds of training, one CPU core", ylabel=FIGURES[0], xscale="log", yscale="log")
+    if not by_family(done, "main"):
+        return
     for family, whole in by_family(done, "main").items():
         runs = by_family(done, "curve").get(family, []) + whole
         shares = sorted({run.share for run in runs})
@@ -197,7 +206,6 @@ def draw_curves(panel, task: str, done: list[Run], results: dict[str, dict]) -> 
         panel.axhline(floor, color="black", linestyle=":", linewidth=1)
     if f"{task}-reconstructions" in results:
         panel.axhline(distance(results[f"{task}-reconstructions"]), color="gray", linestyle="--", linewidth=1)
-    panel.set(title=task, xlabel="seconds of training, one CPU core", ylabel=FIGURES[0], xscale="log", yscale="log")
     panel.legend()
 
 

@@ -38,7 +38,10 @@ def test_the_search_takes_the_best_network_and_rate():
 
 @pytest.mark.parametrize("minimum", [0.4e-3, 20e-3])
 def test_the_range_grows_only_where_the_best_lies_at_its_end(minimum):
-    results, best = searched(lambda network, lr: abs(math.log(lr / minimum)) + 5 * (network == NETWORKS[0]))
+    def distance(network, lr):
+        return 9 + abs(math.log(lr / 3e-3)) if network == NETWORKS[0] else abs(math.log(lr / minimum))
+
+    results, best = searched(distance)
     assert best.lr == {0.4e-3: 0.375e-3, 20e-3: 24e-3}[minimum]
     tried = sorted(float(name.split("-lr")[1].split("-seed")[0]) for name in results if "DiT2" in name)
     assert tried == ([0.1875e-3, 0.375e-3, 0.75e-3, *comparison.LRS] if minimum < 1e-3
