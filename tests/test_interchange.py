@@ -174,6 +174,7 @@ def test_what_is_assumed_is_said():
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_dit_written_out(qk_norm):
     weights, (x, t, y) = random_weights(learn_sigma=True, qk_norm=qk_norm), batch()
+    assert ("blocks.0.attn.q_norm.weight" in weights) == qk_norm
     model = DiT(**TINY, input_size=8, num_classes=10, qk_norm=qk_norm)
     model.load_state_dict(weights)
     theirs = written_out(weights, x, 1000 * t, y)
@@ -208,6 +209,10 @@ def test_lightningdits_network_is_ours(lightning):
     assert (spec.image_size, len(spec.classes), spec.statistics) == ((128, 128), 10, ([1, 2, 3], [4, 5, 6]))
     assert (sampling.sampler, sampling.cfg_scale, sampling.cfg_channels) == ("euler", 6.7, 3)
     assert sampling.guidance_interval == (0, 875)
+
+
+def test_a_dit_of_patch_1_is_not_taken_for_a_lightningdit():
+    assert interchange.preset_of(dict(depth=28, hidden_size=1152, patch_size=1)) == "DiT-XL/2"
 
 
 def test_a_lightningdit_without_what_it_needs_is_refused_in_one_line(lightning):
