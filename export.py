@@ -63,7 +63,8 @@ def main(args: Namespace) -> None:
         Sampling.of(restored.spec)  # what nothing can be sampled from is not worth a folder
     check_writable(out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as made:
-        remarks = [restored.remark] * bool(restored.remark) + FORMATS[args.format](restored, Path(made))
+        remarks = [restored.remark] if restored.remark else []
+        remarks += FORMATS[args.format](restored, Path(made))
         write_card(restored, args, Path(made), remarks)
         for path in (Path(made), *Path(made).rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors' files are private at first
@@ -197,8 +198,9 @@ def network_source(class_name: str) -> str:
 
 def write_card(restored: checkpoint.Restored, args: Namespace, folder: Path, remarks: list[str]) -> None:
     """README.md, and the run's newest preview as samples.png."""
-    spec, run = restored.spec, run_of(restored.path)
-    state = checkpoint.load(restored.path)
+    spec, state = restored.spec, checkpoint.load(restored.path)
+    own = "spec" in state and restored.path.parent.name == "checkpoints"  # weights of others may lie in such a folder too
+    run = restored.path.parent.parent if own else None
     flags = state["args"] if isinstance(state.get("args"), dict) else {}
     licence = "mit" if run and not flags.get("init_from") else "unknown"
     if args.ckpt in checkpoint.PUBLISHED:
@@ -224,11 +226,6 @@ def write_card(restored: checkpoint.Restored, args: Namespace, folder: Path, rem
         with cli.prefix_errors(f"{run / 'figures.json'} is no report of evaluate.py:", KeyError, TypeError):
             lines += ["", *figures_table(checkpoint.read_json(run / "figures.json"))]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
-
-
-def run_of(path: Path) -> Path | None:
-    """The folder of the run that wrote a checkpoint."""
-    return path.parent.parent if path.parent.name == "checkpoints" else None
 
 
 def newest_preview(run: Path | None, path: Path) -> Path | None:

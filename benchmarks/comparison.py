@@ -194,9 +194,8 @@ def search_table(done: list[Run], results: dict[str, dict]) -> list[str]:
 def draw_curves(panel, task: str, done: list[Run], results: dict[str, dict]) -> None:
     """FD-classifier over the seconds of training; bars are standard deviations over the seeds."""
     panel.set(title=task, xlabel="seconds of training, one CPU core", ylabel=FIGURES[0], xscale="log", yscale="log")
-    if not by_family(done, "main"):
-        return
-    for family, whole in by_family(done, "main").items():
+    mains = by_family(done, "main")
+    for family, whole in mains.items():
         runs = by_family(done, "curve").get(family, []) + whole
         shares = sorted({run.share for run in runs})
         values = [[distance(results[run.name]) for run in runs if run.share == share] for share in shares]
@@ -206,7 +205,8 @@ def draw_curves(panel, task: str, done: list[Run], results: dict[str, dict]) -> 
         panel.axhline(floor, color="black", linestyle=":", linewidth=1)
     if f"{task}-reconstructions" in results:
         panel.axhline(distance(results[f"{task}-reconstructions"]), color="gray", linestyle="--", linewidth=1)
-    panel.legend()
+    if mains:
+        panel.legend()
 
 
 def by_family(runs: list[Run], stage: str) -> dict[str, list[Run]]:

@@ -208,10 +208,18 @@ def read(path: Path, bare: BareWeights) -> tuple[Path, Published]:
     weights = weights_of(state, path)
     if "spec" in state:
         return path, Published(spec_of(state, path), weights)
-    beside = path.with_name("latents_stats.pt")
-    statistics = load(beside) if beside.is_file() else {}
     with prefix_errors(f"checkpoint {path}:"):
-        return path, interchange.from_bare(weights, flags_of(state), bare, statistics)
+        if interchange.is_lightning(weights):
+            return path, interchange.from_lightning(weights, bare, read_statistics(path.parent))
+        return path, interchange.from_bare(weights, flags_of(state), bare)
+
+
+def read_statistics(folder: Path) -> tuple[list[float], ...] | None:
+    """Mean and standard deviation of each channel of latents, from LightningDiT's latents_stats.pt, if it lies in a folder."""
+    path = folder / "latents_stats.pt"
+    with prefix_errors(f"{path} is damaged:", KeyError, AttributeError, TypeError):
+        stored = load(path) if path.is_file() else None
+        return stored and tuple(stored[name].flatten().tolist() for name in ("mean", "std"))
 
 
 def read_exported(folder: Path) -> tuple[Path, Published]:

@@ -58,17 +58,14 @@ class Published(NamedTuple):
 # --- bare weights ----------------------------------------------------------------------------------
 
 
-def from_bare(weights: Weights, stored: Config, bare: BareWeights, statistics: Weights) -> Published:
-    """Weights with DiT's keys, or LightningDiT's.
+def from_bare(weights: Weights, stored: Config, bare: BareWeights) -> Published:
+    """Weights with DiT's keys.
 
     Args:
         stored: the flags of the trainer that wrote the file, if it holds them.
         bare: what the user says of the weights. Without an objective, projectors or a `resolution` mean REPA's and other flags
             of a SiT's trainer mean SiT's; any other weights are taken to predict epsilon, as DiT's do.
-        statistics: of the latents, mean and std, which LightningDiT has in a file of its own.
     """
-    if any(".mlp.w12." in key for key in weights):
-        return from_lightning(weights, bare, statistics)
     projectors = any(key.startswith(PROJECTORS) for key in weights)
     name = str(stored.get("model", ""))
     found = "repa" if projectors or "resolution" in stored else "sit" if name.startswith("SiT") else None
@@ -92,20 +89,28 @@ def from_bare(weights: Weights, stored: Config, bare: BareWeights, statistics: W
     return Published(spec, reverse_time(weights) if objective == "sit" else weights, remark)
 
 
-def from_lightning(weights: Weights, bare: BareWeights, statistics: Weights) -> Published:
-    """LightningDiT's weights. Its flow is SiT's, its latents are normalised, and an image is 16 times as large as they."""
+def is_lightning(weights: Weights) -> bool:
+    return any(".mlp.w12." in key for key in weights)
+
+
+def from_lightning(weights: Weights, bare: BareWeights, statistics: tuple[list[float], ...] | None) -> Published:
+    """LightningDiT's weights. Its flow is SiT's, its latents are normalised, and an image is 16 times as large as they.
+
+    Args:
+        statistics: mean and standard deviation of the latents, which it has in a file of its own.
+    """
     if bare.objective:
         raise UserError(f"`objective` {bare.objective}: these are weights of a LightningDiT, which has a flow of its own")
-    if not {"mean", "std"} <= set(statistics):
+    if statistics is None:
         raise UserError("it is a LightningDiT, so mean and std of its latents must lie beside it in latents_stats.pt")
     names = {"mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."}
     weights = {re.sub(r"mlp\.w\d+\.", lambda found: names[found[0]], key): value for key, value in weights.items()
                if not key.startswith("feat_rope.")}
     shape = {"image_size": 128} | shape_of(weights)
     spec = bare.spec({}, shape | {"model": "LightningDiT-XL/1", "image_size": 2 * shape["image_size"]})
-    args = {"in_channels": len(statistics["mean"].flatten()), "input_size": spec.image_size[0] // 16, "learn_sigma": False,
+    mean, std = statistics
+    args = {"in_channels": len(mean), "input_size": spec.image_size[0] // 16, "learn_sigma": False,
             "time_scale": 1e-3}
-    mean, std = (statistics[key].flatten().tolist() for key in ("mean", "std"))
     spec = replace(spec, model=replace(spec.model, args=spec.model.args | args), diffusion={"objective": "flow"},
                    sampling=replace(spec.sampling, **LIGHTNING), latents_mean=mean, latents_std=std)
     return Published(spec, reverse_time(first_half(weights, spec.model.args)), "bare weights of a LightningDiT")

@@ -176,14 +176,15 @@ def test_pixels_take_no_folder_of_that_name_along(tmp_path, monkeypatch):
 
 def test_bare_weights_are_told_what_they_predict(tmp_path, vae, capsys):
     network = DiT_models["DiT-S/8"](input_size=8, num_classes=3)
-    torch.save(network.state_dict(), tmp_path / "DiT-XL-2-256x256.pt")
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(network.state_dict(), tmp_path / "checkpoints" / "DiT-XL-2-256x256.pt")
     (tmp_path / "figures.json").write_text("{}")  # of something else
-    run_export("--ckpt", tmp_path / "DiT-XL-2-256x256.pt", "--out", tmp_path / "epsilon")
+    run_export("--ckpt", tmp_path / "checkpoints" / "DiT-XL-2-256x256.pt", "--out", tmp_path / "epsilon")
     assert "taken to predict epsilon" in capsys.readouterr().out
     card = (tmp_path / "epsilon" / "README.md").read_text()
     assert "taken to predict epsilon" in card
     assert "license: unknown" in card  # not ours to say
-    run_export("--ckpt", tmp_path / "DiT-XL-2-256x256.pt", "--out", tmp_path / "sit", "--objective", "sit")
+    run_export("--ckpt", tmp_path / "checkpoints" / "DiT-XL-2-256x256.pt", "--out", tmp_path / "sit", "--objective", "sit")
     assert checkpoint.restore(tmp_path / "sit").spec.diffusion == {"objective": "flow"}
 
 

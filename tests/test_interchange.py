@@ -20,15 +20,13 @@ from pipeline import checkpoint, interchange
 from pipeline.interchange import from_bare
 from pipeline.spec import BareWeights
 from runtime import UserError
-from small_models import DIFFUSION_NETWORKS, NETWORKS
 
 TINY = dict(patch_size=2, hidden_size=32, depth=3, num_heads=4)
 
 
 @pytest.fixture(autouse=True)
 def tiny_preset(monkeypatch):
-    for registry in (DiT_models, DIFFUSION_NETWORKS, NETWORKS):
-        monkeypatch.setitem(registry, "DiT-tiny", partial(DiT, **TINY))
+    monkeypatch.setitem(DiT_models, "DiT-tiny", partial(DiT, **TINY))  # the other registries are views of it
 
 
 def random_weights(learn_sigma: bool, **changes) -> dict:
@@ -147,7 +145,7 @@ def test_a_trainers_file_tells_what_it_is(tmp_path):
     with pytest.raises(UserError, match="`objective` repa contradicts what stands beside these weights, which are of sit"):
         checkpoint.restore(tmp_path / "sit.pt", BareWeights(objective="repa"))
     with pytest.raises(UserError, match="`model` MLP is no DiT"):
-        from_bare(weights, {}, BareWeights("MLP", 64, 10, objective="sit"), {})
+        from_bare(weights, {}, BareWeights("MLP", 64, 10, objective="sit"))
     flags |= dict(path_type="GVP")
     torch.save({"ema": weights, "args": argparse.Namespace(**flags)}, tmp_path / "gvp.pt")
     with pytest.raises(ValueError, match=r"gvp\.pt: its path_type is GVP; only linear is known here"):
@@ -165,10 +163,10 @@ def test_a_trainers_file_tells_what_it_is(tmp_path):
 def test_what_is_assumed_is_said():
     weights = random_weights(learn_sigma=True)
     bare = BareWeights("DiT-tiny", 64, 10)
-    assert "taken to predict epsilon" in from_bare(weights, {}, bare, {}).remark
-    assert from_bare(weights, {}, BareWeights("DiT-tiny", 64, 10, objective="epsilon"), {}).remark == ""
+    assert "taken to predict epsilon" in from_bare(weights, {}, bare).remark
+    assert from_bare(weights, {}, BareWeights("DiT-tiny", 64, 10, objective="epsilon")).remark == ""
     with pytest.raises(UserError, match="`objective` epsilon contradicts what stands beside these weights, which are of repa"):
-        from_bare(weights | {"projectors.0": torch.ones(1)}, {}, BareWeights("DiT-tiny", 64, 10, objective="epsilon"), {})
+        from_bare(weights | {"projectors.0": torch.ones(1)}, {}, BareWeights("DiT-tiny", 64, 10, objective="epsilon"))
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -188,8 +186,7 @@ def test_a_dit_written_out(qk_norm):
 def lightning(monkeypatch, tmp_path, request):
     """A file as published: the weights, and latents_stats.pt beside it."""
     args = dict(patch_size=1, lightning=True, qk_norm=request.param)
-    for registry in (DiT_models, DIFFUSION_NETWORKS, NETWORKS):
-        monkeypatch.setitem(registry, "LightningDiT-tiny", partial(DiT, **TINY | args))
+    monkeypatch.setitem(DiT_models, "LightningDiT-tiny", partial(DiT, **TINY | args))
     weights = random_weights(learn_sigma=False, in_channels=3, **args)
     weights = {key.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): value for key, value in weights.items()}
     torch.save({"ema": weights | {"feat_rope.freqs_cos": torch.ones(64, 8)}}, tmp_path / "lightning.pt")

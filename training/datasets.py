@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from runtime import UserError
 from runtime.cli import one_line
 from runtime.pictures import EXTENSIONS, center_crop, find_pictures, open_rgb
-from training.features import EDM2Features, FastDiTFeatures, Features, LightningDiTFeatures, is_edm2
+from training.features import EDM2Features, FastDiTFeatures, Features, LightningDiTFeatures, edm2_rows
 from training.parquet import ParquetImages, parquet_parts
 from training.rows import Rows, TrainingData, mirror, readable_names
 
@@ -105,8 +105,8 @@ def open_dataset(name: str, image_size: int | None, data_root: str, split: str, 
     if (folder / "imagenet256_features").is_dir():
         return FastDiTFeatures(folder, image_size, num_classes)
     for file in (folder / "dataset.json", folder / "vae-sd" / "dataset.json"):
-        if is_edm2(file):
-            return EDM2Features(file, image_size, num_classes)
+        if rows := edm2_rows(file):
+            return EDM2Features(file.parent, *rows, image_size, num_classes)
     if any(folder.glob("*.safetensors")) and not any(path.is_dir() for path in folder.iterdir()):
         return LightningDiTFeatures(folder, image_size, num_classes)
     if parquet_parts(folder):

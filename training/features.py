@@ -131,11 +131,8 @@ class EDM2Features(Dataset):
     channels = 3
     made_by, statistics = FastDiTFeatures.made_by, None
 
-    def __init__(self, file: Path, image_size: int | None, num_classes: int | None):
-        self.folder = file.parent
-        with prefix_errors(f"`data_path` {self.folder}: dataset.json is damaged:", TypeError, ValueError, KeyError):
-            names, labels = zip(*json.loads(file.read_text())["labels"])
-            self.names, self.labels = np.array(names), np.array(labels, dtype=np.int64)
+    def __init__(self, folder: Path, names: np.ndarray, labels: np.ndarray, image_size: int | None, num_classes: int | None):
+        self.folder, self.names, self.labels = folder, names, labels
         moments = self.read(self.names[0])
         self.latent_shape = (moments.shape[0] // 2, *moments.shape[1:])
         self.image_size = image_size_of(self.folder, self.latent_shape, FastDiTFeatures.FACTOR, image_size)
@@ -167,7 +164,7 @@ class LightningDiTFeatures(Dataset):
     kind = "moments"
     flip = True
     channels = 3
-    made_by, statistics = {}, None
+    made_by = {}
     FACTOR = 16  # image size / latent size of VA-VAE
 
     def __init__(self, folder: Path, image_size: int | None, num_classes: int | None):
@@ -175,7 +172,7 @@ class LightningDiTFeatures(Dataset):
         labels = [self.read(file, "labels") for file in self.files]
         self.labels = torch.cat(labels).long()
         self.ends = np.cumsum([len(own) for own in labels])  # of each file's rows
-        self.latent_shape = tuple(self.read(self.files[0], "latents", [0]).shape[1:])
+        self.latent_shape = self.shape(self.files[0], "latents")[1:]
         for file, own in zip(self.files, labels):
             for name in ("latents", "latents_flip"):
                 if (shape := self.shape(file, name)) != (len(own), *self.latent_shape):
@@ -183,10 +180,8 @@ class LightningDiTFeatures(Dataset):
                                     f"{(len(own), *self.latent_shape)}, by its labels and the first file")
         self.image_size = image_size_of(folder, self.latent_shape, self.FACTOR, image_size)
         self.classes = classes_of(folder, self.labels.numpy(), num_classes)
-        if (folder / "latents_stats.pt").is_file():
-            with prefix_errors(f"`data_path` {folder}: latents_stats.pt is damaged:", KeyError, AttributeError, TypeError):
-                stored = checkpoint.load(folder / "latents_stats.pt")
-                self.statistics = tuple(stored[name].flatten().tolist() for name in ("mean", "std"))
+        with prefix_errors("`data_path`"):
+            self.statistics = checkpoint.read_statistics(folder)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -215,12 +210,13 @@ class LightningDiTFeatures(Dataset):
             return tuple(part.get_shape())
 
 
-def is_edm2(file: Path) -> bool:
-    """Whether a dataset.json lists features; NVIDIA's tools write one beside images too."""
+def edm2_rows(file: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Names and labels in a dataset.json, if it is there and lists features: NVIDIA's tools write one beside images too."""
     if not file.is_file():
-        return False
-    with prefix_errors(f"{file} is damaged:", TypeError, ValueError, KeyError, IndexError):
-        return json.loads(file.read_text())["labels"][0][0].endswith(".npy")
+        return None
+    with prefix_errors(f"`data_path` {file.parent}: dataset.json is damaged:", TypeError, ValueError, KeyError, AttributeError):
+        names, labels = zip(*json.loads(file.read_text())["labels"])
+        return (np.array(names), np.array(labels, dtype=np.int64)) if names[0].endswith(".npy") else None
 
 
 @contextmanager
