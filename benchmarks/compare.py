@@ -32,6 +32,9 @@ Changed on 2026-11-25, after the first searches and before any run of `cifar` wi
 shape on `cifar`, where DiT had three. And the norm in GRN, 12 % of a step of DiNext-U there, was written anew. So the times
 were measured again; the searches before had DiNext's older, larger ones, that is fewer steps. Each JSON tells its own. And the
 range of rates now grows for every network, not only for the best of a family.
+
+Added on 2026-11-26, before any run of `cifar` with the whole budget: ConvAdaLN, MinDiff's network of dense 3x3 convolutions, in
+one shape, as a reference from outside.
 """
 
 import json
@@ -101,24 +104,40 @@ def build_parser() -> cli.ArgumentParser:
 
 
 def time_steps(args: Namespace) -> None:
-    """Write TASK-times.json: the median seconds of a training step of each network, all in turn, on one thread."""
+    """Write TASK-times.json: the median seconds of a training step of each network.
+
+    The times that stand there stay, as budgets depend on them. A network that was added later is measured beside all the
+    others; its seconds are scaled by what the others took at first over what they take now, the median.
+    """
     torch.set_num_threads(1)
     for name in args.tasks:
         task, path = TASKS[name], Path(args.results) / f"{name}-times.json"
+        networks = {title: network for family in task.families.values() for title, network in family.items()}
+        first = {"batch_size": task.batch_size, "rounds": ROUNDS, "networks": {}}
         if path.exists():
-            raise UserError(f"{path} exists, and budgets depend on it; delete it to measure anew")
-        networks = {title: build(network, task.shape) for family in task.families.values() for title, network in family.items()}
-        calls = {title: training_step(network, task) for title, network in networks.items()}
-        seconds = {title: [] for title in calls}
-        for _ in tqdm(range(ROUNDS + 2), f"{name}: rounds of steps"):
-            for title, call in calls.items():
-                start = time.perf_counter()
-                call()
-                seconds[title].append(time.perf_counter() - start)
-        figures = {title: {"seconds": statistics.median(own[2:]), "fastest": min(own), "slowest": max(own[2:]),
-                           "parameters": sum(p.numel() for p in networks[title].parameters() if p.requires_grad),
-                           "macs": count_macs(networks[title])} for title, own in seconds.items()}
-        write_json(path, about() | {"batch_size": task.batch_size, "rounds": ROUNDS, "networks": figures})
+            first = json.loads(path.read_text())
+        if networks.keys() <= first["networks"].keys():
+            raise UserError(f"{path} has all networks, and budgets depend on it; delete it to measure anew")
+        now = time_networks(name, task, networks)
+        ratios = [old["seconds"] / now[title]["seconds"] for title, old in first["networks"].items() if title in now]
+        scale = statistics.median(ratios) if ratios else 1.0
+        added = {title: own | {"seconds": scale * own["seconds"], "scale": scale, **about()} for title, own in now.items()}
+        write_json(path, first | {"networks": added | first["networks"]})
+
+
+def time_networks(name: str, task: Task, networks: dict[str, Network]) -> dict[str, dict]:
+    """Time a training step of each network, all in turn, on one thread."""
+    networks = {title: build(network, task.shape) for title, network in networks.items()}
+    calls = {title: training_step(network, task) for title, network in networks.items()}
+    seconds = {title: [] for title in calls}
+    for _ in tqdm(range(ROUNDS + 2), f"{name}: rounds of steps"):
+        for title, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[title].append(time.perf_counter() - start)
+    return {title: {"seconds": statistics.median(own[2:]), "fastest": min(own), "slowest": max(own[2:]),
+                    "parameters": sum(p.numel() for p in networks[title].parameters() if p.requires_grad),
+                    "macs": count_macs(networks[title])} for title, own in seconds.items()}
 
 
 def build(network: Network, shape: tuple[int, int, int]) -> torch.nn.Module:

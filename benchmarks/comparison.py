@@ -40,12 +40,13 @@ TASKS = {
                    "DiNext/2 256x4": ("DiNext-S/2", dict(hidden_size=256, depth=4))},
         "DiNext-U": {"DiNext-U 64": ("DiNext-U-S", dict(hidden_size=64, depths=[1, 2, 3, 2, 1])),
                      "DiNext-U 64 21112": ("DiNext-U-S", dict(hidden_size=64, depths=[2, 1, 1, 1, 2])),
-                     "DiNext-U 48 32223": ("DiNext-U-S", dict(hidden_size=48, depths=[3, 2, 2, 2, 3]))}}),
+                     "DiNext-U 48 32223": ("DiNext-U-S", dict(hidden_size=48, depths=[3, 2, 2, 2, 3]))},
+        "ConvAdaLN": {"ConvAdaLN 96x4": ("ConvAdaLN", dict(hidden_size=96, depth=4))}}),
     "mnist16": Task(420, 64, (1, 16, 16), "--data-path mnist --image-size 16 --vae pixels", ("mnist", "mnist"),
                     "--data-path mnist --image-size 16 --epochs 5", {
         "DiT": {"DiT/2 96x4": ("DiT-S/2", dict(hidden_size=96, depth=4, num_heads=3)),
                 "DiT/4 192x5": ("DiT-S/4", dict(hidden_size=192, depth=5, num_heads=3))},
-        "DiNext": {"DiNext/2 96x5": ("DiNext-S/2", dict(hidden_size=96, depth=5))},
+        "DiNext": {"DiNext/2 96x5": ("DiNext-S/2", dict(hidden_size=96, depth=4))},
         "DiNext-U": {"DiNext-U 32": ("DiNext-U-S", dict(hidden_size=32, depths=[1, 1, 2, 1, 1]))}}),
     "digits": Task(60, 64, (1, 8, 8), "--data-path digits --vae pixels", ("digits", "digits"),
                    "--data-path digits --epochs 20", {

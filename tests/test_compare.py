@@ -77,6 +77,20 @@ def test_a_budget_is_a_number_of_steps():
         steps_of(run, {})
 
 
+def test_a_network_added_later_is_timed_beside_the_others(tmp_path, monkeypatch):
+    first = {"DiT/1 40x2": 0.1, "DiT/2 64x4": 0.2, "DiNext/2 64x4": 0.3, "gone": 0.7}
+    now = {"DiT/1 40x2": 0.2, "DiT/2 64x4": 0.4, "DiNext/2 64x4": 0.9, "DiNext-U 16": 0.5}  # twice as slow, three times
+    stored = {"networks": {name: {"seconds": seconds} for name, seconds in first.items()}, "date": "then"}
+    (tmp_path / "digits-times.json").write_text(json.dumps(stored))
+    monkeypatch.setattr(compare, "time_networks", lambda *args: {name: {"seconds": s} for name, s in now.items()})
+    threads = torch.get_num_threads()
+    compare.main(compare.build_parser().parse_args(["time", "--tasks", "digits", "--results", str(tmp_path)]))
+    torch.set_num_threads(threads)
+    report = json.loads((tmp_path / "digits-times.json").read_text())
+    assert {name: own["seconds"] for name, own in report["networks"].items()} == first | {"DiNext-U 16": 0.25}
+    assert report["networks"]["DiT/1 40x2"] == {"seconds": 0.1} and report["date"] == "then"
+
+
 def test_table_and_figure(tmp_path):
     task = comparison.TASKS["digits"]
     networks = {name: {"seconds": 0.03, "parameters": 1e6, "macs": 2e6} for own in task.families.values() for name in own}
@@ -96,9 +110,10 @@ def test_table_and_figure(tmp_path):
 
 
 def test_wrong_use_is_one_line(tmp_path, run_here):
-    (tmp_path / "digits-times.json").write_text("{}")
+    names = [name for family in comparison.TASKS["digits"].families.values() for name in family]
+    (tmp_path / "digits-times.json").write_text(json.dumps({"networks": dict.fromkeys(names, {"seconds": 1})}))
     again = run_here(compare, "time", "--tasks", "digits", "--results", tmp_path)
-    assert_one_line(again, "digits-times.json exists, and budgets depend on it; delete it to measure anew")
+    assert_one_line(again, "digits-times.json has all networks, and budgets depend on it; delete it to measure anew")
     (tmp_path / "digits-times.json").unlink()
     early = run_here(compare, "run", "--tasks", "digits", "--results", tmp_path)
     assert_one_line(early, "the step time of DiT/1 40x2 is not known; first run")
