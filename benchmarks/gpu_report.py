@@ -46,10 +46,11 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.instruments import KINDS, kernel_seconds
+from benchmarks.reports import continued, markdown
 from pipeline.autoencoders import Pixels
 from pipeline.generation import Sampling, generate, prepare_network
 from pipeline.spec import BareWeights
-from runtime import UserError, cli
+from runtime import cli
 from runtime.files import check_writable, write_text
 from runtime.processes import start_world, synchronize
 
@@ -329,9 +330,8 @@ def main(args: Namespace) -> None:
     out = Path(args.out)
     check_writable(out.parent)
     device = start_world(args.device).device
-    about = {"device": torch.cuda.get_device_name() if device.type == "cuda" else device.type, "torch": torch.__version__,
-             "toy": args.toy}
-    open_report(out, about)
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    open_report(out, {"device": machine, "torch": torch.__version__, "toy": args.toy})
     for stage in args.stages:
         child = multiprocessing.get_context("spawn").Process(target=run_stage, args=(stage, out, args.toy, device.type))
         child.start()
@@ -350,37 +350,11 @@ def main(args: Namespace) -> None:
     print(f"Wrote {out} and {table}; {len(report['failed'])} failed")
 
 
-def open_report(out: Path, about: dict) -> None:
+def open_report(out: Path, settings: dict) -> None:
     """Begin a report, or check that the one at --out is of the same machine."""
-    if not out.exists():
-        write_text(out, json.dumps(about | {"date": f"{date.today()}", "failed": {}, "stages": {}}, indent=1) + "\n")
-        return
-    try:
-        found = json.loads(out.read_text())
-        differ = [key for key in about if found[key] != about[key]]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"--out {out} exists and is no report of this script; name another file") from None
-    if differ:
-        raise UserError(f"--out {out} has the figures of another {', '.join(differ)}; name another file, or delete it")
-
-
-def markdown(report: dict, expectations: dict) -> str:
-    """One table a stage: an item and row a line, its figures, and the expected one where there is an estimate."""
-    lines = [f"# {report['device']}, torch {report['torch']}, {report['date']}{', toy sizes' if report['toy'] else ''}", "",
-             f"Expected: {expectations['about']}", ""]
-    for stage, items in report["stages"].items():
-        lines += [f"## {stage}", "", "| | figures | expected | measured / expected |", "|---|---|---|---|"]
-        for item, rows in items.items():
-            for row, figures in rows.items():
-                expected = expectations["figures"].get(f"{stage}: {item}: {row}", {})
-                shown = ", ".join(f"{name} {value:.4g}" if isinstance(value, int | float) else f"{name} {value}"
-                                  for name, value in figures.items() if value is not None)
-                ratio = ", ".join(f"{figures[name] / value:.2f}" for name, value in expected.items() if figures.get(name))
-                estimate = ", ".join(f"{name} {value:.4g}" for name, value in expected.items())
-                lines.append(f"| {item}: {row} | {shown} | {estimate} | {ratio} |")
-        lines.append("")
-    lines += [f"Failed: {name}: {why}" for name, why in report["failed"].items()]
-    return "\n".join(lines).rstrip() + "\n"
+    if continued(out, settings) is None:
+        report = {"settings": settings, "date": f"{date.today()}", "failed": {}, "stages": {}}
+        write_text(out, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

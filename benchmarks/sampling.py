@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.reports import continued, fastest, plot, summarise, table
 from diffusion import FlowMatching
 from evaluation.extractors import pixel_features
 from evaluation.metrics import Gaussian, RunningCovariance, frechet_distance
@@ -201,17 +202,9 @@ def report_settings(flags: dict[str, Any], rows: dict[str, Sampling], restored: 
 
 
 def open_report(out: str | None, settings: dict) -> dict:
-    """Begin a report, or continue the one at --out. Raises UserError if that has other settings."""
-    if out is None or not Path(out).exists():
-        return {"settings": settings, "times": {}, "rmse": {}, "distances": {name: {} for name in settings["rows"]}}
-    try:
-        found = json.loads(Path(out).read_text())
-        stored = dict(found["settings"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"--out {out} exists and is no report of this script; name another file") from None
-    if differ := [key for key in settings if stored.get(key) != settings[key]]:
-        raise UserError(f"--out {out} has the figures of another {', '.join(differ)}; name another file, or delete it")
-    return found
+    """Begin a report, or continue the one at --out."""
+    found = out and continued(Path(out), settings)
+    return found or {"settings": settings, "times": {}, "rmse": {}, "distances": {name: {} for name in settings["rows"]}}
 
 
 def save(out: str | None, report: dict) -> None:
@@ -317,82 +310,6 @@ def gaussian_of(batches: Iterable[Tensor]) -> Gaussian:
         features = pixel_features(images).flatten(1)
         running = (running or RunningCovariance(features.shape[1])).update(features)
     return running.gaussian()
-
-
-# --- conclusions ---------------------------------------------------------------------------------
-
-
-def summarise(distances: dict[str, dict[str, float]]) -> dict:
-    """Each row's mean distance over the seeds, compared with the first row's."""
-    values = {name: list(cells.values()) for name, cells in distances.items() if cells}
-    return {name: compare(own, next(iter(values.values()))) for name, own in values.items()}
-
-
-def compare(own: list[float], first: list[float]) -> dict:
-    """"equal": the mean is at most the first's plus its standard deviation. "deviations": how many lie between the means."""
-    std, spread = (statistics.stdev(values) if len(values) > 1 else None for values in (own, first))
-    away = statistics.mean(own) - statistics.mean(first)
-    return {"distance": statistics.mean(own), "std": std, "equal": None if spread is None else away <= spread,
-            "deviations": away / spread if spread else None}
-
-
-def table(report: dict) -> list[str]:
-    timed = [title for batch in report["times"] for title in (f"s/image at {batch}", "ratio")]
-    head = ["", "model calls", "block calls", *timed, "RMSE", "to", "FD-pixel32", "std", "deviations", "equal"]
-    lines = [head, *(list(map(figure, line(report, name))) for name in report["settings"]["rows"])]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(cells, widths)) for cells in lines]
-
-
-def line(report: dict, name: str) -> list:
-    row, summary = report["settings"]["rows"][name], report["summary"].get(name, {})
-    cells = [cells[name] or {} for cells in report["times"].values()]
-    timed = [cell.get(key) for cell in cells for key in ("seconds_per_image", "ratio")]
-    return [name, row["model_calls"], row["block_calls"], *timed, *report["rmse"][name].values(),
-            *(summary.get(key) for key in ("distance", "std", "deviations", "equal"))]
-
-
-def figure(value: str | float | bool | None) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "-", True: "yes", False: "no"}[value]
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def fastest(report: dict) -> list[str]:
-    """One sentence per batch size."""
-    said = []
-    for batch, cells in report["times"].items():
-        equal = {name: cell["ratio"] for name, cell in cells.items()
-                 if cell and cell["ratio"] and report["summary"].get(name, {}).get("equal")}
-        if equal:
-            name = max(equal, key=equal.get)
-            said.append(f"The fastest of equal quality at batch {batch}: {name}, {equal[name]:.2f} times as fast as "
-                        f"{next(iter(cells))}")
-    return said
-
-
-def plot(report: dict, path: Path) -> Path | None:
-    """Plot distance over s/image at the largest timed batch, both logarithmic. None if no row has both."""
-    summary, batch = report["summary"], max(report["times"], key=int, default=None)
-    cells = report["times"].get(batch, {})
-    timed = {name: cell["seconds_per_image"] for name, cell in cells.items() if cell and name in summary}
-    if not timed:
-        return None
-    from matplotlib.figure import Figure  # from the extra `notebooks`
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    first, own = next(iter(summary.items()))
-    axes.axhspan(0, own["distance"] + (own["std"] or 0.0), color="tab:green", alpha=0.12, label=f"equal to {first}, or better")
-    for i, (name, seconds) in enumerate(sorted(timed.items(), key=lambda item: item[1])):
-        axes.errorbar(seconds, summary[name]["distance"], summary[name]["std"], fmt="o", color="tab:blue", capsize=3)
-        axes.annotate(name, (seconds, summary[name]["distance"]), (6, 14 if i % 2 else -14), textcoords="offset points",
-                      fontsize=8)
-    axes.set(xscale="log", yscale="log", xlabel=f"s/image, batch {batch}, {report['settings']['device']}", ylabel="FD-pixel32",
-             title=report["settings"]["checkpoint"])
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    return path
 
 
 if __name__ == "__main__":

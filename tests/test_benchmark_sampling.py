@@ -8,6 +8,7 @@ import torch
 from conftest import assert_one_line, save_random_checkpoint
 from PIL import Image, ImageColor
 
+from benchmarks import reports
 from pipeline import checkpoint
 from runtime.files import sha256
 
@@ -210,17 +211,17 @@ def test_rmse_is_the_root_of_the_mean_square():
 def test_equal_is_within_a_standard_deviation_of_the_reference():
     reference = [4.0, 5.0, 6.0]  # mean 5, standard deviation 1
     for own, equal, deviations in (([5.9] * 3, True, 0.9), ([6.1] * 3, False, 1.1), ([1.0] * 3, True, -4.0)):
-        compared = sampling.compare(own, reference)
+        compared = reports.compare(own, reference)
         assert compared["equal"] is equal
         assert compared["deviations"] == pytest.approx(deviations)
         assert compared["std"] == 0
-    assert sampling.compare([5.0], [5.0]) == {"distance": 5.0, "std": None, "equal": None, "deviations": None}
+    assert reports.compare([5.0], [5.0]) == {"distance": 5.0, "std": None, "equal": None, "deviations": None}
 
 
 def test_the_fastest_is_chosen_among_equals():
     cells = {name: {"ratio": ratio} for name, ratio in (("a", 1.0), ("b", 3.0), ("c", 9.0))} | {"d": None}
     report = {"times": {"8": cells}, "summary": {name: {"equal": name != "c"} for name in cells}}
-    assert sampling.fastest(report) == ["The fastest of equal quality at batch 8: b, 3.00 times as fast as a"]
+    assert reports.fastest(report) == ["The fastest of equal quality at batch 8: b, 3.00 times as fast as a"]
 
 
 def test_the_gaussian_is_of_pixels_of_at_most_32():

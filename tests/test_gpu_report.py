@@ -4,6 +4,8 @@ import gpu_report
 import pytest
 from conftest import assert_one_line, run_script
 
+from benchmarks import reports
+
 FLAGS = ["--toy", "--device", "cpu"]
 
 
@@ -57,11 +59,11 @@ def test_every_stage_in_miniature(out, tmp_path):
 
 
 def test_the_table_shows_what_is_off():
-    report = {"device": "H200", "torch": "2", "date": "today", "toy": False, "failed": {"sizes: x": "out of memory"},
+    report = {"settings": {"device": "H200", "torch": "2", "toy": False}, "date": "today", "failed": {"sizes: x": "out of memory"},
               "stages": {"networks": {"train batch 64": {"DiNext-XL/2": {"images_per_second": 520.0, "ratio": None}}}}}
     expectations = {"about": "estimates", "figures": {
         "networks: train batch 64: DiNext-XL/2": {"images_per_second": 1040, "ratio": 2}}}
-    lines = gpu_report.markdown(report, expectations).splitlines()
+    lines = reports.markdown(report, expectations).splitlines()
     row = next(line for line in lines if line.startswith("| train"))
     assert row == "| train batch 64: DiNext-XL/2 | images_per_second 520 | images_per_second 1040, ratio 2 | 0.50 |"
     assert lines[-1] == "Failed: sizes: x: out of memory"
@@ -99,5 +101,5 @@ def test_wrong_input_is_one_line(run_here, out, tmp_path):
     assert_one_line(run_here(gpu_report, *FLAGS, "--out", tmp_path / "report.txt"), "--out", ".json")
     out.write_text("{}")
     assert_one_line(run_here(gpu_report, *FLAGS, "--out", out), "--out", "no report of this script")
-    out.write_text(json.dumps({"device": "H200", "torch": "2", "toy": True}))
+    out.write_text(json.dumps({"settings": {"device": "H200", "torch": "2", "toy": True}}))
     assert_one_line(run_here(gpu_report, *FLAGS, "--out", out), "--out", "another device, torch")
