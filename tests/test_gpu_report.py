@@ -59,7 +59,8 @@ def test_every_stage_in_miniature(out, tmp_path):
 
 
 def test_the_table_shows_what_is_off():
-    report = {"settings": {"device": "H200", "torch": "2", "toy": False}, "date": "today", "failed": {"sizes: x": "out of memory"},
+    report = {"settings": {"device": "H200", "torch": "2", "toy": False}, "date": "today",
+              "failed": {"sizes: x": "out of memory"},
               "stages": {"networks": {"train batch 64": {"DiNext-XL/2": {"images_per_second": 520.0, "ratio": None}}}}}
     expectations = {"about": "estimates", "figures": {
         "networks: train batch 64: DiNext-XL/2": {"images_per_second": 1040, "ratio": 2}}}
