@@ -13,8 +13,8 @@ import numpy as np
 
 from evaluation.metrics import Gaussian
 from runtime import UserError
-from runtime.files import atomic, in_batches
-from runtime.pictures import EXTENSIONS, center_crop, find_pictures, open_rgb, picture
+from runtime.files import atomic, find_files, in_batches
+from runtime.pictures import EXTENSIONS, center_crop, open_rgb, picture
 from training.datasets import NAMED, ArrayImages, load_dataset
 
 BATCH = 64  # images per call of an extractor; the batches are the same for any number of processes
@@ -174,7 +174,7 @@ class PictureFolder:
     labels = None
 
     def __init__(self, path: Path, title: str, size: tuple[int, int] | None = None):
-        self.paths = sorted(find_pictures(path))
+        self.paths = sorted(find_files(path, EXTENSIONS))
         if not self.paths:
             raise FileNotFoundError(f"{title} {path}: the folder holds no images ({' '.join(EXTENSIONS)})")
         self.threads = ThreadPoolExecutor()  # decoding pictures releases Python's lock
@@ -224,7 +224,7 @@ def damage_as_oserror(name: str):
     """Turn any error from reading a damaged `.npz` into an OSError of one line."""
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: encrypted
         raise OSError(f"{name} is truncated or no .npz: {error}") from None
 
 

@@ -202,6 +202,36 @@ def is_restart() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
+def find_files(folder: str | Path, extensions: tuple[str, ...], apart_from: str | Path | None = None) -> list[Path]:
+    """The files below a folder whose names end in one of `extensions`, in the order of folders, then of names.
+
+    Links are followed. Of several paths to one file or folder the first one counts, so links in a circle end.
+
+    Args:
+        extensions: in lower case, with their dots; a name may have capitals.
+        apart_from: a folder not to enter.
+    """
+    seen, found = set(), []
+
+    def is_new(status: os.stat_result) -> bool:
+        identity = (status.st_dev, status.st_ino)
+        return identity not in seen and not seen.add(identity)
+
+    def enter(path: str) -> None:
+        with os.scandir(path) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+        found.extend(entry.path for entry in entries
+                     if entry.name.lower().endswith(extensions) and entry.is_file() and is_new(entry.stat()))
+        for entry in entries:
+            if entry.is_dir() and is_new(entry.stat()):
+                enter(entry.path)
+
+    for known in filter(None, (apart_from, folder)):
+        is_new(os.stat(known))
+    enter(str(folder))
+    return [Path(path) for path in sorted(found, key=os.path.split)]
+
+
 def in_batches(count: int, size: int) -> list[np.ndarray]:
     """The numbers 0..count-1, in arrays of at most `size`."""
     return np.split(np.arange(count), range(size, count, size))

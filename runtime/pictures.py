@@ -1,7 +1,6 @@
 """Pictures: open, crop, uint8 <-> [-1, 1], grids, PNG and GIF."""
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,36 +56,6 @@ def open_rgb(file: str | Path | BinaryIO, name: str | None = None) -> Image.Imag
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return image.convert("RGB")
-
-
-def find_pictures(folder: str | Path, apart_from: str | Path | None = None,
-                  extensions: tuple[str, ...] = EXTENSIONS) -> list[Path]:
-    """The files below a folder that have a picture's name, in the order of folders, then of names.
-
-    Links are followed. Of several paths to one file or folder the first one counts, so links in a circle end.
-
-    Args:
-        apart_from: a folder not to enter.
-    """
-    seen, found = set(), []
-
-    def is_new(status: os.stat_result) -> bool:
-        identity = (status.st_dev, status.st_ino)
-        return identity not in seen and not seen.add(identity)
-
-    def enter(path: str) -> None:
-        with os.scandir(path) as entries:
-            entries = sorted(entries, key=lambda entry: entry.name)
-        found.extend(entry.path for entry in entries
-                     if entry.name.lower().endswith(extensions) and entry.is_file() and is_new(entry.stat()))
-        for entry in entries:
-            if entry.is_dir() and is_new(entry.stat()):
-                enter(entry.path)
-
-    for known in filter(None, (apart_from, folder)):
-        is_new(os.stat(known))
-    enter(str(folder))
-    return [Path(path) for path in sorted(found, key=os.path.split)]
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:

@@ -158,6 +158,13 @@ def test_a_damaged_npz_is_one_line(sets, run_here, tmp_path):
     result = run_here(evaluate, "ref.npz", "short.npz", "--device", "cpu")
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == "evaluate.py: error: SAMPLES short.npz is truncated or no .npz: arr_0 ends early"
+    locked = bytearray(content)
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # of each array: here, and in the list of contents
+        start = -1
+        while (start := locked.find(signature, start + 1)) >= 0:
+            locked[start + flags] |= 1
+    (tmp_path / "locked.npz").write_bytes(locked)
+    assert_one_line(run_here(evaluate, "ref.npz", "locked.npz"), "SAMPLES locked.npz", "encrypted")
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1
     (tmp_path / "flipped.npz").write_bytes(flipped)

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from runtime.files import lock_folder, write_text
+from runtime.files import find_files, lock_folder, write_text
 
 
 def test_a_locked_folder_is_refused_to_a_second_process_until_the_first_one_ends(tmp_path):
@@ -49,3 +49,16 @@ def test_a_link_is_followed_and_a_device_is_not_replaced(tmp_path):
         write_text(tmp_path / "pipe.txt", "x")
     assert stat.S_ISFIFO(os.stat(tmp_path / "pipe.txt").st_mode)
     assert {path.name for path in tmp_path.iterdir()} == {"far", "link.txt", "pipe.txt"}
+
+
+def test_links_in_a_circle_give_each_file_once(tmp_path):
+    for name in ("a/1.JPG", "a/b/2.gif", "a/b/notes.txt", "c/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a/b/loop").symlink_to(tmp_path / "a")
+    (tmp_path / "a/up").symlink_to(tmp_path)
+    (tmp_path / "a/link.png").symlink_to(tmp_path / "c/3.png")
+    names = (".jpg", ".gif", ".png")
+    found = [str(path.relative_to(tmp_path)) for path in find_files(tmp_path / "a", names, apart_from=tmp_path)]
+    assert found == ["a/1.JPG", "a/link.png", "a/b/2.gif"]
+    assert len(find_files(tmp_path, names)) == 3

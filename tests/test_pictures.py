@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from runtime.pictures import center_crop, find_pictures, open_rgb, to_uint8, to_unit_range
+from runtime.pictures import center_crop, open_rgb, to_uint8, to_unit_range
 
 
 def test_unit_range_reaches_both_ends():
@@ -77,15 +77,3 @@ def test_a_cameras_jpeg_with_a_second_view_is_its_first(tmp_path):
     views = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     views[0].save(tmp_path / "x.jpg", format="MPO", save_all=True, append_images=views[1:])
     assert np.asarray(open_rgb(tmp_path / "x.jpg"))[0, 0, 0] > 200
-
-
-def test_links_in_a_circle_give_each_picture_once(tmp_path):
-    for name in ("a/1.JPG", "a/b/2.gif", "a/b/notes.txt", "c/3.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "a/b/loop").symlink_to(tmp_path / "a")
-    (tmp_path / "a/up").symlink_to(tmp_path)
-    (tmp_path / "a/link.png").symlink_to(tmp_path / "c/3.png")
-    found = [str(path.relative_to(tmp_path)) for path in find_pictures(tmp_path / "a", apart_from=tmp_path)]
-    assert found == ["a/1.JPG", "a/link.png", "a/b/2.gif"]
-    assert len(find_pictures(tmp_path)) == 3

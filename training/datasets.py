@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 
 from runtime import UserError
 from runtime.cli import one_line
-from runtime.pictures import EXTENSIONS, center_crop, find_pictures, open_rgb
+from runtime.files import find_files
+from runtime.pictures import EXTENSIONS, center_crop, open_rgb
 from training.features import EDM2Features, FastDiTFeatures, Features, LightningDiTFeatures, edm2_rows
 from training.parquet import ParquetImages, parquet_parts
 from training.rows import Rows, TrainingData, mirror, readable_names
@@ -54,7 +55,7 @@ class FolderImages(Dataset):
 
     def __init__(self, path: Path, image_size: int | None):
         folders = sorted(name for name in os.listdir(path) if (path / name).is_dir() and not name.startswith("."))
-        pictures = [find_pictures(path / name, apart_from=path) for name in folders]
+        pictures = [find_files(path / name, EXTENSIONS, apart_from=path) for name in folders]
         if not folders:
             raise FileNotFoundError(f"`data_path` {path} is not a folder of classes, one sub-folder of pictures each")
         if empty := [name for name, found in zip(folders, pictures) if not found]:

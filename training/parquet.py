@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from pipeline.spec import imagenet_classes
 from runtime import UserError
 from runtime.cli import one_line
-from runtime.pictures import EXTENSIONS, center_crop, find_pictures, open_rgb
+from runtime.files import find_files
+from runtime.pictures import EXTENSIONS, center_crop, open_rgb
 from training.rows import Rows, mirror, readable_names
 
 HELD_OUT = ("validation", "val", "test")  # the first that is there
@@ -108,7 +109,7 @@ def parquet_parts(folder: Path) -> dict[str, list[Path]]:
     if not begins_with_parquet(folder):  # or else all names of a large folder of pictures would be read for nothing
         return {}
     found: dict[str, list[Path]] = {}
-    for file in find_pictures(folder, extensions=(".parquet",)):
+    for file in find_files(folder, (".parquet",)):
         parts = [re.match(r"(train|validation|val|test)(?![a-z])", part) for part in file.relative_to(folder).parts]
         part = next((match[1] for match in reversed(parts) if match), "")
         found.setdefault(part, []).append(file)
