@@ -67,7 +67,6 @@ def build_parser() -> cli.ArgumentParser:
 def main(args: Namespace) -> None:
     torch.set_grad_enabled(False)
     world, start = start_world(args.device, tf32=False), time.perf_counter()
-    exact_sums()
     ref, samples, training = world.main_first(lambda: open_sets(args))
     extractors = world.main_first(lambda: open_extractors(
         ref, samples or ref, world.device, args.weights, args.classifier, pixels=bool(args.training_images)))
@@ -100,12 +99,6 @@ def main(args: Namespace) -> None:
             print(f"Wrote {args.json}")
 
 
-def exact_sums() -> None:
-    """Sum products of halves in fp32."""
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-
-
 # --- the sets ------------------------------------------------------------------------------------
 
 
@@ -118,6 +111,8 @@ def open_sets(args: Namespace) -> tuple[ImageSet, ImageSet | None, ImageSet | No
     sources = [Path(source).resolve() for source in (args.ref, args.samples, args.training_images) if source]
     if args.save_stats and Path(args.save_stats).resolve() in sources:
         raise UserError(f"--save-stats {args.save_stats} would overwrite its own images; name another file")
+    if args.json and Path(args.json).resolve() in [Path(f"{str(source).removesuffix('.npz')}.json") for source in sources]:
+        raise UserError(f"--json {args.json} is where sample_ddp.py keeps the settings of these images; name another file")
     if args.training_images and args.ref not in NAMED and sources[0] == sources[-1]:
         raise UserError(f"--training-images {args.training_images} is REF; the check needs held-out images for REF")
     cli.check_output_flag(args, "json", ".json")

@@ -14,6 +14,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -155,19 +156,21 @@ def encode(autoencoder: nn.Module, images: Tensor, precision: str) -> Tensor:
 class RowFile:
     """A `.npy` file in which any number of processes write rows.
 
-    It is not memory-mapped: a map writes whole pages, and over NFS these can hold outdated rows of another machine.
+    Over NFS whole pages may be written, and hold outdated rows of another machine: by a memory map, and by a file that is also
+    open for reading, or that need not be on the disk when a write returns. So this one is neither.
     """
 
     def __init__(self, path: Path):
         array = np.load(path, mmap_mode="r")
         self.path, self.dtype, self.start, self.stride = path, array.dtype, array.offset, array.strides[0]
-        self.file = os.open(path, os.O_RDWR)
+        self.file = os.open(path, os.O_WRONLY | os.O_DSYNC)
 
     def write(self, indices: np.ndarray, rows: np.ndarray) -> None:
         try:
-            for index, row in zip(indices, rows):
-                os.pwrite(self.file, row.astype(self.dtype).tobytes(), self.start + int(index) * self.stride)
-            os.fsync(self.file)
+            ends = [*np.flatnonzero(np.diff(indices) != 1) + 1, len(indices)] if len(indices) else []
+            for start, end in pairwise([0, *ends]):  # neighbours together
+                content = rows[start:end].astype(self.dtype).tobytes()
+                os.pwrite(self.file, content, self.start + int(indices[start]) * self.stride)
         except OSError as error:
             raise OSError(f"cannot write {self.path}: {error.strerror}") from None
 

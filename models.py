@@ -121,7 +121,16 @@ class AdaLNSingle(nn.Module):
 
 
 ADALN = {"zero": AdaLN, "single": AdaLNSingle}
-RMSNorm = partial(nn.RMSNorm, eps=1e-6)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x (..., D) -> the same. Under autocast the weight takes the dtype of x, as torch's fused kernel wants."""
+
+    def __init__(self, dim: int, **where):  # device, dtype: timm gives them
+        super().__init__(dim, eps=1e-6, **where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 # -------------------------------------------------------------------------------------------------

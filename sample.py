@@ -75,7 +75,7 @@ def main(args: Namespace) -> None:
     images = torch.cat(images)
 
     names = [restored.spec.classes[label] for label in labels]
-    columns = min(len(labels), MAX_COLUMNS)
+    columns = len(labels) if args.num_samples > 1 else min(len(labels), MAX_COLUMNS)  # else a column would mix labels
     description = {"checkpoint": restored.path, "seed": args.seed, "labels": labels, "classes": names} | sampling.record()
     save_grid(images, out, columns, description)
     written = [out]
@@ -96,13 +96,18 @@ def main(args: Namespace) -> None:
 
 
 def parse_labels(arguments: list[str | int] | None, classes: list[str]) -> list[int]:
-    """Class ids from ids and names, mixed. An argument that is not the whole name of a class is split at spaces and commas."""
+    """Class ids from ids and names, mixed. An argument that is not the whole name of a class is split at spaces and commas.
+
+    A whole name counts before a synonym, one of a name's parts between commas, and before an id.
+    """
     if arguments is None:
         return default_labels(len(classes))
-    ids = {}
+    names, synonyms = {}, {}
     for i, name in enumerate(classes):
-        for synonym in {normal_name(name), *map(normal_name, name.split(","))}:
-            ids.setdefault(synonym, []).append(i)
+        names.setdefault(normal_name(name), []).append(i)
+        for synonym in {normal_name(part) for part in name.split(",") if not part.strip().isdecimal()}:
+            synonyms.setdefault(synonym, []).append(i)
+    ids = synonyms | names
     labels = []
     for argument in map(str, arguments):
         words = [argument] if normal_name(argument) in ids else re.split(r"[\s,]+", argument)
@@ -113,7 +118,7 @@ def parse_labels(arguments: list[str | int] | None, classes: list[str]) -> list[
 
 
 def parse_label(word: str, ids: dict[str, list[int]], count: int) -> int:
-    found = [] if word.isdecimal() else ids.get(normal_name(word), [])
+    found = ids.get(normal_name(word), [])
     if len(found) > 1:
         raise UserError(f"--class-labels {word} names several classes; their ids are {', '.join(map(str, found))}")
     if found:

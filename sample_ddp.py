@@ -113,6 +113,10 @@ def record_of(restored: checkpoint.Restored, autoencoder: nn.Module, sampling: S
         "image_size": spec.image_size, "vae": spec.vae, "vae_identity": autoencoder.identity(),
         "images": args.num_fid_samples, "seed": args.global_seed, "labels": "balanced" if args.balanced else "random",
         "tf32": args.tf32, "compile": args.compile}
+    if args.objective not in (None, "epsilon"):  # of bare weights, which do not tell it
+        record["objective"] = args.objective
+    if spec.statistics:  # of the latents; they may come from another file than the weights
+        record["statistics"] = spec.statistics
     return json.loads(json.dumps(record | sampling.record()))  # as JSON will return it
 
 

@@ -29,7 +29,8 @@ def create_diffusion(
 
     Args:
         timestep_respacing: which timesteps sampling visits: "" all, "250" evenly spaced, "10,10,5" by section, "ddim50"
-            with an integer stride.
+            with an integer stride. A flow takes only the number, in equal steps, at most diffusion_steps. A single step of
+            a Gaussian process begins at t = 0, as DiT's does, and so returns the noise.
         noise_schedule: "linear", "squaredcos_cap_v2", or "gamma_linear", "gamma_cosine" or "gamma_sigmoid" (best sampled
             with an integer stride, see schedules.gamma_betas).
         use_kl: train on the variational bound only.

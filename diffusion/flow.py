@@ -14,6 +14,7 @@ from torch import Tensor
 
 from runtime import UserError
 
+from .process import check_channels
 from .samplers import SamplingLoops
 from .schedules import MODEL_TIME
 
@@ -65,6 +66,7 @@ class FlowMatching(SamplingLoops):
                 denoised_fn: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Every process: the predicted x_0 and epsilon, (B, C, H, W) each, at any time t of `grid` except the data's."""
         velocity = model(x, torch.full((len(x),), MODEL_TIME * t, device=x.device)).to(x.dtype)  # (B, C, H, W)
+        check_channels(velocity, x, learn_sigma=False)
         x_start = x - t * velocity
         if denoised_fn is None:
             return x_start, x_start + velocity
@@ -85,6 +87,7 @@ class FlowMatching(SamplingLoops):
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         velocity = model(self.q_sample(x_start, t, noise), MODEL_TIME * t, **(model_kwargs or {})).float()
+        check_channels(velocity, x_start, learn_sigma=False)
         mse = ((velocity - (noise - x_start)) ** 2).flatten(1).mean(dim=1)
         weight = 1 if self.loss == "velocity" else 1 + (1 - t) ** 2 + t**2
         return {"loss": weight * mse, "mse": mse}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from runtime import UserError
 
+from .process import check_channels
 from .samplers import SamplingLoops
 from .schedules import MODEL_TIME
 
@@ -141,10 +142,7 @@ class GaussianDiffusion(SamplingLoops):
         `denoised_fn` is applied to the predicted x_0. It is then clipped to the range of pixels: [-1, 1] times input_scale.
         """
         out = model(x, self._at("model_times", t), **(model_kwargs or {})).to(x.dtype)  # (B, C or 2C, H, W)
-        channels = x.shape[1] * (2 if self.learn_sigma else 1)
-        if out.shape[1] != channels:
-            raise UserError(f"the model returned {out.shape[1]} channels; a process with variance {self.variance!r} takes "
-                            f"{channels}: learn_sigma of the model and of create_diffusion must agree")
+        check_channels(out, x, self.learn_sigma)
         pred_xstart = self._xstart_from(out[:, : x.shape[1]], x, t)
         pred_xstart = denoised_fn(pred_xstart) if denoised_fn else pred_xstart
         pred_xstart = pred_xstart.clamp(-self.input_scale, self.input_scale) if clip_denoised else pred_xstart
@@ -190,6 +188,7 @@ class GaussianDiffusion(SamplingLoops):
         noise, x_start = torch.randn_like(x_start) if noise is None else noise, self.input_scale * x_start
         x_t = self.q_sample(x_start, t, noise)
         out = model(x_t, self._at("model_times", t), **(model_kwargs or {})).float()
+        check_channels(out, x_t, self.learn_sigma)
         if self.loss == "rescaled_kl":
             return {"loss": self._bound(out, x_start, x_t, t) * self.num_timesteps}
         prediction, *rest = out.split(x_start.shape[1], dim=1)

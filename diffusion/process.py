@@ -70,6 +70,13 @@ class Seam(Protocol):
         """Run the other blocks. Returns what `forward` returns."""
 
 
+def check_channels(out: Tensor, x: Tensor, learn_sigma: bool) -> None:
+    """Raises UserError if a network's output for x (B, C, H, W) has not C channels, or 2C with a learned variance."""
+    if out.shape[1] != (channels := x.shape[1] * (2 if learn_sigma else 1)):
+        raise UserError(f"the model returned {out.shape[1]} channels, but the process takes {channels}: learn_sigma of the "
+                        "model must be that of create_diffusion, and false for a flow")
+
+
 def members(protocol: type) -> list[str]:
     """The names of the members that a protocol requires, those of its bases first."""
     bases = [base for base in reversed(protocol.__mro__) if getattr(base, "_is_protocol", False) and base is not Protocol]

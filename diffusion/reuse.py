@@ -5,8 +5,9 @@
 - "forecast" (as TaylorSeer, Liu et al., arXiv:2503.06923): the other evaluations extrapolate the last block's output.
 
 Both are one mechanism. Key evaluations compute the features after `split` blocks. Other evaluations take the value at t of
-the polynomial through the last `order` + 1 computed features (order 0 for "encoder"). So these evaluations do not depend on
-x_t, and consecutive ones are decoded in one batch.
+the polynomial through the last `order` + 1 computed features (order 0 for "encoder"), or through as many as both branches of
+guidance have: guidance multiplies the difference of their errors. So these evaluations do not depend on x_t, and consecutive
+ones are decoded in one batch.
 
 An evaluation is one call of the model by the sampler: one per step, or two for some solvers. They are counted from 0, the
 noisiest. This file uses only the seam of a network: condition, encode, decode (see models.py).
@@ -165,15 +166,16 @@ class Reuse:
     def decode(self, group: range, y: Tensor) -> list[Tensor]:
         """The outputs (R, C or 2C, H, W) of consecutive evaluations, all in one batch."""
         branches = range(self.plan.branches[group.start])
-        states = [self.features(branch, self.plan.times[k]) for k in group for branch in branches]
+        known = min(len(self.computed[branch]) for branch in branches)
+        states = [self.features(branch, known, self.plan.times[k]) for k in group for branch in branches]
         state = tuple(torch.cat(features) for features in zip(*states))
         t = self.times[group.start : group.stop].repeat_interleave(len(y))
         out = self.network.decode(state, self.network.condition(t, y.repeat(len(group))), self.plan.split)
         return list(out.split(len(y)))
 
-    def features(self, branch: int, t: float) -> State:
-        """A branch's features at t, by the polynomial through the computed ones."""
-        times, states = zip(*self.computed[branch])
+    def features(self, branch: int, known: int, t: float) -> State:
+        """A branch's features at t, by the polynomial through the `known` last computed ones."""
+        times, states = zip(*self.computed[branch][:known])
         return tuple(extrapolate(times, values, t) for values in zip(*states))
 
 

@@ -5,7 +5,7 @@
 - process: GaussianDiffusion, FlowMatching or another Process. Its `grid` holds the times to visit, from noise to data. At
   each of them x_t = alpha x_0 + sigma eps, with (alpha, sigma) = process.alpha_sigma(t). process.predict gives x_0 and eps.
 - model: (x (B, C, H, W), t (B,) in 0..1000) -> prediction. It already contains labels, guidance and reuse.
-- x: the start noise (B, C, H, W). The state keeps its dtype (fp32), whatever dtype the model computes in.
+- x: the start noise (B, C, H, W), fp32. So is the state, whatever dtype the model computes in under autocast.
 - noise_source: number of the step, from 0 -> fresh noise (B, C, H, W). Only ddpm, and ddim with eta > 0, use it.
 - denoised_fn: applied to every predicted x_0, to clip or threshold it.
 - The yielded "sample" is the state itself. If a caller changes it in place, the next step starts from the changed state.
@@ -47,7 +47,8 @@ def ddim(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource
          eta: float = 0.0) -> Steps:
     """DDIM (Song et al., arXiv:2010.02502, Eq. 12 and 16), in terms of (alpha, sigma), for any process.
 
-    eta 0 is deterministic. eta 1 adds as much noise as DDPM with the posterior's variance.
+    eta 0 is deterministic; this is Euler's method along the straight path too, on any process (see `straighten`). eta 1 adds as
+    much noise as DDPM with the posterior's variance.
     """
     for step, (t, t_next) in enumerate(pairwise(process.grid)):
         x_0, eps = process.predict(model, x, t, denoised_fn)
@@ -58,15 +59,6 @@ def ddim(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource
         x = alpha_next * x_0 + math.sqrt(sigma_next**2 - std**2) * eps
         if std:
             x = x + std * noise_source(step)
-        yield {"sample": x, "pred_xstart": x_0}
-
-
-def euler(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None) -> Steps:
-    """First-order steps along the straight path (see `straighten`). Each step evaluates the model once."""
-    for t, t_next in pairwise(process.grid):
-        (scale, s), (scale_next, s_next) = straighten(process, t), straighten(process, t_next)
-        x_0, eps = process.predict(model, x, t, denoised_fn)
-        x = scale_next * (x / scale + (s_next - s) * (eps - x_0))
         yield {"sample": x, "pred_xstart": x_0}
 
 
@@ -120,7 +112,7 @@ def straighten(process: Process, t: float) -> tuple[float, float]:
     return alpha + sigma, sigma / (alpha + sigma)
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp, "euler": euler, "heun": heun}
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp, "euler": ddim, "heun": heun}
 
 
 def get_sampler(name: str, process: Process, eta: float = 0.0) -> Callable[..., Steps]:

@@ -43,6 +43,7 @@ class Inception:
                             "figures without it") from None
         network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights)
         network.Mixed_6d.branch1x1.register_forward_hook(self._see)
+        network.eval()  # torch-fidelity 0.3 leaves it in training mode
         self.network = network.to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
 
     def _see(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:

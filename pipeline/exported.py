@@ -7,6 +7,7 @@
 export.py makes pipeline.py and network/network.py of an exported folder from this file, guidance.py and models.py.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -52,9 +53,10 @@ class DiNextPipeline(DiffusionPipeline):
             output_type: "pil", "pt" (B, C, H, W) in [-1, 1], or "latent".
         """
         settings, device = self.config.sampling, self._execution_device
-        ids = {name: int(i) for i, name in self.config.id2label.items()} | {int(i): int(i) for i in self.config.id2label}
+        ids = self.ids_of(self.config.id2label)
         if unknown := [label for label in class_labels if label not in ids]:
-            raise ValueError(f"class_labels {unknown} are none of 0..{settings['num_classes'] - 1}, nor names in id2label")
+            raise ValueError(f"class_labels {unknown} are none of 0..{settings['num_classes'] - 1}, nor names of one class in "
+                             "id2label")
         y = torch.tensor([ids[label] for label in class_labels], device=device)
         x = latents
         if x is None:
@@ -75,6 +77,12 @@ class DiNextPipeline(DiffusionPipeline):
         images = self.to_pil(self.decode(x)) if output_type == "pil" else x if output_type == "latent" else self.decode(x)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @staticmethod
+    def ids_of(id2label: dict[str, str]) -> dict[int | str, int]:
+        """Ids by ids and names. Of a name that two classes have, as ImageNet's cranes, only an id tells which is meant."""
+        count = Counter(id2label.values())
+        return {int(i): int(i) for i in id2label} | {name: int(i) for i, name in id2label.items() if count[name] == 1}
 
     def prepare_steps(self, count: int | None, device: torch.device) -> list[float]:
         """Set the scheduler's steps. Returns the network's t, 0..1000, at each evaluation."""

@@ -186,7 +186,7 @@ def lock_folder(folder: Path, launch: str, advice: str) -> None:
         UserError: another process holds the lock.
     """
     handle, path = os.open(folder / "lock", os.O_CREAT | os.O_RDWR), folder / "launch"
-    restart = is_restart() and (path.read_text() if path.is_file() else launch) == launch
+    restart = path.read_text() == launch and is_restart(launch) if path.is_file() else is_restart()
     for _ in range(LOCK_PATIENCE if restart else 1):
         try:
             return fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers inherit it and may outlive us
@@ -197,9 +197,14 @@ def lock_folder(folder: Path, launch: str, advice: str) -> None:
     raise UserError(f"another process is at work in {folder}; {advice}")
 
 
-def is_restart() -> bool:
-    """Whether torchrun restarted this process."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def is_restart(launch: str = "") -> bool:
+    """Whether torchrun restarted this process, in this launch.
+
+    torchrun does not count a restart because a machine came or went. So any start may be one whose launch is known by an id
+    that the user chose, `--rdzv-id`.
+    """
+    chosen = launch != "" and launch == os.environ.get("TORCHELASTIC_RUN_ID")
+    return chosen or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def find_files(folder: str | Path, extensions: tuple[str, ...], apart_from: str | Path | None = None) -> list[Path]:

@@ -277,3 +277,14 @@ def test_linear_schedule_of_few_steps_is_refused():
 def test_every_ddim_stride_is_exact():
     for count in {len(range(0, 1000, n)) for n in range(1, 1001)}:
         assert len(space_timesteps(1000, f"ddim{count}")) == count
+
+
+@pytest.mark.parametrize(("options", "channels"), [(dict(objective="flow"), 2), (dict(learn_sigma=False), 2), ({}, 1)])
+def test_a_loss_of_other_channels_is_refused(options, channels):
+    """One channel against two would broadcast, and train without a word."""
+    process, x = create_diffusion(**options), torch.zeros(3, 1, 4, 4)
+    t = process.sample_times(3, torch.Generator())
+    with pytest.raises(ValueError, match=f"returned {channels} channels, but the process takes {3 - channels}: learn_sigma"):
+        process.training_losses(lambda x, t: torch.zeros(3, channels, 4, 4), x, t)
+    with pytest.raises(ValueError, match="learn_sigma"):
+        process.predict(lambda x, t: torch.zeros(3, channels, 4, 4), x, process.grid[0])

@@ -181,6 +181,7 @@ def test_a_damaged_npz_is_one_line(sets, run_here, tmp_path):
     (["nowhere.npz", "samples.npz"], ["REF nowhere.npz", "digits"]),
     (["ref.npz", "samples.npz", "--json", "figures.txt"], ["--json figures.txt", ".json"]),
     (["ref.npz", "samples.npz", "--json", "/proc/x/figures.json"], ["/proc/x"]),
+    (["ref.npz", "samples.npz", "--json", "./samples.json"], ["--json ./samples.json", "keeps the settings of these images"]),
     (["ref.npz", "--save-stats", "stats.npy"], ["--save-stats stats.npy", ".npz"]),
     (["ref.npz", "--save-stats", "s.npz", "--weights", "none"], ["--save-stats", "--weights none"]),
     (["bare.npz", "--save-stats", "s.npz"], ["--save-stats", "statistics already"]),

@@ -296,6 +296,12 @@ def test_the_guidance_in_the_folder_is_ours():
     assert {"guide", "in_interval", "dynamic_threshold"} <= set(ours)
 
 
+def test_a_name_of_two_classes_is_not_guessed_in_the_folder():
+    from pipeline.exported import DiNextPipeline
+
+    assert DiNextPipeline.ids_of({"0": "crane", "1": "lemon", "2": "crane"}) == {0: 0, 1: 1, 2: 2, "lemon": 1}
+
+
 @pytest.mark.parametrize(("diffusion", "sampling", "words"), [
     ({}, dict(sampler="heun"), "sampler heun of objective epsilon has no form among diffusers' schedulers"),
     ({"objective": "flow"}, dict(sampler="dpm++"), "sampler dpm++ of objective flow has no form"),

@@ -14,6 +14,7 @@ from conftest import ROOT, TINY_RUN, assert_one_line, run_script
 import extract_features
 import sample
 import train
+from extract_features import RowFile
 from pipeline import checkpoint
 from pipeline.autoencoders import check_features, load_autoencoder
 from pipeline.generation import Sampling, restore_autoencoder
@@ -143,6 +144,17 @@ def test_features_of_another_scale_are_refused(features, tiny_vae, tmp_path, mon
     vae.save_pretrained("other")
     assert_one_line(run_here(train, "--data-path", features, *TINY_RUN[4:], "--vae", "other"), "scaling_factor is 0.18215",
                     "0.3")
+
+
+def test_rows_of_a_file_are_written_where_they_belong(tmp_path):
+    np.save(tmp_path / "x.npy", np.full((9, 2), 7, np.float16))
+    rows = np.arange(10, dtype=np.float32).reshape(5, 2)
+    RowFile(tmp_path / "x.npy").write(np.array([1, 2, 5, 7, 8]), rows)
+    expected = np.full((9, 2), 7)
+    expected[[1, 2, 5, 7, 8]] = rows
+    assert np.array_equal(np.load(tmp_path / "x.npy"), expected)
+    RowFile(tmp_path / "x.npy").write(np.array([], int), rows[:0])
+    assert np.array_equal(np.load(tmp_path / "x.npy"), expected)
 
 
 def test_rows_that_nobody_wrote_are_missed(features, photographs, tiny_vae, tmp_path):

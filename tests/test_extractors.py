@@ -31,6 +31,19 @@ def test_pool_and_logits_are_torch_fidelitys_without_bias(inception, theirs):
     assert found["pool"].std(dim=0).mean() > 1e-3
 
 
+def test_the_network_is_in_evaluation_mode_where_its_library_leaves_it_in_training(inception_file, monkeypatch):
+    """torch-fidelity 0.3 did: then features would depend on the batch."""
+    library = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    begin = library.__init__
+
+    def begin_in_training(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        self.train()
+
+    monkeypatch.setattr(library, "__init__", begin_in_training)
+    assert not any(module.training for module in Inception(inception_file, torch.device("cpu")).network.modules())
+
+
 def test_spatial_features_are_mixed_6ds_first_seven_channels_flattened_channels_last(inception):
     """Seen from its input on: convolution, batch norm with eps 0.001, ReLU; then by explicit indices."""
     seen = {}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import sample
 from diffusion import create_diffusion
-from diffusion.samplers import euler, last
+from diffusion.samplers import ddim, last
 from models import DiT, DiT_models
 from pipeline import checkpoint, interchange
 from pipeline.interchange import from_bare
@@ -129,7 +129,7 @@ def test_sits_euler_is_ours(tmp_path):
     weights, (x, _, y) = random_weights(learn_sigma=True), batch()
     ours = restored(tmp_path, weights, objective="sit")
     process = create_diffusion("10", **ours.spec.diffusion)
-    found = last(euler(process, lambda x, t: ours.model(x, t, y), x, None))
+    found = last(ddim(process, lambda x, t: ours.model(x, t, y), x, None))
     for step in range(10):
         x = x + written_out(weights, x, torch.full((3,), step / 10), y)[:, :4] / 10
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)

@@ -383,3 +383,14 @@ def test_wrong_arguments_are_named(name):
         DIFFUSION_NETWORKS[name](input_size=9)
     with pytest.raises(ValueError, match="at least 1"):
         DIFFUSION_NETWORKS[name](num_classes=0)
+
+
+@pytest.mark.parametrize("lightning", [False, True])
+def test_normed_queries_and_keys_under_autocast_warn_of_nothing(lightning):
+    model = random_network(DiT, 0.1, input_size=8, in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=5,
+                           qk_norm=True, lightning=lightning)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 900.0]), torch.tensor([1, 5])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x, t, y)
+    exact = model(x, t, y)
+    assert (found - exact).norm() < 0.05 * exact.norm()

@@ -12,8 +12,9 @@ import torch
 from conftest import ROOT, TINY_RUN, run_script
 
 from pipeline import checkpoint
+from runtime import UserError
 from training.datasets import load_dataset
-from training.order import Batches, GlobalOrder, MicroBatches
+from training.order import Batches, GlobalOrder, MicroBatches, read_ahead
 from training.rows import Readable, Rows
 
 
@@ -216,3 +217,28 @@ def test_half_of_the_samples_are_mirrored():
     shares = [GlobalOrder(1000, 400, seed, flip=True).batch(step).mirrored.mean() for seed in range(10) for step in range(10)]
     assert abs(np.mean(shares) - 0.5) < 0.01
     assert not GlobalOrder(1000, 400, 0).batch(0).mirrored.any()
+
+
+class Broken:
+    """Data with a fault of ours."""
+
+    def __getitems__(self, rows):
+        return torch.cat([torch.zeros(1, 2), torch.zeros(1, 3)])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bug_in_a_data_set_keeps_its_traceback(num_workers):
+    batches = read_ahead(Broken(), [torch.arange(3)], num_workers, pin_memory=False)
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match") as caught:
+        list(batches)
+    assert num_workers == 0 or "in __getitems__" in str(caught.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_a_user_can_mend_comes_without_a_workers_traceback(num_workers):
+    class Unreadable:
+        def __getitems__(self, rows):
+            raise UserError("row 3: no label")
+
+    with pytest.raises(UserError, match=r"^row 3: no label$"):
+        list(read_ahead(Unreadable(), [torch.arange(3)], num_workers, pin_memory=False))

@@ -1,11 +1,12 @@
 
 from conftest import CLASSES, random_network
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from models import DiT_models
 from pipeline.autoencoders import Pixels
 from pipeline.spec import ModelSpec, SamplingSettings, Spec
 from runtime.processes import start_world
+from training import previews
 from training.previews import preview
 
 
@@ -40,3 +41,14 @@ def test_of_many_classes_ten_are_shown_evenly(tmp_path):
     assert names == [f"class {i}" for i in range(0, 91, 10)]
     assert set(calls) == {40}
     assert size == (10 * 72 + 8, 4 * 72 + 8)
+
+
+def test_a_film_of_many_previews_is_every_kth_up_to_the_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(previews, "MAX_FRAMES", 4)
+    (tmp_path / "previews").mkdir()
+    for i in range(9):
+        Image.new("RGB", (4, 4), (20 * i, 0, 0)).save(tmp_path / f"previews/{i:07d}.png")
+    previews.save_previews_gif(tmp_path)
+    with Image.open(tmp_path / "previews.gif") as film:
+        reds = [frame.convert("RGB").getpixel((0, 0))[0] for frame in ImageSequence.Iterator(film)]
+    assert reds == [40, 100, 160]

@@ -19,8 +19,14 @@ def test_runs_are_numbered_named_locked_and_found_again_by_a_restart(tmp_path, m
     assert [first.name, open_run(tmp_path, None, "DiT-XL/2").name] == ["000-DiT-XL-2", "001-DiT-XL-2"]
     with monkeypatch.context() as restart:
         restart.setenv("TORCHELASTIC_RUN_ID", "launch-a")
+        assert open_run(tmp_path, None, "DiT-XL/2") == first  # torchrun does not count a restart for a machine that came back
+    with monkeypatch.context() as restart:  # torchrun's default id, the same for all launches
+        restart.setenv("TORCHELASTIC_RUN_ID", "none")
+        third = open_run(tmp_path, None, "DiT-XL/2")
+        assert open_run(tmp_path, None, "DiT-XL/2").name == "003-DiT-XL-2"
+        (tmp_path / "003-DiT-XL-2" / "launch").write_text("another")
         restart.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-        assert open_run(tmp_path, None, "DiT-XL/2") == first
+        assert open_run(tmp_path, None, "DiT-XL/2") == third
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path; from training.runs import open_run; open_run(Path({str(tmp_path)!r}), "mine", "DiT-XL/2")"""

@@ -33,10 +33,18 @@ def test_without_labels_ten_classes_are_shown_from_first_to_last():
 
 
 def test_a_name_of_two_classes_is_not_guessed():
-    classes = ["crane", "lemon", "crane, a machine"]
-    with pytest.raises(ValueError, match="--class-labels Crane names several classes; their ids are 0, 2"):
-        sample.parse_labels(["Crane"], classes)
+    classes = ["crane", "lemon", "crane", "jar, pot", "can, pot"]
+    for word, ids in (("Crane", "0, 2"), ("pot", "3, 4")):
+        with pytest.raises(ValueError, match=f"--class-labels {word} names several classes; their ids are {ids}"):
+            sample.parse_labels([word], classes)
     assert sample.parse_labels(["2", "lemon"], classes) == [2, 1]
+
+
+def test_a_whole_name_counts_before_synonyms_and_ids():
+    assert sample.parse_labels(["harp"], ["lyre, harp", "harp", "bow"]) == [1]
+    names = sorted(str(i) for i in range(12))  # 0, 1, 10, 11, 2, ...: the class called 10 has the id 2
+    assert sample.parse_labels(["10 2"], names) == [2, 4]
+    assert sample.parse_labels(["1"], ["cat", "dog", "plane, 1"]) == [1]
 
 
 def test_a_thousand_classes_default_to_dits_eight():
@@ -64,6 +72,16 @@ def test_the_picture_tells_how_it_was_made(tiny_run, tmp_path):
                                 "classes": "['three', 'seven']", "cfg_scale": "1.0", "cfg_channels": "1", "sampler": "heun",
                                 "eta": "0.0", "steps": "3", "guidance_interval": "None",
                                 "dynamic_thresholding": "False", "precision": "fp32", "reuse": "none"}
+
+
+def test_each_column_is_one_label_however_many_there_are(tiny_run, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--ckpt", tiny_run, "--class-labels", " ".join(str(i % 10) for i in range(12)), "--num-sampling-steps", 2]
+    for rows, size in ((2, (12 * 72 + 8, 2 * 72 + 8)), (1, (10 * 72 + 8, 2 * 72 + 8))):  # one row may be broken
+        result = run_here(sample, *flags, "--num-samples", rows)
+        assert result.returncode == 0, result.stderr
+        with Image.open("sample.png") as picture:
+            assert picture.size == size
 
 
 def test_a_trajectory_is_a_strip_and_a_film_that_end_in_the_picture(tiny_run, tmp_path, monkeypatch, run_here):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from PIL import Image
 import sample_ddp
 from models import DiT_models
 from pipeline import checkpoint
+from pipeline.generation import Sampling
 from runtime.processes import World
 
 FLAGS = ["--num-fid-samples", "11", "--num-sampling-steps", "3", "--device", "cpu"]
@@ -455,3 +457,18 @@ def test_wrong_input_is_one_line_and_leaves_nothing(tiny_run, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert_one_line(run_here(sample_ddp, "--ckpt", tiny_run, *FLAGS, *flags), *words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_bare_weights_do_not_tell_is_a_setting(tiny_run):
+    """The objective that was given for them, and statistics of latents from a file beside them."""
+    restored = checkpoint.restore(tiny_run)
+    sampling, autoencoder = Sampling.of(restored.spec, {}), SimpleNamespace(identity=dict)
+
+    def record(objective, **changes):
+        args = sample_ddp.build_parser().parse_args(["--objective", objective] if objective else [])
+        return sample_ddp.record_of(replace(restored, spec=replace(restored.spec, **changes)), autoencoder, sampling, args)
+
+    assert record("epsilon") == record(None)  # what is assumed
+    assert {**record("sit")} == record(None) | {"objective": "sit"}
+    changed = record(None, latents_mean=[0.5], latents_std=[2.0])
+    assert changed == record(None) | {"statistics": [[0.5], [2.0]]}

@@ -136,10 +136,10 @@ def unwrap_worker_errors(loader: DataLoader) -> Iterator:
     """
     try:
         yield from loader
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         raise type(error)(re.sub(r"^[\w.]+: ", "", str(error).strip().splitlines()[-1])) from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith("DataLoader worker (pid"):  # torch's words for one that is gone
             raise
         raise OSError(f"a data worker died ({error}); was it killed for lack of memory? Try fewer `num_workers`") from None
 

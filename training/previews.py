@@ -15,6 +15,8 @@ from runtime.pictures import MAX_COLUMNS, save_gif, save_grid, to_uint8, to_unit
 from runtime.processes import World, autocast
 from training.rows import Readable, Rows
 
+MAX_FRAMES = 200  # of previews.gif
+
 PREVIEW_ROWS = 4
 
 
@@ -62,5 +64,7 @@ def preview_reconstructions(ema: nn.Module, data: Readable, path: Path, precisio
 
 
 def save_previews_gif(folder: Path) -> None:
-    """`previews.gif`, of all `previews/*.png` of a run's folder, in the order of their steps."""
-    save_gif([Image.open(path) for path in sorted((folder / "previews").glob("*.png"))], folder / "previews.gif")
+    """`previews.gif`, of a run's `previews/*.png` in the order of their steps; of many, every k-th up to the last."""
+    newest_first = sorted((folder / "previews").glob("*.png"), reverse=True)
+    chosen = newest_first[:: len(newest_first) // MAX_FRAMES + 1]
+    save_gif([Image.open(path) for path in reversed(chosen)], folder / "previews.gif")

@@ -145,7 +145,7 @@ def open_run(results: Path, run_name: str | None, model: str) -> Path:
     if launch == "none":  # torchrun's default, the same for every launch: its agent's process tells them apart
         launch = f"{socket.gethostname()}-{os.getppid()}"
     folder = None if run_name is None else results / run_name
-    if folder is None and is_restart():
+    if folder is None and is_restart(launch):
         folder = next((file.parent for file in sorted(results.glob("[0-9][0-9][0-9]-*/launch"), reverse=True)
                        if file.read_text() == launch), None)
     folder = folder or new_folder(results, model.replace("/", "-"))
