@@ -15,7 +15,6 @@ A set is an `.npz` of images (`arr_0` uint8 NHWC, as sample_ddp.py writes), a fo
 - Memorisation: how far samples are from the nearest training image, and how far held-out images are.
 """
 
-import json
 import time
 import zipfile
 from dataclasses import asdict
@@ -38,7 +37,7 @@ from evaluation.image_sets import (
 )
 from evaluation.survey import survey, survey_floor, survey_nearest
 from runtime import UserError, cli
-from runtime.files import write_text
+from runtime.files import write_json
 from runtime.log import peak_memory
 from runtime.processes import start_world
 from training.datasets import NAMED
@@ -95,7 +94,7 @@ def main(args: Namespace) -> None:
         print(*(side.say() for side in (ref, samples, training) if side), *say(figures), sep="\n")
         print(f"{report['seconds']} s, {report['peak_memory_gib']} GiB at most; processes: {world.size}")
         if args.json:
-            write_text(Path(args.json), json.dumps(report, indent=2) + "\n")
+            write_json(Path(args.json), report)
             print(f"Wrote {args.json}")
 
 

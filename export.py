@@ -31,7 +31,7 @@ from pipeline.autoencoders import HUB_IDS, SDVAE, Pixels, check_autoencoder, loa
 from pipeline.generation import Sampling
 from pipeline.spec import BareWeights, Spec
 from runtime import UserError, cli
-from runtime.files import check_writable
+from runtime.files import check_writable, read_json
 
 FREQUENCIES = ("diffusers' DiT divides the frequencies of the timestep's embedding by 127 where DiT divides by 128: its "
                "outputs differ from DiT's, by up to 8 % on trained weights. --format diffusers is exact.")
@@ -224,7 +224,7 @@ def write_card(restored: checkpoint.Restored, args: Namespace, folder: Path, rem
     lines += [line.replace("SCALE", scale) for line in (AUTOENCODER if spec.is_autoencoder else USE[args.format])]
     if run and (run / "figures.json").is_file():
         with cli.prefix_errors(f"{run / 'figures.json'} is no report of evaluate.py:", KeyError, TypeError):
-            lines += ["", *figures_table(checkpoint.read_json(run / "figures.json"))]
+            lines += ["", *figures_table(read_json(run / "figures.json"))]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
 
 

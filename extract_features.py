@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from pipeline.autoencoders import NO_VARIANCE, SDVAE, Pixels, load_autoencoder
 from runtime import UserError, cli
-from runtime.files import check_writable, in_batches, write_text
+from runtime.files import check_writable, in_batches, write_json, write_text
 from runtime.pictures import to_unit_range
 from runtime.processes import autocast, start_world
 from training.datasets import load_dataset
@@ -70,7 +70,7 @@ def main(args: Namespace) -> None:
     moments, labels = (RowFile(folder / name) for name in ("moments.npy", "labels.npy"))
     writing = None
     with ThreadPoolExecutor(max_workers=1) as writer:
-        reader = read_ahead(Readable(data), batches, args.num_workers, pin_memory=world.device.type == "cuda")
+        reader = read_ahead(SkippingReader(data), batches, args.num_workers, pin_memory=world.device.type == "cuda")
         for rows, images, found in tqdm(reader, "encoding", len(batches), unit="batch", disable=not world.is_main):
             encoded = encode(autoencoder, images.to(world.device, non_blocking=True), args.precision)
             if writing:
@@ -125,7 +125,7 @@ def lay_out(folder: Path, meta: dict) -> np.ndarray:
     return np.arange(meta["rows"])
 
 
-class Readable(Dataset):
+class SkippingReader(Dataset):
     """A batch is: the requested rows (B,), the images that can be read, and the labels (B,), SKIPPED for the others."""
 
     def __init__(self, data: TrainingData):
@@ -215,10 +215,6 @@ def why_unreadable(data: TrainingData, row: int) -> str:
     except OSError as error:
         return cli.one_line(error)
     return f"row {row} could not be read at first"
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ import shutil
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from pipeline.generation import (
 )
 from pipeline.spec import BareWeights, SamplingSettings
 from runtime import UserError, cli
-from runtime.files import atomic, check_writable, in_batches, lock_folder, write_text
+from runtime.files import atomic, check_writable, in_batches, is_restart, lock_folder, write_json
 from runtime.processes import World, start_world, synchronize
 from runtime.randomness import generator
 
@@ -153,15 +152,14 @@ def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int
         drawn = 0 if stale else sum(map(len, share_out(found_parts(parts), count, batch_size)[0]))
         check_writable(out.parent, (2 * count - drawn) * image_bytes)
     parts.mkdir(exist_ok=True)
-    lock_folder(parts, "", "wait for it to end")
+    lock_folder(parts, is_restart(), "wait for it to end")
     if stale:
         shutil.rmtree(pictures, ignore_errors=True)
-        old = map(partial(part_path, parts), found_parts(parts))
-        for file in (*old, out, record):  # the record last: a kill must not mix two outputs
+        for file in (*found_parts(parts).values(), out, record):  # the record last: a kill must not mix two outputs
             file.unlink(missing_ok=True)
     if out.exists():
         return [], []
-    write_text(record, json.dumps(settings, indent=2) + "\n")
+    write_json(record, settings)
     return share_out(found_parts(parts), count, batch_size)
 
 
@@ -178,13 +176,13 @@ def part_path(parts: Path, indices: range) -> Path:
     return parts / f"{indices.start:08d}-{indices.stop:08d}.npy"
 
 
-def found_parts(parts: Path) -> list[range]:
-    """The parts that lie in a folder. Files of other names are left alone."""
-    names = (re.fullmatch(r"(\d{8})-(\d{8})\.npy", path.name) for path in parts.glob("*.npy"))
-    return [range(int(name[1]), int(name[2])) for name in names if name]
+def found_parts(parts: Path) -> dict[range, Path]:
+    """The parts that lie in a folder, by the images that they hold. Files of other names are left alone."""
+    names = ((path, re.fullmatch(r"(\d{8})-(\d{8})\.npy", path.name)) for path in parts.glob("*.npy"))
+    return {range(int(name[1]), int(name[2])): path for path, name in names if name}
 
 
-def share_out(found: list[range], count: int, batch_size: int) -> tuple[list[range], list[range]]:
+def share_out(found: Iterable[range], count: int, batch_size: int) -> tuple[list[range], list[range]]:
     """Divide 0..count-1 into the existing parts, of any sizes, and the batches missing between them.
 
     A process that outlived its launch may have written a part that overlaps others. Such a part is left out.
@@ -207,8 +205,7 @@ def finish(out: Path, batches: list[range], size: tuple[int, int], label: Callab
         save_npz(out, (count, *size, 3), images, arr_1=np.array([label(i) for i in range(count)], dtype=np.int64))
     if png:
         write_pngs(out)
-    own = map(partial(part_path, parts), found_parts(parts))
-    for file in (*own, *parts.glob(".*.tmp"), parts / "lock"):
+    for file in (*found_parts(parts).values(), *parts.glob(".*.tmp"), parts / "lock"):
         file.unlink(missing_ok=True)
     if not any(parts.iterdir()):
         parts.rmdir()

@@ -32,7 +32,7 @@ from training.order import Batches, GlobalOrder
 from training.previews import preview, save_previews_gif
 from training.rows import Readable, Rows
 from training.runs import begin_or_continue, describe, list_skipped, save_run
-from training.state import LossMeter, OptimizerArgs, Training
+from training.state import OptimizerArgs, Training
 
 VAL_IMAGES, VAL_BATCH = 4096, 64
 
@@ -116,7 +116,7 @@ class Trainer:
         self.objective = Objective(process_of(self.spec), self.autoencoder, self.data, label_drop, args.precision)
         torch.manual_seed(args.global_seed)  # only the initialisation draws from it
         model = self.spec.model.build().to(world.device).train()
-        self.state = Training.begin(model, LossMeter().to(world.device), args.lr, self.optim)
+        self.state = Training.begin(model, args.lr, self.optim)
 
     def begin(self) -> None:
         """Open the run, continue what lies there, and start to read."""
@@ -222,7 +222,6 @@ class Trainer:
     def report_unreadable(self, found: dict[int, str]) -> None:
         """Name samples that a process could not read, once, in the log and in skipped.txt. Too many end the run, saved."""
         self.unreadable.update(found.values())
-        found.clear()
         parts = self.world.gather(self.unreadable)
 
         def report() -> int:

@@ -74,13 +74,13 @@ from diffusion import create_diffusion
 from evaluation.image_sets import save_npz
 from pipeline.autoencoders import latents_of, load_autoencoder
 from runtime import UserError, cli
-from runtime.files import check_writable, in_batches, lock_folder, write_text
+from runtime.files import check_writable, in_batches, lock_folder, write_json
 from runtime.pictures import to_uint8
 from runtime.randomness import generator
 from small_models import DIFFUSION_NETWORKS
 from training.datasets import load_dataset
 from training.rows import Rows
-from training.state import LossMeter, OptimizerArgs, Training
+from training.state import OptimizerArgs, Training
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = {"search": 2000, "main": 5000, "curve": 5000}  # of a run
@@ -149,7 +149,7 @@ def build(network: Network, shape: tuple[int, int, int]) -> torch.nn.Module:
 def training_step(model: torch.nn.Module, task: Task) -> Callable[[], None]:
     """What train.py does in a step, without reading data, as a function without arguments."""
     process = create_diffusion("", **FLOW)
-    state, draws = Training.begin(model, LossMeter(), 1e-3, OptimizerArgs()), torch.Generator().manual_seed(0)
+    state, draws = Training.begin(model, 1e-3, OptimizerArgs()), torch.Generator().manual_seed(0)
     x, y = torch.randn(task.batch_size, *task.shape), torch.randint(10, (task.batch_size,))
 
     def step() -> None:
@@ -205,7 +205,7 @@ def claim(folder: Path) -> bool:
     """Whether this process may do the work of this name. It has it until it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock_folder(folder, "", "")
+        lock_folder(folder, False, "")
     except UserError:
         return False
     return True
@@ -299,11 +299,6 @@ def about() -> dict[str, str]:
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {"device": f"cpu, 1 thread, {platform.machine()}", "torch": torch.__version__, "date": f"{date.today()}",
             "commit": git.stdout.strip()}
-
-
-def write_json(path: Path, report: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(report, indent=1) + "\n")
 
 
 def plot(args: Namespace) -> None:

@@ -51,7 +51,7 @@ from pipeline.autoencoders import Pixels
 from pipeline.generation import Sampling, generate, prepare_network
 from pipeline.spec import BareWeights
 from runtime import cli
-from runtime.files import check_writable, write_text
+from runtime.files import check_writable, write_json, write_text
 from runtime.processes import start_world, synchronize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -319,7 +319,7 @@ def run_stage(stage: str, out: Path, toy: bool, device: str) -> None:
         else:
             report["failed"].pop(f"{stage}: {name}", None)
             report["stages"].setdefault(stage, {})[name] = rows
-        write_text(out, json.dumps(report, indent=1) + "\n")
+        write_json(out, report)
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -354,7 +354,7 @@ def open_report(out: Path, settings: dict) -> None:
     """Begin a report, or check that the one at --out is of the same machine."""
     if continued(out, settings) is None:
         report = {"settings": settings, "date": f"{date.today()}", "failed": {}, "stages": {}}
-        write_text(out, json.dumps(report, indent=1) + "\n")
+        write_json(out, report)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ from pipeline.generation import (
 )
 from pipeline.spec import BareWeights, SamplingSettings, Spec
 from runtime import UserError, cli
-from runtime.files import in_batches, write_text
+from runtime.files import in_batches, write_json
 from runtime.processes import start_world, synchronize
 from training.datasets import load_dataset
 from training.rows import Rows
@@ -209,7 +209,7 @@ def open_report(out: str | None, settings: dict) -> dict:
 
 def save(out: str | None, report: dict) -> None:
     if out:
-        write_text(Path(out), json.dumps(report, indent=2) + "\n")
+        write_json(Path(out), report)
 
 
 # --- measurements --------------------------------------------------------------------------------

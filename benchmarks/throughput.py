@@ -24,7 +24,6 @@ has a row for each fast implementation of it, and ratios are to the first model'
 
 import gc
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -48,7 +47,7 @@ from benchmarks.instruments import KINDS, ByteCounter, FusedAttention, fake_auto
 from diffusion import create_diffusion
 from models import DiT_models
 from runtime import UserError, cli
-from runtime.files import check_writable, write_text
+from runtime.files import check_writable, write_json
 from runtime.processes import autocast, cast_weights, start_world, synchronize
 from small_models import DIFFUSION_NETWORKS
 
@@ -319,7 +318,7 @@ def main(args: Namespace) -> None:
         report = {"device": machine, "torch": torch.__version__, "date": f"{date.today()}",
                   "settings": {name: value for name, value in args.as_dict().items() if name != "config"},
                   "results": list(itertools.chain(*results.values()))}
-        write_text(Path(args.out), json.dumps(report, indent=2) + "\n")
+        write_json(Path(args.out), report)
     print(f"images/s over {args.models[0]}'s:")
     for setting in settings:
         print(f"  {setting}: {ratios(results[setting])}")

@@ -109,8 +109,7 @@ class SDVAE(nn.Module):
         """Mean and log-variance of the posterior, unscaled: (B, 2C, h, w)."""
         if self.stochastic:
             return self.vae.encode(images).latent_dist.parameters
-        latents = self.vae.encode(images).latent
-        return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1)
+        return without_variance(self.vae.encode(images).latent)
 
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents (B, C, h, w) from their moments (B, 2C, h, w)."""
@@ -144,9 +143,7 @@ class TrainedAutoencoder(nn.Module):
         return self.network.encode(images)
 
     def moments(self, images: Tensor) -> Tensor:
-        """The latent, and a log-variance that means no variance: (B, 2C, h, w)."""
-        latents = self.encode(images)
-        return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1)
+        return without_variance(self.encode(images))
 
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         return moments.chunk(2, dim=1)[0]
@@ -201,6 +198,11 @@ def check_features(autoencoder: nn.Module, *datasets) -> None:
             if key != "vae" and own.get(key) != value:  # the name may differ: a folder may have moved
                 raise UserError(f"{autoencoder.spec['vae']} is not the autoencoder of the features in `data_path`: "
                                 f"their {key} is {value}, its is {own.get(key)}")
+
+
+def without_variance(latents: Tensor) -> Tensor:
+    """Moments (B, 2C, h, w) of latents (B, C, h, w) that have no posterior: with a log-variance that means none."""
+    return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1)
 
 
 def check_autoencoder(autoencoder: nn.Module, spec: Spec) -> None:
@@ -269,16 +271,14 @@ def load_autoencoder(vae: str, device: torch.device | str = "cpu", statistics: S
         return Pixels()
     path = Path(vae)
     source = str(path.resolve()) if path.exists() else vae
-    if (path / "checkpoints").is_dir() or (path / "model.safetensors").is_file():
-        return TrainedAutoencoder(source, checkpoint.restore_autoencoder(source)).to(device)
-    if path.suffix not in (".pt", ".ckpt", ".safetensors"):
-        return SDVAE(source, load_vae(source), statistics).to(device)
-    if "spec" in checkpoint.load(path):
-        return TrainedAutoencoder(source, checkpoint.restore_autoencoder(source)).to(device)
-    if statistics is None and not raw:
+    is_file = path.suffix in (".pt", ".ckpt", ".safetensors")
+    own = (path / "checkpoints").is_dir() or (path / "model.safetensors").is_file()
+    if own or (is_file and "spec" in checkpoint.load(path)):
+        return TrainedAutoencoder(source, checkpoint.restore_own_autoencoder(source)).to(device)
+    if is_file and statistics is None and not raw:
         raise UserError(f"{vae} does not tell the scale of its latents; extract_features.py measures it with `normalise`, and "
                         "training on these features knows it")
-    return SDVAE(source, load_ldm(path), statistics).to(device)
+    return SDVAE(source, load_ldm(path) if is_file else load_vae(source), statistics).to(device)
 
 
 # --- LDM's autoencoder -----------------------------------------------------------------------------

@@ -12,7 +12,6 @@ This file alone reads and writes the weights of networks.
 
 import argparse
 import errno
-import json
 import os
 import pickle
 import re
@@ -30,7 +29,18 @@ from pipeline.interchange import Published
 from pipeline.spec import BareWeights, ModelSpec, Spec
 from runtime import UserError
 from runtime.cli import WRONG_VALUE, prefix_errors
-from runtime.files import HashingFile, atomic, download, download_folder, is_hub_id, sha256, sha256_file, write_text
+from runtime.files import (
+    HashingFile,
+    atomic,
+    download,
+    download_folder,
+    is_hub_id,
+    read_json,
+    sha256,
+    sha256_file,
+    write_json,
+    write_text,
+)
 from small_models import Autoencoder_models
 
 # DiT's published weights; they carry their own non-commercial licence (CC BY-NC 4.0).
@@ -71,7 +81,7 @@ def save(path: Path, state: dict) -> None:
 def save_folder(folder: Path, spec: Spec, weights: dict[str, Tensor]) -> None:
     """Write what `read` reads as a folder: config.json, model.safetensors and its sha256."""
     folder.mkdir(exist_ok=True)
-    write_text(folder / "config.json", json.dumps(spec.to_dict(), indent=1) + "\n")
+    write_json(folder / "config.json", spec.to_dict())
     path = folder / "model.safetensors"
     save_file({key: value.contiguous() for key, value in weights.items()}, path)
     write_text(sha256_file(path), f"{sha256(path)}  {path.name}\n")
@@ -82,7 +92,7 @@ def save_pipeline(folder: Path, index: dict, scheduler: dict, name: str, config:
     for path, content in {"model_index.json": index, "scheduler/scheduler_config.json": scheduler,
                           f"{name}/config.json": config}.items():
         (folder / path).parent.mkdir(exist_ok=True)
-        write_text(folder / path, json.dumps(content, indent=1) + "\n")
+        write_json(folder / path, content)
     save_file({key: value.contiguous() for key, value in weights.items()},
               folder / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
@@ -210,11 +220,11 @@ def read(path: Path, bare: BareWeights) -> tuple[Path, Published]:
         return path, Published(spec_of(state, path), weights)
     with prefix_errors(f"checkpoint {path}:"):
         if interchange.is_lightning(weights):
-            return path, interchange.from_lightning(weights, bare, read_statistics(path.parent))
+            return path, interchange.from_lightning(weights, bare, read_latent_statistics(path.parent))
         return path, interchange.from_bare(weights, flags_of(state), bare)
 
 
-def read_statistics(folder: Path) -> tuple[list[float], ...] | None:
+def read_latent_statistics(folder: Path) -> tuple[list[float], ...] | None:
     """Mean and standard deviation of each channel of latents, from LightningDiT's latents_stats.pt, if it lies in a folder."""
     path = folder / "latents_stats.pt"
     with prefix_errors(f"{path} is damaged:", KeyError, AttributeError, TypeError):
@@ -246,19 +256,6 @@ def read_diffusers(folder: Path, bare: BareWeights) -> tuple[Path, Published]:
     vae = str(folder / "vae") if (folder / "vae").is_dir() else bare.vae
     with prefix_errors(f"{folder}:", KeyError, AttributeError, *WRONG_VALUE):
         return path, interchange.from_diffusers(index, config, scheduler, load(path), vae, bare)
-
-
-def read_json(path: Path) -> dict:
-    """Raises UserError if a file is no JSON object, OSError if it cannot be read."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return content
 
 
 # --- from a file to a network --------------------------------------------------------------------
@@ -316,7 +313,7 @@ def restore(ckpt: str | Path | None, bare: BareWeights = BareWeights(), vae: str
     return Restored(model, spec.with_vae(vae), path, remark)
 
 
-def restore_autoencoder(source: str) -> nn.Module:
+def restore_own_autoencoder(source: str) -> nn.Module:
     """The network of an autoencoder that train.py trained, with its EMA weights, from its checkpoint, run or folder."""
     path, (spec, weights, remark) = read(resolve(source), BareWeights())
     if remark or spec.model.name not in Autoencoder_models:

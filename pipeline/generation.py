@@ -2,7 +2,7 @@
 
     restored = restore_checkpoint(world, ckpt)                    # network and spec
     sampling = Sampling.of(restored.spec, given, restored.model)  # settings, made ready for that network
-    autoencoder = restore_autoencoder(world, restored)            # latent -> image
+    autoencoder = restore_autoencoder(world, restored, sampling)  # latent -> image
     images = generate(restored.model, autoencoder, labels, indices, seed, sampling)
 """
 
@@ -19,7 +19,7 @@ from diffusion import create_diffusion
 from diffusion.guidance import dynamic_threshold, guide, in_interval
 from diffusion.process import Network, Process, Seam, check, offers
 from diffusion.reuse import Plan, Reuse, add_prior_noise, plan
-from diffusion.samplers import evaluation_times, get_sampler
+from diffusion.samplers import Steps, evaluation_times, get_sampler
 from pipeline import checkpoint
 from pipeline.autoencoders import check_autoencoder, load_autoencoder
 from pipeline.interchange import OBJECTIVES
@@ -84,10 +84,11 @@ def restore_checkpoint(world: World, ckpt: str | None, bare: BareWeights = BareW
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings made ready for one network: with the number of guided channels, the process, and what is reused when."""
+    """Settings made ready for one network: with the number of guided channels, process and sampler, and what is reused when."""
 
     settings: SamplingSettings
     process: Process
+    solver: Callable[..., Steps]
     plan: Plan | None = None  # None without reuse
 
     @classmethod
@@ -107,23 +108,18 @@ class Sampling:
         guided = channels if settings.cfg_channels is None else settings.cfg_channels
         if not isinstance(guided, int) or not 1 <= guided <= channels:
             raise UserError(f"`cfg_channels` {guided} is not in 1..{channels}, the channels of this model")
-        sampling = cls(replace(settings, cfg_channels=guided), process)
+        solver = get_sampler(settings.sampler, process, settings.eta)
+        sampling = cls(replace(settings, cfg_channels=guided), process, solver)
         if settings.reuse == "none":
             return sampling
         check(model, Seam, f"`reuse` {settings.reuse} needs")
         return replace(sampling, plan=plan(settings.reuse, sampling.times, sampling.guided, len(model.blocks),
                                            model.default_split, settings.key_steps, **settings.reuse_args))
 
-    def __post_init__(self):
-        self.solver()
-
-    def solver(self) -> Callable:
-        return get_sampler(self.settings.sampler, self.process, self.settings.eta)
-
     @cached_property
     def times(self) -> tuple[float, ...]:
         """t, 0..1000, at each evaluation of the model."""
-        return evaluation_times(self.solver(), self.process)
+        return evaluation_times(self.solver, self.process)
 
     @property
     def guided(self) -> tuple[bool, ...]:
@@ -224,8 +220,8 @@ def generate(model: nn.Module, autoencoder: nn.Module, labels: list[int], indice
         network = Reuse(model, sampling.plan, len(labels)) if sampling.plan else model
         network = guide(network, y, model.num_classes, settings.cfg_scale, settings.cfg_channels, sampling.guided)
         noise = addressed_noise(model, seed, indices)
-        steps = sampling.solver()(sampling.process, network, noise, partial(addressed_noise, model, seed, indices),
-                                  bound(sampling, autoencoder))
+        steps = sampling.solver(sampling.process, network, noise, partial(addressed_noise, model, seed, indices),
+                                bound(sampling, autoencoder))
         for step in add_prior_noise(steps, noise, sampling.plan) if sampling.plan else steps:
             x = step["sample"]
             on_step(step)

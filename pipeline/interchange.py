@@ -76,7 +76,7 @@ def from_bare(weights: Weights, stored: Config, bare: BareWeights) -> Published:
         remark = "" if bare.objective else ("bare weights, taken to predict epsilon as DiT's do; if they are SiT's or REPA's, "
                                             "the objective must be given")
         return Published(bare.spec(stored, shape_of(weights)), weights, remark)
-    check_path(stored)
+    check_published_flow(stored)
     flags = {"image_size": "resolution", "num_classes": "num_classes", "vae": "vae"}  # SiT's names are DiT's
     stored = {key: stored.get(key, stored.get(other)) for key, other in flags.items() if {key, other} & set(stored)}
     spec = bare.spec(stored | ({"model": name.replace("SiT", "DiT")} if name else {}), shape_of(weights))
@@ -128,7 +128,7 @@ def shape_of(weights: Weights) -> Config:
             "image_size": 8 * patch * math.isqrt(tokens), "num_classes": max(1, rows - 1)}
 
 
-def check_path(stored: Config) -> None:
+def check_published_flow(stored: Config) -> None:
     """SiT's and REPA's trainers know other paths and predictions than the published ones; these have no form here."""
     for key, allowed in {"path_type": ("linear",), "prediction": ("velocity", "v"), "qk_norm": (False,)}.items():
         value = stored.get(key, allowed[0])

@@ -333,15 +333,15 @@ class BareWeights:
             vae=args["vae"],
             image_size=(image_size, image_size),
             channels=3,
-            classes=imagenet_classes() if num_classes == 1000 else [str(i) for i in range(num_classes)],
+            classes=default_class_names(num_classes),
             sampling=SamplingSettings(sampler="ddpm", num_sampling_steps="250", cfg_scale=self.cfg_scale, cfg_channels=3),
         )
 
 
-def imagenet_classes() -> list[str]:
-    """The English names of ImageNet's 1,000 classes."""
+def default_class_names(count: int) -> list[str]:
+    """ImageNet's English names for 1,000 classes, else numbers."""
     from timm.data import ImageNetInfo
-    return ImageNetInfo().label_descriptions()
+    return ImageNetInfo().label_descriptions() if count == 1000 else [str(i) for i in range(count)]
 
 
 def normal_name(name: str) -> str:

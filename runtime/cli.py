@@ -15,7 +15,7 @@ import torch.distributed as dist
 import yaml
 
 from runtime import UserError
-from runtime.files import check_output
+from runtime.files import check_writable
 from runtime.processes import CommonError
 
 MAX_SIZE = 8192  # pixels of a side of an image
@@ -168,9 +168,15 @@ def check_data_arguments(args: jsonargparse.Namespace) -> None:
 
 def check_output_flag(args: jsonargparse.Namespace, name: str, suffix: str, size: int = 0) -> None:
     """Check that a flag names a file with that suffix, and that `size` bytes can be written there; None is left alone."""
-    if getattr(args, name) is not None:
-        with prefix_errors(f"`{name}`"):
-            check_output(getattr(args, name), suffix, size)
+    if (path := getattr(args, name)) is None:
+        return
+    with prefix_errors(f"`{name}`"):
+        target = Path(os.path.realpath(path))
+        if Path(path).suffix != suffix:
+            raise UserError(f"{path} is not the name of a {suffix}")
+        if target.exists() and not target.is_file():
+            raise UserError(f"{path} is not a file")
+        check_writable(target.parent, size)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -91,6 +92,24 @@ class HashingFile:
         self.file.flush()
 
 
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file, completely or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """Raises UserError if a file is no JSON object, OSError if it cannot be read."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
+
+
 def sha256(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
@@ -163,30 +182,17 @@ def check_writable(folder: str | Path, size: int = 0) -> Path:
     return folder
 
 
-def check_output(path: str | Path, suffix: str, size: int = 0) -> None:
-    """Raises UserError if `path` does not have this suffix or is not a file, OSError if it cannot be written."""
-    if Path(path).suffix != suffix:
-        raise UserError(f"{path} is not the name of a {suffix}")
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise UserError(f"{path} is not a file")
-    check_writable(target.parent, size)
-
-
-def lock_folder(folder: Path, launch: str, advice: str) -> None:
+def lock_folder(folder: Path, restart: bool, advice: str) -> None:
     """Lock a folder until this process ends.
 
-    A restart waits a while, because the server of a network file system notices late that a machine is lost.
-
     Args:
-        launch: an identifier that all torchrun restarts of one launch share.
+        restart: whether to wait a while, because the server of a network file system notices late that a machine is lost.
         advice: what the user can do if another process holds the lock.
 
     Raises:
         UserError: another process holds the lock.
     """
-    handle, path = os.open(folder / "lock", os.O_CREAT | os.O_RDWR), folder / "launch"
-    restart = path.read_text() == launch and is_restart(launch) if path.is_file() else is_restart()
+    handle = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
     for _ in range(LOCK_PATIENCE if restart else 1):
         try:
             return fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers inherit it and may outlive us

@@ -5,7 +5,6 @@ import os
 import signal
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -34,7 +33,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    counts: Counter = field(default_factory=Counter, compare=False)
+    store: dist.Store = field(default_factory=dist.HashStore, compare=False)  # what the processes share
 
     @property
     def is_main(self) -> bool:
@@ -46,10 +45,7 @@ class World:
 
     def add(self, name: str, amount: int) -> int:
         """Add to a count that all processes share. Returns the new value."""
-        if self.size > 1:
-            return dist.distributed_c10d._get_default_store().add(name, amount)
-        self.counts[name] += amount
-        return self.counts[name]
+        return self.store.add(name, amount)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over all processes."""
@@ -80,10 +76,11 @@ class World:
 
     def gather(self, part: object) -> list:
         """The parts of all processes, in the order of ranks, on the main process. The list is empty on the others."""
+        if self.size == 1:
+            return [part]
         parts = [None] * self.size if self.is_main else None
-        if self.size > 1:
-            dist.gather_object(part, parts)
-        return [part] if self.size == 1 else parts or []
+        dist.gather_object(part, parts)
+        return parts or []
 
 
 def start_world(device: str | None, tf32: bool = True) -> World:
@@ -108,11 +105,11 @@ def start_world(device: str | None, tf32: bool = True) -> World:
     target = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if "RANK" not in os.environ:
         return World(0, 1, target)
-    if not dist.is_initialized():
-        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=fresh_store(store, rank, size), rank=rank,
-                                world_size=size, device_id=target if kind == "cuda" else None, timeout=TIMEOUT)
-    return World(dist.get_rank(), dist.get_world_size(), target)
+    torchrun_store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store = fresh_store(torchrun_store, rank, size)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=size,
+                            device_id=target if kind == "cuda" else None, timeout=TIMEOUT)
+    return World(rank, size, target, store)
 
 
 def fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:

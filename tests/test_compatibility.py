@@ -17,7 +17,7 @@ from pipeline import checkpoint
 from runtime.pictures import to_unit_range
 from runtime.randomness import generator
 from training.datasets import load_dataset
-from training.objective import Draws
+from training.objective import Draws, Objective
 from training.rows import Rows
 
 GOLDEN = ROOT / "tests" / "golden" / "ff27331"
@@ -33,16 +33,16 @@ FLAGS = {
 }
 
 
-def old_draws(cls, address, process, batch_size, model, device, posterior):
+def old_draws(self, address, batch_size, model, device):
     """The draws of a step at ff27331: one for the posterior stood before that of t, also where there was no posterior."""
     source, shape = generator(*address, device=device), (batch_size, model.in_channels, *model.input_size)
     noise, unused = (torch.randn(shape, generator=source) for _ in range(2))
-    return cls(noise, process.sample_times(batch_size, source), torch.rand(batch_size, generator=source), unused)
+    return Draws(noise, self.process.sample_times(batch_size, source), torch.rand(batch_size, generator=source), unused)
 
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_it_continues_to_the_same_weights(name, tmp_path, monkeypatch, run_here):
-    monkeypatch.setattr(Draws, "at", classmethod(old_draws))
+    monkeypatch.setattr(Objective, "draw", old_draws)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "results" / name / "checkpoints"
     folder.mkdir(parents=True)
@@ -72,7 +72,7 @@ def test_it_samples_to_the_same_pixels(name, tmp_path, run_here):
 
 
 def test_an_autoencoder_reconstructs_the_same():
-    network = checkpoint.restore_autoencoder(GOLDEN / "autoencoder.pt")
+    network = checkpoint.restore_own_autoencoder(GOLDEN / "autoencoder.pt")
     images, _ = load_dataset("digits", split="val").__getitems__(Rows.plain(np.arange(4)))
     with torch.no_grad():
         found = network(to_unit_range(images))

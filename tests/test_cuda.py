@@ -21,7 +21,7 @@ from pipeline import checkpoint
 from pipeline.generation import prepare_network
 from runtime.processes import autocast
 from small_models import DIFFUSION_NETWORKS
-from training.state import LossMeter, OptimizerArgs, Training
+from training.state import OptimizerArgs, Training
 
 CUDA = torch.device("cuda")
 
@@ -178,7 +178,7 @@ def test_samples_in_bf16_are_near_those_of_the_cpu(name, kind):
 @cuda
 def test_a_step_of_training_and_of_sampling_does_not_wait_for_the_device():
     model = tiny_network("DiNext-S/2").train().cuda()
-    state = Training.begin(model, LossMeter().cuda(), 1e-4, OptimizerArgs())
+    state = Training.begin(model, 1e-4, OptimizerArgs())
     x, t, y = (part.cuda() for part in inputs(model))
 
     process = create_diffusion("")  # its tables are copied to the device once

@@ -14,16 +14,16 @@ def test_a_locked_folder_is_refused_to_a_second_process_until_the_first_one_ends
 import sys, time; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from runtime.files import lock_folder
-lock_folder(Path({str(tmp_path)!r}), "", ""); print("locked", flush=True); time.sleep(60)"""
+lock_folder(Path({str(tmp_path)!r}), False, ""); print("locked", flush=True); time.sleep(60)"""
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "locked\n"
         with pytest.raises(ValueError, match=r"another process is at work in .*; wait for it"):
-            lock_folder(tmp_path, "", "wait for it")
+            lock_folder(tmp_path, False, "wait for it")
     finally:
         holder.kill()
         holder.communicate()
-    lock_folder(tmp_path, "", "wait for it")
+    lock_folder(tmp_path, False, "wait for it")
 
 
 def test_a_file_is_written_whole_or_the_old_one_stays(tmp_path, monkeypatch):

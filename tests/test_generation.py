@@ -5,6 +5,7 @@ from test_models import SEAMED, inputs, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion import create_diffusion
+from diffusion.samplers import ddim
 from models import GlobalResponseNorm
 from pipeline import checkpoint, generation
 from pipeline.autoencoders import Pixels
@@ -119,6 +120,6 @@ def test_input_scale_is_undone_before_decoding(scale):
 
     model = Knows()
     process = create_diffusion("10", objective="x0", learn_sigma=False, input_scale=scale)
-    sampling = Sampling(SamplingSettings(sampler="ddim", cfg_channels=1), process)
+    sampling = Sampling(SamplingSettings(sampler="ddim", cfg_channels=1), process, ddim)
     images = generate(model, Pixels(), [0, 0], range(2), 0, sampling)
     assert torch.equal(images, to_uint8(model.picture.detach()).expand(2, -1, -1, -1))

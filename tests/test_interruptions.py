@@ -19,7 +19,7 @@ import sample
 import train
 from pipeline import checkpoint
 from pipeline.spec import ModelSpec
-from training.state import LossMeter, OptimizerArgs, Training
+from training.state import OptimizerArgs, Training
 
 FLAGS = [*TINY_RUN, "--diffusion-args", '{"objective": "flow", "sampling": {"num_sampling_steps": "2"}}', "--run-name", "r"]
 LOGGED = ("step", "loss", "loss_moving_mean", "lr", "grad_norm", "val_loss", "val_loss_ema")
@@ -324,7 +324,7 @@ def test_space_for_a_checkpoint_is_asked_for_before_training(tmp_path, monkeypat
 def test_the_size_that_is_asked_for_is_that_of_a_checkpoint(unbroken):
     state = checkpoint.load(checkpoint.latest(folder(unbroken)))
     model = ModelSpec.from_dict(state["spec"]["model"]).build()
-    size = Training.begin(model, LossMeter(), 1e-3, OptimizerArgs()).size
+    size = Training.begin(model, 1e-3, OptimizerArgs()).size
     moments = sum(value.nbytes for moments in state["opt"]["state"].values() for value in moments.values() if value.dim())
     assert size == moments + sum(value.nbytes for part in ("model", "ema") for value in state[part].values())
 

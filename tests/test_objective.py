@@ -5,14 +5,15 @@ import torch
 
 from diffusion import create_diffusion
 from pipeline.autoencoders import Pixels
-from training.objective import Draws, Objective, Reconstruction, ssim
+from training.objective import Objective, Reconstruction, ssim
 
 # --- the draws of a step -------------------------------------------------------------------------
 
 
 def draws(process, shape, count, step):
     model = SimpleNamespace(in_channels=shape[0], input_size=shape[1:])
-    return Draws.at(("train", 0, step), process, count, model, torch.device("cpu"), posterior=True)
+    objective = Objective(process, SimpleNamespace(stochastic=True), SimpleNamespace(kind="images"), 0.1, "fp32")
+    return objective.draw(("train", 0, step), count, model, torch.device("cpu"))
 
 
 def test_draws_of_a_batch_fall_out_to_its_parts_and_depend_on_the_step():

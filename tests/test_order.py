@@ -14,7 +14,7 @@ from conftest import ROOT, TINY_RUN, run_script
 from pipeline import checkpoint
 from runtime import UserError
 from training.datasets import load_dataset
-from training.order import Batches, GlobalOrder, MicroBatches, read_ahead
+from training.order import Batches, GlobalOrder, read_ahead
 from training.rows import Readable, Rows
 
 
@@ -59,7 +59,6 @@ def test_batches_come_in_order_from_any_step(num_workers):
         indices = order.batch(step).indices[3:]
         assert torch.equal(images, dataset.images[indices])
         assert torch.equal(labels, dataset.labels[indices])
-    assert len(MicroBatches(order, range(3, 6))) == 3
 
 
 # --- memory and speed ----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from PIL import Image
 
 import train
 from pipeline import checkpoint
-from pipeline.spec import imagenet_classes
+from pipeline.spec import default_class_names
 from training import parquet
 from training.datasets import load_dataset
 from training.order import Batches, GlobalOrder
@@ -82,7 +82,7 @@ def test_names_of_classes_are_those_of_the_hub_or_imagenets(tmp_path):
     write(tmp_path / "named" / "a.parquet", [grey(0)], [0], ["tench, Tinca tinca", "goldfish", "great white shark"])
     assert load_dataset(str(tmp_path / "named")).classes == ["tench, Tinca tinca", "goldfish", "great white shark"]
     write(tmp_path / "thousand" / "a.parquet", [grey(0)] * 2, [999, 0])
-    assert load_dataset(str(tmp_path / "thousand")).classes == imagenet_classes()
+    assert load_dataset(str(tmp_path / "thousand")).classes == default_class_names(1000)
 
 
 @pytest.mark.parametrize(("names", "held_out"), [
@@ -117,7 +117,7 @@ def test_a_batch_reads_each_of_its_row_groups_once_and_keeps_the_last_ones(tmp_p
     write(tmp_path / "a.parquet", [np.random.default_rng(i).bytes(500) for i in range(8)], [0] * 8, plain=True)
     monkeypatch.setattr(parquet, "open_rgb", lambda file, name: Image.new("RGB", (8, 8)))
     data, read = ParquetImages(tmp_path, "train", 8), []
-    monkeypatch.setattr(parquet, "read", lambda *args, original=parquet.read: read.append(1) or original(*args))
+    monkeypatch.setattr(parquet, "opened", lambda *args, original=parquet.opened: read.append(1) or original(*args))
     monkeypatch.setattr(parquet, "CACHE_BYTES", 2100)  # of four row groups of 2 * 500, and their offsets, two
     data.__getitems__(Rows.plain([0, 5, 7, 1, 4, 6, 0]))
     assert len(read) == 3

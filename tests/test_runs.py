@@ -9,7 +9,7 @@ from conftest import ROOT, golden_dit
 from models import DiT
 from pipeline import checkpoint
 from training.runs import init_from, new_folder, open_run, save_step
-from training.state import LossMeter, OptimizerArgs, Training
+from training.state import OptimizerArgs, Training
 
 
 def test_runs_are_numbered_named_locked_and_found_again_by_a_restart(tmp_path, monkeypatch):
@@ -51,7 +51,7 @@ def test_the_newest_and_every_mth_checkpoint_are_kept(tmp_path):
 
 
 def begun(network):
-    return Training.begin(network, LossMeter(), 1e-3, OptimizerArgs())
+    return Training.begin(network, 1e-3, OptimizerArgs())
 
 
 def table_of(network):

@@ -313,7 +313,7 @@ def test_a_second_writer_is_refused(draw, tmp_path):
     output(tmp_path).unlink()
     parts.mkdir()
     code = f"import pathlib, sys, time; sys.path.insert(0, {str(ROOT)!r}); from runtime.files import lock_folder\n" \
-           f"lock_folder(pathlib.Path({str(parts)!r}), '', ''); print('held', flush=True); time.sleep(60)"
+           f"lock_folder(pathlib.Path({str(parts)!r}), False, ''); print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"

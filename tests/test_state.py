@@ -15,7 +15,7 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
 
 
 def test_the_ema_warms_up_to_its_decay():
-    training = Training.begin(torch.nn.Linear(1, 1, bias=False), None, 1.0, OptimizerArgs())
+    training = Training.begin(torch.nn.Linear(1, 1, bias=False), 1.0, OptimizerArgs())
     for training.step, decay in ((0, 0.1), (90, 0.91), (10**6, 0.95)):
         torch.nn.init.constant_(training.model.weight, 3.0)
         torch.nn.init.constant_(training.ema.weight, 1.0)
@@ -27,7 +27,7 @@ def test_the_ema_warms_up_to_its_decay():
 def test_gradients_are_clipped_only_if_asked(clip_norm, norm):
     """With infinity, the default, no gradient is touched: one pass over 675 million numbers less."""
     network = torch.nn.Linear(2, 1)  # its bias has no gradient
-    training = Training.begin(network, None, 1.0, OptimizerArgs())
+    training = Training.begin(network, 1.0, OptimizerArgs())
     network.weight.grad = torch.tensor([[3.0, 4.0]])
     version = network.weight.grad._version
     assert training.clip_gradients(clip_norm) == 5
@@ -37,7 +37,7 @@ def test_gradients_are_clipped_only_if_asked(clip_norm, norm):
 
 def test_the_ema_has_the_buffers_of_the_model():
     """A BatchNorm that samples with its initial statistics would draw noise."""
-    training = Training.begin(torch.nn.BatchNorm1d(2), None, 1.0, OptimizerArgs())
+    training = Training.begin(torch.nn.BatchNorm1d(2), 1.0, OptimizerArgs())
     training.model.train()(torch.tensor([[1.0, 5.0], [3.0, 9.0]]))
     training.update_ema(0.9)
     assert training.model.running_mean.tolist() == pytest.approx([0.2, 0.7])

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline import checkpoint
-from pipeline.autoencoders import NO_VARIANCE
-from pipeline.spec import imagenet_classes
+from pipeline.autoencoders import without_variance
+from pipeline.spec import default_class_names
 from runtime import UserError
 from runtime.cli import prefix_errors
 from training.rows import Rows
@@ -97,7 +97,7 @@ class FastDiTFeatures(Dataset):
             raise FileNotFoundError(f"`data_path` {folder}: imagenet256_features holds no .npy files")
         self.latent_shape = self.read("features", self.stems[0]).shape[1:]
         self.image_size = image_size_of(folder, self.latent_shape, self.FACTOR, image_size)
-        self.classes = imagenet_classes() if num_classes in (None, 1000) else [str(i) for i in range(num_classes)]
+        self.classes = default_class_names(num_classes or 1000)
 
     def __len__(self) -> int:
         return len(self.stems)
@@ -181,7 +181,7 @@ class LightningDiTFeatures(Dataset):
         self.image_size = image_size_of(folder, self.latent_shape, self.FACTOR, image_size)
         self.classes = classes_of(folder, self.labels.numpy(), num_classes)
         with prefix_errors("`data_path`"):
-            self.statistics = checkpoint.read_statistics(folder)
+            self.statistics = checkpoint.read_latent_statistics(folder)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -198,7 +198,7 @@ class LightningDiTFeatures(Dataset):
         if not latents.sum().isfinite():
             row = rows.indices[~latents.flatten(1).isfinite().all(dim=1).numpy()][0]
             raise UserError(f"`data_path` {self.folder}: the latent of row {row} is not finite")
-        return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1), self.labels[rows.indices]
+        return without_variance(latents), self.labels[rows.indices]
 
     def read(self, file: Path, name: str, lines: np.ndarray | list[int] | None = None) -> Tensor:
         """A tensor of a file, or some lines of it. Raises OSError that names a damaged file."""
@@ -241,7 +241,7 @@ def classes_of(folder: Path, labels: np.ndarray, num_classes: int | None) -> lis
     count = num_classes or int(labels.max()) + 1
     if not (0 <= labels.min() and labels.max() < count):
         raise UserError(f"`num_classes` {count}: {folder} has labels from {labels.min()} to {labels.max()}")
-    return imagenet_classes() if count == 1000 else [str(i) for i in range(count)]
+    return default_class_names(count)
 
 
 def read_array(path: Path, **options: str) -> np.ndarray:

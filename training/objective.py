@@ -27,15 +27,6 @@ class Draws(NamedTuple):
     drop: Tensor              # (B,) uniform: where below label_drop, the label becomes the null class
     posterior: Tensor | None  # (B, C, H, W) for the autoencoder's posterior, if it has one
 
-    @classmethod
-    def at(cls, address: tuple, process: TrainingProcess, batch_size: int, model: nn.Module, device: torch.device,
-           posterior: bool) -> "Draws":
-        """Draw for a batch, on the device; `posterior`: for the autoencoder too."""
-        source = generator(*address, device=device)
-        normal = partial(torch.randn, (batch_size, model.in_channels, *model.input_size), generator=source, device=device)
-        return cls(normal(), process.sample_times(batch_size, source), torch.rand(batch_size, generator=source, device=device),
-                   normal() if posterior else None)
-
     def rows(self, rows: slice) -> "Draws":
         return Draws(*(None if draw is None else draw[rows] for draw in self))
 
@@ -50,9 +41,13 @@ class Objective(NamedTuple):
     precision: str
 
     def draw(self, address: tuple, batch_size: int, model: nn.Module, device: torch.device) -> Draws:
-        """The random numbers at an address, as this process, autoencoder and data set need them."""
-        posterior = self.autoencoder.stochastic and self.data.kind != "latents"
-        return Draws.at(address, self.process, batch_size, model, device, posterior)
+        """The random numbers at an address, as this process, autoencoder and data set need them, on the device."""
+        source = generator(*address, device=device)
+        normal = partial(torch.randn, (batch_size, model.in_channels, *model.input_size), generator=source, device=device)
+        noise, t = normal(), self.process.sample_times(batch_size, source)
+        drop = torch.rand(batch_size, generator=source, device=device)
+        has_posterior = self.autoencoder.stochastic and self.data.kind != "latents"
+        return Draws(noise, t, drop, normal() if has_posterior else None)  # last: the others do not depend on it
 
     def losses(self, model: nn.Module, batch: Tensor, labels: Tensor, draws: Draws) -> dict[str, Tensor]:
         """batch (B, ...), labels (B,) -> "loss", its parts and related figures: (B,) each."""

@@ -5,7 +5,8 @@ import multiprocessing
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -37,36 +38,26 @@ class GlobalOrder:
         size = batch_size // (world_size * grad_accum)
         starts = [(micro * world_size + rank) * size for micro in range(grad_accum)]
         self.rows = [slice(start, start + size) for start in starts]
-        self._permutations: dict[int, np.ndarray] = {}
 
     def batch(self, step: int) -> Rows:
         """The global batch of step `step`, counted from 0."""
         epochs, positions = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), self.length)
-        indices = [self._permutation(epoch)[positions[epochs == epoch]] for epoch in np.unique(epochs)]
+        indices = [permutation(self.seed, int(epoch), self.length)[positions[epochs == epoch]] for epoch in np.unique(epochs)]
         mirrored = np.random.default_rng((self.seed, step, 1)).random(self.batch_size) < (0.5 if self.flip else 0.0)
         return Rows(np.concatenate(indices), mirrored)
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch not in self._permutations:
-            self._permutations = {key: value for key, value in self._permutations.items() if key == epoch - 1}
-            self._permutations[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-        return self._permutations[epoch]
-
-
-class MicroBatches:
-    """Batch sampler: the samples of each of this process's micro-batches, step after step."""
-
-    def __init__(self, order: GlobalOrder, steps: range):
-        self.order, self.steps = order, steps
-
-    def __len__(self) -> int:
-        return len(self.steps) * len(self.order.rows)
-
-    def __iter__(self) -> Iterator[Rows]:
-        for step in self.steps:
-            batch = self.order.batch(step)
-            for rows in self.order.rows:
+    def micro_batches(self, steps: range) -> Iterator[Rows]:
+        """What this process reads: its micro-batches, step after step."""
+        for step in steps:
+            batch = self.batch(step)
+            for rows in self.rows:
                 yield Rows(*(part[rows] for part in batch))
+
+
+@lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
+def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    """An epoch's order of the samples."""
+    return np.random.default_rng((seed, epoch)).permutation(length)
 
 
 class Batches:
@@ -79,7 +70,7 @@ class Batches:
         self.device, self.waited = device, 0.0
         self.unreadable: dict[int, str] = {}
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # parallel to the computing stream
-        self.loader = read_ahead(dataset, MicroBatches(order, steps), num_workers, pin_memory=device.type == "cuda")
+        self.loader = read_ahead(dataset, order.micro_batches(steps), num_workers, pin_memory=device.type == "cuda")
         self.upcoming = None
 
     def __iter__(self) -> "Batches":
@@ -113,12 +104,22 @@ class Batches:
             return tuple(part.to(self.device, non_blocking=True) for part in parts)
 
 
-def read_ahead(dataset: Dataset, batches: object, num_workers: int, pin_memory: bool = False) -> Iterator:
-    """The data set's batch for each element of `batches`, in order, read by worker processes."""
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=as_is, pin_memory=pin_memory,
-                        worker_init_fn=leave_signals_to_the_parent)
+def read_ahead(dataset: Dataset, batches: Iterable, num_workers: int, pin_memory: bool = False) -> Iterator:
+    """The data set's batch for each element of `batches`, in order, read by worker processes.
+
+    Raises:
+        OSError, UserError: without the worker's traceback: a file cannot be read, or a worker died.
+    """
     atexit.register(end_workers)
-    return unwrap_worker_errors(loader)
+    try:
+        yield from DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=as_is, pin_memory=pin_memory,
+                              worker_init_fn=leave_signals_to_the_parent)
+    except (OSError, UserError) as error:
+        raise type(error)(re.sub(r"^[\w.]+: ", "", str(error).strip().splitlines()[-1])) from None
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):  # torch's words for one that is gone
+            raise
+        raise OSError(f"a data worker died ({error}); was it killed for lack of memory? Try fewer `num_workers`") from None
 
 
 def end_workers() -> None:
@@ -126,22 +127,6 @@ def end_workers() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's own handler takes a killed worker for an accident
     for child in multiprocessing.active_children():
         child.kill()
-
-
-def unwrap_worker_errors(loader: DataLoader) -> Iterator:
-    """The batches. An error in a worker is raised without the worker's traceback.
-
-    Raises:
-        OSError: a file cannot be read, or a worker died.
-    """
-    try:
-        yield from loader
-    except (OSError, UserError) as error:
-        raise type(error)(re.sub(r"^[\w.]+: ", "", str(error).strip().splitlines()[-1])) from None
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):  # torch's words for one that is gone
-            raise
-        raise OSError(f"a data worker died ({error}); was it killed for lack of memory? Try fewer `num_workers`") from None
 
 
 def leave_signals_to_the_parent(worker: int) -> None:

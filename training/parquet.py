@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.spec import imagenet_classes
+from pipeline.spec import default_class_names
 from runtime import UserError
 from runtime.cli import one_line
 from runtime.files import find_files
@@ -61,7 +62,7 @@ class ParquetImages(Dataset):
         self.starts = np.cumsum([0, *sizes])                                        # of each row group, over all files
         self.file_starts = np.cumsum([0, *map(len, labels)])
         self.labels = torch.from_numpy(np.concatenate(labels))
-        self.classes = class_names(names[0], int(self.labels.max()) + 1)
+        self.classes = readable_names(names[0]) if names[0] else default_class_names(int(self.labels.max()) + 1)
         self.cache = {}                                                             # row group -> its column of bytes
 
     def __len__(self) -> int:
@@ -91,9 +92,9 @@ class ParquetImages(Dataset):
         """The files of a row group's pictures, a pyarrow column of bytes."""
         if group not in self.cache:
             file, number = self.groups[group]
-            table = read(self.files[file], lambda opened: opened.read_row_group(
-                number, columns=[bytes_column(self.files[file], opened.schema_arrow)], use_threads=False))
-            column = table.flatten().column(0)
+            with opened(self.files[file]) as content:
+                name = bytes_column(self.files[file], content.schema_arrow)
+                column = content.read_row_group(number, columns=[name], use_threads=False).flatten().column(0)
             while self.cache and sum(kept.nbytes for kept in self.cache.values()) + column.nbytes > CACHE_BYTES:
                 del self.cache[next(iter(self.cache))]  # the oldest
             self.cache[group] = column
@@ -131,16 +132,13 @@ def begins_with_parquet(folder: Path) -> bool:
 
 def read_labels(file: Path) -> tuple[np.ndarray, list[int], list[str] | None]:
     """The labels of a file, the number of rows of each of its row groups, and the names of its classes, if it says them."""
-    def labels_and_sizes(opened):
-        schema = opened.schema_arrow
+    with opened(file) as content:
+        schema = content.schema_arrow
         bytes_column(file, schema)
         if "label" not in schema.names or not str(schema.field("label").type).lstrip("u").startswith("int"):
             raise UserError(f"{file} needs a column `label` of integers; {columns_of(schema)}")
-        sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
-        labels = opened.read(columns=["label"], use_threads=False).column("label").cast("int64")
-        return schema, labels, sizes
-
-    schema, labels, sizes = read(file, labels_and_sizes)
+        sizes = [content.metadata.row_group(group).num_rows for group in range(content.num_row_groups)]
+        labels = content.read(columns=["label"], use_threads=False).column("label").cast("int64")
     names = hub_names(schema.metadata or {})
     values = labels.fill_null(-1).to_numpy()
     wrong = (values < 0) | (values >= (len(names) if names else np.inf))
@@ -174,20 +172,14 @@ def hub_names(metadata: dict[bytes, bytes]) -> list[str] | None:
         return None
 
 
-def class_names(names: list[str] | None, count: int) -> list[str]:
-    """The given names, in English if they are ImageNet's. Without them 1,000 classes are ImageNet's; others are numbered."""
-    if names:
-        return readable_names(names)
-    return imagenet_classes() if count == 1000 else [str(i) for i in range(count)]
-
-
-def read(file: Path, function):
-    """What `function` makes of an opened parquet file. No file stays open. Raises OSError that names a damaged file."""
+@contextmanager
+def opened(file: Path):
+    """An opened parquet file, pyarrow's ParquetFile. Raises OSError that names a damaged file."""
     import pyarrow
 
     try:
-        with pyarrow_parquet().ParquetFile(file) as opened:
-            return function(opened)
+        with pyarrow_parquet().ParquetFile(file) as content:
+            yield content
     except (OSError, pyarrow.ArrowException) as error:
         raise OSError(f"cannot read {file}: {one_line(error)}") from None
 

@@ -60,7 +60,7 @@ def describe(model: str, model_args: dict[str, Any], diffusion_args: dict[str, A
                         "for a learned variance; set learn_sigma to false")
     with prefix_errors("`diffusion_args`: sampling:", *WRONG_VALUE):
         settings = SamplingSettings.recommend(process, label_drop, sampling)
-    spec = spec_of(model, model_args, from_data, diffusion, data, autoencoder, settings)
+    spec = build_spec(model, model_args, from_data, diffusion, data, autoencoder, settings)
     with prefix_errors("`diffusion_args`: sampling:", *WRONG_VALUE):
         check_thresholding(Sampling.of(spec).settings, autoencoder)
     return spec, label_drop
@@ -75,10 +75,10 @@ def describe_autoencoder(model: str, model_args: dict[str, Any], diffusion_args:
     if min(data.image_size) < SSIM_WINDOW:
         raise UserError(f"`image_size` {data.image_size} is less than the {SSIM_WINDOW} pixels of SSIM's window")
     from_data = dict(input_size=tuple(data.image_size), in_channels=data.channels)
-    return spec_of(model, model_args, from_data, {}, data, autoencoder, None)
+    return build_spec(model, model_args, from_data, {}, data, autoencoder, None)
 
 
-def spec_of(model: str, model_args: dict[str, Any], from_data: dict[str, Any], diffusion: dict[str, Any], data: TrainingData,
+def build_spec(model: str, model_args: dict[str, Any], from_data: dict[str, Any], diffusion: dict[str, Any], data: TrainingData,
             autoencoder: nn.Module, sampling: SamplingSettings | None) -> Spec:
     """The Spec, after its network was built once without memory."""
     with prefix_errors("`model_args`:"):
@@ -151,8 +151,10 @@ def open_run(results: Path, run_name: str | None, model: str) -> Path:
     folder = folder or new_folder(results, model.replace("/", "-"))
     for part in ("checkpoints", "previews"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    lock_folder(folder, launch, "choose another `run_name`")
-    write_text(folder / "launch", launch)
+    file = folder / "launch"
+    restart = is_restart(launch) and file.read_text() == launch if file.is_file() else is_restart()
+    lock_folder(folder, restart, "choose another `run_name`")
+    write_text(file, launch)
     return folder
 
 

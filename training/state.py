@@ -57,10 +57,10 @@ class Training:
     saved: int = 0                        # the step of the newest checkpoint in the run's folder; not saved itself
 
     @classmethod
-    def begin(cls, model: nn.Module, meter: "LossMeter", lr: float, args: OptimizerArgs) -> "Training":
+    def begin(cls, model: nn.Module, lr: float, args: OptimizerArgs) -> "Training":
         trained = [p for p in model.parameters() if p.requires_grad]
         opt = torch.optim.AdamW(trained, lr, args.betas, weight_decay=args.weight_decay, fused=True)
-        return cls(model, copy.deepcopy(model).eval().requires_grad_(False), opt, meter)
+        return cls(model, copy.deepcopy(model).eval().requires_grad_(False), opt, LossMeter().to(trained[0].device))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
