@@ -23,7 +23,7 @@ The protocol, written before the first run:
   factor of 2 while its best lies at an end. On `cifar` each family chooses among three shapes, patch 1 or 2, on the others
   DiT among two. The network and rate with the lowest FD-classifier go on.
 - Then three seeds of each family with the whole budget, and cosine runs of their own over 1/8, 1/4 and 1/2 of it (seed 0).
-- Sizes have equal step times within 10 %; parameters and multiply-accumulates are told.
+- Step times of the networks of a task are within 10 % of their middle; parameters and multiply-accumulates are told.
 - Figures: FD-classifier (the one that decides), FD-pixel32, label accuracy, nearest training image, each with its floor, the
   figure of real images. Where there is an autoencoder, the distance of reconstructed training images is told too: no
   denoiser can do better than that.
@@ -135,7 +135,7 @@ def time_networks(name: str, task: Task, networks: dict[str, Network]) -> dict[s
             start = time.perf_counter()
             call()
             seconds[title].append(time.perf_counter() - start)
-    return {title: {"seconds": statistics.median(own[2:]), "fastest": min(own), "slowest": max(own[2:]),
+    return {title: {"seconds": statistics.median(own[2:]), "fastest": min(own[2:]), "slowest": max(own[2:]),
                     "parameters": sum(p.numel() for p in networks[title].parameters() if p.requires_grad),
                     "macs": count_macs(networks[title])} for title, own in seconds.items()}
 

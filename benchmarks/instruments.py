@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from runtime.processes import synchronize
 
-KINDS = {  # of kernels, by the first pattern that their names match
+KINDS = {  # of kernels, by the first pattern that their names match (see kind_of)
     "attention": r"flash|fmha|attention|sdpa", "convolution": r"conv|dgrad|wgrad|fprop",
     "matmul": r"gemm|nvjet|cutlass|cublas|addmm|::b?mm|linear", "other": ""}
 FREE = re.compile("empty|_unsafe_view|detach")  # operations that are no views, but move nothing
@@ -43,9 +43,15 @@ def kernel_seconds(call: Callable[[], object], device: torch.device) -> dict[str
     seconds = Counter()
     for event in profiler.key_averages():
         if not cuda or event.device_type == DeviceType.CUDA:  # on CUDA the kernels, not what launched them
-            kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, event.key, re.IGNORECASE))
-            seconds[kind] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+            seconds[kind_of(event.key)] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
     return dict(seconds)
+
+
+def kind_of(kernel: str) -> str:
+    """One of KINDS. Triton's pointwise kernels and reductions bear names of what they are fused from, a convolution's too."""
+    if kernel.startswith(("triton_poi_", "triton_per_", "triton_red_")):
+        return "other"
+    return next(kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE))
 
 
 @contextmanager

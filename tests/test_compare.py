@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import assert_one_line
+from conftest import ROOT, assert_one_line
 
 from benchmarks import compare, comparison
 from benchmarks.comparison import Run, plan, search, steps_of
@@ -183,3 +183,30 @@ def test_failure_of_training_is_a_result(tmp_path, monkeypatch):
     assert report["failed"] == "error: the loss is not finite"
     assert comparison.distance(report) == math.inf
     assert json.loads(json.dumps(report))["share"] == 0.2
+
+
+def test_a_timed_step_is_a_whole_one():
+    task, network = comparison.TASKS["digits"], compare.build(("DiNext-U-S", dict(hidden_size=8, depths=[1] * 5)), (1, 8, 8))
+    torch.nn.init.normal_(network.head.linear.weight)  # else gradients before the last layer are 0
+    before = [parameter.clone() for parameter in network.parameters()]
+    step = compare.training_step(network, task)
+    step()
+    step()  # a zero gate moves in the first step, and what stands before it in the second
+    moved = [not torch.equal(a, b) for a, b in zip(before, network.parameters())]
+    assert all(moved)
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_results_are_those_of_the_networks_that_are_named():
+    """A network of the list that changes leaves its results behind."""
+    results = comparison.read_results(ROOT / "benchmarks/results/compare")
+    runs = [result for result in results.values() if "network" in result]
+    assert len(runs) > 50
+    for result in runs:
+        assert [result["preset"], result["model_args"]] == list(
+            comparison.TASKS[result["task"]].families[result["family"]][result["network"]])
+    for name, task in comparison.TASKS.items():
+        for family in task.families.values():
+            for title, network in family.items():
+                trained = sum(p.numel() for p in compare.build(network, task.shape).parameters() if p.requires_grad)
+                assert trained == results[f"{name}-times"]["networks"][title]["parameters"], title

@@ -14,11 +14,11 @@ from pipeline.spec import SamplingSettings
 from runtime.pictures import to_uint8
 
 
-def draw(path, indices, labels=None, reuse=None, eta=0.0, precision="fp32", on_step=lambda step: None, **overrides):
+def draw(path, indices, labels=None, reuse=None, eta=0.0, precision="fp32", on_step=lambda step: None, seed=0, **overrides):
     restored = checkpoint.restore(path)
     given = overrides | dict(eta=eta, precision=precision) | (reuse or {})
     sampling = Sampling.of(restored.spec, given, restored.model)
-    return generate(restored.model, Pixels(), labels or [i % 5 for i in indices], indices, 0, sampling, on_step)
+    return generate(restored.model, Pixels(), labels or [i % 5 for i in indices], indices, seed, sampling, on_step)
 
 
 @pytest.mark.parametrize("overrides", [dict(), dict(sampler="ddim", eta=1.0), dict(sampler="heun", cfg_scale=1.0)])
@@ -34,7 +34,8 @@ def test_image_17_is_image_17_whatever_the_batch(gaussian_run, overrides):
 def test_seed_label_and_guidance_change_an_image(gaussian_run):
     base = draw(gaussian_run, [3])
     for other in (draw(gaussian_run, [4], labels=[3]), draw(gaussian_run, [3], labels=[1]),
-                  draw(gaussian_run, [3], cfg_scale=1.0), draw(gaussian_run, [3], cfg_channels=1)):
+                  draw(gaussian_run, [3], cfg_scale=1.0), draw(gaussian_run, [3], cfg_channels=1),
+                  draw(gaussian_run, [3], seed=1)):
         assert not torch.equal(base, other)
 
 

@@ -1,9 +1,10 @@
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, assert_close, family, random_network
+from conftest import GOLDEN, ROOT, assert_close, family, random_network
 from timm.layers import GlobalResponseNormMlp
 from timm.layers.grn import GlobalResponseNorm as GlobalResponseNormOracle
 from torch.utils.flop_counter import FlopCounterMode
@@ -104,6 +105,18 @@ def test_parameters_and_multiply_accumulates(name):
     parameters, gmac, parameter_tolerance, gmac_tolerance = TABLE[name]
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, rel=parameter_tolerance)
     assert counter.get_total_flops() / 2e9 == pytest.approx(gmac, rel=gmac_tolerance)
+
+
+def test_the_readme_tells_parameters_and_multiply_accumulates():
+    rows = re.findall(r"^\| `(\S+)\*(\S*)` \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 3
+    for kind, patch, cells in rows:
+        for size, cell in zip(("S", "B", "L", "XL"), cells.split("|"), strict=True):
+            with torch.device("meta"), FlopCounterMode(display=False) as counter:
+                model = DIFFUSION_NETWORKS[f"{kind}{size}{patch}"]()
+                model(torch.empty(1, 4, 32, 32), torch.empty(1), torch.empty(1, dtype=torch.long))
+            parameters = sum(p.numel() for p in model.parameters())
+            assert cell.strip() == f"{parameters / 1e6:.1f} M, {counter.get_total_flops() / 2e9:.1f} G", (kind, size)
 
 
 def test_the_registry_holds_every_family_and_size():

@@ -74,6 +74,16 @@ def test_the_picture_tells_how_it_was_made(tiny_run, tmp_path):
                                 "dynamic_thresholding": "False", "precision": "fp32", "reuse": "none"}
 
 
+def test_another_seed_draws_another_picture(tiny_run, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    pixels = []
+    for seed in (1, 2, 1):
+        run_here(sample, "--ckpt", tiny_run, "--class-labels", 3, "--num-sampling-steps", 2, "--seed", seed)
+        with Image.open("sample.png") as picture:
+            pixels.append(picture.tobytes())
+    assert pixels[0] == pixels[2] != pixels[1]
+
+
 def test_each_column_is_one_label_however_many_there_are(tiny_run, tmp_path, monkeypatch, run_here):
     monkeypatch.chdir(tmp_path)
     flags = ["--ckpt", tiny_run, "--class-labels", " ".join(str(i % 10) for i in range(12)), "--num-sampling-steps", 2]

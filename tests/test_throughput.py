@@ -8,7 +8,7 @@ import torch
 from conftest import assert_one_line
 from torch.nn.attention import SDPBackend
 
-from benchmarks.instruments import ByteCounter, FusedAttention
+from benchmarks.instruments import ByteCounter, FusedAttention, kind_of
 from models import DiT, DiT_models
 
 NAMES = ["DiT-S/2", "DiNext-S/2", "diffusers/DiT-S/2"]
@@ -77,6 +77,15 @@ def test_a_setting_too_large_is_recorded_and_the_sweep_goes_on(tiny, run_here, m
     assert result.returncode == 0, result.stderr
     assert [r["out_of_memory"] for r in json.loads(out.read_text())["results"]] == [True, False, False, False]
     assert "out of memory" in result.stdout
+
+
+@pytest.mark.parametrize(("kernel", "kind"), [
+    ("triton_poi_fused_convolution_0", "other"), ("triton_per_fused_addmm_native_layer_norm_3", "other"),
+    ("triton_red_fused__scaled_dot_product_flash_attention_2", "other"), ("triton_tem_fused_addmm_4", "matmul"),
+    ("void flash_fwd_kernel<…>", "attention"), ("sm90_xmma_fprop_implicit_gemm", "convolution"),
+    ("nvjet_hsh_128x256", "matmul"), ("void at::native::vectorized_elementwise_kernel", "other")])
+def test_a_kernel_is_known_by_its_name(kernel, kind):
+    assert kind_of(kernel) == kind
 
 
 def test_a_training_step_trains_and_a_forward_pass_does_not(tiny, monkeypatch):

@@ -1,6 +1,7 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ import train
 from models import DiT_models
 from pipeline import checkpoint
 from runtime.processes import start_world
+from training.order import GlobalOrder
 
 FLOW = ["--diffusion-args", '{"objective": "flow"}']
 
@@ -448,3 +450,30 @@ def test_a_validation_owed_before_the_first_step_leaves_the_shapes_static(tmp_pa
     assert len(metrics(folder, "val_loss")) == 3
     assert len(shapes) == 3
     assert all(isinstance(size, int) for sizes in shapes for size in sizes)
+
+
+def test_the_learning_rate_follows_warm_up_and_cosine(tmp_path):
+    flags = ["--optimizer-args", '{"warmup_steps": 2, "schedule": "cosine"}', "--max-steps", 4]
+    rates = [rate for (rate,) in metrics(run(tmp_path, "r", *flags), "lr")]
+    assert rates == pytest.approx([0.002 * min(1, (k + 1) / 3) * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)])
+
+
+def test_the_decay_of_the_ema_is_the_flags(tmp_path):
+    state = final(run(tmp_path, "r", "--max-steps", 2, "--ema-decay", 0))
+    for key, value in state["model"].items():
+        assert torch.equal(state["ema"][key], value), key
+
+
+def test_flags_reach_what_they_are_for(tmp_path, monkeypatch):
+    """Seed, label drop and data root, where each is used."""
+    used, draw, load = [], train.Objective.draw, train.load_dataset
+    monkeypatch.setattr(train.Objective, "draw", lambda self, address, *rest: used.append((address, self.label_drop)) or draw(
+        self, address, *rest))
+    monkeypatch.setattr(train, "GlobalOrder", lambda length, size, seed, *rest: used.append(("order", seed)) or GlobalOrder(
+        length, size, seed, *rest))
+    monkeypatch.setattr(train, "load_dataset", lambda path, size, root, **rest: used.append(("root", root)) or load(
+        path, size, root, **rest))
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: used.append(("weights", seed)))
+    run(tmp_path, "r", "--global-seed", 5, "--max-steps", 1, "--data-root", "here", "--diffusion-args",
+        '{"objective": "flow", "label_drop": 0.25}')
+    assert {(("train", 5, 0), 0.25), ("order", 5), ("weights", 5), ("root", "here")} <= set(used)
