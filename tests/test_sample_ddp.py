@@ -132,14 +132,14 @@ def test_a_finished_output_is_left_alone(draw, tmp_path):
 def test_every_switch_has_its_own_name(draw, tmp_path):
     for flags in ([], ["--guidance-interval", 100, 900], ["--reuse", "encoder"], ["--sampler", "dpm++"], ["--balanced"],
                   ["--sampler", "ddim", "--eta", 0.5], ["--precision", "bf16"], ["--dynamic-thresholding", "true"],
-                  ["--cfg-scale", 2], ["--global-seed", 1], ["--sampler", "ddim"]):
+                  ["--cfg-scale", 2], ["--balanced", "--global-seed", 1], ["--sampler", "ddim"]):
         assert draw(*flags, "--num-fid-samples", 2)[0].returncode == 0
     outputs = list((tmp_path / "samples").glob("*.npz"))
     assert len(outputs) == 11
     images = {path.name.split("cfg-")[1]: np.load(path)["arr_0"].tobytes() for path in outputs}
-    plain = "1.0-1-heun-3-fp32-seed-0-2.npz"
-    for other in ("1.0-1-heun-3-fp32-seed-1-2.npz", "2.0-1-heun-3-fp32-seed-0-2.npz", "1.0-1-ddim-3-fp32-seed-0-2.npz",
-                  "1.0-1-thresholded-heun-3-fp32-seed-0-2.npz"):
+    plain = "1.0-1-heun-3-fp32-seed-0-balanced-2.npz"
+    for other in ("1.0-1-heun-3-fp32-seed-1-balanced-2.npz", "2.0-1-heun-3-fp32-seed-0-2.npz",
+                  "1.0-1-thresholded-heun-3-fp32-seed-0-2.npz", "1.0-1-ddim-3-fp32-seed-0-2.npz"):
         assert images[other] != images[plain], other  # the other switches change little in a network of six steps
     assert images["1.0-1-ddim-3-eta-0.5-fp32-seed-0-2.npz"] != images["1.0-1-ddim-3-fp32-seed-0-2.npz"]
 
