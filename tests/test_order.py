@@ -14,7 +14,7 @@ from conftest import ROOT, TINY_RUN, run_script
 from pipeline import checkpoint
 from runtime import UserError
 from training.datasets import load_dataset
-from training.order import Batches, GlobalOrder, read_ahead
+from training.order import Batches, GlobalOrder, end_workers, read_ahead
 from training.rows import Readable, Rows
 
 
@@ -145,7 +145,7 @@ def assert_all_ended(process):
     assert not found, found
 
 
-@pytest.mark.parametrize(("workers", "nproc"), [(0, 1), (2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize(("workers", "nproc"), [(0, 1), (2, 1), pytest.param(4, 1, marks=pytest.mark.slow), (2, 2)])
 def test_an_unreadable_picture_ends_a_run_at_once(damaged_photographs, tmp_path, workers, nproc):
     """Without waiting for data workers, which ignore the signal that Python would end them with."""
     process = start_training(damaged_photographs, tmp_path, workers, nproc, "--max-steps", 500, "--max-skipped", 0)
@@ -157,8 +157,8 @@ def test_an_unreadable_picture_ends_a_run_at_once(damaged_photographs, tmp_path,
     assert_all_ended(process)
 
 
-@pytest.mark.parametrize(("workers", "nproc", "number"),
-                         [(2, 1, signal.SIGINT), (4, 1, signal.SIGTERM), (2, 2, signal.SIGTERM)])
+@pytest.mark.parametrize(("workers", "nproc", "number"), [
+    (2, 1, signal.SIGINT), pytest.param(4, 1, signal.SIGTERM, marks=pytest.mark.slow), (2, 2, signal.SIGTERM)])
 def test_a_signal_ends_a_run_with_an_unreadable_picture(damaged_photographs, tmp_path, workers, nproc, number):
     process = start_training(damaged_photographs, tmp_path, workers, nproc, "--max-steps", 100_000, "--run-name", "x")
     log = tmp_path / "results" / "x" / "log.txt"
@@ -231,6 +231,7 @@ def test_a_bug_in_a_data_set_keeps_its_traceback(num_workers):
     with pytest.raises(RuntimeError, match="Sizes of tensors must match") as caught:
         list(batches)
     assert num_workers == 0 or "in __getitems__" in str(caught.value)
+    end_workers()  # or else the collection of the loader waits for them
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -241,3 +242,4 @@ def test_what_a_user_can_mend_comes_without_a_workers_traceback(num_workers):
 
     with pytest.raises(UserError, match=r"^row 3: no label$"):
         list(read_ahead(Unreadable(), [torch.arange(3)], num_workers, pin_memory=False))
+    end_workers()

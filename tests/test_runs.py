@@ -31,6 +31,7 @@ def test_runs_are_numbered_named_locked_and_found_again_by_a_restart(tmp_path, m
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path; from training.runs import open_run; open_run(Path({str(tmp_path)!r}), "mine", "DiT-XL/2")"""
     open_run(tmp_path, "mine", "DiT-XL/2")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # a process of the same launch would wait for the lock
     second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "UserError: another process is at work in" in second.stderr
 
