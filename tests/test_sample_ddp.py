@@ -275,7 +275,7 @@ def test_settings_that_the_name_does_not_tell_are_not_mixed(draw, first, second,
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(("owner", "name"), [
-    (os, "replace"), (Path, "unlink"), (shutil, "rmtree"), (np, "save"), (sample_ddp, "write_text"), (os, "fsync")],
+    (os, "replace"), (Path, "unlink"), (shutil, "rmtree"), (np, "save"), (sample_ddp, "write_json"), (os, "fsync")],
     ids=lambda value: value if isinstance(value, str) else "")
 def test_stopped_at_any_write_the_same_command_ends_the_same(draw, tiny_run, tmp_path, monkeypatch, owner, name, when):
     """An output of older weights is overwritten, with pictures, and stopped at each call in turn until there is none left."""
