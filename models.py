@@ -475,14 +475,7 @@ class DiT(Isotropic):
 class DiNext(Isotropic):
     """DiT with ConvNeXt-V2 blocks. At equal depth and width it has half of DiT's parameters and multiply-accumulates.
 
-    Args: the defaults are DiNext-XL/2 on the latents of 256 x 256 ImageNet images.
-        input_size: H = W, or (H, W), of the image or latent; multiples of patch_size.
-        patch_size: p; a token stands for p x p pixels.
-        in_channels: C, the channels of the image or latent.
-        hidden_size: D, the width of the tokens.
-        depth: number of blocks.
-        mlp_ratio: hidden width of a block's MLP, divided by D.
-        num_classes, learn_sigma, gradient_checkpointing, adaln: see DiT.
+    For its arguments see DiT; hidden_size may be any width. The defaults are DiNext-XL/2 on ImageNet's latents at 256 x 256.
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
@@ -501,11 +494,10 @@ class DiNextU(Backbone):
 
     Args: the defaults are DiNext-U-S on the latents of 256 x 256 ImageNet images.
         input_size: H = W, or (H, W), of the image or latent; multiples of 4.
-        in_channels: C, the channels of the image or latent.
         hidden_size: D, the width of the first stage, even. Each halving of the resolution doubles the width.
         depths: number of blocks of each stage.
         mlp_ratio: hidden width of a block's MLP, divided by the block's width.
-        num_classes, learn_sigma, gradient_checkpointing: see DiT.
+        in_channels, num_classes, learn_sigma, gradient_checkpointing: see DiT.
     """
 
     LEVELS = (0, 1, 2, 1, 0)  # stage s runs at 1/2**LEVELS[s] of the resolution

@@ -41,7 +41,7 @@ from pipeline.generation import (
 )
 from pipeline.spec import BareWeights, SamplingSettings
 from runtime import UserError, cli
-from runtime.files import atomic, check_writable, in_batches, is_restart, lock_folder, write_json
+from runtime.files import atomic, check_writable, in_batches, is_restart, lock_folder, read_json, write_json
 from runtime.processes import World, start_world, synchronize
 from runtime.randomness import generator
 
@@ -166,10 +166,9 @@ def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int
 def read_record(path: Path) -> dict:
     """The settings in a NAME.json; empty if it is missing or damaged."""
     try:
-        found = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        return read_json(path)
+    except (FileNotFoundError, UserError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def part_path(parts: Path, indices: range) -> Path:

@@ -74,7 +74,7 @@ from diffusion import create_diffusion
 from evaluation.image_sets import save_npz
 from pipeline.autoencoders import latents_of, load_autoencoder
 from runtime import UserError, cli
-from runtime.files import check_writable, in_batches, lock_folder, write_json
+from runtime.files import check_writable, in_batches, lock_folder, read_json, write_json
 from runtime.pictures import to_uint8
 from runtime.randomness import generator
 from small_models import DIFFUSION_NETWORKS
@@ -110,12 +110,11 @@ def time_steps(args: Namespace) -> None:
     others; its seconds are scaled by what the others took at first over what they take now, the median.
     """
     torch.set_num_threads(1)
+    check_writable(args.results)
     for name in args.tasks:
         task, path = TASKS[name], Path(args.results) / f"{name}-times.json"
         networks = {title: network for family in task.families.values() for title, network in family.items()}
-        first = {"batch_size": task.batch_size, "rounds": ROUNDS, "networks": {}}
-        if path.exists():
-            first = json.loads(path.read_text())
+        first = read_json(path) if path.exists() else {"batch_size": task.batch_size, "rounds": ROUNDS, "networks": {}}
         if networks.keys() <= first["networks"].keys():
             raise UserError(f"{path} has all networks, and budgets depend on it; delete it to measure anew")
         now = time_networks(name, task, networks)

@@ -1,10 +1,10 @@
 """What sampling.py and gpu_report.py write: reports that continue, tables, a plot."""
 
-import json
 import statistics
 from pathlib import Path
 
 from runtime import UserError
+from runtime.files import read_json
 
 
 def continued(out: Path, settings: dict) -> dict | None:
@@ -16,7 +16,7 @@ def continued(out: Path, settings: dict) -> dict | None:
     if not out.exists():
         return None
     try:
-        found = json.loads(out.read_text())
+        found = read_json(out)
         stored = dict(found["settings"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"--out {out} exists and is no report of this script; name another file") from None

@@ -84,8 +84,10 @@ def test_a_network_added_later_is_timed_beside_the_others(tmp_path, monkeypatch)
     (tmp_path / "digits-times.json").write_text(json.dumps(stored))
     monkeypatch.setattr(compare, "time_networks", lambda *args: {name: {"seconds": s} for name, s in now.items()})
     threads = torch.get_num_threads()
-    compare.main(compare.build_parser().parse_args(["time", "--tasks", "digits", "--results", str(tmp_path)]))
+    for folder in (tmp_path, tmp_path / "new"):
+        compare.main(compare.build_parser().parse_args(["time", "--tasks", "digits", "--results", str(folder)]))
     torch.set_num_threads(threads)
+    assert json.loads((tmp_path / "new/digits-times.json").read_text())["networks"]["DiT/1 40x2"]["seconds"] == 0.2
     report = json.loads((tmp_path / "digits-times.json").read_text())
     assert {name: own["seconds"] for name, own in report["networks"].items()} == first | {"DiNext-U 16": 0.25}
     assert report["networks"]["DiT/1 40x2"] == {"seconds": 0.1}

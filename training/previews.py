@@ -16,7 +16,6 @@ from runtime.processes import World, autocast
 from training.rows import Readable, Rows
 
 MAX_FRAMES = 200  # of previews.gif
-
 PREVIEW_ROWS = 4
 
 

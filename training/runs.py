@@ -79,7 +79,7 @@ def describe_autoencoder(model: str, model_args: dict[str, Any], diffusion_args:
 
 
 def build_spec(model: str, model_args: dict[str, Any], from_data: dict[str, Any], diffusion: dict[str, Any], data: TrainingData,
-            autoencoder: nn.Module, sampling: SamplingSettings | None) -> Spec:
+               autoencoder: nn.Module, sampling: SamplingSettings | None) -> Spec:
     """The Spec, after its network was built once without memory."""
     with prefix_errors("`model_args`:"):
         chosen = check_arguments(constructor_of(model)[0], model_args, set(from_data))
