@@ -7,10 +7,13 @@
 
 `run` may be killed at any moment; the same command goes on. One JSON a run lies in --results, failures too. For `cifar` first
 
-    python train.py --config configs/cifar_autoencoder.yaml --max-steps 6000 --run-name cifar-autoencoder --data-path DATA/train
-    python extract_features.py --vae results/cifar-autoencoder --features-path features/cifar10/train --data-path DATA/train
+    VAE=benchmarks/results/compare/cifar-autoencoder
+    python extract_features.py --vae $VAE --image-size 32 --data-path DATA/train --features-path features/cifar10/train
 
-with `--image-size 32`; DATA is a folder of CIFAR-10's pictures, with `train` and `test`.
+DATA is a folder of CIFAR-10's pictures, with `train` and `test`. The autoencoder and the classifiers lie in --results too: all
+figures depend on them, and two computers do not train the same ones. The autoencoder's command was
+
+    python train.py --config configs/cifar_autoencoder.yaml --max-steps 6000 --image-size 32 --data-path DATA/train
 
 The protocol, written before the first run:
 
@@ -34,7 +37,8 @@ were measured again; the searches before had DiNext's older, larger ones, that i
 range of rates now grows for every network, not only for the best of a family.
 
 Added on 2026-11-26, before any run of `cifar` with the whole budget: ConvAdaLN, MinDiff's network of dense 3x3 convolutions, in
-one shape, as a reference from outside.
+one shape, as a reference from outside. On the same day the machine of the searches was lost, and with it the autoencoder and
+the classifiers. Those of --results were trained again by the same commands. Only the searches had the first ones.
 """
 
 import json
@@ -92,8 +96,8 @@ def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Compare networks by what they draw after the same compute time.")
     parser.add_argument("what", choices=list(ACTIONS), help="time first, then run; list and plot at any time")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="in this order")
-    parser.add_argument("--results", default="benchmarks/results/compare", help="folder of the JSON files, table and figure")
-    parser.add_argument("--work", default="results/compare", help="folder of runs, samples and classifiers")
+    parser.add_argument("--results", default="benchmarks/results/compare", help="folder of JSON, classifiers, table and figure")
+    parser.add_argument("--work", default="results/compare", help="folder of runs and samples")
     parser.add_argument("--data-root", default="data", help="where MNIST lies")
     parser.add_argument("--cifar", default="data/cifar10-jpg", help="CIFAR-10's pictures, with train and test")
     parser.add_argument("--cifar-features", default="features/cifar10/train", help="their latents, mirrored ones too")
@@ -280,7 +284,7 @@ def expand(flags: str, args: Namespace) -> list[str]:
 
 
 def classifier_of(task: str, args: Namespace) -> Path:
-    return Path(args.work) / f"classifier-{task}.pt"
+    return Path(args.results) / f"classifier-{task}.pt"
 
 
 def call(command: list[str], may_fail: bool = False) -> str | None:
