@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -41,6 +43,26 @@ def test_a_world_of_one_needs_no_torchrun(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="`device` cuda: this machine has none; available: cpu"):
             start_world("cuda")
+
+
+COUNT_FAULTS = """
+import resource, torch
+from runtime.processes import start_world
+start_world("cpu")
+faults = []
+for _ in range(3):
+    tensors = [torch.ones(2**21) for _ in range(16)]  # 8 MiB each
+    del tensors
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[2] - faults[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_memory_on_the_cpu_is_kept():
+    """A page is faulted in once: the third time that as many tensors are made, none is. Without mallopt 30,000 are."""
+    done = subprocess.run([sys.executable, "-c", COUNT_FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000
 
 
 @pytest.mark.parametrize("size", [1, 3])
