@@ -80,7 +80,7 @@ from pipeline.autoencoders import latents_of, load_autoencoder
 from runtime import UserError, cli
 from runtime.files import check_writable, in_batches, lock_folder, read_json, write_json
 from runtime.pictures import to_uint8
-from runtime.processes import keep_freed_memory
+from runtime.processes import start_world
 from runtime.randomness import generator
 from small_models import DIFFUSION_NETWORKS
 from training.datasets import load_dataset
@@ -115,7 +115,7 @@ def time_steps(args: Namespace) -> None:
     others; its seconds are scaled by what the others took at first over what they take now, the median.
     """
     torch.set_num_threads(1)
-    keep_freed_memory()  # as train.py does
+    start_world("cpu")  # as train.py does
     check_writable(args.results)
     for name in args.tasks:
         task, path = TASKS[name], Path(args.results) / f"{name}-times.json"

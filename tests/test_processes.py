@@ -65,6 +65,13 @@ def test_memory_on_the_cpu_is_kept():
     assert int(done.stdout) < 1000
 
 
+def test_denormal_numbers_are_zero_in_all_threads():
+    code = ("import torch; from runtime.processes import start_world; torch.set_num_threads(2); start_world('cpu');"
+            "print(torch.full((2**22,), 2e-39).mul(0.5).count_nonzero().item())")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 0
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_processes_of_one_start_share_a_part_of_the_store_that_dead_ones_do_not_know(size):
     store = torch.distributed.HashStore()
