@@ -197,16 +197,17 @@ def draw_curves(panel, task: str, done: list[Run], results: dict[str, dict]) -> 
     panel.set(title=task, xlabel="seconds of training, one CPU core", ylabel=FIGURES[0], xscale="log", yscale="log")
     mains = by_family(done, "main")
     measured = [results[run.name] for own in mains.values() for run in own if "figures" in results[run.name]]
-    for result in measured[:1]:  # the floor comes first: matplotlib divides by 0 at some single points of a log axis
+    # Floors come first: beside a single point of a log axis matplotlib may divide by 0.
+    for result in measured[:1]:
         panel.axhline(figure(result, FIGURES[0])["floor"], color="black", linestyle=":", linewidth=1)
+    if f"{task}-reconstructions" in results:
+        panel.axhline(distance(results[f"{task}-reconstructions"]), color="gray", linestyle="--", linewidth=1)
     for family, whole in mains.items():
         runs = by_family(done, "curve").get(family, []) + whole
         shares = sorted({run.share for run in runs})
         values = [[distance(results[run.name]) for run in runs if run.share == share] for share in shares]
         panel.errorbar([float(share) * TASKS[task].seconds for share in shares], list(map(statistics.mean, values)),
                        [statistics.stdev(own) if len(own) > 1 else 0 for own in values], marker="o", capsize=4, label=family)
-    if f"{task}-reconstructions" in results:
-        panel.axhline(distance(results[f"{task}-reconstructions"]), color="gray", linestyle="--", linewidth=1)
     if mains:
         panel.legend()
 
