@@ -38,7 +38,8 @@ range of rates now grows for every network, not only for the best of a family.
 
 Added on 2026-11-26, before any run of `cifar` with the whole budget: ConvAdaLN, MinDiff's network of dense 3x3 convolutions, in
 one shape, as a reference from outside. On the same day the machine of the searches was lost, and with it the autoencoder and
-the classifiers. Those of --results were trained again by the same commands. Only the searches had the first ones.
+the classifiers. Those of --results were trained again by the same commands. The first ones served the search of `cifar` and all
+runs of `mnist16`.
 """
 
 import json

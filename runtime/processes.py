@@ -122,11 +122,11 @@ def keep_freed_memory() -> None:
     """Let glibc keep the memory that tensors on the CPU free, for the next ones.
 
     It would return the larger pieces to Linux, which hands out every page anew, at a fault each: 15 % of a training step of
-    DiNext/1 128x3, 9 % of DiT/1 96x3 (`benchmarks/compare.py time --tasks cifar`, with and without). Peaks stay the same.
+    DiNext/1 128x3, 9 % of DiT/1 96x3 (medians of 5 quiet steps of benchmarks/compare.py's `training_step`). Peaks stay.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for parameter, value in MALLOPT.items() if mallopt else ():
-        mallopt(parameter, value)
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        for parameter, value in MALLOPT.items():
+            mallopt(parameter, value)
 
 
 def fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:
