@@ -218,17 +218,21 @@ class GlobalResponseNorm(nn.Module):
 
 
 class DiNextBlock(nn.Module):
-    """ConvNeXt-V2 block with adaLN-Zero and one residual: depthwise 7x7 -> modulated LayerNorm -> MLP with GRN -> gate."""
+    """ConvNeXt-V2 block with adaLN-Zero and one residual: depthwise 7x7 -> modulated LayerNorm -> MLP with GRN -> gate.
+
+    Without GRN it is ConvNeXt's first block (arXiv:2201.03545).
+    """
 
     VECTORS = 3
 
-    def __init__(self, hidden_size: int, mlp_ratio: float = 3.0, adaln: str = "zero"):
+    def __init__(self, hidden_size: int, mlp_ratio: float = 3.0, adaln: str = "zero", grn: bool = True):
         super().__init__()
         self.dwconv = nn.Conv2d(hidden_size, hidden_size, kernel_size=7, padding=3, groups=hidden_size)
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         inner = int(hidden_size * mlp_ratio)
         self.mlp = nn.Sequential(OrderedDict(
-            fc1=nn.Linear(hidden_size, inner), act=nn.GELU(), grn=GlobalResponseNorm(inner), fc2=nn.Linear(inner, hidden_size)))
+            fc1=nn.Linear(hidden_size, inner), act=nn.GELU(), grn=GlobalResponseNorm(inner) if grn else nn.Identity(),
+            fc2=nn.Linear(inner, hidden_size)))
         self.adaLN_modulation = ADALN[adaln](hidden_size, self.VECTORS)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -335,11 +339,11 @@ class Backbone(nn.Module):
         return split
 
 
-def initialize(network: nn.Module) -> None:
+def initialize(network: nn.Module, label_std: float) -> None:
     """Initialise as DiT does, in place: matrices by Xavier, embedders with std 0.02; biases, modulations and output are 0.
 
     A zero gate makes every block the identity at first (adaLN-Zero); this holds for adaLN-single too. Depthwise kernels
-    keep PyTorch's default.
+    keep PyTorch's default. The labels' embeddings have their own std, in DiT 0.02 too.
     """
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -351,7 +355,7 @@ def initialize(network: nn.Module) -> None:
             nn.init.normal_(module.mlp[0].weight, std=0.02)
             nn.init.normal_(module.mlp[2].weight, std=0.02)
         elif isinstance(module, LabelEmbedder):
-            nn.init.normal_(module.embedding_table.weight, std=0.02)
+            nn.init.normal_(module.embedding_table.weight, std=label_std)
         elif isinstance(module, AdaLN):
             nn.init.zeros_(module[-1].weight)
         if isinstance(module, (FinalLayer, ConvHead)):
@@ -441,13 +445,14 @@ class DiT(Isotropic):
         time_scale: the embedded timestep, divided by t in 0..1000. SiT and REPA embed 0..1: 0.001.
         qk_norm: RMSNorm of each head's queries and keys.
         lightning: LightningDiT's blocks and last norm. Needs adaln="zero", and heads of a multiple of 4 channels.
+        label_std: standard deviation of the labels' embeddings at first. 1 helps short runs (docs/comparison.md).
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
                  hidden_size: int = 1152, depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0,
                  num_classes: int = 1000, learn_sigma: bool = True, gradient_checkpointing: bool = False,
                  adaln: Literal["zero", "single"] = "zero", class_token: bool = False, time_scale: float = 1.0,
-                 qk_norm: bool = False, lightning: bool = False):
+                 qk_norm: bool = False, lightning: bool = False, label_std: float = 0.02):
         if class_token and adaln != "single":
             raise ValueError("class_token needs adaln 'single'")
         if num_heads < 1 or hidden_size % num_heads or hidden_size % 4:
@@ -465,7 +470,7 @@ class DiT(Isotropic):
         self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, N, D)
         if lightning:
             self.final_layer.norm_final = RMSNorm(hidden_size)
-        initialize(self)
+        initialize(self, label_std)
 
     def embed(self, x: Tensor) -> Tensor:
         # PatchEmbed returns a transposed view: without contiguous() the tokens would keep its strides in all blocks.
@@ -476,16 +481,17 @@ class DiNext(Isotropic):
     """DiT with ConvNeXt-V2 blocks. At equal depth and width it has half of DiT's parameters and multiply-accumulates.
 
     For its arguments see DiT; hidden_size may be any width. The defaults are DiNext-XL/2 on ImageNet's latents at 256 x 256.
+    grn: GRN in each block's MLP. DiNextV2 has none, and label_std 1.
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
                  hidden_size: int = 1152, depth: int = 28, mlp_ratio: float = 3.0, num_classes: int = 1000,
                  learn_sigma: bool = True, gradient_checkpointing: bool = False,
-                 adaln: Literal["zero", "single"] = "zero"):
-        blocks = [DiNextBlock(hidden_size, mlp_ratio, adaln) for _ in range(depth)]
+                 adaln: Literal["zero", "single"] = "zero", grn: bool = True, label_std: float = 0.02):
+        blocks = [DiNextBlock(hidden_size, mlp_ratio, adaln, grn) for _ in range(depth)]
         super().__init__(blocks, "NHWC", input_size, patch_size, in_channels, hidden_size, num_classes, learn_sigma,
                          gradient_checkpointing, adaln)
-        initialize(self)
+        initialize(self, label_std)
         self.to(memory_format=torch.channels_last)  # kernels in the memory format of their inputs
 
 
@@ -497,14 +503,15 @@ class DiNextU(Backbone):
         hidden_size: D, the width of the first stage, even. Each halving of the resolution doubles the width.
         depths: number of blocks of each stage.
         mlp_ratio: hidden width of a block's MLP, divided by the block's width.
-        in_channels, num_classes, learn_sigma, gradient_checkpointing: see DiT.
+        in_channels, num_classes, learn_sigma, gradient_checkpointing, label_std: see DiT. grn: see DiNext.
     """
 
     LEVELS = (0, 1, 2, 1, 0)  # stage s runs at 1/2**LEVELS[s] of the resolution
 
     def __init__(self, input_size: int | tuple[int, int] = 32, in_channels: int = 4, hidden_size: int = 128,
                  depths: tuple[int, int, int, int, int] = (2, 4, 8, 4, 2), mlp_ratio: float = 3.0,
-                 num_classes: int = 1000, learn_sigma: bool = True, gradient_checkpointing: bool = False):
+                 num_classes: int = 1000, learn_sigma: bool = True, gradient_checkpointing: bool = False,
+                 grn: bool = True, label_std: float = 0.02):
         super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, size_multiple=4)
         if len(depths) != 5 or min(depths) < 1 or hidden_size % 2:
             raise ValueError(f"depths {depths} must be five positive numbers, and hidden_size ({hidden_size}) even")
@@ -514,12 +521,12 @@ class DiNextU(Backbone):
         self.t_embedders = nn.ModuleList(TimestepEmbedder(width) for width in widths)
         self.y_embedders = nn.ModuleList(LabelEmbedder(num_classes, width) for width in widths)
         self.blocks = nn.ModuleList(
-            DiNextBlock(widths[level], mlp_ratio) for level, depth in zip(self.LEVELS, depths) for _ in range(depth))
+            DiNextBlock(widths[level], mlp_ratio, grn=grn) for level, depth in zip(self.LEVELS, depths) for _ in range(depth))
         self.resamplers = nn.ModuleList(  # resamplers[s] runs before the first block of stage s + 1
             [Downsample(widths[0]), Downsample(widths[1]), Upsample(widths[2]), Upsample(widths[1])])
         self.head = ConvHead(hidden_size, self.out_channels)
         self.default_split = sum(depths[:3])  # the two stages down and the middle one
-        initialize(self)
+        initialize(self, label_std)
         self.to(memory_format=torch.channels_last)  # kernels in the memory format of their inputs
 
     def condition(self, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -615,6 +622,7 @@ for _size, _preset in ISOTROPIC.items():
         DiT_models[f"DiNext-{_size}/{_patch}"] = partial(DiNext, patch_size=_patch, **_preset)
 for _size, _preset in U.items():
     DiT_models[f"DiNext-U-{_size}"] = partial(DiNextU, **_preset)
+DiT_models["DiNextV2-S/2"] = partial(DiNext, patch_size=2, grn=False, label_std=1.0, **ISOTROPIC["S"])
 DiT_models["PixArt-B/2"] = partial(DiT, patch_size=2, num_heads=12, adaln="single", class_token=True, **ISOTROPIC["B"])
 DiT_models["LightningDiT-XL/1"] = partial(DiT, input_size=16, patch_size=1, in_channels=32, num_heads=16, learn_sigma=False,
                                           lightning=True, **ISOTROPIC["XL"])

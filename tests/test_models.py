@@ -17,6 +17,7 @@ TINY = {
     "DiT": dict(hidden_size=24, depth=3, num_heads=2),
     "DiNext-U": dict(hidden_size=8, depths=(1, 2, 1, 1, 2)),
     "DiNext": dict(hidden_size=16, depth=3),
+    "DiNextV2": dict(hidden_size=16, depth=3),
     "PixArt": dict(hidden_size=24, depth=3, num_heads=2),
     "LightningDiT": dict(hidden_size=24, depth=3, num_heads=2),
     "MLP": dict(hidden_size=16, label_features=5),
@@ -122,7 +123,8 @@ def test_the_readme_tells_parameters_and_multiply_accumulates():
 def test_the_registry_holds_every_family_and_size():
     sizes = ("S", "B", "L", "XL")
     isotropic = {f"{kind}-{size}/{patch}" for kind in ("DiT", "DiNext") for size in sizes for patch in (2, 4, 8)}
-    assert set(DIFFUSION_NETWORKS) >= isotropic | {f"DiNext-U-{size}" for size in sizes} | {"PixArt-B/2", "MLP", "ConvAdaLN"}
+    assert set(DIFFUSION_NETWORKS) >= isotropic | {f"DiNext-U-{size}" for size in sizes} | {
+        "DiNextV2-S/2", "PixArt-B/2", "MLP", "ConvAdaLN"}
 
 
 # --- every backbone ------------------------------------------------------------------------------
@@ -201,9 +203,10 @@ def test_an_untrained_network_answers_zero_and_its_blocks_are_identities(name):
     assert torch.equal(block(h, c[0] if isinstance(c, tuple) else c), h)
 
 
-def test_a_dinext_block_is_the_written_formula():
-    """dw 7x7 -> LayerNorm -> modulate -> Linear C->3C -> GELU -> GRN -> Linear -> gate, written out on one sample."""
-    model = tiny("DiNext-S/2")
+@pytest.mark.parametrize("name", ["DiNext-S/2", "DiNextV2-S/2"])
+def test_a_dinext_block_is_the_written_formula(name):
+    """dw 7x7 -> LayerNorm -> modulate -> Linear C->3C -> GELU -> GRN, if any -> Linear -> gate, written out on one sample."""
+    model = tiny(name)
     block, x, c = model.blocks[0], torch.randn(1, 4, 4, 16), torch.randn(1, 16)
     h = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), block.dwconv.weight, block.dwconv.bias, padding=3, groups=16)
     h = h.permute(0, 2, 3, 1)
@@ -213,10 +216,27 @@ def test_a_dinext_block_is_the_written_formula():
     h = h * (1 + scale) + shift
     h = torch.nn.functional.gelu(h @ block.mlp.fc1.weight.T + block.mlp.fc1.bias)
     assert h.shape[-1] == 48
-    norm = h.square().sum(dim=(1, 2), keepdim=True).sqrt()
-    h = h + block.mlp.grn.weight * (h * norm / (norm.mean(-1, keepdim=True) + 1e-6)) + block.mlp.grn.bias
+    if name == "DiNext-S/2":
+        norm = h.square().sum(dim=(1, 2), keepdim=True).sqrt()
+        h = h + block.mlp.grn.weight * (h * norm / (norm.mean(-1, keepdim=True) + 1e-6)) + block.mlp.grn.bias
     expected = x + gate * (h @ block.mlp.fc2.weight.T + block.mlp.fc2.bias)
     assert_close(block(x, c), expected)
+
+
+@pytest.mark.parametrize("name", ["DiT-S/2", "DiNext-S/2", "DiNext-U-S", "DiNextV2-S/2"])
+def test_label_std_scales_the_label_embeddings_alone(name):
+    """50 times 0.02 is 1, from the same random numbers. DiNextV2 has 1 by itself."""
+    def weights(**kwargs):
+        torch.manual_seed(0)
+        return DIFFUSION_NETWORKS[name](input_size=8, **TINY[family(name)], **kwargs).state_dict()
+
+    small, large = weights(label_std=0.02), weights(label_std=1.0)
+    own = large if name == "DiNextV2-S/2" else small
+    for key, value in weights().items():
+        assert torch.equal(value, own[key])
+        assert_close(large[key], small[key] * (50 if "embedding_table" in key else 1))
+        assert "embedding_table" not in key or abs(large[key].std() - 1) < 0.05
+
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)])
 def test_global_response_norm_is_timms(dtype, tolerance):
