@@ -27,6 +27,7 @@ class Task(NamedTuple):
     real: tuple[str, str]        # held-out and training images, as evaluate.py names them
     classifier: str              # flags of classifier.py
     families: dict[str, dict[str, Network]]
+    follows: dict[str, str] = {}  # a family of one network -> one before it, whose learning rate it takes without a search
 
 
 TASKS = {
@@ -41,7 +42,11 @@ TASKS = {
         "DiNext-U": {"DiNext-U 64": ("DiNext-U-S", dict(hidden_size=64, depths=[1, 2, 3, 2, 1])),
                      "DiNext-U 64 21112": ("DiNext-U-S", dict(hidden_size=64, depths=[2, 1, 1, 1, 2])),
                      "DiNext-U 48 32223": ("DiNext-U-S", dict(hidden_size=48, depths=[3, 2, 2, 2, 3]))},
-        "ConvAdaLN": {"ConvAdaLN 96x4": ("ConvAdaLN", dict(hidden_size=96, depth=4))}}),
+        "ConvAdaLN": {"ConvAdaLN 96x4": ("ConvAdaLN", dict(hidden_size=96, depth=4))},
+        "DiNextV2": {"DiNextV2/1 128x3": ("DiNextV2-S/2", dict(patch_size=1, hidden_size=128, depth=3))},
+        "DiT labels": {"DiT/1 96x3 labels": (
+            "DiT-S/2", dict(patch_size=1, hidden_size=96, depth=3, num_heads=3, label_std=1.0))}},
+        {"DiNextV2": "DiNext", "DiT labels": "DiT"}),
     "mnist16": Task(420, 64, (1, 16, 16), "--data-path mnist --image-size 16 --vae pixels", ("mnist", "mnist"),
                     "--data-path mnist --image-size 16 --epochs 5", {
         "DiT": {"DiT/2 96x4": ("DiT-S/2", dict(hidden_size=96, depth=4, num_heads=3)),
@@ -82,6 +87,10 @@ def plan(task: str, results: dict[str, dict]) -> list[Run]:
     """The runs of a task in their order, as far as the results so far tell which these are."""
     runs, chosen = [], {}
     for family, networks in TASKS[task].families.items():
+        if leader := TASKS[task].follows.get(family):
+            best, (network,) = chosen[leader], networks
+            chosen[family] = best and best._replace(family=family, network=network)
+            continue
         searched, chosen[family] = search(task, family, list(networks), results)
         runs += searched
     if None in chosen.values():

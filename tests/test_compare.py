@@ -69,6 +69,21 @@ def test_seeds_and_curves_follow_the_search_of_all_families():
     assert len({run.name for run in plan("digits", results)}) == len(plan("digits", results))
 
 
+def test_a_family_that_follows_another_takes_its_rate_without_a_search(monkeypatch):
+    task = comparison.TASKS["digits"]
+    later = task._replace(families=task.families | {"Later": {"L": ("DiNext-U-S", {})}}, follows={"Later": "DiNext"})
+    monkeypatch.setitem(comparison.TASKS, "digits", later)
+    results = {}
+    for _ in range(5):  # the range of rates grows to that of DiNext's best
+        searching = plan("digits", results)
+        results |= {run.name: result(abs(math.log(run.lr / (12e-3 if run.family == "DiNext" else 3e-3)))) for run in searching
+                    if run.stage == "search"}
+    runs = [run for run in plan("digits", results) if run.family == "Later"]
+    assert [(run.stage, run.network, run.lr, run.seed) for run in runs] == [
+        *(("main", "L", 12e-3, seed) for seed in (0, 1, 2)), *3 * [("curve", "L", 12e-3, 0)]]
+    assert not [run for run in searching if run.network == "L" and run.stage == "search"]
+
+
 def test_a_budget_is_a_number_of_steps():
     times = {"mnist16-times": {"networks": {"DiT/2 96x4": {"seconds": 0.21}}}}
     run = Run("mnist16", "search", "DiT", "DiT/2 96x4", 3e-3, 0, Fraction(1, 5))
