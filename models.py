@@ -339,11 +339,11 @@ class Backbone(nn.Module):
         return split
 
 
-def initialize(network: nn.Module, label_std: float) -> None:
+def initialize(network: nn.Module, label_std: float = 0.02) -> None:
     """Initialise as DiT does, in place: matrices by Xavier, embedders with std 0.02; biases, modulations and output are 0.
 
     A zero gate makes every block the identity at first (adaLN-Zero); this holds for adaLN-single too. Depthwise kernels
-    keep PyTorch's default. The labels' embeddings have their own std, in DiT 0.02 too.
+    keep PyTorch's default. `label_std` is that of the labels' embeddings.
     """
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
