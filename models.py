@@ -220,7 +220,7 @@ class GlobalResponseNorm(nn.Module):
 class DiNextBlock(nn.Module):
     """ConvNeXt-V2 block with adaLN-Zero and one residual: depthwise 7x7 -> modulated LayerNorm -> MLP with GRN -> gate.
 
-    Without GRN it is ConvNeXt's first block (arXiv:2201.03545).
+    Without GRN it is the block of the first ConvNeXt (arXiv:2201.03545).
     """
 
     VECTORS = 3
@@ -343,7 +343,7 @@ def initialize(network: nn.Module, label_std: float = 0.02) -> None:
     """Initialise as DiT does, in place: matrices by Xavier, embedders with std 0.02; biases, modulations and output are 0.
 
     A zero gate makes every block the identity at first (adaLN-Zero); this holds for adaLN-single too. Depthwise kernels
-    keep PyTorch's default. `label_std` is that of the labels' embeddings.
+    keep PyTorch's default. `label_std` is the std of the labels' embeddings, where DiT has 0.02 too.
     """
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -445,7 +445,7 @@ class DiT(Isotropic):
         time_scale: the embedded timestep, divided by t in 0..1000. SiT and REPA embed 0..1: 0.001.
         qk_norm: RMSNorm of each head's queries and keys.
         lightning: LightningDiT's blocks and last norm. Needs adaln="zero", and heads of a multiple of 4 channels.
-        label_std: standard deviation of the labels' embeddings at first. 1 helps short runs (docs/comparison.md).
+        label_std: standard deviation of the labels' embeddings at first (for what 1 does see docs/comparison.md).
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,

@@ -132,7 +132,8 @@ def time_steps(args: Namespace) -> None:
         now = time_networks(name, task, networks)
         ratios = [old["seconds"] / now[title]["seconds"] for title, old in first["networks"].items() if title in now]
         scale = statistics.median(ratios) if ratios else 1.0
-        added = {title: own | {"seconds": scale * own["seconds"], "scale": scale, **about()} for title, own in now.items()}
+        added = {title: own | {key: scale * own[key] for key in ("seconds", "fastest", "slowest")} | {"scale": scale, **about()}
+                 for title, own in now.items()}
         write_json(path, first | {"networks": added | first["networks"]})
 
 

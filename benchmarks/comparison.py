@@ -88,8 +88,8 @@ def plan(task: str, results: dict[str, dict]) -> list[Run]:
     runs, chosen = [], {}
     for family, networks in TASKS[task].families.items():
         if leader := TASKS[task].follows.get(family):
-            best, (network,) = chosen[leader], networks
-            chosen[family] = best and best._replace(family=family, network=network)
+            (network,) = networks
+            chosen[family] = chosen[leader] and chosen[leader]._replace(network=network)
             continue
         searched, chosen[family] = search(task, family, list(networks), results)
         runs += searched

@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 
@@ -91,7 +92,7 @@ TABLE = {
     "DiT-S/2": (33, 6.1, 0.01, 0.01), "DiT-B/2": (130, 23, 0.01, 0.01), "DiT-L/2": (458, 81, 0.01, 0.01),
     "DiT-XL/2": (675, 119, 0.01, 0.01),
     "DiNext-S/2": (17.2, 2.8, 0.03, 0.03), "DiNext-B/2": (67, 11.0, 0.03, 0.03), "DiNext-L/2": (233, 39, 0.03, 0.03),
-    "DiNext-XL/2": (342, 57.6, 0.03, 0.03),
+    "DiNext-XL/2": (342, 57.6, 0.03, 0.03), "DiNextV2-S/2": (17.1, 2.8, 0.003, 0.03),
     "DiNext-U-S": (32.7, 3.0, 0.01, 0.06), "DiNext-U-B": (127.7, 11.8, 0.01, 0.06),
     "DiNext-U-L": (394.4, 35.7, 0.01, 0.06), "DiNext-U-XL": (698.8, 63, 0.01, 0.06),
 }
@@ -221,6 +222,13 @@ def test_a_dinext_block_is_the_written_formula(name):
         h = h + block.mlp.grn.weight * (h * norm / (norm.mean(-1, keepdim=True) + 1e-6)) + block.mlp.grn.bias
     expected = x + gate * (h @ block.mlp.fc2.weight.T + block.mlp.fc2.bias)
     assert_close(block(x, c), expected)
+
+
+def test_every_block_has_grn_or_none_has():
+    for name, grn in itertools.product(["DiNext-S/2", "DiNext-U-S"], [True, False]):
+        model = DIFFUSION_NETWORKS[name](grn=grn, **TINY[family(name)])
+        norms = [module for module in model.modules() if isinstance(module, GlobalResponseNorm)]
+        assert len(norms) == (len(model.blocks) if grn else 0)
 
 
 @pytest.mark.parametrize("name", ["DiT-S/2", "DiNext-S/2", "DiNext-U-S", "DiNextV2-S/2"])
