@@ -2,7 +2,7 @@
 
 - DiT: Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv:2212.09748). State-dict keys and outputs are
   those of the published weights; the initialisation is DiT's.
-- DiNext: ConvNeXt-V2 blocks (Woo et al., arXiv:2301.00808) with adaLN-Zero, at DiT's depths and widths.
+- DiNext: ConvNeXt-V2 blocks (Woo et al., arXiv:2301.00808) with adaLN-Zero, at DiT's depths and widths. DiNextV2 has no GRN.
 - DiNext-U: DiNext's block at three resolutions, as in FCDM (fully convolutional diffusion models).
 - PixArt: DiT with adaLN-single; the label is one more key and value (Chen et al., arXiv:2310.00426; nano-diffusion).
 - LightningDiT: DiT with RMSNorm, rotary positions and a gated MLP (Yao et al., arXiv:2501.01423).
@@ -46,8 +46,7 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.scale = scale
         self.mlp = nn.Sequential(
-            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
         self.frequency_embedding_size = frequency_embedding_size
 
     @staticmethod
@@ -218,10 +217,7 @@ class GlobalResponseNorm(nn.Module):
 
 
 class DiNextBlock(nn.Module):
-    """ConvNeXt-V2 block with adaLN-Zero and one residual: depthwise 7x7 -> modulated LayerNorm -> MLP with GRN -> gate.
-
-    Without GRN it is the block of the first ConvNeXt (arXiv:2201.03545).
-    """
+    """ConvNeXt-V2 block with adaLN-Zero and one residual: depthwise 7x7 -> modulated LayerNorm -> MLP with GRN -> gate."""
 
     VECTORS = 3
 
@@ -230,9 +226,9 @@ class DiNextBlock(nn.Module):
         self.dwconv = nn.Conv2d(hidden_size, hidden_size, kernel_size=7, padding=3, groups=hidden_size)
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         inner = int(hidden_size * mlp_ratio)
+        norm = GlobalResponseNorm(inner) if grn else nn.Identity()  # without: the first ConvNeXt's block (arXiv:2201.03545)
         self.mlp = nn.Sequential(OrderedDict(
-            fc1=nn.Linear(hidden_size, inner), act=nn.GELU(), grn=GlobalResponseNorm(inner) if grn else nn.Identity(),
-            fc2=nn.Linear(inner, hidden_size)))
+            fc1=nn.Linear(hidden_size, inner), act=nn.GELU(), grn=norm, fc2=nn.Linear(inner, hidden_size)))
         self.adaLN_modulation = ADALN[adaln](hidden_size, self.VECTORS)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -343,7 +339,7 @@ def initialize(network: nn.Module, label_std: float = 0.02) -> None:
     """Initialise as DiT does, in place: matrices by Xavier, embedders with std 0.02; biases, modulations and output are 0.
 
     A zero gate makes every block the identity at first (adaLN-Zero); this holds for adaLN-single too. Depthwise kernels
-    keep PyTorch's default. `label_std` is the std of the labels' embeddings, where DiT has 0.02 too.
+    keep PyTorch's default. With `label_std` the labels' embeddings have that std instead of 0.02.
     """
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -368,14 +364,12 @@ class Isotropic(Backbone):
     With adaln="single" all blocks share one projection of the sum of the timestep's and the label's vectors. With a class
     token it is a projection of the timestep's vector alone, and the label reaches the blocks through attention.
 
-    Args:
+    Args (the others are Backbone's):
         blocks: the blocks, called as `block(x, c)`, in the order in which they run.
         token_format: "NLC" for tokens (B, N, D), "NHWC" for (B, h, w, D).
         patch_size: p; H and W must be multiples of it.
         hidden_size: D, the width of the tokens.
         adaln, class_token, time_scale: see DiT.
-
-    The other arguments are those of Backbone.
     """
 
     def __init__(self, blocks: list[nn.Module], token_format: str, input_size: int | tuple[int, int], patch_size: int,
@@ -411,9 +405,8 @@ class Isotropic(Backbone):
 
     def decode(self, state: tuple[Tensor], c: Tensor, split: int | None = None) -> Tensor:
         """What encode returned for the same split -> (B, C or 2C, H, W)."""
-        (x,) = state
-        x = self.run_blocks(self.blocks[self.resolve_split(split) :], x, c)  # (B, N, D) or (B, h, w, D)
-        return self.unpatchify(self.final_layer(x, c))                       # (B, C or 2C, H, W)
+        x = self.run_blocks(self.blocks[self.resolve_split(split) :], *state, c)  # (B, N, D) or (B, h, w, D)
+        return self.unpatchify(self.final_layer(x, c))                            # (B, C or 2C, H, W)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(B, N, p*p*C) or (B, h, w, p*p*C) -> (B, C, H, W); C counts the channels of the output."""
@@ -480,8 +473,8 @@ class DiT(Isotropic):
 class DiNext(Isotropic):
     """DiT with ConvNeXt-V2 blocks. At equal depth and width it has half of DiT's parameters and multiply-accumulates.
 
-    For its arguments see DiT; hidden_size may be any width. The defaults are DiNext-XL/2 on ImageNet's latents at 256 x 256.
-    grn: GRN in each block's MLP. DiNextV2 has none, and label_std 1.
+    For its arguments see DiT; hidden_size may be any width, and grn is GRN in each block's MLP. DiNextV2 has none, and
+    label_std 1. The defaults are DiNext-XL/2 on ImageNet's latents at 256 x 256.
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
@@ -509,9 +502,8 @@ class DiNextU(Backbone):
     LEVELS = (0, 1, 2, 1, 0)  # stage s runs at 1/2**LEVELS[s] of the resolution
 
     def __init__(self, input_size: int | tuple[int, int] = 32, in_channels: int = 4, hidden_size: int = 128,
-                 depths: tuple[int, int, int, int, int] = (2, 4, 8, 4, 2), mlp_ratio: float = 3.0,
-                 num_classes: int = 1000, learn_sigma: bool = True, gradient_checkpointing: bool = False,
-                 grn: bool = True, label_std: float = 0.02):
+                 depths: tuple[int, int, int, int, int] = (2, 4, 8, 4, 2), mlp_ratio: float = 3.0, num_classes: int = 1000,
+                 learn_sigma: bool = True, gradient_checkpointing: bool = False, grn: bool = True, label_std: float = 0.02):
         super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, size_multiple=4)
         if len(depths) != 5 or min(depths) < 1 or hidden_size % 2:
             raise ValueError(f"depths {depths} must be five positive numbers, and hidden_size ({hidden_size}) even")

@@ -19,7 +19,7 @@ training/state training/runs training/previews
 evaluation/__init__ evaluation/metrics evaluation/image_sets evaluation/extractors evaluation/survey evaluation/figures
 """.split()  # a file imports those that stand before it
 SCRIPTS = ["train", "sample", "sample_ddp", "extract_features", "evaluate", "export"]
-LINES = {"models": 630}  # at most; of any other file, about 350
+LINES = {"models": 620}  # at most; of any other file, about 350
 
 
 def imported(name):
