@@ -204,6 +204,8 @@ def run_all(args: Namespace) -> None:
     list_runs(args)
     check_writable(work)
     for task in args.tasks:
+        check_data(task, args)
+    for task in args.tasks:
         prepare(task, args)
         while missing := missing_runs(task, folder):
             run = next((run for run in missing if claim(work / "claims" / run.name)), None)
@@ -211,6 +213,13 @@ def run_all(args: Namespace) -> None:
                 time.sleep(10)  # others are at work on them; what they find may call for more runs
             elif run in missing_runs(task, folder):  # and not done by another one since
                 write_json(folder / f"{run.name}.json", execute(run, steps_of(run, read_results(folder)), args))
+
+
+def check_data(task: str, args: Namespace) -> None:
+    """Refuse a task whose pictures or latents are not there, before another one takes hours."""
+    for flag in ("cifar", "cifar_features"):
+        if f"{{{flag}}}" in " ".join([TASKS[task].data, *TASKS[task].real]) and not Path(args[flag]).is_dir():
+            raise UserError(f"`{flag}` {args[flag]} is not a folder; the docstring of benchmarks/compare.py has the commands")
 
 
 def claim(folder: Path) -> bool:

@@ -2,6 +2,7 @@ import importlib
 import itertools
 import json
 import math
+import shutil
 from fractions import Fraction
 
 import pytest
@@ -145,6 +146,11 @@ def test_wrong_use_is_one_line(tmp_path, run_here):
     (tmp_path / "digits-times.json").unlink()
     early = run_here(compare, "run", "--tasks", "digits", "--results", tmp_path)
     assert_one_line(early, "the step time of DiT/1 40x2 is not known; first run")
+    for name in ("mnist16-times.json", "cifar-times.json"):
+        shutil.copy(ROOT / "benchmarks" / "results" / "compare" / name, tmp_path)
+    flags = ["--results", tmp_path, "--work", tmp_path / "work", "--cifar", tmp_path]
+    blind = run_here(compare, "run", "--tasks", "mnist16", "cifar", *flags, "--cifar-features", tmp_path / "none")
+    assert_one_line(blind, f"--cifar-features {tmp_path / 'none'} is not a folder; the docstring of benchmarks/compare.py")
 
 
 def call_in_process(command, may_fail=False):
