@@ -52,6 +52,7 @@ import math
 import os
 import platform
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -193,18 +194,19 @@ def list_runs(args: Namespace) -> None:
         runs = plan(task, results)
         for run in runs:
             state = "-" if run.name not in results else "failed" if "failed" in results[run.name] else "done"
-            print(f"{state:6} {run.stage:6} {steps_of(run, results):6} steps {hours(run):5.2f} h  {run.name}")
+            print(f"{state:6} {run.stage:6} {steps_of(run, results):6} steps {60 * hours(run):5.1f} min  {run.name}")
         more = ", then what the search decides" if runs[-1].stage == "search" else ""
-        print(f"{task}: {sum(map(hours, runs)):.1f} core-hours of training{more}", flush=True)
+        print(f"{task}: {sum(map(hours, runs)):.2f} core-hours of training{more}", flush=True)
 
 
 def run_all(args: Namespace) -> None:
     """Do what is missing, the worthiest first. Several of these may run beside each other."""
     folder, work = Path(args.results), Path(args.work)
-    list_runs(args)
-    check_writable(work)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the script that it has called ends too
     for task in args.tasks:
         check_data(task, args)
+    check_writable(work)
+    list_runs(args)
     for task in args.tasks:
         prepare(task, args)
         while missing := missing_runs(task, folder):
@@ -216,10 +218,11 @@ def run_all(args: Namespace) -> None:
 
 
 def check_data(task: str, args: Namespace) -> None:
-    """Refuse a task whose pictures or latents are not there, before another one takes hours."""
+    """Refuse a task whose images are not there, before another task takes hours."""
     for flag in ("cifar", "cifar_features"):
         if f"{{{flag}}}" in " ".join([TASKS[task].data, *TASKS[task].real]) and not Path(args[flag]).is_dir():
             raise UserError(f"`{flag}` {args[flag]} is not a folder; the docstring of benchmarks/compare.py has the commands")
+    load_dataset(expand(TASKS[task].data, args)[1], data_root=args.data_root)
 
 
 def claim(folder: Path) -> bool:
@@ -310,6 +313,9 @@ def call(command: list[str], may_fail: bool = False) -> str | None:
     print(f"{time.strftime('%H:%M:%S')} {shlex.join(command)}", flush=True)
     done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], stdout=subprocess.DEVNULL,
                           stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode == 2 and "another process is at work" in done.stderr:
+        time.sleep(10)  # a run of this script was killed, and what it had called lives on
+        return call(command, may_fail)
     if done.returncode and not (may_fail and done.returncode == 2):
         raise SystemExit(f"{shlex.join(command)} failed:\n{done.stderr[-3000:]}")
     return done.stderr.strip().splitlines()[-1] if done.returncode else None

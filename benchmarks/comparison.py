@@ -155,16 +155,19 @@ def missing_runs(task: str, folder: Path) -> list[Run]:
 
 
 def write_report(folder: Path, tasks: list[str]) -> None:
-    """Write table.md and compare.png."""
+    """Write table.md and compare.png, with those of the tasks that have results."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.pyplot import subplots
 
-    picture, panels = subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
     results, lines = read_results(folder), []
-    for task, panel in zip(tasks, panels[0]):
-        done = [run for run in plan(task, results) if run.name in results]
+    runs = {task: [run for run in plan(task, results) if run.name in results] for task in tasks}
+    if not any(runs.values()):
+        raise UserError(f"`results` {folder} has no result of {' or '.join(tasks)}")
+    runs = {task: done for task, done in runs.items() if done}
+    picture, panels = subplots(1, len(runs), figsize=(5 * len(runs), 4), squeeze=False)
+    for (task, done), panel in zip(runs.items(), panels[0]):
         lines += [f"## {task}", "", *main_table(task, done, results), "", *search_table(done, results), ""]
         draw_curves(panel, task, done, results)
     write_text(folder / "table.md", "\n".join(lines))

@@ -3,6 +3,9 @@ import itertools
 import json
 import math
 import shutil
+import subprocess
+import sys
+import time
 from fractions import Fraction
 
 import pytest
@@ -120,11 +123,12 @@ def test_table_and_figure(tmp_path):
             results.setdefault(run.name, result(value) | {"steps": 7, "guided": result(9)["figures"]})
     for name, content in results.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    comparison.write_report(tmp_path, ["digits"])
+    comparison.write_report(tmp_path, ["cifar", "digits"])  # a task without results is left out
     table = (tmp_path / "table.md").read_text()
     assert "| DiT/1 40x2 | 1.00 | 2.0 | 30 | 7 | 0.003 | 3 | 6 ± 1 | 7 ± 1 | 8 ± 1 |" in table  # of 5, 6, 7 with n - 1
     assert "| real images | - | - | - | - | - | - | 0.5 |" in table
     assert "| DiT/2 64x4 | 0.693 | 0 | 0.693 |" in table
+    assert "cifar" not in table
     assert (tmp_path / "compare.png").stat().st_size > 10_000
 
 
@@ -146,11 +150,31 @@ def test_wrong_use_is_one_line(tmp_path, run_here):
     (tmp_path / "digits-times.json").unlink()
     early = run_here(compare, "run", "--tasks", "digits", "--results", tmp_path)
     assert_one_line(early, "the step time of DiT/1 40x2 is not known; first run")
-    for name in ("mnist16-times.json", "cifar-times.json"):
+    for name in ("digits-times.json", "cifar-times.json"):
         shutil.copy(ROOT / "benchmarks" / "results" / "compare" / name, tmp_path)
     flags = ["--results", tmp_path, "--work", tmp_path / "work", "--cifar", tmp_path]
-    blind = run_here(compare, "run", "--tasks", "mnist16", "cifar", *flags, "--cifar-features", tmp_path / "none")
+    blind = run_here(compare, "run", "--tasks", "digits", "cifar", *flags, "--cifar-features", tmp_path / "none")
     assert_one_line(blind, f"--cifar-features {tmp_path / 'none'} is not a folder; the docstring of benchmarks/compare.py")
+    assert not (tmp_path / "work").exists()
+    assert_one_line(run_here(compare, "plot", "--results", tmp_path), f"--results {tmp_path} has no result of cifar or mnist16")
+
+
+def find_processes(*command):
+    return subprocess.run(["pgrep", "-f", "".join(map(str, command))], stdout=subprocess.PIPE).stdout
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_leaves_nothing_at_work(tmp_path):
+    shutil.copy(ROOT / "benchmarks" / "results" / "compare" / "digits-times.json", tmp_path)
+    command = [sys.executable, ROOT / "benchmarks" / "compare.py", "run", "--tasks", "digits", "--results", tmp_path]
+    with subprocess.Popen([*command, "--work", tmp_path / "work"], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as run:
+        while not find_processes("classifier.py.*", tmp_path):
+            assert run.poll() is None
+            time.sleep(0.1)
+        run.terminate()
+        assert (run.wait(30), run.stderr.read()) == (130, "compare.py: interrupted\n")
+    assert not find_processes(tmp_path)
 
 
 def call_in_process(command, may_fail=False):
@@ -216,6 +240,15 @@ def test_failure_of_training_is_a_result(tmp_path, monkeypatch):
     assert report["failed"] == "error: the loss is not finite"
     assert comparison.distance(report) == math.inf
     assert json.loads(json.dumps(report))["share"] == 0.2
+
+
+def test_a_script_that_is_still_at_work_is_waited_for(monkeypatch):
+    """Of a killed run, say: what it had called lives on."""
+    answers = [subprocess.CompletedProcess([], 2, stderr="error: another process is at work in X; wait for it\n"),
+               subprocess.CompletedProcess([], 2, stderr="error: the loss is not finite\n")]
+    monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: answers.pop(0))
+    monkeypatch.setattr(compare.time, "sleep", lambda seconds: None)
+    assert compare.call(["train.py"], may_fail=True) == "error: the loss is not finite"
 
 
 def test_a_timed_step_is_a_whole_one():
