@@ -205,23 +205,34 @@ def search_table(done: list[Run], results: dict[str, dict]) -> list[str]:
 
 
 def draw_curves(panel, task: str, done: list[Run], results: dict[str, dict]) -> None:
-    """FD-classifier over the seconds of training; bars are standard deviations over the seeds."""
-    panel.set(title=task, xlabel="seconds of training, one CPU core", ylabel=FIGURES[0], xscale="log", yscale="log")
-    mains = by_family(done, "main")
-    measured = [results[run.name] for own in mains.values() for run in own if "figures" in results[run.name]]
-    # Floors come first: beside a single point of a log axis matplotlib may divide by 0.
-    for result in measured[:1]:
-        panel.axhline(figure(result, FIGURES[0])["floor"], color="black", linestyle=":", linewidth=1)
-    if f"{task}-reconstructions" in results:
-        panel.axhline(distance(results[f"{task}-reconstructions"]), color="gray", linestyle="--", linewidth=1)
+    """FD-classifier over the seconds of training; bars are standard deviations over the seeds. Floors may lie below."""
+    from matplotlib.ticker import LogLocator
+
+    panel.set(title=task, xlabel="seconds of training, one CPU core", ylabel=FIGURES[0])
+    mains, drawn = by_family(done, "main"), []
     for family, whole in mains.items():
         runs = by_family(done, "curve").get(family, []) + whole
         shares = sorted({run.share for run in runs})
         values = [[distance(results[run.name]) for run in runs if run.share == share] for share in shares]
         panel.errorbar([float(share) * TASKS[task].seconds for share in shares], list(map(statistics.mean, values)),
                        [statistics.stdev(own) if len(own) > 1 else 0 for own in values], marker="o", capsize=4, label=family)
-    if mains:
-        panel.legend()
+        drawn += [value for own in values for value in own if value < math.inf]
+    floors = [("encoded, decoded", "--", distance(results[name])) for name in [f"{task}-reconstructions"] if name in results]
+    measured = [results[run.name] for own in mains.values() for run in own if "figures" in results[run.name]]
+    floors += [("real images", ":", figure(result, FIGURES[0])["floor"]) for result in measured[:1]]
+    for name, style, value in floors:
+        panel.axhline(value, color="gray", linestyle=style, linewidth=1, label=f"{name}: {value:.2g}")
+    if drawn:
+        # Limits come before the log scales: matplotlib may divide by 0 for those of a single point.
+        seconds = [float(share) * TASKS[task].seconds for share in (*CURVE, 1)]
+        panel.set(ylim=(min(drawn) / 1.3, max(drawn) * 1.3), xlim=(0.9 * seconds[0], 1.1 * seconds[-1]))
+        panel.set(xscale="log", yscale="log")
+        panel.set_xticks(seconds, [f"{value:g}" for value in seconds], minor=False)
+        panel.set_xticks([], minor=True)
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("")
+        panel.legend(fontsize="x-small")
 
 
 def by_family(runs: list[Run], stage: str) -> dict[str, list[Run]]:
