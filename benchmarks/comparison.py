@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,10 +163,9 @@ def write_report(folder: Path, tasks: list[str]) -> None:
     from matplotlib.pyplot import subplots
 
     results, lines = read_results(folder), []
-    runs = {task: [run for run in plan(task, results) if run.name in results] for task in tasks}
-    if not any(runs.values()):
+    runs = {task: done for task in tasks if (done := [run for run in plan(task, results) if run.name in results])}
+    if not runs:
         raise UserError(f"`results` {folder} has no result of {' or '.join(tasks)}")
-    runs = {task: done for task, done in runs.items() if done}
     picture, panels = subplots(1, len(runs), figsize=(5 * len(runs), 4), squeeze=False)
     for (task, done), panel in zip(runs.items(), panels[0]):
         lines += [f"## {task}", "", *main_table(task, done, results), "", *search_table(done, results), ""]
@@ -206,8 +206,6 @@ def search_table(done: list[Run], results: dict[str, dict]) -> list[str]:
 
 def draw_curves(panel, task: str, done: list[Run], results: dict[str, dict]) -> None:
     """FD-classifier over the seconds of training; bars are standard deviations over the seeds. Floors may lie below."""
-    from matplotlib.ticker import LogLocator
-
     panel.set(title=task, xlabel="seconds of training, one CPU core", ylabel=FIGURES[0])
     mains, drawn = by_family(done, "main"), []
     for family, whole in mains.items():
@@ -216,23 +214,30 @@ def draw_curves(panel, task: str, done: list[Run], results: dict[str, dict]) -> 
         values = [[distance(results[run.name]) for run in runs if run.share == share] for share in shares]
         panel.errorbar([float(share) * TASKS[task].seconds for share in shares], list(map(statistics.mean, values)),
                        [statistics.stdev(own) if len(own) > 1 else 0 for own in values], marker="o", capsize=4, label=family)
-        drawn += [value for own in values for value in own if value < math.inf]
-    floors = [("encoded, decoded", "--", distance(results[name])) for name in [f"{task}-reconstructions"] if name in results]
+        drawn += [value for own in values for value in own if 0 < value < math.inf]
+    draw_floor = partial(panel.axhline, color="gray", linewidth=1)
+    if decoded := results.get(f"{task}-reconstructions"):
+        draw_floor(distance(decoded), linestyle="--", label=f"encoded, decoded: {distance(decoded):.2g}")
     measured = [results[run.name] for own in mains.values() for run in own if "figures" in results[run.name]]
-    floors += [("real images", ":", figure(result, FIGURES[0])["floor"]) for result in measured[:1]]
-    for name, style, value in floors:
-        panel.axhline(value, color="gray", linestyle=style, linewidth=1, label=f"{name}: {value:.2g}")
+    for result in measured[:1]:
+        floor = figure(result, FIGURES[0])["floor"]
+        draw_floor(floor, linestyle=":", label=f"real images: {floor:.2g}")
     if drawn:
-        # Limits come before the log scales: matplotlib may divide by 0 for those of a single point.
-        seconds = [float(share) * TASKS[task].seconds for share in (*CURVE, 1)]
-        panel.set(ylim=(min(drawn) / 1.3, max(drawn) * 1.3), xlim=(0.9 * seconds[0], 1.1 * seconds[-1]))
-        panel.set(xscale="log", yscale="log")
-        panel.set_xticks(seconds, [f"{value:g}" for value in seconds], minor=False)
-        panel.set_xticks([], minor=True)
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("")
+        use_log_axes(panel, [float(share) * TASKS[task].seconds for share in (*CURVE, 1)], drawn)
         panel.legend(fontsize="x-small")
+
+
+def use_log_axes(panel, seconds: list[float], values: list[float]) -> None:
+    """Log axes around `values`, with ticks at `seconds`."""
+    from matplotlib.ticker import LogLocator
+
+    # Limits come before the scales: matplotlib may divide by 0 for those of a single point.
+    panel.set(ylim=(min(values) / 1.3, max(values) * 1.3), xlim=(0.9 * seconds[0], 1.1 * seconds[-1]))
+    panel.set(xscale="log", yscale="log")
+    panel.set_xticks(seconds, [f"{value:g}" for value in seconds])
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.minorticks_off()
 
 
 def by_family(runs: list[Run], stage: str) -> dict[str, list[Run]]:
