@@ -151,10 +151,10 @@ def assert_close(a, b, tolerance=1e-5):
 
 
 def assert_same_images(a, b):
-    """uint8: at most one grey level apart, in at most 0.1 % of the numbers, or in one RGB pixel of a small set."""
+    """uint8: at most one grey level apart, in at most 0.1 % of the pixels."""
     difference = (torch.as_tensor(a).int() - torch.as_tensor(b).int()).abs()
     assert difference.max() <= 1
-    assert (difference > 0).sum() <= max(3, difference.numel() / 1000)
+    assert (difference > 0).float().mean() <= 0.001
 
 
 def assert_one_line(result, *words):
