@@ -33,8 +33,8 @@ The protocol, written before the first run:
 
 Changed on 2026-11-25, after the first searches and before any run of `cifar` with the whole budget: DiNext and DiNext-U had one
 shape on `cifar`, where DiT had three. And the norm in GRN, 12 % of a step of DiNext-U there, was written anew. So the times
-were measured again; the searches before had DiNext's older, larger ones, that is fewer steps. Each JSON tells its own. And the
-range of rates now grows for every network, not only for the best of a family.
+were measured again; the searches before had the older ones, so other numbers of steps. Each JSON tells its own. And the range
+of rates now grows for every network, not only for the best of a family.
 
 Added on 2026-11-26, before any run of `cifar` with the whole budget: ConvAdaLN, MinDiff's network of dense 3x3 convolutions, in
 one shape, as a reference from outside. On the same day the machine of the searches was lost, and with it the autoencoder and
