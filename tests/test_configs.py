@@ -40,7 +40,7 @@ def features(photographs, tiny_vae, tmp_path_factory):
 
 @pytest.fixture
 def small(photographs, tiny_vae, features):
-    """The config on small data, with a shallow network: digits for digits, cached features for ImageNet, else photographs."""
+    """The config on small data, with a shallow network: digits for digits, cached features for cached ones, else photographs."""
     def small(name, narrow=True):
         config = load(name)
         kind = family(config["model"])
@@ -49,7 +49,7 @@ def small(photographs, tiny_vae, features):
                        model_args=config.get("model_args", {}) | SHALLOW.get(kind, dict(depth=1)))
         if narrow:
             config["model_args"] |= NARROW[kind]
-        if name.startswith("imagenet256"):
+        if config["data_path"].startswith("features/"):
             config |= dict(data_path=str(features), vae=str(tiny_vae))
         elif config["data_path"] in ("digits", "mnist"):
             size = config.get("image_size", {"digits": 8, "mnist": 28}[config["data_path"]])
