@@ -22,7 +22,7 @@ def test_ceilings_in_miniature(out, tmp_path):
     assert list(items) == ["matmul bf16 64", "matmul tf32 64", "copy 0.00390625 MiB", "depthwise 7x7 B 2 D 8 6x6"]
     for name, row in items["depthwise 7x7 B 2 D 8 6x6"].items():
         for key in ("forward", "dgrad", "wgrad"):
-            assert 0 < row[f"{key}_error"] < (5e-3 if "bfloat16" in name else 1e-6)
+            assert 0 < row[f"{key}_error"] < (1e-2 if "bfloat16" in name else 1e-6)  # 0.007 without AVX-512
         assert row["three_passes_ms"] == pytest.approx(sum(row[f"{key}_ms"] for key in ("forward", "dgrad", "wgrad")))
     assert "| copy 0.00390625 MiB: copy_ | terabytes_per_second" in out.with_suffix(".md").read_text()
     before = out.read_text()
