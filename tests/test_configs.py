@@ -40,7 +40,7 @@ def features(photographs, tiny_vae, tmp_path_factory):
 
 @pytest.fixture
 def small(photographs, tiny_vae, features):
-    """The config on small data, with a shallow network: digits for digits, cached features for cached ones, else photographs."""
+    """The config on small data, with a shallow network: digits for digits, cached features for such ones, else photographs."""
     def small(name, narrow=True):
         config = load(name)
         kind = family(config["model"])

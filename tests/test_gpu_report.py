@@ -2,6 +2,7 @@ import json
 
 import gpu_report
 import pytest
+import torch
 from conftest import assert_one_line, run_script
 
 from benchmarks import reports
@@ -22,7 +23,8 @@ def test_ceilings_in_miniature(out, tmp_path):
     assert list(items) == ["matmul bf16 64", "matmul tf32 64", "copy 0.00390625 MiB", "depthwise 7x7 B 2 D 8 6x6"]
     for name, row in items["depthwise 7x7 B 2 D 8 6x6"].items():
         for key in ("forward", "dgrad", "wgrad"):
-            assert 0 < row[f"{key}_error"] < (1e-2 if "bfloat16" in name else 1e-6)  # 0.007 without AVX-512
+            sums_in_bf16 = key == "dgrad" and torch.backends.cpu.get_cpu_capability() == "AVX2"  # torch's kernel there: 0.007
+            assert 0 < row[f"{key}_error"] < ((1e-2 if sums_in_bf16 else 5e-3) if "bfloat16" in name else 1e-6)
         assert row["three_passes_ms"] == pytest.approx(sum(row[f"{key}_ms"] for key in ("forward", "dgrad", "wgrad")))
     assert "| copy 0.00390625 MiB: copy_ | terabytes_per_second" in out.with_suffix(".md").read_text()
     before = out.read_text()
