@@ -139,7 +139,8 @@ def read_results(folder: Path) -> dict[str, dict]:
 
 def steps_of(run: Run, results: dict[str, dict]) -> int:
     if run.network not in (times := results.get(f"{run.task}-times", {"networks": {}})["networks"]):
-        raise UserError(f"the step time of {run.network} is not known; first run `compare.py time --tasks {run.task}`")
+        raise UserError(f"the step time of {run.network} is not known; first run `compare.py time --tasks {run.task}`, "
+                        "with the same `results`")
     return round(run.share * TASKS[run.task].seconds / times[run.network]["seconds"])
 
 

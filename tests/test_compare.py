@@ -90,7 +90,7 @@ def test_a_budget_is_a_number_of_steps():
     times = {"mnist16-times": {"networks": {"DiT/2 96x4": {"seconds": 0.21}}}}
     run = Run("mnist16", "search", "DiT", "DiT/2 96x4", 3e-3, 0, Fraction(1, 5))
     assert steps_of(run, times) == 400  # 420 s / 5 / 0.21 s
-    with pytest.raises(ValueError, match=r"is not known; first run `compare.py time --tasks mnist16`"):
+    with pytest.raises(ValueError, match=r"is not known; first run `compare.py time --tasks mnist16`, with the same `results`"):
         steps_of(run, {})
 
 
