@@ -11,6 +11,8 @@ export PYTHONDONTWRITEBYTECODE = 1
 .PHONY: demo test test-slow lint clean
 
 demo: export TMPDIR = $(CURDIR)/.venv/tmp
+# So small a network gains nothing from threads, and loses where they wait for whatever else runs.
+demo: export OMP_NUM_THREADS = 1
 demo: .venv/installed
 	@mkdir -p $(TMPDIR)
 	$(BIN)/torchrun --standalone --nproc_per_node=1 train.py --config configs/digits.yaml --run-name digits

@@ -13,7 +13,7 @@ from training.datasets import load_dataset
 @pytest.mark.slow  # .ci/run makes the demo itself
 def test_the_demo_draws_digits_that_classifiers_read(tmp_path):
     def run(script, *flags):
-        run_script(script, *flags, cwd=tmp_path, OMP_NUM_THREADS="2")
+        run_script(script, *flags, cwd=tmp_path)
 
     run("train.py", "--config", ROOT / "configs" / "digits.yaml", "--run-name", "digits")
     run("sample_ddp.py", "--ckpt", "results/digits", "--num-fid-samples", 2000, "--per-proc-batch-size", 500)
