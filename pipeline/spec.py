@@ -18,7 +18,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -185,14 +185,9 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "ModelSpec":
-        name, args = stored["name"], stored["args"]
-        if "class" in stored:
-            constructor = find_constructor(name, stored["class"])
-            return cls(name, stored["class"], defaults_of(constructor) | args)  # defaults: of arguments that came later
-        if name in presets_of_ff27331():
-            class_name, preset = presets_of_ff27331()[name]
-            return cls(name, class_name, defaults_of(find_constructor(name, class_name)) | preset | args)
-        return cls.of_preset(name, args)
+        constructor = find_constructor(stored["name"], stored["class"])
+        args = defaults_of(constructor) | stored["args"]  # defaults: of arguments that were added later
+        return cls(stored["name"], stored["class"], args)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "class": self.class_name, "args": self.args}
@@ -221,34 +216,6 @@ def find_constructor(name: str, class_name: str) -> Callable[..., nn.Module]:
             return constructor
     raise UserError(f"its network is of class {class_name} (preset {name}), which no registry has; a class of one's own must "
                     "be registered first, as docs/extending.md shows")
-
-
-@cache
-def presets_of_ff27331() -> dict[str, tuple[str, dict[str, Any]]]:
-    """name -> class and arguments of the presets of commit ff27331: what older checkpoints do not say of their network.
-
-    Frozen: a later change of models.py must not change what those checkpoints mean.
-    """
-    common = dict(learn_sigma=True, gradient_checkpointing=False)
-    dit = dict(input_size=32, in_channels=4, num_classes=1000, mlp_ratio=4.0, adaln="zero", class_token=False, **common)
-    dinext = dict(input_size=32, in_channels=4, num_classes=1000, mlp_ratio=3.0, adaln="zero", **common)
-    unet = dict(input_size=32, in_channels=4, num_classes=1000, mlp_ratio=3.0, **common)
-    small = dict(num_classes=10, learn_sigma=False, gradient_checkpointing=False)
-    isotropic = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-    u = {"S": (128, (2, 4, 8, 4, 2)), "B": (256, (2, 4, 8, 4, 2)), "L": (384, (3, 6, 12, 6, 3)), "XL": (512, (3, 6, 12, 6, 3))}
-    table: dict[str, tuple[str, dict[str, Any]]] = {}
-    for size, (depth, width, heads) in isotropic.items():
-        for patch in (2, 4, 8):
-            shape = dict(patch_size=patch, depth=depth, hidden_size=width)
-            table[f"DiT-{size}/{patch}"] = "DiT", dit | shape | dict(num_heads=heads)
-            table[f"DiNext-{size}/{patch}"] = "DiNext", dinext | shape
-    for size, (width, depths) in u.items():
-        table[f"DiNext-U-{size}"] = "DiNextU", unet | dict(hidden_size=width, depths=depths)
-    table["PixArt-B/2"] = "DiT", table["DiT-B/2"][1] | dict(adaln="single", class_token=True)
-    table["MLP"] = "MLP", small | dict(input_size=28, in_channels=1, hidden_size=4096, label_features=239)
-    table["ConvAdaLN"] = "ConvAdaLN", small | dict(input_size=8, in_channels=8, hidden_size=256, depth=8)
-    table["Autoencoder-F4C8"] = "Autoencoder", dict(input_size=32, in_channels=3, hidden_size=32)
-    return table
 
 
 # --- the whole -------------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ def save_random_checkpoint(path, channels, classes):
     kwargs = dict(input_size=(8, 8), in_channels=channels, num_classes=len(classes), hidden_size=24, depth=2, num_heads=2)
     model = random_network(DiT_models["DiT-S/2"], 0.15, **kwargs)
     checkpoint.save(path, {"ema": model.state_dict(), "spec": {
-        "model": {"name": "DiT-S/2", "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (8, 8),
+        "model": {"name": "DiT-S/2", "class": "DiT", "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (8, 8),
         "channels": channels, "classes": classes,
         "sampling": {"sampler": "ddpm", "num_sampling_steps": "4", "cfg_scale": 2.0, "cfg_channels": None}}})
     return path

@@ -218,7 +218,8 @@ def test_without_the_hub_the_reason_is_told(monkeypatch):
 def test_a_moved_autoencoder_can_be_named_anew(tiny_vae, tmp_path, monkeypatch, run_here):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_vae, "old")
-    spec = {"model": {"name": "DiT-S/2", "args": dict(input_size=(4, 4), in_channels=4, num_classes=2, hidden_size=8, depth=1,
+    spec = {"model": {"name": "DiT-S/2", "class": "DiT",
+              "args": dict(input_size=(4, 4), in_channels=4, num_classes=2, hidden_size=8, depth=1,
                                                       num_heads=1)},
             "diffusion": {}, "vae": str(tmp_path / "old"), "image_size": (32, 32), "channels": 3, "classes": ["a", "b"],
             "sampling": {"num_sampling_steps": "1"}}

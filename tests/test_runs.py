@@ -63,7 +63,8 @@ def save_named(path, weights, classes):
     """A checkpoint of the golden network that names its classes."""
     kwargs, _ = golden_dit()
     checkpoint.save(path, {"ema": weights, "spec": {
-        "model": {"name": "DiT-S/2", "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (8, 8), "channels": 4,
+        "model": {"name": "DiT-S/2", "class": "DiT",
+                  "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (8, 8), "channels": 4,
         "classes": classes, "sampling": {}}})
     return path
 

@@ -216,7 +216,8 @@ def test_damaged_foreign_and_malicious_checkpoints_are_one_line(tiny_run, gaussi
 
 def test_thresholding_latents_is_refused(tiny_vae, tmp_path, run_here):
     kwargs = dict(input_size=(1, 1), in_channels=4, num_classes=1, hidden_size=24, depth=1, num_heads=2)
-    spec = {"model": {"name": "DiT-S/2", "args": kwargs | {"patch_size": 1}}, "diffusion": {}, "vae": str(tiny_vae),
+    spec = {"model": {"name": "DiT-S/2", "class": "DiT",
+              "args": kwargs | {"patch_size": 1}}, "diffusion": {}, "vae": str(tiny_vae),
             "image_size": (8, 8), "channels": 3, "classes": ["a"],
             "sampling": {"sampler": "ddpm", "num_sampling_steps": "4", "cfg_scale": 1.0, "cfg_channels": None}}
     checkpoint.save(tmp_path / "l.pt", {"ema": DiT_models["DiT-S/2"](**spec["model"]["args"]).state_dict(), "spec": spec})

@@ -445,7 +445,8 @@ def test_a_full_disk_is_told_before_anything_is_written(draw, tmp_path, monkeypa
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     kwargs = dict(input_size=64, in_channels=3, num_classes=3, hidden_size=8, depth=1, num_heads=1)
-    spec = {"model": {"name": "DiT-S/8", "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (64, 64),
+    spec = {"model": {"name": "DiT-S/8", "class": "DiT",
+              "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (64, 64),
             "channels": 3, "classes": ["a", "b", "c"],
             "sampling": {"sampler": "ddim", "num_sampling_steps": "1", "cfg_scale": 1.0, "cfg_channels": None}}
     checkpoint.save(tmp_path / "c.pt", {"ema": DiT_models["DiT-S/8"](**kwargs).state_dict(), "spec": spec})

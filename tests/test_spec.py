@@ -9,7 +9,7 @@ import torch
 
 from diffusion import create_diffusion
 from models import DiT, DiT_models
-from pipeline.spec import BareWeights, ModelSpec, SamplingSettings, Spec, presets_of_ff27331, setting
+from pipeline.spec import BareWeights, ModelSpec, SamplingSettings, Spec, setting
 from runtime import UserError
 from runtime.cli import ArgumentParser
 from small_models import NETWORKS
@@ -72,17 +72,6 @@ def test_a_recommendation_of_another_key_is_refused():
     assert SamplingSettings.recommend(create_diffusion(""), 0.0, {}).cfg_scale == 1.0  # nothing to guide by
 
 
-PARAMETERS = {  # of every preset, counted at ff27331
-    "DiT-S/2": 32_963_360, "DiNext-S/2": 17_160_992, "DiT-S/4": 32_945_024, "DiNext-S/4": 17_216_384,
-    "DiT-S/8": 33_148_160, "DiNext-S/8": 17_437_952, "DiT-B/2": 130_512_416, "DiNext-B/2": 67_057_184,
-    "DiT-B/4": 130_475_648, "DiNext-B/4": 67_167_872, "DiT-B/8": 130_881_536, "DiNext-B/8": 67_610_624,
-    "DiT-L/2": 458_102_816, "DiNext-L/2": 232_527_904, "DiT-L/4": 458_053_760, "DiNext-L/4": 232_675_456,
-    "DiT-L/8": 458_594_816, "DiNext-L/8": 233_265_664, "DiT-XL/2": 675_129_632, "DiNext-XL/2": 341_952_800,
-    "DiT-XL/4": 675_074_432, "DiNext-XL/4": 342_118_784, "DiT-XL/8": 675_683_072, "DiNext-XL/8": 342_782_720,
-    "DiNext-U-S": 32_554_056, "DiNext-U-B": 127_088_776, "DiNext-U-L": 393_055_688, "DiNext-U-XL": 696_401_160,
-    "PixArt-B/2": 90_408_992, "MLP": 7_421_508, "ConvAdaLN": 10_606_984, "Autoencoder-F4C8": 575_627}
-
-
 # --- the plain dict --------------------------------------------------------------------------------
 
 
@@ -106,22 +95,12 @@ def test_other_dicts_are_refused(stored, words):
 def test_a_checkpoint_holds_every_argument_and_is_deaf_to_a_changed_preset(monkeypatch):
     stored = SPEC.to_dict()["model"]
     assert (stored["class"], stored["args"]["depth"], stored["args"]["mlp_ratio"]) == ("DiT", 12, 4.0)
-    old = {"name": "DiT-S/2", "args": {"input_size": (8, 8)}}  # as ff27331 wrote it
-    before = ModelSpec.from_dict(old)
     monkeypatch.setitem(DiT_models, "DiT-S/2", partial(DiT, depth=1, hidden_size=24, num_heads=2))
     assert ModelSpec.of_preset("DiT-S/2", {}).args["depth"] == 1
     assert ModelSpec.from_dict(stored) == SPEC.model
-    assert ModelSpec.from_dict(old) == before
-    assert (before.args["depth"], before.args["hidden_size"], before.args["patch_size"]) == (12, 384, 2)
     monkeypatch.delitem(DiT_models, "DiT-S/2")  # even the name may go
     with torch.device("meta"):
         assert len(ModelSpec.from_dict(stored).build().blocks) == 12
-
-
-def test_the_frozen_table_is_what_ff27331_built():
-    with torch.device("meta"):
-        networks = {name: ModelSpec.from_dict({"name": name, "args": {}}).build() for name in presets_of_ff27331()}
-    assert {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()} == PARAMETERS
 
 
 def test_an_argument_that_came_later_takes_its_default(monkeypatch):

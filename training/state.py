@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -151,11 +150,6 @@ class LossMeter(nn.Module):
         """Reset the count of consecutive skips: steps skipped before a restart must not end the run after it."""
         self.streak.zero_()
         self.longest_streak.zero_()
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args, **kwargs) -> object:
-        """Checkpoints of commit ff27331 and before call the streak a row."""
-        return super().load_state_dict({key.replace("row", "streak"): value for key, value in state_dict.items()},
-                                       *args, **kwargs)
 
     def read(self, max_skipped_steps: int) -> dict[str, float]:
         """The mean loss since the last reading (nan if all steps were skipped), its moving mean, the total of skipped steps.
