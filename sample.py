@@ -19,7 +19,6 @@ from tqdm import tqdm
 from pipeline.generation import (
     BATCH,
     Sampling,
-    add_sampling_arguments,
     decode,
     default_labels,
     generate,
@@ -27,7 +26,8 @@ from pipeline.generation import (
     restore_autoencoder,
     restore_checkpoint,
 )
-from pipeline.spec import BareWeights, SamplingSettings, normal_name
+from pipeline.settings import SamplingSettings, add_sampling_arguments
+from pipeline.spec import BareWeights, normal_name
 from runtime import UserError, cli
 from runtime.files import write_text
 from runtime.pictures import MAX_COLUMNS, grid, save_gif, save_grid

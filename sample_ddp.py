@@ -33,13 +33,13 @@ from evaluation.image_sets import NpzImages, save_npz
 from pipeline import checkpoint
 from pipeline.generation import (
     Sampling,
-    add_sampling_arguments,
     generate,
     prepare_network,
     restore_autoencoder,
     restore_checkpoint,
 )
-from pipeline.spec import BareWeights, SamplingSettings
+from pipeline.settings import SamplingSettings, add_sampling_arguments
+from pipeline.spec import BareWeights
 from runtime import UserError, cli
 from runtime.files import atomic, check_writable, in_batches, is_restart, lock_folder, read_json, write_json
 from runtime.processes import World, start_world, synchronize

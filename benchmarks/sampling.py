@@ -49,13 +49,13 @@ from pipeline import checkpoint
 from pipeline.generation import (
     BATCH,
     Sampling,
-    add_sampling_arguments,
     generate,
     prepare_network,
     restore_autoencoder,
     restore_checkpoint,
 )
-from pipeline.spec import BareWeights, SamplingSettings, Spec
+from pipeline.settings import SamplingSettings, add_sampling_arguments
+from pipeline.spec import BareWeights, Spec
 from runtime import UserError, cli
 from runtime.files import in_batches, write_json
 from runtime.processes import start_world, synchronize

@@ -13,7 +13,6 @@ Autoencoders whose latents can be cached split `encode` in two: `sample(moments(
 """
 
 import hashlib
-import re
 import warnings
 from pathlib import Path
 
@@ -21,14 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import checkpoint
-from pipeline.interchange import Config, Weights
-from pipeline.spec import Spec
+from pipeline.interchange import from_ldm
+from pipeline.spec import Spec, Statistics
 from runtime import UserError
 from runtime.cli import WRONG_VALUE, one_line, prefix_errors
 from runtime.pictures import to_unit_range
 
 NO_VARIANCE = -30  # log-variance of what is one latent and not a posterior
-Statistics = tuple[list[float], list[float]]  # mean and standard deviation of each channel of raw latents
 HUB_IDS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
 
@@ -279,49 +277,3 @@ def load_autoencoder(vae: str, device: torch.device | str = "cpu", statistics: S
         raise UserError(f"{vae} does not tell the scale of its latents; extract_features.py measures it with `normalise`, and "
                         "training on these features knows it")
     return SDVAE(source, load_ldm(path) if is_file else load_vae(source), statistics).to(device)
-
-
-# --- LDM's autoencoder -----------------------------------------------------------------------------
-
-LDM = [  # LDM's names -> diffusers'
-    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."), (r"\.(down|up)\.(\d+)\.attn\.", r".\1_blocks.\2.attentions."),
-    (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\3samplers.0."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."), (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."), (r"\.norm_out\.", ".conv_norm_out."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."), (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
-    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."), (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0.")]
-
-
-def from_ldm(weights: Weights) -> tuple[Config, Weights]:
-    """The config and weights of diffusers' AutoencoderKL for LDM's (Rombach et al., arXiv:2112.10752): VA-VAE's, say.
-
-    Raises:
-        UserError, KeyError: these are not the weights of such an autoencoder.
-    """
-    weights = {key.removeprefix("first_stage_model."): value for key, value in weights.items()}
-    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-    weights = {key: value for key, value in weights.items() if key.startswith(parts)}
-    first = "encoder.down.{}.block.0.conv1.weight"
-    for key in ("encoder.conv_in.weight", first.format(0), "quant_conv.weight", "post_quant_conv.weight"):
-        if key not in weights:
-            raise UserError(f"it lacks {key}")
-    levels = sum(first.format(level) in weights for level in range(10))
-    blocks = sum(f"encoder.down.0.block.{j}.conv1.weight" in weights for j in range(10))
-    attention = [f"encoder.down.{level}.attn.0.q.weight" in weights for level in range(levels)]
-    down = ["AttnDownEncoderBlock2D" if has else "DownEncoderBlock2D" for has in attention]
-    config = dict(in_channels=weights["encoder.conv_in.weight"].shape[1],
-                  out_channels=weights["decoder.conv_out.weight"].shape[0],
-                  latent_channels=weights["post_quant_conv.weight"].shape[0], layers_per_block=blocks, down_block_types=down,
-                  up_block_types=[kind.replace("Down", "Up").replace("Encoder", "Decoder") for kind in reversed(down)],
-                  block_out_channels=[len(weights[first.format(level)]) for level in range(levels)],
-                  norm_num_groups=32, scaling_factor=1.0)
-    return config, {ldm_name(key, levels): value.flatten(1) if re.search(r"attn.*\.(q|k|v|proj_out)\.weight", key) else value
-                    for key, value in weights.items()}
-
-
-def ldm_name(key: str, levels: int) -> str:
-    """diffusers' name of one of LDM's tensors; LDM counts the decoder's levels from the highest resolution."""
-    key = re.sub(r"^(decoder\.up\.)(\d+)", lambda found: f"{found[1]}{levels - 1 - int(found[2])}", key)
-    for pattern, replacement in LDM:
-        key = re.sub(pattern, replacement, key)
-    return key

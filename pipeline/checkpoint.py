@@ -1,6 +1,7 @@
-"""Checkpoints: written whole or not at all, read without trusting a pickle, and describing themselves.
+"""Checkpoints: written completely or not at all, read without trusting a pickle, and describing themselves.
 
-A checkpoint is a dict with DiT's keys and more:
+Reading has three stages: a name -> a path (`resolve`), a path -> what lies there (`open_source`), what lies there -> a network
+(`read`, `restore`). pipeline/interchange.py has the formats. A training checkpoint is a dict with DiT's keys and more:
     model, ema      state dicts of the trained network and of its moving average
     opt             the optimizer's state
     args            the flags of the run
@@ -24,9 +25,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline import interchange
-from pipeline.interchange import Published
-from pipeline.spec import BareWeights, ModelSpec, Spec
+from pipeline.interchange import interpret
+from pipeline.spec import OWN_VAE, BareWeights, Config, Contents, ModelSpec, Source, Spec, Statistics
 from runtime import UserError
 from runtime.cli import WRONG_VALUE, prefix_errors
 from runtime.files import (
@@ -48,10 +48,9 @@ PUBLISHED = {
     name: f"https://dl.fbaipublicfiles.com/DiT/models/{name}" for name in ("DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt")
 }
 
-# What is fetched of a repository of the hub. Variants such as .fp16.safetensors are not.
+# The files that are fetched from a repository of the hub. Variants such as .fp16.safetensors are not.
 HUB_FILES = ["*.json", "model.safetensors*", "*/*.json", "*/model.safetensors*",
              "*/diffusion_pytorch_model.safetensors", "*/diffusion_pytorch_model.bin"]
-OWN_VAE = "vae"  # a Spec's vae where the autoencoder stands in a folder of this name beside the weights
 
 # --- one file ------------------------------------------------------------------------------------
 
@@ -69,7 +68,7 @@ def save(path: Path, state: dict) -> None:
             torch.save(state, hashing)
             file.flush()
             os.fsync(file.fileno())
-            sha256_file(path).unlink(missing_ok=True)  # of the file that is replaced: none is better than a wrong one
+            sha256_file(path).unlink(missing_ok=True)  # of the replaced file: no sha256 is better than a wrong one
         write_text(sha256_file(path), f"{hashing.sha256.hexdigest()}  {path.name}\n")
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else hashing and hashing.error
@@ -79,7 +78,7 @@ def save(path: Path, state: dict) -> None:
 
 
 def save_folder(folder: Path, spec: Spec, weights: dict[str, Tensor]) -> None:
-    """Write what `read` reads as a folder: config.json, model.safetensors and its sha256."""
+    """Write a folder that describes itself: config.json, model.safetensors and its sha256."""
     folder.mkdir(exist_ok=True)
     write_json(folder / "config.json", spec.to_dict())
     path = folder / "model.safetensors"
@@ -88,7 +87,7 @@ def save_folder(folder: Path, spec: Spec, weights: dict[str, Tensor]) -> None:
 
 
 def save_pipeline(folder: Path, index: dict, scheduler: dict, name: str, config: dict, weights: dict[str, Tensor]) -> None:
-    """Write a folder of diffusers: model_index.json, scheduler/, and the network, in the folder `name`."""
+    """Write a folder of diffusers: model_index.json, scheduler/, and the network in the folder `name`."""
     for path, content in {"model_index.json": index, "scheduler/scheduler_config.json": scheduler,
                           f"{name}/config.json": config}.items():
         (folder / path).parent.mkdir(exist_ok=True)
@@ -98,15 +97,15 @@ def save_pipeline(folder: Path, index: dict, scheduler: dict, name: str, config:
 
 
 class DamagedError(UserError):
-    """A file is not the checkpoint that was written."""
+    """A file is not a checkpoint, or has changed since it was written."""
 
 
 def verify(path: Path) -> None:
-    """DamagedError where a checkpoint is not what its sha256 says. Files without one, such as DiT's, pass."""
+    """Raises DamagedError if a checkpoint does not have the sha256 stored beside it. Files without one, such as DiT's, pass."""
     if not sha256_file(path).is_file():
         return
     if sha256_file(path).read_text().split()[:1] != [sha256(path)]:
-        raise DamagedError(f"{path} is damaged: its sha256 is not that of {sha256_file(path).name}")
+        raise DamagedError(f"{path} is damaged: its sha256 differs from the one in {sha256_file(path).name}")
 
 
 def load(path: str | Path) -> dict:
@@ -116,8 +115,8 @@ def load(path: str | Path) -> dict:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DamagedError: it is no checkpoint, or no longer the one that was written.
-        UserError: it holds more than weights and plain values.
+        DamagedError: it is not a checkpoint, or has changed since it was written.
+        UserError: it holds other objects than weights and plain values.
     """
     path = Path(path)
     if not path.is_file():
@@ -132,23 +131,23 @@ def load(path: str | Path) -> dict:
     except pickle.UnpicklingError as error:
         if "unsupported global" in str(error).lower():
             raise UserError(f"{path} holds objects other than weights and plain values; nothing was executed") from None
-        raise DamagedError(f"{path} is truncated or no checkpoint") from None
+        raise DamagedError(f"{path} is truncated or not a checkpoint") from None
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
             raise  # the file may be good
-        raise DamagedError(f"{path} is truncated or no checkpoint") from None
+        raise DamagedError(f"{path} is truncated or not a checkpoint") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a dict of weights")
     return state
 
 
 def find_model(name: str | Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint (its EMA, where it has one), by path or by the name of a published file."""
+    """The weights of a checkpoint (its EMA, if it has one), by path or by the name of a published file."""
     return weights_of(load(resolve(name)), name)
 
 
 def resolve(name: str | Path) -> Path:
-    """What a name stands for: a checkpoint's file, or a folder that `read` reads.
+    """The path of a checkpoint's file, or of a folder that `open_source` reads.
 
     Args:
         name: a path; a run's folder (its newest checkpoint); a folder of export.py or of diffusers; the name of a
@@ -180,6 +179,12 @@ def latest(folder: Path) -> Path | None:
     return next(reversed(steps_of(folder)), None)
 
 
+# --- a path -> what lies there ---------------------------------------------------------------------
+
+CONFIGS = ("config.json", "model_index.json", "transformer/config.json", "scheduler/scheduler_config.json")
+WEIGHTS = ("model.safetensors", "transformer/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.bin")
+
+
 def weights_of(state: dict, source: str | Path) -> dict[str, Tensor]:
     """The state dict in a checkpoint: its EMA, else its model, else itself."""
     weights = state.get("ema", state.get("model", state))
@@ -188,87 +193,63 @@ def weights_of(state: dict, source: str | Path) -> dict[str, Tensor]:
     return weights
 
 
+def open_source(path: Path) -> Source:
+    """Read a file, or the files of a folder that belong to a network, whatever their format."""
+    configs = {name: read_json(path / name) for name in CONFIGS if (path / name).is_file()}
+    if path.is_dir():
+        file = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+        vae = str(path / OWN_VAE) if (path / OWN_VAE).is_dir() else None
+        if file is None:
+            return Source(path, {}, {}, configs, vae)
+        return Source(file, weights_of(load(file), file), {}, configs, vae)
+    state = load(path)
+    weights = weights_of(state, path)
+    facts = {} if weights is state else {name: value for name, value in state.items() if name not in ("model", "ema", "opt")}
+    return Source(path, weights, facts, statistics=read_latent_statistics(path.parent))
+
+
+def read_latent_statistics(folder: Path) -> Statistics | None:
+    """Mean and standard deviation of each channel of latents, from LightningDiT's latents_stats.pt, if a folder has it."""
+    path = folder / "latents_stats.pt"
+    if not path.is_file():
+        return None
+    with prefix_errors(f"{path} is damaged:", KeyError, AttributeError, TypeError):
+        stored = load(path)
+        mean, std = (stored[name].flatten().tolist() for name in ("mean", "std"))
+    return mean, std
+
+
+# --- a path -> a network in our terms --------------------------------------------------------------
+
+
+def read(path: Path, bare: BareWeights) -> tuple[Source, Contents]:
+    """What lies at a path, and the network in it.
+
+    Raises:
+        UserError, OSError: the format is unknown or the source incomplete, or `bare` contradicts it.
+    """
+    source = open_source(path)
+    with prefix_errors(f"checkpoint {path}:", KeyError, AttributeError, *WRONG_VALUE):
+        return source, interpret(source, bare)
+
+
 def spec_of(state: dict, path: Path) -> Spec:
-    """What a checkpoint says of itself. UserError if it says nothing, or its description is not understood."""
+    """What a training checkpoint says of itself. UserError if it says nothing, or its description is not understood."""
     if "spec" not in state:
-        raise UserError(f"{path} holds nothing that describes itself")
+        raise UserError(f"{path} has no description of itself")
     with prefix_errors(f"checkpoint {path}:", KeyError, *WRONG_VALUE):
         return Spec.from_dict(state["spec"])
 
 
-def flags_of(state: dict) -> dict:
-    """The flags of DiT's own trainer, or a fork's, where a file holds them."""
-    return vars(state["args"]) if isinstance(state.get("args"), argparse.Namespace) else {}
-
-
-# --- a file or folder, whoever wrote it ------------------------------------------------------------
-
-
-def read(path: Path, bare: BareWeights) -> tuple[Path, Published]:
-    """The file that holds the weights of a checkpoint or folder, and the network in it.
-
-    Raises:
-        UserError, OSError: it is none that this version knows, or incomplete; `bare` contradicts it.
-    """
-    state = None if path.is_dir() else load(path)
-    if bare.objective and (state is None or "spec" in state):
-        raise UserError(f"`objective` {bare.objective} is for bare weights; {path} says what it predicts")
-    if state is None:
-        return read_diffusers(path, bare) if (path / "model_index.json").is_file() else read_exported(path)
-    weights = weights_of(state, path)
-    if "spec" in state:
-        return path, Published(spec_of(state, path), weights)
-    with prefix_errors(f"checkpoint {path}:"):
-        if interchange.is_lightning(weights):
-            return path, interchange.from_lightning(weights, bare, read_latent_statistics(path.parent))
-        return path, interchange.from_bare(weights, flags_of(state), bare)
-
-
-def read_latent_statistics(folder: Path) -> tuple[list[float], ...] | None:
-    """Mean and standard deviation of each channel of latents, from LightningDiT's latents_stats.pt, if it lies in a folder."""
-    path = folder / "latents_stats.pt"
-    with prefix_errors(f"{path} is damaged:", KeyError, AttributeError, TypeError):
-        stored = load(path) if path.is_file() else None
-        return stored and tuple(stored[name].flatten().tolist() for name in ("mean", "std"))
-
-
-def read_exported(folder: Path) -> tuple[Path, Published]:
-    """A folder that export.py wrote: config.json is the Spec, model.safetensors the weights."""
-    with prefix_errors(f"{folder / 'config.json'}:", KeyError, *WRONG_VALUE):
-        spec = Spec.from_dict(read_json(folder / "config.json"))
-    spec = spec.with_vae(str(folder / "vae") if spec.vae == OWN_VAE else None)
-    return folder / "model.safetensors", Published(spec, load(folder / "model.safetensors"))
-
-
-def read_diffusers(folder: Path, bare: BareWeights) -> tuple[Path, Published]:
-    """A folder that diffusers' DiTPipeline.save_pretrained wrote, or one of the hub."""
-    index = read_json(folder / "model_index.json")
-    name = index.get("_class_name")
-    if isinstance(name, list):
-        raise UserError(f"{folder} holds a pipeline with code of its own, which only diffusers loads")
-    if name != "DiTPipeline":
-        raise UserError(f"{folder} holds a {name}; of diffusers' pipelines only DiTPipeline is known")
-    config, scheduler = (read_json(folder / name) for name in ("transformer/config.json", "scheduler/scheduler_config.json"))
-    names = [f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin")]
-    path = next((path for name in names if (path := folder / "transformer" / name).is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"{folder}/transformer holds neither {' nor '.join(names)}")
-    vae = str(folder / "vae") if (folder / "vae").is_dir() else bare.vae
-    with prefix_errors(f"{folder}:", KeyError, AttributeError, *WRONG_VALUE):
-        return path, interchange.from_diffusers(index, config, scheduler, load(path), vae, bare)
-
-
-# --- from a file to a network --------------------------------------------------------------------
-
-
 @dataclass
 class Restored:
-    """A network in evaluation mode with its EMA weights, and the spec of all that sampling needs beside it."""
+    """A network in evaluation mode with its EMA weights, and the spec of what sampling needs beside it."""
 
     model: nn.Module
     spec: Spec
-    path: Path  # of the weights
-    remark: str = ""  # a sentence about what was assumed
+    path: Path        # of the weights
+    remark: str       # a sentence about what was assumed, or ""
+    facts: Config     # what else a training checkpoint holds: args, step, …
 
     @property
     def name(self) -> str:
@@ -284,7 +265,7 @@ class Restored:
         return folder.name
 
     def sha256(self) -> str:
-        """Of the file: what stands beside it, which `load` has compared with it, else counted now."""
+        """The sha256 of the file: from the file beside it, which `load` has checked, else computed now."""
         beside = sha256_file(self.path)
         return beside.read_text().split()[0] if beside.is_file() else sha256(self.path)
 
@@ -293,8 +274,8 @@ def restore(ckpt: str | Path | None, bare: BareWeights = BareWeights(), vae: str
     """Rebuild what a checkpoint holds.
 
     Args:
-        ckpt: as of `resolve`, or None for the published DiT-XL/2 of bare.image_size.
-        bare: what bare weights are; beside a checkpoint that describes itself it must agree with it.
+        ckpt: see `resolve`; None for the published DiT-XL/2 of bare.image_size.
+        bare: the description of weights that do not describe themselves; it must not contradict a checkpoint that does.
         vae: the autoencoder, in place of the checkpoint's.
     """
     if ckpt is None:
@@ -303,23 +284,23 @@ def restore(ckpt: str | Path | None, bare: BareWeights = BareWeights(), vae: str
         if model != "DiT-XL/2" or ckpt not in PUBLISHED:
             raise UserError(f"`ckpt` is needed: only DiT-XL/2 at `image_size` 256 and 512 is published, not {model} at {size}")
     with prefix_errors("`ckpt`"):
-        path, (spec, weights, remark) = read(resolve(ckpt), bare)
+        source, (spec, weights, remark) = read(resolve(ckpt), bare)
     check_agrees("model", bare.model, spec.model.name, ckpt)
     check_agrees("image_size", bare.image_size, spec.image_size[0], ckpt)
     check_agrees("num_classes", bare.num_classes, len(spec.classes), ckpt)
-    model = rebuild(spec.model, weights, path)
+    model = rebuild(spec.model, weights, source.path)
     if not spec.is_autoencoder and len(spec.classes) != model.num_classes:
-        raise UserError(f"{path}: its description names {len(spec.classes)} classes, its network has {model.num_classes}")
-    return Restored(model, spec.with_vae(vae), path, remark)
+        raise UserError(f"{source.path}: its description names {len(spec.classes)} classes, its network has "
+                        f"{model.num_classes}")
+    return Restored(model, spec.with_vae(vae), source.path, remark, source.facts)
 
 
 def restore_own_autoencoder(source: str) -> nn.Module:
-    """The network of an autoencoder that train.py trained, with its EMA weights, from its checkpoint, run or folder."""
-    path, (spec, weights, remark) = read(resolve(source), BareWeights())
-    if remark or spec.model.name not in Autoencoder_models:
-        holds = "nothing that describes itself" if remark else spec.model.name
-        raise UserError(f"{path} holds {holds}, not one of {', '.join(Autoencoder_models)}")
-    return rebuild(spec.model, weights, path)
+    """An autoencoder that train.py trained, with its EMA weights, from its checkpoint, run or exported folder."""
+    found, (spec, weights, _) = read(resolve(source), BareWeights())
+    if spec.model.name not in Autoencoder_models:
+        raise UserError(f"{found.path} holds a {spec.model.name}, not one of {', '.join(Autoencoder_models)}")
+    return rebuild(spec.model, weights, found.path)
 
 
 def check_agrees(name: str, given: object, stored: object, ckpt: str | Path) -> None:
@@ -328,20 +309,20 @@ def check_agrees(name: str, given: object, stored: object, ckpt: str | Path) -> 
 
 
 def rebuild(model: ModelSpec, weights: dict[str, Tensor], source: Path) -> nn.Module:
-    """A network of these weights, to evaluate."""
+    """The network in evaluation mode with these weights."""
     with torch.device("meta"), prefix_errors(f"checkpoint {source}:", *WRONG_VALUE):
-        network = model.build()  # on no device: initial weights would take time, a DiT-XL has 675 M
+        network = model.build()  # without memory: to draw the 675 M initial weights of a DiT-XL would take time
     load_weights(network.to_empty(device="cpu"), weights, source)
     return network.eval().requires_grad_(False)
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
-    """Load all of a state dict; UserError that names the first difference where it is of another network."""
-    own = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    """Load all of a state dict. Raises UserError that names the first difference if it is of another network."""
+    expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in weights.items()}
-    if own != given:
-        differences = [f"{key} is {given.get(key, 'missing')} where the model has {own.get(key, 'nothing')}"
-                       for key in sorted(own | given) if own.get(key) != given.get(key)]
+    if expected != given:
+        differences = [f"{key} is {given.get(key, 'missing')}, the model has {expected.get(key, 'none')}"
+                       for key in sorted(expected | given) if expected.get(key) != given.get(key)]
         raise UserError(f"checkpoint {source} is of another architecture ({len(differences)} differences, first: "
                         f"{differences[0]}); `model`, `image_size` and `num_classes` describe bare weights")
     network.load_state_dict(weights)

@@ -22,34 +22,21 @@ from diffusion.reuse import Plan, Reuse, add_prior_noise, plan
 from diffusion.samplers import Steps, evaluation_times, get_sampler
 from pipeline import checkpoint
 from pipeline.autoencoders import check_autoencoder, load_autoencoder
-from pipeline.interchange import OBJECTIVES
-from pipeline.spec import BareWeights, SamplingSettings, Spec
+from pipeline.settings import SamplingSettings
+from pipeline.spec import BareWeights, Spec
 from runtime import UserError
-from runtime.cli import WRONG_VALUE, ArgumentParser, prefix_errors
+from runtime.cli import WRONG_VALUE, prefix_errors
 from runtime.pictures import MAX_COLUMNS, to_uint8
 from runtime.processes import World, autocast, cast_weights, to_device
 from runtime.randomness import generator
-from small_models import DIFFUSION_NETWORKS
 
 DIT_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # the eight classes of DiT's figures
 BATCH = 64  # images drawn at once
 DECODE_BATCH = 16  # a VAE's decoder takes far more memory an image than the network
 
 
-def add_sampling_arguments(parser: ArgumentParser) -> None:
-    """The flags that every script has that samples."""
-    parser.add_shared_arguments()
-    parser.add_argument("--ckpt", type=str | None, help="checkpoint, run folder or published name; default: DiT-XL/2's")
-    parser.add_argument("--model", choices=list(DIFFUSION_NETWORKS), help="for bare weights (DiT-XL/2)")
-    parser.add_argument("--image-size", type=int | None, help="for bare weights (256)")
-    parser.add_argument("--num-classes", type=int | None, help="for bare weights (1000)")
-    parser.add_argument("--objective", choices=OBJECTIVES, help="for bare weights: DiT's, SiT's or REPA's (epsilon)")
-    parser.add_argument("--vae", type=str | None, help="ema, mse, pixels, a folder, own run, hub id; default: the checkpoint's")
-    SamplingSettings.add_flags(parser)
-
-
 def default_labels(count: int) -> list[int]:
-    """The classes to show where none is asked for: DiT's eight of 1,000, else at most ten, chosen evenly."""
+    """The classes to show by default: DiT's eight of 1,000, else at most ten, evenly spaced."""
     return DIT_LABELS if count == 1000 else torch.linspace(0, count - 1, min(count, MAX_COLUMNS)).round().int().tolist()
 
 
@@ -61,11 +48,11 @@ def restore_checkpoint(world: World, ckpt: str | None, bare: BareWeights = BareW
     """The network of a checkpoint on this process's device, and its spec.
 
     Args:
-        ckpt, bare, vae: as of checkpoint.restore. A run's folder stands for its newest checkpoint, the same one on every
-            process, although a run under way may write another one meanwhile.
+        ckpt, bare, vae: see checkpoint.restore. A run's folder stands for its newest checkpoint. All processes take the same
+            one, even if the run writes another meanwhile.
 
     Raises:
-        UserError: it is an autoencoder, or no network that can be sampled from.
+        UserError: it is an autoencoder, or lacks what sampling needs.
     """
     def newest() -> str | None:
         with prefix_errors("`ckpt`"):
@@ -74,7 +61,7 @@ def restore_checkpoint(world: World, ckpt: str | None, bare: BareWeights = BareW
     path = world.on_main(newest)
     restored = world.main_first(lambda: checkpoint.restore(path, bare, vae))
     if restored.spec.is_autoencoder:
-        raise UserError(f"`ckpt` {restored.path} is an autoencoder, which has nothing to sample from; pass it as `vae`")
+        raise UserError(f"`ckpt` {restored.path} is an autoencoder, from which nothing can be sampled; pass it as `vae`")
     check(restored.model, Network, "sampling needs")
     if restored.remark and world.is_main:
         print(restored.remark)
@@ -84,7 +71,7 @@ def restore_checkpoint(world: World, ckpt: str | None, bare: BareWeights = BareW
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings made ready for one network: with the number of guided channels, process and sampler, and what is reused when."""
+    """Settings resolved for one network: the number of guided channels, the process, the sampler, and the plan of reuse."""
 
     settings: SamplingSettings
     process: Process
@@ -128,39 +115,38 @@ class Sampling:
 
     @property
     def model_calls(self) -> int:
-        """How often an image goes through the model, both branches of guidance counted."""
+        """How often the model computes an image, both branches of guidance counted."""
         return len(self.times) + sum(self.guided)
 
     def block_calls(self, model: nn.Module) -> int | None:
-        """How often an image goes through one of the model's blocks; None where it tells of none."""
+        """How many blocks are computed for an image; None if the model has no `blocks`."""
         if self.plan:
             return self.plan.block_calls()
         return len(model.blocks) * self.model_calls if hasattr(model, "blocks") else None
 
     def record(self) -> dict[str, Any]:
-        """What NAME.json and the text chunks of a PNG say."""
-        return self.settings.record(reuse=str(self.plan or "none"))
+        """The settings for NAME.json and the text chunks of a PNG."""
+        return self.settings.record(str(self.plan or "none"))
 
     def file_name_parts(self) -> list[str]:
-        plan = f"{self.settings.reuse}-{sum(self.plan.keys)}-keys" if self.plan else "none"
-        return self.settings.file_name_parts(reuse=plan)
+        return self.settings.file_name_parts(f"{self.settings.reuse}-{sum(self.plan.keys)}-keys" if self.plan else None)
 
 
 def restore_autoencoder(world: World, restored: checkpoint.Restored, sampling: Sampling, same: bool = True) -> nn.Module:
     """The autoencoder of a checkpoint's spec, on this process's device.
 
     Args:
-        same: it must have the weights that the network was trained with. False where the user chose another one.
+        same: whether it must have the weights that the network was trained with. False if the user chose another one.
 
     Raises:
-        UserError: its latents are not what the network takes, or not what the settings are for.
+        UserError: its latents do not fit the network, or the settings.
     """
     spec, model = restored.spec, restored.model
     with prefix_errors("`vae`"):
         try:
             autoencoder = world.main_first(lambda: load_autoencoder(spec.vae, world.device, spec.statistics))
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}; it is what the checkpoint names: if it has moved, pass its new place as `vae`"
+            raise FileNotFoundError(f"{error}; the checkpoint names it: if it has moved, pass its new path as `vae`"
                                     if same else str(error)) from None
         if same:
             check_autoencoder(autoencoder, spec)
@@ -174,13 +160,13 @@ def restore_autoencoder(world: World, restored: checkpoint.Restored, sampling: S
 
 def check_thresholding(settings: SamplingSettings, autoencoder: nn.Module) -> None:
     if settings.dynamic_thresholding and not autoencoder.bounded:
-        raise UserError(f"`dynamic_thresholding` is for pixels in [-1, 1]; {autoencoder.spec['vae']} has latents")
+        raise UserError(f"`dynamic_thresholding` is for pixels in [-1, 1]; {autoencoder.spec['vae']} has unbounded latents")
 
 
 def prepare_network(model: nn.Module, precision: str, compile: bool) -> None:
     """Make a restored network fast, in place: bf16 weights for precision "bf16", and torch.compile.
 
-    Of a network with a seam the two halves of a call are compiled, because reuse calls them one by one.
+    If a network has a seam, its two halves are compiled one by one, because reuse calls them so.
     """
     cast_weights(model, precision)
     if not compile:
@@ -211,7 +197,7 @@ def generate(model: nn.Module, autoencoder: nn.Module, labels: list[int], indice
 
     Args:
         labels: class ids, one an image.
-        indices: which images of the seed's endless sequence.
+        indices: of the images in the seed's endless sequence.
         on_step: called with {"sample", "pred_xstart"} after each step.
     """
     settings, device = sampling.settings, next(model.parameters()).device
@@ -221,15 +207,15 @@ def generate(model: nn.Module, autoencoder: nn.Module, labels: list[int], indice
         network = guide(network, y, model.num_classes, settings.cfg_scale, settings.cfg_channels, sampling.guided)
         noise = addressed_noise(model, seed, indices)
         steps = sampling.solver(sampling.process, network, noise, partial(addressed_noise, model, seed, indices),
-                                bound(sampling, autoencoder))
+                                pixel_limit(sampling, autoencoder))
         for step in add_prior_noise(steps, noise, sampling.plan) if sampling.plan else steps:
             x = step["sample"]
             on_step(step)
     return decode(autoencoder, x, sampling)
 
 
-def bound(sampling: Sampling, autoencoder: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """What keeps predicted pixels in [-1, 1]; latents have no such bound."""
+def pixel_limit(sampling: Sampling, autoencoder: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The function that keeps predicted pixels in [-1, 1]; None for latents."""
     scale = sampling.process.input_scale
     if sampling.settings.dynamic_thresholding:
         return lambda x_0: scale * dynamic_threshold(x_0 / scale)

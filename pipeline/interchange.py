@@ -1,119 +1,124 @@
-"""Other formats <-> our Spec and weights, as dictionaries that checkpoint.py has read or will write. No file is opened here.
+"""Formats of checkpoints -> our Spec and weights. checkpoint.py reads the files; nothing is opened here.
 
-- bare weights: DiT's `.pt`; SiT's and REPA's, which have the same keys and another meaning; LightningDiT's
-- a folder of diffusers' DiTPipeline: model_index.json, transformer/, scheduler/, vae/; in and out
-- what pipeline/exported.py needs to draw what our samplers draw, by diffusers' schedulers; out
+FORMATS has one entry a format: how it is recognised, and how its `Source` becomes `Contents`. Another format is one entry.
+
+- ours: a training checkpoint, or a folder of export.py
+- a folder of diffusers' DiTPipeline: model_index.json, transformer/, scheduler/, vae/
+- weights with DiT's keys: DiT's `.pt`; SiT's and REPA's, whose outputs mean something else; LightningDiT's
+- LDM's autoencoder, as diffusers' AutoencoderKL
 
 Sources: SiT: Ma et al. (arXiv:2401.08740), REPA: Yu et al. (arXiv:2410.06940), LightningDiT: Yao et al. (arXiv:2501.01423),
-diffusers' DiTTransformer2DModel.
+LDM: Rombach et al. (arXiv:2112.10752), diffusers' DiTTransformer2DModel.
 """
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import create_diffusion
-from diffusion.flow import FlowMatching
-from diffusion.gaussian_diffusion import GaussianDiffusion
-from diffusion.process import Process
 from diffusion.schedules import named_betas
 from models import DiT, DiT_models, sincos_position_embedding
-from pipeline.spec import BareWeights, ModelSpec, SamplingSettings, Spec, constructor_of
+from pipeline.spec import OWN_VAE, BareWeights, Config, Contents, ModelSpec, Source, Spec, Weights, constructor_of
 from runtime import UserError
 
-Weights = dict[str, Tensor]
-Config = dict[str, Any]
+
+class Format(NamedTuple):
+    """A format of checkpoints. `objective` selects it by `--objective`, if its weights do not describe themselves."""
+
+    name: str
+    matches: Callable[[Source], bool]
+    read: Callable[[Source, BareWeights], Contents]
+    objective: str | None = None
+
+
+def interpret(source: Source, bare: BareWeights) -> Contents:
+    """Read a source by the first of FORMATS that matches, or by that of `bare.objective`.
+
+    Raises:
+        UserError: it cannot be read, or its format contradicts `bare.objective`.
+    """
+    found = next(format for format in FORMATS if format.matches(source))
+    if bare.objective in (None, found.objective):
+        return found.read(source, bare)
+    if found is not FORMATS[-1]:  # the last one matches all weights
+        raise UserError(f"`objective` {bare.objective} contradicts the file, whose format is {found.name}")
+    return next(format for format in FORMATS if format.objective == bare.objective).read(source, bare)
+
+
+def read_own(source: Source, bare: BareWeights) -> Contents:
+    spec = Spec.from_dict(source.description)
+    if not source.weights:
+        raise FileNotFoundError("model.safetensors does not exist")
+    return Contents(spec.with_vae(str(source.path.parent / OWN_VAE)) if spec.vae == OWN_VAE else spec, source.weights)
+
+
+# --- weights with DiT's keys -----------------------------------------------------------------------
 
 PROJECTORS = "projectors."  # REPA's, which only training needs
-# What flow models are sampled by, as published: SiT's Heun with 250 evaluations, REPA's 250 steps and interval.
+# The published sampling. SiT: Heun with 250 evaluations. REPA: 250 steps and an interval.
 FLOWS = {"sit": dict(sampler="heun", num_sampling_steps="125"),
          "repa": dict(sampler="euler", num_sampling_steps="250", cfg_scale=1.8, cfg_channels=None, guidance_interval=(0, 700))}
-OBJECTIVES = ("epsilon", *FLOWS)
 # LightningDiT-XL of 800 epochs. Its paper also shifts the times of the steps, which no sampler here does.
 LIGHTNING = dict(sampler="euler", num_sampling_steps="250", cfg_scale=6.7, guidance_interval=(0, 875))
 
-# diffusers' names -> ours
-TOP = {"pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1", "proj_out_2": "final_layer.linear"}
-BLOCK = {"norm1.linear": "adaLN_modulation.1", "attn1.to_out.0": "attn.proj", "ff.net.0.proj": "mlp.fc1", "ff.net.2": "mlp.fc2"}
-EMBEDDERS = {"norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",  # a copy in each block
-             "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
-             "norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table"}
-QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}  # ours -> diffusers'
+
+def read_dit(source: Source, bare: BareWeights) -> Contents:
+    """DiT's weights, or any others that are not recognised."""
+    remark = "" if bare.objective else ("weights without a description: assumed to predict epsilon, as DiT's do; if they are "
+                                        "SiT's or REPA's, the objective must be given")
+    return Contents(bare.spec(source.flags, shape_of(source.weights)), source.weights, remark)
 
 
-class Published(NamedTuple):
-    """A network as others publish it, in our terms."""
-
-    spec: Spec
-    weights: Weights
-    remark: str = ""  # a sentence about what was assumed
+def is_sit(source: Source) -> bool:
+    return str(source.flags.get("model", "")).startswith("SiT")
 
 
-# --- bare weights ----------------------------------------------------------------------------------
+def is_repa(source: Source) -> bool:
+    return "resolution" in source.flags or any(key.startswith(PROJECTORS) for key in source.weights)
 
 
-def from_bare(weights: Weights, stored: Config, bare: BareWeights) -> Published:
-    """Weights with DiT's keys.
-
-    Args:
-        stored: the flags of the trainer that wrote the file, if it holds them.
-        bare: what the user says of the weights. Without an objective, projectors or a `resolution` mean REPA's and other flags
-            of a SiT's trainer mean SiT's; any other weights are taken to predict epsilon, as DiT's do.
-    """
-    projectors = any(key.startswith(PROJECTORS) for key in weights)
-    name = str(stored.get("model", ""))
-    found = "repa" if projectors or "resolution" in stored else "sit" if name.startswith("SiT") else None
-    if bare.objective and found not in (None, bare.objective):
-        raise UserError(f"`objective` {bare.objective} contradicts what stands beside these weights, which are of {found}")
-    objective = bare.objective or found or "epsilon"
-    if objective == "epsilon":
-        remark = "" if bare.objective else ("bare weights, taken to predict epsilon as DiT's do; if they are SiT's or REPA's, "
-                                            "the objective must be given")
-        return Published(bare.spec(stored, shape_of(weights)), weights, remark)
-    check_published_flow(stored)
-    flags = {"image_size": "resolution", "num_classes": "num_classes", "vae": "vae"}  # SiT's names are DiT's
-    stored = {key: stored.get(key, stored.get(other)) for key, other in flags.items() if {key, other} & set(stored)}
-    spec = bare.spec(stored | ({"model": name.replace("SiT", "DiT")} if name else {}), shape_of(weights))
+def read_flow(source: Source, bare: BareWeights, kind: str) -> Contents:
+    """SiT's or REPA's weights, with the flags of their trainers if the file has them. `kind` is a key of FLOWS."""
+    flags = source.flags
+    check_published_flow(flags)
+    names = {"image_size": "resolution", "num_classes": "num_classes", "vae": "vae"}  # SiT's flags, like DiT's -> REPA's
+    stored = {name: flags.get(name, flags.get(other)) for name, other in names.items() if {name, other} & set(flags)}
+    if "model" in flags:
+        stored["model"] = flags["model"].replace("SiT", "DiT")
+    spec = bare.spec(stored, shape_of(source.weights))
     if spec.model.class_name != "DiT":
-        raise UserError(f"`model` {spec.model.name} is no DiT, as the networks of SiT and REPA are")
+        raise UserError(f"`model` {spec.model.name} is not a DiT, as the networks of SiT and REPA are")
     model = replace(spec.model, args=spec.model.args | {"learn_sigma": False, "time_scale": 1e-3})
-    spec = replace(spec, model=model, diffusion={"objective": "flow"}, sampling=replace(spec.sampling, **FLOWS[objective]))
-    weights = first_half({key: value for key, value in weights.items() if not key.startswith(PROJECTORS)}, spec.model.args)
-    remark = f"bare weights of {objective}'s flow"
-    return Published(spec, reverse_time(weights) if objective == "sit" else weights, remark)
+    spec = replace(spec, model=model, diffusion={"objective": "flow"}, sampling=replace(spec.sampling, **FLOWS[kind]))
+    weights = {key: value for key, value in source.weights.items() if not key.startswith(PROJECTORS)}
+    weights = first_half(weights, spec.model.args)
+    return Contents(spec, reverse_time(weights) if kind == "sit" else weights, f"weights of {kind}'s flow")
 
 
-def is_lightning(weights: Weights) -> bool:
-    return any(".mlp.w12." in key for key in weights)
+def is_lightning(source: Source) -> bool:
+    return any(".mlp.w12." in key for key in source.weights)
 
 
-def from_lightning(weights: Weights, bare: BareWeights, statistics: tuple[list[float], ...] | None) -> Published:
-    """LightningDiT's weights. Its flow is SiT's, its latents are normalised, and an image is 16 times as large as they.
-
-    Args:
-        statistics: mean and standard deviation of the latents, which it has in a file of its own.
-    """
-    if bare.objective:
-        raise UserError(f"`objective` {bare.objective}: these are weights of a LightningDiT, which has a flow of its own")
-    if statistics is None:
-        raise UserError("it is a LightningDiT, so mean and std of its latents must lie beside it in latents_stats.pt")
+def read_lightning(source: Source, bare: BareWeights) -> Contents:
+    """LightningDiT's weights. Its flow is SiT's, its latents are normalised, and an image is 16 times as large as they."""
+    if source.statistics is None:
+        raise UserError("a LightningDiT needs the mean and std of its latents: latents_stats.pt is missing beside it")
     names = {"mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."}
-    weights = {re.sub(r"mlp\.w\d+\.", lambda found: names[found[0]], key): value for key, value in weights.items()
+    weights = {re.sub(r"mlp\.w\d+\.", lambda found: names[found[0]], key): value for key, value in source.weights.items()
                if not key.startswith("feat_rope.")}
     shape = {"image_size": 128} | shape_of(weights)
     spec = bare.spec({}, shape | {"model": "LightningDiT-XL/1", "image_size": 2 * shape["image_size"]})
-    mean, std = statistics
-    args = {"in_channels": len(mean), "input_size": spec.image_size[0] // 16, "learn_sigma": False,
-            "time_scale": 1e-3}
+    mean, std = source.statistics
+    args = {"in_channels": len(mean), "input_size": spec.image_size[0] // 16, "learn_sigma": False, "time_scale": 1e-3}
     spec = replace(spec, model=replace(spec.model, args=spec.model.args | args), diffusion={"objective": "flow"},
                    sampling=replace(spec.sampling, **LIGHTNING), latents_mean=mean, latents_std=std)
-    return Published(spec, reverse_time(first_half(weights, spec.model.args)), "bare weights of a LightningDiT")
+    return Contents(spec, reverse_time(first_half(weights, spec.model.args)), "weights of a LightningDiT")
 
 
 def shape_of(weights: Weights) -> Config:
@@ -166,28 +171,42 @@ def reverse_time(weights: Weights) -> Weights:
 # --- diffusers -------------------------------------------------------------------------------------
 
 
-def from_diffusers(index: Config, config: Config, scheduler: Config, weights: Weights, vae: str,
-                   bare: BareWeights) -> Published:
-    """A folder of DiTPipeline: the dictionaries of model_index.json, transformer/ and scheduler/ and the weights.
+# diffusers' names -> ours
+TOP = {"pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1", "proj_out_2": "final_layer.linear"}
+BLOCK = {"norm1.linear": "adaLN_modulation.1", "attn1.to_out.0": "attn.proj", "ff.net.0.proj": "mlp.fc1", "ff.net.2": "mlp.fc2"}
+EMBEDDERS = {"norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",  # a copy in each block
+             "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+             "norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table"}
+QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 
-    Args:
-        vae: the folder's, as load_autoencoder takes it.
-        bare: its cfg_scale is recommended.
-    """
+
+def read_diffusers(source: Source, bare: BareWeights) -> Contents:
+    """A folder that diffusers' DiTPipeline.save_pretrained wrote, or one of the hub. It recommends `bare.cfg_scale`."""
+    index = source.configs["model_index.json"]
+    kind = index.get("_class_name")
+    if kind != "DiTPipeline":
+        raise UserError(f"it holds {'a pipeline with custom code' if isinstance(kind, list) else kind}, which only diffusers "
+                        "loads; of diffusers' pipelines only DiTPipeline is read here")
+    for name in ("transformer/config.json", "scheduler/scheduler_config.json"):
+        if name not in source.configs:
+            raise FileNotFoundError(f"{source.path / name} does not exist")
+    if not source.weights:
+        raise FileNotFoundError(f"{source.path}/transformer holds no diffusion_pytorch_model.safetensors or .bin")
+    config, scheduler = source.configs["transformer/config.json"], source.configs["scheduler/scheduler_config.json"]
     check_transformer(config)
     heads, width = config["num_attention_heads"], config["num_attention_heads"] * config["attention_head_dim"]
     classes, diffusion = config["num_embeds_ada_norm"], diffusion_of(scheduler, config["out_channels"] > config["in_channels"])
     args = dict(input_size=config["sample_size"], patch_size=config["patch_size"], in_channels=config["in_channels"],
                 hidden_size=width, depth=config["num_layers"], num_heads=heads, num_classes=classes,
-                learn_sigma=diffusion["learn_sigma"], time_scale=diffusion["diffusion_steps"] / 1000)  # theirs counts steps
-    size = (8 * config["sample_size"],) * 2
+                learn_sigma=diffusion["learn_sigma"], time_scale=diffusion["diffusion_steps"] / 1000)  # it counts steps
+    size = 8 * config["sample_size"]
     names = {str(i): name for i, name in dict(index.get("id2label") or {}).items()}
-    spec = bare.spec({"model": preset_of(args), "image_size": size[0], "num_classes": classes, "vae": vae})
-    model = ModelSpec(spec.model.name, "DiT", spec.model.args | args)
-    spec = replace(spec, model=model, diffusion=diffusion,
+    spec = bare.spec({"model": preset_of(args), "image_size": size, "num_classes": classes, "vae": source.vae or bare.vae})
+    spec = replace(spec, model=ModelSpec(spec.model.name, "DiT", spec.model.args | args), diffusion=diffusion,
                    sampling=replace(spec.sampling, cfg_channels=min(3, args["in_channels"])),
                    classes=[names.get(str(i), name) for i, name in enumerate(spec.classes)])
-    return Published(spec, transformer_weights(weights, args))
+    return Contents(spec, transformer_weights(source.weights, args))
 
 
 def check_transformer(config: Config) -> None:
@@ -216,7 +235,7 @@ def diffusion_of(scheduler: Config, learn_sigma: bool) -> Config:
     scheduler = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02,
                      prediction_type="epsilon", _class_name="DDIMScheduler") | scheduler
     steps, schedule, name = (scheduler[key] for key in ("num_train_timesteps", "beta_schedule", "_class_name"))
-    objective = {theirs: own for own, theirs in PREDICTIONS.items()}.get(scheduler["prediction_type"])
+    objective = PREDICTIONS.get(scheduler["prediction_type"])
     ends = [scheduler["beta_start"], scheduler["beta_end"]]
     known = schedule == "squaredcos_cap_v2" or (
         schedule == "linear" and np.allclose(ends, named_betas("linear", steps)[[0, -1]], rtol=1e-5))
@@ -227,123 +246,93 @@ def diffusion_of(scheduler: Config, learn_sigma: bool) -> Config:
     return dict(noise_schedule=schedule, diffusion_steps=steps, objective=objective, learn_sigma=learn_sigma)
 
 
-def transformer_weights(theirs: Weights, args: Config) -> Weights:
+def transformer_weights(weights: Weights, args: Config) -> Weights:
     """diffusers' state dict -> ours. UserError if it is not a DiT's, or if the blocks' copies of the embedders differ."""
-    theirs, ours = dict(theirs), {}
+    remaining, renamed = dict(weights), {}
 
     def take(prefix: str) -> dict[str, Tensor]:
-        """Take away what has this prefix: "weight" and, where there is one, "bias"."""
-        found = {kind: theirs.pop(f"{prefix}.{kind}") for kind in ("weight", "bias") if f"{prefix}.{kind}" in theirs}
+        """Remove the tensors with this prefix: "weight" and, if there is one, "bias"."""
+        found = {kind: remaining.pop(f"{prefix}.{kind}") for kind in ("weight", "bias") if f"{prefix}.{kind}" in remaining}
         if not found:
-            raise UserError(f"its transformer lacks {prefix}.weight, so it is no DiT of {args['depth']} blocks")
+            raise UserError(f"its transformer lacks {prefix}.weight, so it is not a DiT of {args['depth']} blocks")
         return found
 
     def put(prefix: str, tensors: dict[str, Tensor]) -> None:
-        ours.update({f"{prefix}.{kind}": tensor for kind, tensor in tensors.items()})
+        renamed.update({f"{prefix}.{kind}": tensor for kind, tensor in tensors.items()})
 
-    for name, own in TOP.items():
-        put(own, take(name))
+    for old, new in TOP.items():
+        put(new, take(old))
     for i in range(args["depth"]):
         block = f"transformer_blocks.{i}"
-        for name, own in BLOCK.items():
-            put(f"blocks.{i}.{own}", take(f"{block}.{name}"))
-        thirds = [take(f"{block}.{name}") for name in QKV]
+        for old, new in BLOCK.items():
+            put(f"blocks.{i}.{new}", take(f"{block}.{old}"))
+        thirds = [take(f"{block}.{old}") for old in QKV]
         put(f"blocks.{i}.attn.qkv", {kind: torch.cat([third[kind] for third in thirds]) for kind in thirds[0]})
-        for name, own in EMBEDDERS.items():
-            copy = take(f"{block}.{name}")
-            if i and any(not torch.equal(ours[f"{own}.{kind}"], tensor) for kind, tensor in copy.items()):
-                raise UserError(f"its blocks 0 and {i} differ in {name}; a DiT has one such embedder for all blocks")
-            put(own, copy)
-    theirs.pop("pos_embed.pos_embed", None)
-    if theirs:
-        raise UserError(f"its transformer has {next(iter(theirs))}, which no DiT has")
+        for old, new in EMBEDDERS.items():
+            copy = take(f"{block}.{old}")
+            if i and any(not torch.equal(renamed[f"{new}.{kind}"], tensor) for kind, tensor in copy.items()):
+                raise UserError(f"its blocks 0 and {i} differ in {old}; a DiT has one such embedder for all blocks")
+            put(new, copy)
+    remaining.pop("pos_embed.pos_embed", None)
+    if remaining:
+        raise UserError(f"its transformer has {next(iter(remaining))}, which no DiT has")
     side = args["input_size"] // args["patch_size"]
-    return ours | {"pos_embed": sincos_position_embedding((side, side), args["hidden_size"])}
+    return renamed | {"pos_embed": sincos_position_embedding((side, side), args["hidden_size"])}
 
 
-def to_diffusers(spec: Spec, weights: Weights) -> tuple[Config, Config, Config, Weights]:
-    """What from_diffusers takes: model_index.json, the configs of transformer and scheduler, and the transformer's weights.
+# --- LDM's autoencoder -----------------------------------------------------------------------------
 
-    Raises:
-        UserError: diffusers' DiT cannot express the network or its process.
-    """
-    args, process = spec.model.args, create_diffusion("", **spec.diffusion)
-    schedule, steps = spec.diffusion.get("noise_schedule", "linear"), process.num_timesteps
-    if (prediction_of(process) not in PREDICTIONS or schedule not in ("linear", "squaredcos_cap_v2") or steps != 1000
-            or process.input_scale != 1):
-        raise UserError(f"its process, {spec.diffusion}, is none that DiTPipeline's schedulers know")
-    square = len(set(np.atleast_1d(args["input_size"]).tolist())) == 1
-    plain = dict(adaln="zero", class_token=False, time_scale=1.0, mlp_ratio=4.0, qk_norm=False, lightning=False)
-    if spec.model.class_name != "DiT" or not square or any(args[key] != value for key, value in plain.items()):
-        raise UserError(f"{spec.model.name} is not DiT's own network, the only one that diffusers' DiTPipeline knows")
-    config = dict(_class_name="DiTTransformer2DModel", num_attention_heads=args["num_heads"],
-                  attention_head_dim=args["hidden_size"] // args["num_heads"], in_channels=args["in_channels"],
-                  out_channels=args["in_channels"] * (2 if args["learn_sigma"] else 1), num_layers=args["depth"],
-                  sample_size=int(np.max(args["input_size"])), patch_size=args["patch_size"], activation_fn="gelu-approximate",
-                  num_embeds_ada_norm=args["num_classes"], norm_type="ada_norm_zero", attention_bias=True, dropout=0.0,
-                  norm_elementwise_affine=False, norm_eps=1e-5)
-    ends = named_betas("linear", steps)[[0, -1]].tolist()
-    scheduler = dict(_class_name="DDIMScheduler", num_train_timesteps=steps, beta_schedule=schedule,
-                     beta_start=ends[0], beta_end=ends[1], prediction_type=PREDICTIONS[process.prediction],
-                     clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading")
-    index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"],
-             "scheduler": ["diffusers", "DDIMScheduler"], "vae": ["diffusers", "AutoencoderKL"],
-             "id2label": {str(i): name for i, name in enumerate(spec.classes)}}
-    return index, config, scheduler, their_weights(weights, args)
+LDM = [  # LDM's names -> diffusers'
+    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."), (r"\.(down|up)\.(\d+)\.attn\.", r".\1_blocks.\2.attentions."),
+    (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\3samplers.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."), (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."), (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."), (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."), (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0.")]
 
 
-def their_weights(ours: Weights, args: Config) -> Weights:
-    """Our DiT's state dict -> diffusers': the inverse of transformer_weights."""
-    theirs: Weights = {}
-
-    def copy(own: str, name: str) -> None:
-        theirs.update({name + key.removeprefix(own): value for key, value in ours.items() if key.startswith(f"{own}.")})
-
-    for name, own in TOP.items():
-        copy(own, name)
-    for i in range(args["depth"]):
-        block = f"transformer_blocks.{i}"
-        for name, own in BLOCK.items():
-            copy(f"blocks.{i}.{own}", f"{block}.{name}")
-        for name, own in EMBEDDERS.items():
-            copy(own, f"{block}.{name}")
-        for kind in ("weight", "bias"):
-            thirds = ours[f"blocks.{i}.attn.qkv.{kind}"].chunk(3)
-            theirs.update({f"{block}.{name}.{kind}": third for name, third in zip(QKV, thirds)})
-    return {key: value.clone() for key, value in theirs.items()}  # a file of safetensors shares no memory
-
-
-def prediction_of(process: Process) -> str:
-    """What the network predicts: "epsilon", "v", "x0" or "flow". UserError for a process of one's own."""
-    if isinstance(process, GaussianDiffusion):
-        return process.prediction
-    if isinstance(process, FlowMatching):
-        return "flow"
-    raise UserError(f"a {type(process).__name__} has no form among diffusers' schedulers")
-
-
-def scheduler_of(settings: SamplingSettings, process: Process, diffusion: Config) -> tuple[Config, list[int] | None]:
-    """diffusers' scheduler that draws as our sampler does: its config, and the timesteps to set, if it is told them.
+def from_ldm(weights: Weights) -> tuple[Config, Weights]:
+    """The config and weights of diffusers' AutoencoderKL for LDM's (Rombach et al., arXiv:2112.10752): VA-VAE's, say.
 
     Raises:
-        UserError: diffusers has none.
+        UserError, KeyError: these are not the weights of such an autoencoder.
     """
-    objective, name = prediction_of(process), settings.sampler
-    if objective == "flow" and name in ("euler", "heun"):
-        return dict(_class_name=f"FlowMatch{name.title()}DiscreteScheduler", num_train_timesteps=process.num_timesteps,
-                    shift=1.0), None
-    kinds = {"ddpm": dict(_class_name="DDPMScheduler", clip_sample=False, timestep_spacing="linspace"),
-             "ddim": dict(_class_name="DDIMScheduler", clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading"),
-             "dpm++": dict(_class_name="DPMSolverMultistepScheduler", algorithm_type="dpmsolver++", solver_order=2,
-                           final_sigmas_type="zero")}
-    if objective not in PREDICTIONS or name not in kinds:
-        raise UserError(f"sampler {name} of objective {objective} has no form among diffusers' schedulers")
-    steps = diffusion.get("diffusion_steps", 1000)
-    stride, timesteps = steps // process.num_timesteps, process.timestep_map[::-1]
-    if name == "ddim" and timesteps != [i * stride for i in reversed(range(process.num_timesteps))]:
-        raise UserError(f"diffusers' DDIM has steps of one length: num_sampling_steps must be ddimN with an N that divides "
-                        f"{steps}, not {settings.num_sampling_steps}")
-    variance = dict(variance_type=process.variance) if name == "ddpm" else {}
-    config = kinds[name] | variance | dict(num_train_timesteps=steps, prediction_type=PREDICTIONS[objective],
-                                           trained_betas=named_betas(diffusion.get("noise_schedule", "linear"), steps).tolist())
-    return config, None if name == "ddim" else timesteps
+    weights = {key.removeprefix("first_stage_model."): value for key, value in weights.items()}
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    weights = {key: value for key, value in weights.items() if key.startswith(parts)}
+    first = "encoder.down.{}.block.0.conv1.weight"
+    for key in ("encoder.conv_in.weight", first.format(0), "quant_conv.weight", "post_quant_conv.weight"):
+        if key not in weights:
+            raise UserError(f"it lacks {key}")
+    levels = sum(first.format(level) in weights for level in range(10))
+    blocks = sum(f"encoder.down.0.block.{j}.conv1.weight" in weights for j in range(10))
+    attention = [f"encoder.down.{level}.attn.0.q.weight" in weights for level in range(levels)]
+    down = ["AttnDownEncoderBlock2D" if has else "DownEncoderBlock2D" for has in attention]
+    config = dict(in_channels=weights["encoder.conv_in.weight"].shape[1],
+                  out_channels=weights["decoder.conv_out.weight"].shape[0],
+                  latent_channels=weights["post_quant_conv.weight"].shape[0], layers_per_block=blocks, down_block_types=down,
+                  up_block_types=[kind.replace("Down", "Up").replace("Encoder", "Decoder") for kind in reversed(down)],
+                  block_out_channels=[len(weights[first.format(level)]) for level in range(levels)],
+                  norm_num_groups=32, scaling_factor=1.0)
+    return config, {ldm_name(key, levels): value.flatten(1) if re.search(r"attn.*\.(q|k|v|proj_out)\.weight", key) else value
+                    for key, value in weights.items()}
+
+
+def ldm_name(key: str, levels: int) -> str:
+    """diffusers' name of one of LDM's tensors; LDM counts the decoder's levels from the highest resolution."""
+    key = re.sub(r"^(decoder\.up\.)(\d+)", lambda found: f"{found[1]}{levels - 1 - int(found[2])}", key)
+    for pattern, replacement in LDM:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+# --- all formats -----------------------------------------------------------------------------------
+
+FORMATS = (  # the first that matches is taken
+    Format("DiNext", lambda source: source.description is not None, read_own),
+    Format("diffusers", lambda source: "model_index.json" in source.configs, read_diffusers),
+    Format("LightningDiT", is_lightning, read_lightning),
+    Format("REPA", is_repa, partial(read_flow, kind="repa"), "repa"),
+    Format("SiT", is_sit, partial(read_flow, kind="sit"), "sit"),
+    Format("DiT", lambda source: True, read_dit, "epsilon"),
+)

@@ -167,7 +167,7 @@ def test_two_processes_train_an_autoencoder_as_one_does(trained, tmp_path):
 
 def test_wrong_uses_of_an_autoencoder_are_one_line(trained, tiny_run, run_here):
     assert_one_line(run_here(sample, "--ckpt", trained), "is an autoencoder", "--vae")
-    assert_one_line(run_here(train, *TINY_RUN, "--vae", tiny_run), "--vae", "holds DiNext-S/2, not one of Autoencoder-F4C8")
+    assert_one_line(run_here(train, *TINY_RUN, "--vae", tiny_run), "--vae", "holds a DiNext-S/2, not one of Autoencoder-F4C8")
     assert_one_line(run_here(train, *AUTOENCODER, "--diffusion-args", '{"objective": "flow"}'), "--model Autoencoder-F4C8",
                     "--diffusion-args")
     assert_one_line(run_here(train, *AUTOENCODER, "--vae", trained), "--model Autoencoder-F4C8", "--vae pixels")
@@ -226,7 +226,7 @@ def test_a_moved_autoencoder_can_be_named_anew(tiny_vae, tmp_path, monkeypatch, 
     network = DiT_models["DiT-S/2"](**spec["model"]["args"])
     checkpoint.save(tmp_path / "c.pt", {"ema": network.state_dict(), "spec": spec})
     shutil.move("old", "new")
-    assert_one_line(run_here(sample, "--ckpt", "c.pt"), "--vae ", "/old: no such folder", "pass its new place as --vae")
+    assert_one_line(run_here(sample, "--ckpt", "c.pt"), "--vae ", "/old: no such folder", "pass its new path as --vae")
     assert run_here(sample, "--ckpt", "c.pt", "--vae", "new").returncode == 0
 
 

@@ -65,7 +65,7 @@ def test_a_truncated_file_is_named(tmp_path, share):
     path = tmp_path / "cut.pt"
     torch.save({"w": torch.randn(1000)}, path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(ValueError, match=r"cut\.pt is truncated or no checkpoint"):
+    with pytest.raises(ValueError, match=r"cut\.pt is truncated or not a checkpoint"):
         checkpoint.load(path)
 
 
@@ -158,7 +158,7 @@ def test_wrong_sizes_and_arguments_of_bare_weights_are_a_user_s_errors(tmp_path,
     spec = BareWeights("DiT-S/2", 64, 4).spec({}).to_dict()
     for change, words in ((dict(model=spec["model"] | {"args": {"gone": 3}}), "gone"), (dict(model={"args": {}}), "name"),
                           (dict(image_size=None), "image_size|NoneType"),
-                          (dict(sampling=spec["sampling"] | {"churn": 1}), "its sampling has churn, which this version")):
+                          (dict(sampling=spec["sampling"] | {"churn": 1}), "unknown settings of sampling: churn")):
         torch.save({"ema": tiny_preset, "spec": spec | change}, tmp_path / "x.pt")
         with pytest.raises(UserError, match=f"x.pt: .*({words})"):
             checkpoint.restore(tmp_path / "x.pt")

@@ -10,7 +10,7 @@ from models import GlobalResponseNorm
 from pipeline import checkpoint, generation
 from pipeline.autoencoders import Pixels
 from pipeline.generation import Sampling, addressed_noise, generate
-from pipeline.spec import SamplingSettings
+from pipeline.settings import SamplingSettings
 from runtime.pictures import to_uint8
 
 

@@ -17,8 +17,9 @@ from diffusion import create_diffusion
 from diffusion.samplers import ddim, last
 from models import DiT, DiT_models
 from pipeline import checkpoint, interchange
-from pipeline.interchange import from_bare
-from pipeline.spec import BareWeights
+from pipeline.interchange import interpret
+from pipeline.settings import BARE_OBJECTIVES
+from pipeline.spec import BareWeights, Source
 from runtime import UserError
 
 TINY = dict(patch_size=2, hidden_size=32, depth=3, num_heads=4)
@@ -94,6 +95,10 @@ def batch():
     return torch.randn(3, 4, 8, 8), torch.tensor([0.0, 0.37, 0.99]), torch.tensor([1, 9, 10])
 
 
+def read(weights, bare):
+    return interpret(Source("published.pt", weights, {}), bare)
+
+
 def restored(tmp_path, state, **bare):
     torch.save(state, tmp_path / "published.pt")
     return checkpoint.restore(tmp_path / "published.pt", BareWeights("DiT-tiny", 64, 10, **bare))
@@ -142,10 +147,10 @@ def test_a_trainers_file_tells_what_it_is(tmp_path):
     spec = checkpoint.restore(tmp_path / "sit.pt").spec
     assert (spec.model.name, spec.model.args["time_scale"], spec.vae) == ("DiT-tiny", 1e-3, "ema")
     assert spec.diffusion == {"objective": "flow"}
-    with pytest.raises(UserError, match="`objective` repa contradicts what stands beside these weights, which are of sit"):
+    with pytest.raises(UserError, match="`objective` repa contradicts the file, whose format is SiT"):
         checkpoint.restore(tmp_path / "sit.pt", BareWeights(objective="repa"))
-    with pytest.raises(UserError, match="`model` MLP is no DiT"):
-        from_bare(weights, {}, BareWeights("MLP", 64, 10, objective="sit"))
+    with pytest.raises(UserError, match="`model` MLP is not a DiT"):
+        read(weights, BareWeights("MLP", 64, 10, objective="sit"))
     flags |= dict(path_type="GVP")
     torch.save({"ema": weights, "args": argparse.Namespace(**flags)}, tmp_path / "gvp.pt")
     with pytest.raises(ValueError, match=r"gvp\.pt: its path_type is GVP; only linear is known here"):
@@ -162,11 +167,14 @@ def test_a_trainers_file_tells_what_it_is(tmp_path):
 
 def test_what_is_assumed_is_said():
     weights = random_weights(learn_sigma=True)
-    bare = BareWeights("DiT-tiny", 64, 10)
-    assert "taken to predict epsilon" in from_bare(weights, {}, bare).remark
-    assert from_bare(weights, {}, BareWeights("DiT-tiny", 64, 10, objective="epsilon")).remark == ""
-    with pytest.raises(UserError, match="`objective` epsilon contradicts what stands beside these weights, which are of repa"):
-        from_bare(weights | {"projectors.0": torch.ones(1)}, {}, BareWeights("DiT-tiny", 64, 10, objective="epsilon"))
+    assert "assumed to predict epsilon" in read(weights, BareWeights("DiT-tiny", 64, 10)).remark
+    assert read(weights, BareWeights("DiT-tiny", 64, 10, objective="epsilon")).remark == ""
+    with pytest.raises(UserError, match="`objective` epsilon contradicts the file, whose format is REPA"):
+        read(weights | {"projectors.0": torch.ones(1)}, BareWeights("DiT-tiny", 64, 10, objective="epsilon"))
+
+
+def test_each_objective_of_bare_weights_has_a_format():
+    assert {format.objective for format in interchange.FORMATS} - {None} == set(BARE_OBJECTIVES)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -214,7 +222,7 @@ def test_a_dit_of_patch_1_is_not_taken_for_a_lightningdit():
 
 def test_a_lightningdit_without_what_it_needs_is_refused_in_one_line(lightning):
     path, weights = lightning
-    with pytest.raises(UserError, match="`objective` sit: these are weights of a LightningDiT"):
+    with pytest.raises(UserError, match="`objective` sit contradicts the file, whose format is LightningDiT"):
         checkpoint.restore(path, BareWeights("LightningDiT-tiny", objective="sit"))
     with pytest.raises(UserError, match="is of another architecture"):
         checkpoint.restore(path)  # as LightningDiT-XL/1
@@ -222,7 +230,7 @@ def test_a_lightningdit_without_what_it_needs_is_refused_in_one_line(lightning):
     with pytest.raises(UserError, match=r"final_layer\.\S+ is missing"):
         checkpoint.restore(path, BareWeights("LightningDiT-tiny", num_classes=10))
     (path.parent / "latents_stats.pt").unlink()
-    with pytest.raises(UserError, match=r"mean and std of its latents must lie beside it in latents_stats\.pt"):
+    with pytest.raises(UserError, match=r"latents_stats\.pt is missing beside it"):
         checkpoint.restore(path, BareWeights("LightningDiT-tiny"))
 
 
@@ -297,10 +305,10 @@ def test_a_bin_file_as_published_is_read_and_no_code_in_it(folder):
 
 
 @pytest.mark.parametrize(("file", "changes", "words"), [
-    ("model_index.json", dict(_class_name="PixArtAlphaPipeline"), "holds a PixArtAlphaPipeline; of diffusers' pipelines only"),
+    ("model_index.json", dict(_class_name="PixArtAlphaPipeline"), "holds PixArtAlphaPipeline, which only diffusers loads"),
     ("transformer/config.json", dict(_class_name="SD3Transformer2DModel"), "_class_name is SD3Transformer2DModel; a DiT's is"),
     ("transformer/config.json", dict(norm_type="ada_norm_single"), "norm_type is ada_norm_single; a DiT's is ada_norm_zero"),
-    ("transformer/config.json", dict(num_layers=4), "lacks transformer_blocks.3.norm1.linear.weight, so it is no DiT of 4"),
+    ("transformer/config.json", dict(num_layers=4), "lacks transformer_blocks.3.norm1.linear.weight, so it is not a DiT of 4"),
     ("transformer/config.json", dict(num_layers=2), "has transformer_blocks.2."),
     ("scheduler/scheduler_config.json", dict(beta_schedule="scaled_linear"), "knows: DDIMScheduler, epsilon, scaled"),
     ("scheduler/scheduler_config.json", dict(beta_end=0.012), "betas 0.0001 to 0.012"),
@@ -333,7 +341,7 @@ def test_blocks_whose_embedders_differ_are_refused(pipeline, tmp_path):
 
 def test_folders_that_lack_something_are_refused_in_one_line(folder):
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"transformer holds neither diffusion_pytorch_model\.safetensors nor"):
+    with pytest.raises(OSError, match=r"transformer holds no diffusion_pytorch_model\.safetensors or \.bin"):
         checkpoint.restore(folder)
     (folder / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(OSError, match=r"scheduler_config\.json"):
@@ -344,7 +352,7 @@ def test_folders_that_lack_something_are_refused_in_one_line(folder):
 
 
 def test_what_describes_itself_takes_no_objective(folder):
-    with pytest.raises(UserError, match="`objective` sit is for bare weights"):
+    with pytest.raises(UserError, match="`objective` sit contradicts the file, whose format is diffusers"):
         checkpoint.restore(folder, BareWeights(objective="sit"))
 
 
@@ -361,7 +369,7 @@ def test_sampling_from_a_diffusers_folder(folder, tmp_path, run_here):
                     "--device", "cpu", "--out", tmp_path / "x.png")
     assert "1 images of thing 3, whatsit 3" in done.stdout
     wrong = run_here(sample, "--ckpt", folder / "vae", "--device", "cpu")
-    assert_one_line(wrong, "config.json: ")
+    assert_one_line(wrong, f"{folder / 'vae'}: its description lacks")
 
 
 def test_sits_weights_sample_with_every_switch_by_their_name_alone(tmp_path, folder, run_here):
@@ -370,5 +378,5 @@ def test_sits_weights_sample_with_every_switch_by_their_name_alone(tmp_path, fol
     done = run_here(sample, "--ckpt", tmp_path / "sit.pt", "--objective", "sit", "--vae", folder / "vae", "--sampler", "dpm++",
                     "--num-sampling-steps", "6", "--reuse", "forecast", "--guidance-interval", "100", "900",
                     "--cfg-scale", "2", "--class-labels", "3", "--device", "cpu", "--out", tmp_path / "x.png")
-    assert "bare weights of sit's flow" in done.stdout
+    assert "weights of sit's flow" in done.stdout
     assert "1 images of 3 in" in done.stdout

@@ -4,7 +4,8 @@ from PIL import Image, ImageSequence
 
 from models import DiT_models
 from pipeline.autoencoders import Pixels
-from pipeline.spec import ModelSpec, SamplingSettings, Spec
+from pipeline.settings import SamplingSettings
+from pipeline.spec import ModelSpec, Spec
 from runtime.processes import start_world
 from training import previews
 from training.previews import preview

@@ -1,4 +1,4 @@
-"""A diffusers pipeline for a network of DiNext: class labels -> images. It needs torch, timm and diffusers, and no checkout.
+"""A diffusers pipeline for a network of DiNext: class labels -> images. It needs torch and diffusers, and no checkout.
 
     from diffusers import DiffusionPipeline
     pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)
@@ -27,7 +27,7 @@ class DiNextPipeline(DiffusionPipeline):
         network: (x, t in 0..1000, label) -> prediction.
         vae: an AutoencoderKL; None: the network draws pixels.
         scheduler: of diffusers.
-        sampling: what export.py found in the checkpoint: steps, timesteps, guidance, bounds.
+        sampling: export.py's record of the checkpoint: steps, timesteps, guidance, bounds.
         id2label: names of the classes, by their ids as strings.
     """
 
@@ -55,7 +55,7 @@ class DiNextPipeline(DiffusionPipeline):
         settings, device = self.config.sampling, self._execution_device
         ids = self.ids_of(self.config.id2label)
         if unknown := [label for label in class_labels if label not in ids]:
-            raise ValueError(f"class_labels {unknown} are none of 0..{settings['num_classes'] - 1}, nor names of one class in "
+            raise ValueError(f"class_labels {unknown} are neither in 0..{settings['num_classes'] - 1} nor unique names in "
                              "id2label")
         y = torch.tensor([ids[label] for label in class_labels], device=device)
         x = latents
@@ -69,7 +69,7 @@ class DiNextPipeline(DiffusionPipeline):
         guided = in_interval(times, scale, guidance_interval or settings["guidance_interval"])
         network = guide(self.evaluate, y, settings["num_classes"], scale, settings["cfg_channels"], guided)
         for step, time in zip(self.progress_bar(self.scheduler.timesteps), times):
-            out = self.bound(network(x, torch.full((len(x),), time, device=device)), x, step, time)
+            out = self.limit_pixels(network(x, torch.full((len(x),), time, device=device)), x, step, time)
             if getattr(self.scheduler.config, "variance_type", None) != "learned_range":
                 out = out[:, : x.shape[1]]  # without a learned variance
             x = self.scheduler.step(out, step, x, generator=generator).prev_sample
@@ -80,7 +80,7 @@ class DiNextPipeline(DiffusionPipeline):
 
     @staticmethod
     def ids_of(id2label: dict[str, str]) -> dict[int | str, int]:
-        """Ids by ids and names. Of a name that two classes have, as ImageNet's cranes, only an id tells which is meant."""
+        """Ids by ids and names. A name that two classes share, such as ImageNet's cranes, is left out."""
         count = Counter(id2label.values())
         return {int(i): int(i) for i in id2label} | {name: int(i) for i, name in id2label.items() if count[name] == 1}
 
@@ -99,24 +99,24 @@ class DiNextPipeline(DiffusionPipeline):
     def evaluate(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.network(x.to(self.network.dtype), t, y).float()
 
-    def bound(self, out: Tensor, x: Tensor, step: Tensor, time: float) -> Tensor:
-        """The prediction whose x_0 is bounded, as that of pixels is; the prediction itself for latents."""
+    def limit_pixels(self, out: Tensor, x: Tensor, step: Tensor, time: float) -> Tensor:
+        """The prediction with its x_0 limited to the range of pixels; for latents, the prediction itself."""
         settings, channels = self.config.sampling, x.shape[1]
         if not settings["bounded"]:
             return out
-        prediction, own = settings["prediction"], out[:, :channels]
+        prediction, value = settings["prediction"], out[:, :channels]
         if prediction == "flow":
             alpha, sigma = 1 - time / MODEL_TIME, time / MODEL_TIME
-            x_0 = x - sigma * own
+            x_0 = x - sigma * value
         else:
             abar = float(self.scheduler.alphas_cumprod[int(step)])
             alpha, sigma = abar**0.5, (1 - abar) ** 0.5
-            x_0 = {"epsilon": (x - sigma * own) / alpha, "v": alpha * x - sigma * own, "x0": own}[prediction]
+            x_0 = {"epsilon": (x - sigma * value) / alpha, "v": alpha * x - sigma * value, "x0": value}[prediction]
         limit = settings["input_scale"]
         x_0 = limit * dynamic_threshold(x_0 / limit) if settings["dynamic_thresholding"] else x_0.clamp(-limit, limit)
-        own = {"epsilon": (x - alpha * x_0) / sigma, "v": (alpha * x - x_0) / sigma, "x0": x_0,
-               "flow": (x - x_0) / sigma}[prediction]
-        return torch.cat([own, out[:, channels:]], dim=1)
+        value = {"epsilon": (x - alpha * x_0) / sigma, "v": (alpha * x - x_0) / sigma, "x0": x_0,
+                 "flow": (x - x_0) / sigma}[prediction]
+        return torch.cat([value, out[:, channels:]], dim=1)
 
     def decode(self, x: Tensor) -> Tensor:
         """A sampler's x_0 (B, C, H, W) -> images (B, C, H, W) in [-1, 1]."""
