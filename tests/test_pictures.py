@@ -23,6 +23,8 @@ def test_the_crop_is_the_middle_of_the_shorter_side_resized():
     assert np.abs(cropped - expected).max() < 1.5
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     assert np.array_equal(center_crop(Image.fromarray(image), 32), image)
+    resized = np.asarray(Image.fromarray(image).resize((20, 20), Image.Resampling.BICUBIC))  # too small to be halved
+    assert np.array_equal(center_crop(Image.fromarray(image), 20), resized)
 
 
 # --- files -----------------------------------------------------------------------------------------

@@ -45,3 +45,9 @@ def test_the_ema_has_the_buffers_of_the_model():
         assert torch.equal(averaged, buffer)
     training.model(torch.tensor([[1.0, 5.0], [3.0, 9.0]]))
     assert not torch.equal(training.ema.running_mean, training.model.running_mean)  # a copy, not the same tensor
+
+
+def test_a_validation_is_the_best_only_below_all_before():
+    training = Training.begin(torch.nn.Linear(1, 1), 1.0, OptimizerArgs())
+    assert [training.validated_at(loss) for loss in (3.0, 5.0, 4.0, 2.0, 2.0)] == [True, False, False, True, False]
+    assert (training.best, training.validations_since_best) == (2, 1)
