@@ -115,8 +115,8 @@ def rotary_tables(grid_size: tuple[int, int], dim: int, device: torch.device) ->
 
 def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     """Turn each pair of channels (a, b) of x (..., N, dim) by its angle: (a cos - b sin, b cos + a sin)."""
-    quarter_turn = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)  # (-b, a)
-    return (x * cos + quarter_turn * sin).to(x.dtype)
+    turned = x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2) * sin  # (a, b) cos + (-b, a) sin
+    return turned.to(x.dtype)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, N, D) -> (B, N, D). `rotary`: the two rotary_tables, or nothing."""
+    """Multi-head self-attention: (B, N, D) -> (B, N, D). `rotary`: the tables of rotary_tables, for rotary positions."""
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False):
         super().__init__()
@@ -291,9 +291,9 @@ class DiTBlock(nn.Module):
 
 
 class LightningDiTBlock(DiTBlock):
-    """DiTBlock with RMSNorm and SwiGLU, whose width is 2/3 of the MLP's (LightningDiT). It is called with rotary tables."""
+    """DiTBlock with RMSNorm and SwiGLU, whose width is 2/3 of the MLP's (LightningDiT), for rotary positions."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
         super().__init__(hidden_size, num_heads, mlp_ratio)
         self.norm1, self.norm2 = RMSNorm(hidden_size), RMSNorm(hidden_size)
         self.attn = Attention(hidden_size, num_heads, qk_norm)  # drawn a second time: a seed keeps its initial weights
@@ -318,8 +318,7 @@ class DiNextBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         scale, shift, gate = self.adaLN_modulation(c).chunk(3, dim=1)  # (B, D) each
         h = modulate(self.norm(self.dwconv(x)), shift, scale)          # (B, h, w, D)
-        h = self.mlp(h)                                                # (B, h, w, D)
-        return x + over_positions(gate, x) * h                         # (B, h, w, D)
+        return x + over_positions(gate, x) * self.mlp(h)               # (B, h, w, D)
 
 
 class FinalLayer(nn.Module):
@@ -370,7 +369,7 @@ class Upsample(nn.Module):
 
 
 def check_size(input_size: int | tuple[int, int], multiple: int) -> tuple[int, int]:
-    """(H, W) of an input_size, H = W or (H, W). Raises ValueError if it is no pair of positive multiples of `multiple`."""
+    """(H, W) from H = W or (H, W). Raises ValueError unless both are positive multiples of `multiple`."""
     size = tuple(input_size) if isinstance(input_size, (tuple, list)) else (input_size, input_size)
     if len(size) != 2 or any(length < 1 or length % multiple for length in size):
         raise ValueError(f"input_size {size} (H, W) must be two positive multiples of {multiple}")
@@ -383,7 +382,7 @@ class Backbone(nn.Module):
     A network is `model(x, t, y)` with `in_channels`, `input_size` and `num_classes`. This is enough to train and to sample:
     a network need not be a Backbone. Only `--reuse` needs the seam, which each subclass defines:
 
-    - `blocks`: the blocks, in the order in which they run. `default_split`: how many stand before the seam by default.
+    - `blocks`: the blocks, in the order in which they run. `default_split`: how many run before the seam by default.
     - `condition(t, y)` returns c, in any form that the two halves take.
     - `encode(x, c, split)` returns a tuple of tensors, batch first: the features, then the skips still open.
     - `decode(state, c, split)` takes that tuple and returns what `forward` returns.
@@ -443,11 +442,10 @@ class Backbone(nn.Module):
         return split
 
 
-def initialize(network: nn.Module, label_std: float = 0.02) -> None:
+def initialize(network: nn.Module, label_std: float) -> None:
     """Initialise as DiT does, in place: matrices by Xavier, embedders with std 0.02; biases, modulations and output are 0.
 
-    A zero gate makes every block the identity at first (adaLN-Zero); this holds for adaLN-single too. Depthwise kernels
-    keep PyTorch's default. With `label_std` the labels' embeddings have that std instead of 0.02.
+    A zero gate makes every block the identity at first (adaLN-Zero, adaLN-single). Depthwise kernels keep PyTorch's default.
     """
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -548,10 +546,10 @@ class DiT(Isotropic):
         gradient_checkpointing: recompute each block in the backward pass, which saves memory.
         adaln: "zero": each block projects c itself. "single": all blocks share one projection (AdaLNSingle).
         class_token: attention sees the label as one more key and value. Needs adaln="single".
-        time_scale: the embedded timestep, divided by t in 0..1000. SiT and REPA embed 0..1: 0.001.
+        time_scale: t in 0..1000 is multiplied by it before it is embedded; 0.001 for SiT and REPA, which embed 0..1.
         qk_norm: RMSNorm of each head's queries and keys.
         lightning: LightningDiT's blocks and last norm. Needs adaln="zero", and heads of a multiple of 4 channels.
-        label_std: standard deviation of the labels' embeddings at first (for what 1 does see docs/comparison.md).
+        label_std: initial standard deviation of the label embeddings (docs/comparison.md has the effect of 1).
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,

@@ -1,4 +1,4 @@
-"""A diffusers pipeline for a network of DiNext: class labels -> images. It needs torch, timm and diffusers, and no checkout.
+"""A diffusers pipeline for a network of DiNext: class labels -> images. It needs torch and diffusers, and no checkout.
 
     from diffusers import DiffusionPipeline
     pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)

@@ -351,7 +351,7 @@ def test_diffusers_own_pipeline_takes_a_dit(tmp_path, vae, capsys):
     assert checkpoint.restore(tmp_path / "sample").spec.diffusion["objective"] == "x0"
 
 
-def test_models_need_torch_and_timm_alone():
+def test_models_need_torch_alone():
     """models.py and small_models.py, so that a network's one file is enough."""
     import ast
 
@@ -359,7 +359,7 @@ def test_models_need_torch_and_timm_alone():
         tree = ast.parse((ROOT / f"{name}.py").read_text())
         found = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         found |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert found - set(sys.stdlib_module_names) - own == {"torch", "timm"}
+        assert found - set(sys.stdlib_module_names) - own == {"torch"}
 
 
 # --- the hub ---------------------------------------------------------------------------------------
