@@ -23,24 +23,23 @@ Every backbone is called as `model(x, t, y)`. `forward` has two halves. Features
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn as nn
-from timm.layers import GluMlp, Mlp, PatchEmbed, apply_rot_embed, build_rotary_pos_embed, to_2tuple
-from timm.models.vision_transformer import Attention
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 # -------------------------------------------------------------------------------------------------
-# Embedders and conditioning
+# Embedders
 # -------------------------------------------------------------------------------------------------
 
 
 class TimestepEmbedder(nn.Module):
-    """Embed timesteps on the scale 0..1000, whole or fractional: (B,) -> (B, D). Those embedded are `scale` times as large."""
+    """Embed timesteps on the scale 0..1000, whole or fractional: (B,) -> (B, D). t is multiplied by `scale` first."""
 
     def __init__(self, hidden_size: int, frequency_embedding_size: int = 256, scale: float = 1.0):
         super().__init__()
@@ -74,14 +73,19 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift: x is (B, ..., D); shift and scale are (B, D), one vector per sample."""
-    return torch.addcmul(over_positions(shift, x), x, over_positions(1 + scale, x))  # one pass over x
+class PatchEmbed(nn.Module):
+    """Project each patch of p x p pixels to a token: (B, C, H, W) -> (B, h, w, D), a view."""
 
+    def __init__(self, input_size: tuple[int, int], patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.input_size = input_size
+        self.grid_size = (input_size[0] // patch_size, input_size[1] // patch_size)  # (h, w)
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
-def over_positions(vector: Tensor, x: Tensor) -> Tensor:
-    """View a vector (B, D) as (B, 1, ..., 1, D): it then broadcasts over the positions of x (B, ..., D)."""
-    return vector.view(vector.shape[0], *[1] * (x.dim() - 2), -1)
+    def forward(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[2:]) != self.input_size:
+            raise ValueError(f"x has the size {tuple(x.shape[2:])} (H, W), but the model's input_size is {self.input_size}")
+        return channels_last(self.proj(x))
 
 
 def sincos_position_embedding(grid_size: tuple[int, int], dim: int) -> Tensor:
@@ -95,6 +99,39 @@ def sincos_position_embedding(grid_size: tuple[int, int], dim: int) -> Tensor:
 
     rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     return torch.cat([embed(columns), embed(rows)], dim=1).float()[None]
+
+
+def rotary_tables(grid_size: tuple[int, int], dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sine and cosine of the rotary angles (arXiv:2104.09864), (N, dim) each, for heads of `dim` channels.
+
+    The row turns the first half of the channels, the column the second. Both channels of a pair have the same angle.
+    """
+    frequencies = 1 / 10_000 ** (torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4))
+    rows, columns = torch.meshgrid(*(torch.arange(size, device=device) for size in grid_size), indexing="ij")
+    angles = torch.stack([rows, columns], dim=-1).view(-1, 2, 1) * frequencies  # (N, 2, dim/4)
+    angles = angles.flatten(1).repeat_interleave(2, dim=1)                      # (N, dim)
+    return angles.sin(), angles.cos()
+
+
+def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """Turn each pair of channels (a, b) of x (..., N, dim) by its angle: (a cos - b sin, b cos + a sin)."""
+    turned = x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2) * sin  # (a, b) cos + (-b, a) sin
+    return turned.to(x.dtype)
+
+
+# -------------------------------------------------------------------------------------------------
+# Layers
+# -------------------------------------------------------------------------------------------------
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift: x is (B, ..., D); shift and scale are (B, D), one vector per sample."""
+    return torch.addcmul(over_positions(shift, x), x, over_positions(1 + scale, x))  # one pass over x
+
+
+def over_positions(vector: Tensor, x: Tensor) -> Tensor:
+    """View a vector (B, D) as (B, 1, ..., 1, D): it then broadcasts over the positions of x (B, ..., D)."""
+    return vector.view(vector.shape[0], *[1] * (x.dim() - 2), -1)
 
 
 class AdaLN(nn.Sequential):
@@ -125,70 +162,55 @@ ADALN = {"zero": AdaLN, "single": AdaLNSingle}
 class RMSNorm(nn.RMSNorm):
     """x (..., D) -> the same. Under autocast the weight takes the dtype of x, as torch's fused kernel wants."""
 
-    def __init__(self, dim: int, **where):  # device, dtype: timm gives them
-        super().__init__(dim, eps=1e-6, **where)
+    def __init__(self, dim: int):
+        super().__init__(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-# -------------------------------------------------------------------------------------------------
-# Blocks
-# -------------------------------------------------------------------------------------------------
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, N, D) -> (B, N, D). `rotary`: the tables of rotary_tables, for rotary positions."""
 
-
-class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero: attention and MLP, each modulated before and gated after.
-
-    With a class token, attention has one more key and value: the last D values of c.
-    """
-
-    VECTORS = 6
-
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, adaln: str = "zero",
-                 class_token: bool = False, qk_norm: bool = False):
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False):
         super().__init__()
-        self.class_token = class_token
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=RMSNorm)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
-        self.adaLN_modulation = ADALN[adaln](hidden_size, self.VECTORS)
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # (B, D) each
-        x = x + over_positions(gate_a, x) * self.attend(modulate(self.norm1(x), shift_a, scale_a), c)  # (B, N, D)
-        return x + over_positions(gate_m, x) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))     # (B, N, D)
-
-    def attend(self, x: Tensor, c: Tensor) -> Tensor:
-        if not self.class_token:
-            return self.attn(x)                                 # (B, N, D)
-        token = c[:, None, -x.shape[-1] :]                      # (B, 1, D)
-        return self.attn(torch.cat([x, token], dim=1))[:, :-1]  # (B, N, D), without the output at the token
-
-
-class RotaryAttention(Attention):
-    """Attention with rotary positions (arXiv:2104.09864): the row turns half of a head's channels, the column the rest."""
-
-    def __init__(self, hidden_size: int, num_heads: int, grid_size: tuple[int, int], qk_norm: bool):
-        super().__init__(hidden_size, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=RMSNorm)
-        self.grid_size = grid_size
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *rotary: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, D/heads) each
-        angles = build_rotary_pos_embed(list(self.grid_size), dim=q.shape[-1], in_pixels=False, device=x.device)  # sin, cos
-        q, k = (apply_rot_embed(norm(part), *angles).to(v.dtype) for part, norm in ((q, self.q_norm), (k, self.k_norm)))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
 
 
-class LightningDiTBlock(DiTBlock):
-    """DiTBlock with RMSNorm, RotaryAttention and SwiGLU, a gated MLP with 2/3 of the width (LightningDiT, arXiv:2501.01423)."""
+class Mlp(nn.Module):
+    """Linear -> GELU (its tanh approximation) -> Linear: (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool, grid_size: tuple[int, int]):
-        super().__init__(hidden_size, num_heads, mlp_ratio)
-        self.norm1, self.norm2 = RMSNorm(hidden_size), RMSNorm(hidden_size)
-        self.attn = RotaryAttention(hidden_size, num_heads, grid_size, qk_norm)
-        self.mlp = GluMlp(hidden_size, 2 * int(2 / 3 * hidden_size * mlp_ratio), act_layer=nn.SiLU, gate_last=False)
+    def __init__(self, hidden_size: int, inner: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, inner)
+        self.fc2 = nn.Linear(inner, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class GatedMlp(nn.Module):
+    """SwiGLU (Shazeer, arXiv:2002.05202), both inner projections in one: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, hidden_size: int, inner: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, 2 * inner)
+        self.fc2 = nn.Linear(inner, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
 
 
 class GlobalResponseNorm(nn.Module):
@@ -216,40 +238,11 @@ class GlobalResponseNorm(nn.Module):
         return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)
 
 
-class DiNextBlock(nn.Module):
-    """ConvNeXt-V2 block with adaLN-Zero and one residual: depthwise 7x7 -> modulated LayerNorm -> MLP with GRN -> gate."""
+class ChannelsLastConv2d(nn.Conv2d):
+    """A convolution of (B, h, w, D)."""
 
-    VECTORS = 3
-
-    def __init__(self, hidden_size: int, mlp_ratio: float = 3.0, adaln: str = "zero", grn: bool = True):
-        super().__init__()
-        self.dwconv = nn.Conv2d(hidden_size, hidden_size, kernel_size=7, padding=3, groups=hidden_size)
-        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        inner = int(hidden_size * mlp_ratio)
-        norm = GlobalResponseNorm(inner) if grn else nn.Identity()  # without: the first ConvNeXt's block (arXiv:2201.03545)
-        self.mlp = nn.Sequential(OrderedDict(
-            fc1=nn.Linear(hidden_size, inner), act=nn.GELU(), grn=norm, fc2=nn.Linear(inner, hidden_size)))
-        self.adaLN_modulation = ADALN[adaln](hidden_size, self.VECTORS)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        scale, shift, gate = self.adaLN_modulation(c).chunk(3, dim=1)  # (B, D) each
-        h = channels_last(self.dwconv(channels_first(x)))              # (B, h, w, D)
-        h = self.mlp(modulate(self.norm(h), shift, scale))             # (B, h, w, D)
-        return x + over_positions(gate, x) * h                         # (B, h, w, D)
-
-
-class FinalLayer(nn.Module):
-    """Modulated LayerNorm, then a projection of each token to its p*p pixels: (B, ..., D) -> (B, ..., p*p*C)."""
-
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, adaln: str = "zero"):
-        super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = ADALN[adaln](hidden_size, 2)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)         # (B, D) each
-        return self.linear(modulate(self.norm_final(x), shift, scale))  # (B, ..., p*p*C)
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_last(super().forward(channels_first(x)))
 
 
 def channels_first(x: Tensor) -> Tensor:
@@ -263,8 +256,124 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------
+# Blocks
+# -------------------------------------------------------------------------------------------------
+
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero: attention and MLP, each modulated before and gated after.
+
+    With a class token, attention has one more key and value: the last D values of c. `rotary` is Attention's.
+    """
+
+    VECTORS = 6
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, adaln: str = "zero",
+                 class_token: bool = False, qk_norm: bool = False):
+        super().__init__()
+        self.class_token = class_token
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads, qk_norm)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = ADALN[adaln](hidden_size, self.VECTORS)
+
+    def forward(self, x: Tensor, c: Tensor, *rotary: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # (B, D) each
+        x = x + over_positions(gate_a, x) * self.attend(modulate(self.norm1(x), shift_a, scale_a), c, *rotary)
+        return x + over_positions(gate_m, x) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))     # (B, N, D)
+
+    def attend(self, x: Tensor, c: Tensor, *rotary: Tensor) -> Tensor:
+        if not self.class_token:
+            return self.attn(x, *rotary)                        # (B, N, D)
+        token = c[:, None, -x.shape[-1] :]                      # (B, 1, D)
+        return self.attn(torch.cat([x, token], dim=1))[:, :-1]  # (B, N, D), without the output at the token
+
+
+class LightningDiTBlock(DiTBlock):
+    """DiTBlock with RMSNorm and SwiGLU, whose width is 2/3 of the MLP's (LightningDiT), for rotary positions."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
+        super().__init__(hidden_size, num_heads, mlp_ratio)
+        self.norm1, self.norm2 = RMSNorm(hidden_size), RMSNorm(hidden_size)
+        self.attn = Attention(hidden_size, num_heads, qk_norm)  # drawn a second time: a seed keeps its initial weights
+        self.mlp = GatedMlp(hidden_size, int(2 / 3 * hidden_size * mlp_ratio))
+
+
+class DiNextBlock(nn.Module):
+    """ConvNeXt-V2 block with adaLN-Zero and one residual: depthwise 7x7 -> modulated LayerNorm -> MLP with GRN -> gate."""
+
+    VECTORS = 3
+
+    def __init__(self, hidden_size: int, mlp_ratio: float = 3.0, adaln: str = "zero", grn: bool = True):
+        super().__init__()
+        self.dwconv = ChannelsLastConv2d(hidden_size, hidden_size, kernel_size=7, padding=3, groups=hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        inner = int(hidden_size * mlp_ratio)
+        norm = GlobalResponseNorm(inner) if grn else nn.Identity()  # without: the first ConvNeXt's block (arXiv:2201.03545)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(hidden_size, inner), act=nn.GELU(), grn=norm, fc2=nn.Linear(inner, hidden_size)))
+        self.adaLN_modulation = ADALN[adaln](hidden_size, self.VECTORS)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        scale, shift, gate = self.adaLN_modulation(c).chunk(3, dim=1)  # (B, D) each
+        h = modulate(self.norm(self.dwconv(x)), shift, scale)          # (B, h, w, D)
+        return x + over_positions(gate, x) * self.mlp(h)               # (B, h, w, D)
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm, then a projection of each token to its p*p pixels: (B, ..., D) -> (B, ..., p*p*C).
+
+    projection: called with the numbers of channels, D and p*p*C.
+    """
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, adaln: str = "zero",
+                 projection: Callable[[int, int], nn.Module] = nn.Linear):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = projection(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = ADALN[adaln](hidden_size, 2)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)         # (B, D) each
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # (B, ..., p*p*C)
+
+
+class Downsample(nn.Module):
+    """(B, h, w, D) -> (B, h/2, w/2, 2D), by a 3x3 convolution to D/2 channels and a pixel unshuffle."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width // 2, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_last(F.pixel_unshuffle(self.conv(channels_first(x)), 2)).contiguous().to(x.dtype)
+
+
+class Upsample(nn.Module):
+    """(B, h, w, D) and a skip (B, 2h, 2w, D/2) -> (B, 2h, 2w, D/2), by a 3x3 convolution to 2D and a pixel shuffle."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, 2 * width, kernel_size=3, padding=1)
+        self.merge = nn.Linear(width, width // 2)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = channels_last(F.pixel_shuffle(self.conv(channels_first(x)), 2))         # (B, 2h, 2w, D/2)
+        return self.merge(torch.cat([x, skip.to(x.dtype)], dim=-1)).to(skip.dtype)  # (B, 2h, 2w, D/2)
+
+
+# -------------------------------------------------------------------------------------------------
 # Networks
 # -------------------------------------------------------------------------------------------------
+
+
+def check_size(input_size: int | tuple[int, int], multiple: int) -> tuple[int, int]:
+    """(H, W) from H = W or (H, W). Raises ValueError unless both are positive multiples of `multiple`."""
+    size = tuple(input_size) if isinstance(input_size, (tuple, list)) else (input_size, input_size)
+    if len(size) != 2 or any(length < 1 or length % multiple for length in size):
+        raise ValueError(f"input_size {size} (H, W) must be two positive multiples of {multiple}")
+    return size
 
 
 class Backbone(nn.Module):
@@ -273,7 +382,7 @@ class Backbone(nn.Module):
     A network is `model(x, t, y)` with `in_channels`, `input_size` and `num_classes`. This is enough to train and to sample:
     a network need not be a Backbone. Only `--reuse` needs the seam, which each subclass defines:
 
-    - `blocks`: the blocks, in the order in which they run. `default_split`: how many stand before the seam by default.
+    - `blocks`: the blocks, in the order in which they run. `default_split`: how many run before the seam by default.
     - `condition(t, y)` returns c, in any form that the two halves take.
     - `encode(x, c, split)` returns a tuple of tensors, batch first: the features, then the skips still open.
     - `decode(state, c, split)` takes that tuple and returns what `forward` returns.
@@ -290,9 +399,7 @@ class Backbone(nn.Module):
     def __init__(self, input_size: int | tuple[int, int], in_channels: int, num_classes: int, learn_sigma: bool,
                  gradient_checkpointing: bool, size_multiple: int):
         super().__init__()
-        self.input_size = to_2tuple(input_size)
-        if any(size < 1 or size % size_multiple for size in self.input_size):
-            raise ValueError(f"input_size {self.input_size} (H, W) must be positive multiples of {size_multiple}")
+        self.input_size = check_size(input_size, size_multiple)
         if in_channels < 1 or num_classes < 1:
             raise ValueError(f"in_channels ({in_channels}) and num_classes ({num_classes}) must be at least 1")
         self.in_channels = in_channels
@@ -318,13 +425,13 @@ class Backbone(nn.Module):
         eps = unconditional + cfg_scale * (conditional - unconditional)
         return torch.cat([torch.cat([eps, eps]), out[:, guided:]], dim=1)
 
-    def run_blocks(self, blocks: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
-        """Run `blocks` on x in order."""
+    def run_blocks(self, blocks: nn.ModuleList, x: Tensor, c: Tensor, *rest: Tensor) -> Tensor:
+        """Run `blocks` on x in order, each as `block(x, c, *rest)`."""
         for block in blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, use_reentrant=False)
+                x = checkpoint(block, x, c, *rest, use_reentrant=False)
             else:
-                x = block(x, c)
+                x = block(x, c, *rest)
         return x
 
     def resolve_split(self, split: int | None) -> int:
@@ -335,11 +442,10 @@ class Backbone(nn.Module):
         return split
 
 
-def initialize(network: nn.Module, label_std: float = 0.02) -> None:
+def initialize(network: nn.Module, label_std: float) -> None:
     """Initialise as DiT does, in place: matrices by Xavier, embedders with std 0.02; biases, modulations and output are 0.
 
-    A zero gate makes every block the identity at first (adaLN-Zero); this holds for adaLN-single too. Depthwise kernels
-    keep PyTorch's default. With `label_std` the labels' embeddings have that std instead of 0.02.
+    A zero gate makes every block the identity at first (adaLN-Zero, adaLN-single). Depthwise kernels keep PyTorch's default.
     """
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -354,7 +460,7 @@ def initialize(network: nn.Module, label_std: float = 0.02) -> None:
             nn.init.normal_(module.embedding_table.weight, std=label_std)
         elif isinstance(module, AdaLN):
             nn.init.zeros_(module[-1].weight)
-        if isinstance(module, (FinalLayer, ConvHead)):
+        elif isinstance(module, FinalLayer):
             nn.init.zeros_(module.linear.weight)
 
 
@@ -365,21 +471,20 @@ class Isotropic(Backbone):
     token it is a projection of the timestep's vector alone, and the label reaches the blocks through attention.
 
     Args (the others are Backbone's):
-        blocks: the blocks, called as `block(x, c)`, in the order in which they run.
-        token_format: "NLC" for tokens (B, N, D), "NHWC" for (B, h, w, D).
+        blocks: the blocks, called as `block(x, c, *block_tables)`, in the order in which they run.
         patch_size: p; H and W must be multiples of it.
         hidden_size: D, the width of the tokens.
         adaln, class_token, time_scale: see DiT.
     """
 
-    def __init__(self, blocks: list[nn.Module], token_format: str, input_size: int | tuple[int, int], patch_size: int,
-                 in_channels: int, hidden_size: int, num_classes: int, learn_sigma: bool, gradient_checkpointing: bool,
+    def __init__(self, blocks: list[nn.Module], input_size: int | tuple[int, int], patch_size: int, in_channels: int,
+                 hidden_size: int, num_classes: int, learn_sigma: bool, gradient_checkpointing: bool,
                  adaln: str = "zero", class_token: bool = False, time_scale: float = 1.0):
         if not blocks or hidden_size < 1 or patch_size < 1:
             raise ValueError(f"depth {len(blocks)}, hidden_size {hidden_size} and patch_size {patch_size} must be positive")
         super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, patch_size)
         self.patch_size = patch_size
-        self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, hidden_size, output_fmt=token_format)
+        self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, scale=time_scale)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         self.blocks = nn.ModuleList(blocks)
@@ -399,14 +504,20 @@ class Isotropic(Backbone):
         """x (B, C, H, W) -> tokens (B, N, D) or (B, h, w, D)."""
         return self.x_embedder(x).to(x.dtype)
 
+    def block_tables(self, device: torch.device) -> tuple[Tensor, ...]:
+        """What the blocks take after x and c: the same tensors for all of them."""
+        return ()
+
     def encode(self, x: Tensor, c: Tensor, split: int | None = None) -> tuple[Tensor]:
         """x (B, C, H, W) -> the tokens after the first `split` blocks."""
-        return (self.run_blocks(self.blocks[: self.resolve_split(split)], self.embed(x), c),)
+        blocks = self.blocks[: self.resolve_split(split)]
+        return (self.run_blocks(blocks, self.embed(x), c, *self.block_tables(x.device)),)
 
     def decode(self, state: tuple[Tensor], c: Tensor, split: int | None = None) -> Tensor:
         """What encode returned for the same split -> (B, C or 2C, H, W)."""
-        x = self.run_blocks(self.blocks[self.resolve_split(split) :], *state, c)  # (B, N, D) or (B, h, w, D)
-        return self.unpatchify(self.final_layer(x, c))                            # (B, C or 2C, H, W)
+        blocks, (x,) = self.blocks[self.resolve_split(split) :], state
+        x = self.run_blocks(blocks, x, c, *self.block_tables(x.device))  # (B, N, D) or (B, h, w, D)
+        return self.unpatchify(self.final_layer(x, c))                   # (B, C or 2C, H, W)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(B, N, p*p*C) or (B, h, w, p*p*C) -> (B, C, H, W); C counts the channels of the output."""
@@ -435,10 +546,10 @@ class DiT(Isotropic):
         gradient_checkpointing: recompute each block in the backward pass, which saves memory.
         adaln: "zero": each block projects c itself. "single": all blocks share one projection (AdaLNSingle).
         class_token: attention sees the label as one more key and value. Needs adaln="single".
-        time_scale: the embedded timestep, divided by t in 0..1000. SiT and REPA embed 0..1: 0.001.
+        time_scale: t in 0..1000 is multiplied by it before it is embedded; 0.001 for SiT and REPA, which embed 0..1.
         qk_norm: RMSNorm of each head's queries and keys.
         lightning: LightningDiT's blocks and last norm. Needs adaln="zero", and heads of a multiple of 4 channels.
-        label_std: standard deviation of the labels' embeddings at first (for what 1 does see docs/comparison.md).
+        label_std: initial standard deviation of the label embeddings (docs/comparison.md has the effect of 1).
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
@@ -453,21 +564,24 @@ class DiT(Isotropic):
         if lightning and (adaln != "zero" or hidden_size // num_heads % 4):
             raise ValueError("lightning needs adaln 'zero', and hidden_size / num_heads must be a multiple of 4")
         if lightning:
-            grid_size = tuple(size // patch_size for size in to_2tuple(input_size))
-            blocks = [LightningDiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, grid_size) for _ in range(depth)]
+            blocks = [LightningDiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)]
         else:
             blocks = [DiTBlock(hidden_size, num_heads, mlp_ratio, adaln, class_token, qk_norm) for _ in range(depth)]
-        super().__init__(blocks, "NLC", input_size, patch_size, in_channels, hidden_size, num_classes, learn_sigma,
+        super().__init__(blocks, input_size, patch_size, in_channels, hidden_size, num_classes, learn_sigma,
                          gradient_checkpointing, adaln, class_token, time_scale)
         positions = sincos_position_embedding(self.x_embedder.grid_size, hidden_size)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, N, D)
+        self.rotary_dim = hidden_size // num_heads if lightning else None
         if lightning:
             self.final_layer.norm_final = RMSNorm(hidden_size)
         initialize(self, label_std)
 
     def embed(self, x: Tensor) -> Tensor:
-        # PatchEmbed returns a transposed view: without contiguous() the tokens would keep its strides in all blocks.
-        return self.x_embedder(x).contiguous().to(x.dtype) + self.pos_embed  # (B, N, D)
+        tokens = self.x_embedder(x).flatten(1, 2)  # (B, N, D), a transposed view
+        return tokens.contiguous().to(x.dtype) + self.pos_embed  # without contiguous() all blocks would keep its strides
+
+    def block_tables(self, device: torch.device) -> tuple[Tensor, ...]:
+        return rotary_tables(self.x_embedder.grid_size, self.rotary_dim, device) if self.rotary_dim else ()
 
 
 class DiNext(Isotropic):
@@ -482,7 +596,7 @@ class DiNext(Isotropic):
                  learn_sigma: bool = True, gradient_checkpointing: bool = False,
                  adaln: Literal["zero", "single"] = "zero", grn: bool = True, label_std: float = 0.02):
         blocks = [DiNextBlock(hidden_size, mlp_ratio, adaln, grn) for _ in range(depth)]
-        super().__init__(blocks, "NHWC", input_size, patch_size, in_channels, hidden_size, num_classes, learn_sigma,
+        super().__init__(blocks, input_size, patch_size, in_channels, hidden_size, num_classes, learn_sigma,
                          gradient_checkpointing, adaln)
         initialize(self, label_std)
         self.to(memory_format=torch.channels_last)  # kernels in the memory format of their inputs
@@ -516,7 +630,8 @@ class DiNextU(Backbone):
             DiNextBlock(widths[level], mlp_ratio, grn=grn) for level, depth in zip(self.LEVELS, depths) for _ in range(depth))
         self.resamplers = nn.ModuleList(  # resamplers[s] runs before the first block of stage s + 1
             [Downsample(widths[0]), Downsample(widths[1]), Upsample(widths[2]), Upsample(widths[1])])
-        self.head = ConvHead(hidden_size, self.out_channels)
+        self.head = FinalLayer(hidden_size, 1, self.out_channels,
+                               projection=partial(ChannelsLastConv2d, kernel_size=3, padding=1))
         self.default_split = sum(depths[:3])  # the two stages down and the middle one
         initialize(self, label_std)
         self.to(memory_format=torch.channels_last)  # kernels in the memory format of their inputs
@@ -533,7 +648,7 @@ class DiNextU(Backbone):
     def decode(self, state: tuple[Tensor, ...], c: tuple[Tensor, ...], split: int | None = None) -> Tensor:
         """What encode returned for the same split -> (B, C or 2C, H, W)."""
         (x,) = self.run_stages(state, c, self.resolve_split(split), len(self.blocks))
-        return self.head(x, c[0])
+        return channels_first(self.head(x, c[0])).contiguous()
 
     def run_stages(self, state: tuple[Tensor, ...], c: tuple[Tensor, ...], start: int, stop: int) -> tuple[Tensor, ...]:
         """Run blocks start..stop-1. A resampler runs together with the block that follows it."""
@@ -549,44 +664,6 @@ class DiNextU(Backbone):
             x = self.run_blocks(blocks, x, c[level])
             first += depth
         return (x, *skips)
-
-
-class Downsample(nn.Module):
-    """(B, h, w, D) -> (B, h/2, w/2, 2D), by a 3x3 convolution to D/2 channels and a pixel unshuffle."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width // 2, kernel_size=3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return channels_last(F.pixel_unshuffle(self.conv(channels_first(x)), 2)).contiguous().to(x.dtype)
-
-
-class Upsample(nn.Module):
-    """(B, h, w, D) and a skip (B, 2h, 2w, D/2) -> (B, 2h, 2w, D/2), by a 3x3 convolution to 2D and a pixel shuffle."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, 2 * width, kernel_size=3, padding=1)
-        self.merge = nn.Linear(width, width // 2)
-
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = channels_last(F.pixel_shuffle(self.conv(channels_first(x)), 2))         # (B, 2h, 2w, D/2)
-        return self.merge(torch.cat([x, skip.to(x.dtype)], dim=-1)).to(skip.dtype)  # (B, 2h, 2w, D/2)
-
-
-class ConvHead(nn.Module):
-    """Modulated LayerNorm, then a 3x3 convolution: (B, H, W, D) -> (B, C or 2C, H, W)."""
-
-    def __init__(self, hidden_size: int, out_channels: int):
-        super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Conv2d(hidden_size, out_channels, kernel_size=3, padding=1)
-        self.adaLN_modulation = AdaLN(hidden_size, 2)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)  # (B, D) each
-        return self.linear(channels_first(modulate(self.norm_final(x), shift, scale))).contiguous()
 
 
 # -------------------------------------------------------------------------------------------------

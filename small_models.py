@@ -7,11 +7,10 @@ from collections import ChainMap
 from functools import partial
 
 import torch
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import Backbone, DiT_models, TimestepEmbedder
+from models import Backbone, DiT_models, TimestepEmbedder, check_size
 
 
 class MLP(Backbone):
@@ -155,9 +154,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, input_size: int | tuple[int, int] = 32, in_channels: int = 3, hidden_size: int = 32):
         super().__init__()
-        self.input_size, self.in_channels = to_2tuple(input_size), in_channels
-        if any(size < 1 or size % self.FACTOR for size in self.input_size):
-            raise ValueError(f"input_size {self.input_size} (H, W) must be positive multiples of {self.FACTOR}")
+        self.input_size, self.in_channels = check_size(input_size, self.FACTOR), in_channels
         if hidden_size < 8 or hidden_size % 8:
             raise ValueError(f"hidden_size {hidden_size} is not a positive multiple of 8")
         widths = [hidden_size, 2 * hidden_size, 4 * hidden_size]

@@ -41,15 +41,15 @@ def guide(model: Callable, y: Tensor, null_label: int, scale: float, channels: i
 
 
 def in_interval(times: Iterable[float], scale: float, interval: tuple[float, float] | None) -> tuple[bool, ...]:
-    """For each t, whether it is guided: LO <= t <= HI (Kynkäänniemi et al., arXiv:2404.07724). None means everywhere."""
+    """For each t, whether it is guided: LO <= t <= HI (Kynkäänniemi et al., arXiv:2404.07724). None: all are."""
     low, high = interval or (0, MODEL_TIME)
     return tuple(scale != 1 and low <= t <= high for t in times)
 
 
 def dynamic_threshold(x_start: Tensor, percentile: float = 0.99, maximum: float = 1.7) -> Tensor:
-    """Bring predicted pixels (B, C, H, W) back to [-1, 1], as Imagen does (Saharia et al., arXiv:2205.11487, section 2.3).
+    """Imagen's dynamic thresholding of predicted pixels (B, C, H, W) to [-1, 1] (Saharia et al., arXiv:2205.11487, 2.3).
 
-    The limit is this percentile of a sample's |x_0|, clamped to 1..maximum. The sample is clipped to it and divided by it.
+    A sample is clipped to a limit and divided by it: the percentile of its |x_0|, clamped to 1..maximum.
     """
     limit = torch.quantile(x_start.flatten(1).abs(), percentile, dim=1).clamp(1, maximum).view(-1, 1, 1, 1)
     return x_start.clamp(-limit, limit) / limit

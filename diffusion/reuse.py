@@ -96,9 +96,9 @@ def plan(kind: str, times: Iterable[float], guided: Iterable[bool], depth: int, 
         raise UserError(f"`reuse_args`: order {order} and warm_up {warm_up} are not 0 <= order <= warm_up, warm_up >= 1")
     if parallel < 1:
         raise UserError(f"`reuse_args`: parallel {parallel} is not at least 1")
-    times, branches = tuple(times), tuple(1 + on for on in guided)
     if not 0 <= prior_noise < math.inf:
         raise UserError(f"`reuse_args`: prior_noise {prior_noise} is not a finite number of at least 0")
+    times, branches = tuple(times), tuple(1 + on for on in guided)
     rule = default["key_steps"] if key_steps is None else key_steps
     keys = key_evaluations(rule, len(times))
     comes_back = [before < after for before, after in pairwise((branches[0], *branches))]
@@ -120,11 +120,10 @@ def key_evaluations(rule: str, count: int) -> list[bool]:
         return [k % int(every) == 0 for k in range(count)]
     words = rule.replace(",", " ").split()
     if not words or not all(word.isdecimal() for word in words):
-        raise UserError(f"`key_steps` {rule!r} is not understood; write paper, every:N, or numbers such as 0,3,6")
+        raise UserError(f"`key_steps` {rule!r} is not understood; allowed: paper, every:N, or numbers such as 0,3,6")
     numbers = set(map(int, words))
     if 0 not in numbers or max(numbers) >= count:
-        raise UserError(f"`key_steps` {rule}: the numbers must begin with 0, before which there is nothing to reuse, and "
-                        f"end below {count}, the evaluations of this sampler")
+        raise UserError(f"`key_steps` {rule}: the numbers must include 0 and be below {count}, the sampler's evaluations")
     return [k in numbers for k in range(count)]
 
 
@@ -133,7 +132,7 @@ def paper_end(count: int) -> int:
 
 
 class Reuse:
-    """A network `(x, t, y) -> prediction` that follows a plan. Create one for each batch; call it once per evaluation."""
+    """A network (x, t, y) -> prediction that follows a plan. Create one for each batch; call it once per evaluation."""
 
     def __init__(self, network, plan: Plan, batch_size: int):
         self.network, self.plan, self.batch_size = network, plan, batch_size
@@ -159,8 +158,8 @@ class Reuse:
         parts = list(zip(*(features.split(self.batch_size) for features in state)))
         time, present = self.plan.times[k], self.plan.branches
         for branch, part in enumerate(parts):
-            kept = self.computed[branch] if k and branch < present[k - 1] else []  # drop old features of a branch that was away
-            kept = [entry for entry in kept if entry[0] != time]  # a solver may call twice at one t: the later x counts
+            kept = self.computed[branch] if k and branch < present[k - 1] else []  # a branch that starts again drops old ones
+            kept = [entry for entry in kept if entry[0] != time]  # a solver may call twice at one t: the later x replaces
             self.computed[branch] = [(time, part), *kept][: self.plan.order + 1]
 
     def decode(self, group: range, y: Tensor) -> list[Tensor]:
@@ -180,7 +179,7 @@ class Reuse:
 
 
 def check_state(state: object, rows: int) -> None:
-    """Raises UserError if the network's encode does not return what the seam requires."""
+    """Raise UserError if the network's encode does not return what the seam requires."""
     if not (isinstance(state, tuple) and state and all(isinstance(part, Tensor) and len(part) == rows for part in state)):
         raise UserError(f"`reuse`: the network's encode must return a tuple of tensors with the batch ({rows}) as their first "
                         f"dimension; it returned {type(state).__name__}")

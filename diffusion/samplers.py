@@ -47,8 +47,8 @@ def ddim(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource
          eta: float = 0.0) -> Steps:
     """DDIM (Song et al., arXiv:2010.02502, Eq. 12 and 16), in terms of (alpha, sigma), for any process.
 
-    eta 0 is deterministic; this is Euler's method along the straight path too, on any process (see `straighten`). eta 1 adds as
-    much noise as DDPM with the posterior's variance.
+    eta 0 is deterministic, and equals Euler's method along the straight path (see `straighten`). eta 1 adds as much noise as
+    DDPM with the posterior's variance.
     """
     for step, (t, t_next) in enumerate(pairwise(process.grid)):
         x_0, eps = process.predict(model, x, t, denoised_fn)
@@ -79,11 +79,11 @@ def heun(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource
 
 
 def dpmpp(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None) -> Steps:
-    """DPM-Solver++(2M) (Lu et al., arXiv:2211.01095, Algorithm 2): second order, with one evaluation of the model per step.
+    """DPM-Solver++(2M) (Lu et al., arXiv:2211.01095, Algorithm 2): second order, one evaluation of the model per step.
 
-    x_0 is extrapolated from the last two predictions, linearly in lambda = log(alpha / sigma), and is constant over the step.
+    x_0 is extrapolated linearly in lambda = log(alpha / sigma) from the last two predictions, and is constant over the step.
     Some steps are of first order: the first; the last, if it ends at sigma 0; the second, if the first began at alpha 0. The
-    order is 2 where lambda is bounded. On the flow from noise to data it is 2 up to a logarithm.
+    order is 2 where lambda is bounded, and 2 up to a logarithm on the whole flow.
     """
     x_0_last, h_last = None, math.inf
     for t, t_next in pairwise(process.grid):
@@ -116,20 +116,20 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp, "euler": ddim, "heun": h
 
 
 def get_sampler(name: str, process: Process, eta: float = 0.0) -> Callable[..., Steps]:
-    """The sampler `name`. UserError if it cannot serve the process, or if it does not use a given eta."""
+    """The sampler `name`. Raises UserError if it does not support the process, or eta."""
     if name not in SAMPLERS:
         raise UserError(f"`sampler` {name!r} is unknown; allowed: {', '.join(SAMPLERS)}")
     if name == "ddpm" and not hasattr(process, "p_mean_variance"):
-        raise UserError(f"`sampler` ddpm needs a Gaussian process; for a flow checkpoint use {', '.join(list(SAMPLERS)[1:])}")
+        raise UserError(f"`sampler` ddpm is not supported with objective 'flow'; allowed: {', '.join(list(SAMPLERS)[1:])}")
     if not 0 <= eta <= 1:
         raise UserError(f"`eta` {eta} is not in 0..1")
     if eta and name != "ddim":
-        raise UserError(f"`eta` {eta} has a meaning for `sampler` ddim only, not for {name}")
+        raise UserError(f"`eta` applies only to `sampler` ddim, not to {name} (`eta` is {eta})")
     return partial(ddim, eta=eta) if eta else SAMPLERS[name]
 
 
 def evaluation_times(sampler: Callable[..., Steps], process: Process) -> tuple[float, ...]:
-    """The t (0..1000) of every call that a sampler makes to its model, in order, recorded while it samples one number."""
+    """The t (0..1000) of each call that a sampler makes to its model, in order, recorded on one pixel."""
     times = []
 
     def record(x: Tensor, t: Tensor) -> Tensor:
@@ -178,9 +178,8 @@ class SamplingLoops:
             x_start = denoised_fn(x_start) if denoised_fn else x_start
             return x_start.clamp(-self.input_scale, self.input_scale) if clip_denoised else x_start
 
-        steps = get_sampler(sampler, self, eta)(
-            self, partial(model, **(model_kwargs or {})), noise,
-            noise_source or (lambda step: torch.randn_like(noise)), denoised)
+        noise_source = noise_source or (lambda step: torch.randn_like(noise))
+        steps = get_sampler(sampler, self, eta)(self, partial(model, **(model_kwargs or {})), noise, noise_source, denoised)
         yield from tqdm(steps, total=self.num_timesteps, disable=not progress)
 
 

@@ -69,7 +69,7 @@ def named_betas(name: str, num_timesteps: int) -> np.ndarray:
 
 
 def space_timesteps(num_timesteps: int, respacing: str | int) -> list[int]:
-    """The timesteps, ascending, that a respacing string keeps out of 0..num_timesteps-1.
+    """The timesteps of 0..num_timesteps-1 that a respacing string keeps, ascending.
 
     "" keeps all; "250" spreads 250 evenly; "10,10,5" splits the process into three equal sections and spreads 10, 10 and 5
     over them; "ddim50" keeps every n-th timestep from 0, for a whole n that keeps exactly 50.
@@ -83,7 +83,7 @@ def space_timesteps(num_timesteps: int, respacing: str | int) -> list[int]:
     for section, count in enumerate(counts):
         length = size + (section < extra)
         if count > length:
-            raise UserError(f"respacing {respacing!r}: a section has only {length} timesteps, {count} were asked for")
+            raise UserError(f"respacing {respacing!r}: cannot keep {count} timesteps of a section that has {length}")
         stride = (length - 1) / (count - 1) if count > 1 else 1
         positions = accumulate(repeat(stride, count - 1), initial=0.0)  # added up as DiT does: products round otherwise
         timesteps += [start + round(position) for position in positions]
@@ -92,7 +92,7 @@ def space_timesteps(num_timesteps: int, respacing: str | int) -> list[int]:
 
 
 def parse_count(text: str, respacing: str) -> int:
-    """The count, at least 1, that one part of a respacing string holds."""
+    """Parse a count, at least 1, of a respacing string."""
     if not text.strip().isdecimal() or int(text) < 1:
         raise UserError(f"respacing {respacing!r} is not understood; write '', '250', '10,10,5' or 'ddim50', counts from 1")
     return int(text)
@@ -103,7 +103,6 @@ def strided_timesteps(num_timesteps: int, count: int) -> list[int]:
     kept = {len(range(0, num_timesteps, n)): n for n in range(num_timesteps, 0, -1)}
     if count not in kept:
         nearest = sorted(sorted(kept, key=lambda other: abs(other - count))[:2])
-        raise UserError(
-            f"respacing 'ddim{count}': no whole stride over {num_timesteps} timesteps keeps {count}; the nearest that "
-            f"exist are ddim{' and ddim'.join(map(str, nearest))}, and '{count}' spreads {count} unevenly")
+        raise UserError(f"respacing 'ddim{count}': no whole stride keeps {count} of {num_timesteps} timesteps; the nearest "
+                        f"that exist are ddim{' and ddim'.join(map(str, nearest))}; '{count}' spreads {count} unevenly")
     return list(range(0, num_timesteps, kept[count]))

@@ -10,6 +10,11 @@ def label_model(x, t, y):
     return torch.cat([y.view(-1, 1, 1, 1).expand_as(x), 10.0 * y.view(-1, 1, 1, 1).expand_as(x)], dim=1).float()
 
 
+def recording(sizes):
+    """label_model, with the batch size of each call in `sizes`."""
+    return lambda x, t, y: sizes.append(len(x)) or label_model(x, t, y)
+
+
 @pytest.mark.parametrize("channels", [3, 4])
 def test_guidance_acts_on_the_named_channels_only(channels):
     x, t, y = torch.zeros(2, 4, 1, 1), torch.zeros(2), torch.tensor([1, 2])
@@ -20,22 +25,21 @@ def test_guidance_acts_on_the_named_channels_only(channels):
 
 
 def test_guidance_of_1_is_the_conditional_model_in_one_call():
-    sizes = []
-    model = lambda x, t, y: sizes.append(len(x)) or label_model(x, t, y)  # noqa: E731
-    x, t, y = torch.zeros(2, 4, 1, 1), torch.zeros(2), torch.tensor([1, 2])
-    assert torch.equal(guide(model, y, 5, 1.0, 4)(x, t), label_model(x, t, y))
-    guide(model, y, 5, 1.5, 4)(x, t)
+    sizes, (x, t, y) = [], (torch.zeros(2, 4, 1, 1), torch.zeros(2), torch.tensor([1, 2]))
+    assert torch.equal(guide(recording(sizes), y, 5, 1.0, 4)(x, t), label_model(x, t, y))
+    guide(recording(sizes), y, 5, 1.5, 4)(x, t)
     assert sizes == [2, 4]
+    assert in_interval((999.0, 0.0), 1.0, None) == (False, False)
+    assert in_interval((999.0, 0.0), 0.0, None) == (True, True)
 
 
-@pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
-def test_guidance_scales_that_mean_nothing_are_refused(scale):
-    with pytest.raises(ValueError, match="`cfg_scale`"):
-        guide(label_model, torch.zeros(1, dtype=torch.long), 1, scale, 4)
-
-
-def recording(sizes):
-    return lambda x, t, y: sizes.append(len(x)) or label_model(x, t, y)
+def test_wrong_scales_and_intervals_are_refused():
+    for scale in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"`cfg_scale` {scale} "):
+            guide(label_model, torch.zeros(1, dtype=torch.long), 1, scale, 4)
+    for interval in ((700, 100), (-1, 5), (0, 1001), (float("nan"), 5), (100,), (1, 2, 3), "ab"):
+        with pytest.raises(ValueError, match=r"`guidance_interval` .* 0 <= LO <= HI <= 1000"):
+            check_interval(interval)
 
 
 def test_outside_its_interval_the_unconditional_half_is_not_computed():
@@ -56,17 +60,6 @@ def test_a_full_interval_is_plain_guidance_and_an_empty_one_none():
     for _ in times:
         assert torch.equal(full(x, t), plain(x, t))
         assert torch.equal(empty(x, t), model(x, t, y))
-
-
-def test_guidance_of_1_is_nowhere():
-    assert in_interval((999.0, 0.0), 1.0, None) == (False, False)
-    assert in_interval((999.0, 0.0), 0.0, None) == (True, True)
-
-
-@pytest.mark.parametrize("interval", [(700, 100), (-1, 5), (0, 1001), (float("nan"), 5), (100,), (1, 2, 3), "ab"])
-def test_intervals_outside_the_schedule_are_refused(interval):
-    with pytest.raises(ValueError, match=r"`guidance_interval` .* 0 <= LO <= HI <= 1000"):
-        check_interval(interval)
 
 
 def test_dynamic_thresholding_is_imagens():

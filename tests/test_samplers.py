@@ -155,9 +155,8 @@ def exact_model(process, data, objective):
     return model
 
 
-@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("euler", 1), ("heun", 2), ("dpm++", 2)])
-@pytest.mark.parametrize("objective", ["flow", "v"])
-@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("heun", 2), ("dpm++", 2)])
+@pytest.mark.parametrize(("data", "objective"), [("gaussian", "v"), ("mixture", "flow"), ("mixture", "v")])
 def test_solvers_have_their_order(data, sampler, order, objective):
     """Where lambda is bounded: on the flow from t = 0.95 to 0.05, and to the last step but one of the discrete process."""
     def grid(process):
@@ -198,25 +197,21 @@ def test_stochastic_samplers_reach_the_data_distribution(sampler, eta):
 # --- every sampler -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("objective", ["epsilon", "x0", "v", "flow"])
-@pytest.mark.parametrize("steps", ["1", "2", "7"])
-def test_every_solver_ends_finite_in_fp32(noise, steps, objective, dtype):
+def test_every_solver_ends_finite_in_fp32_also_with_a_model_in_bf16(noise, objective, steps):
     process = create_diffusion(steps, objective=objective, learn_sigma=False)
     for name in SAMPLERS:
         if (name, objective) != ("ddpm", "flow"):
-            states = list(SAMPLERS[name](process, lambda x, t: fixed(x, t).to(dtype), noise, lambda step: noise))
-            assert len(states) == int(steps)
+            states = list(SAMPLERS[name](process, lambda x, t: fixed(x, t).bfloat16(), noise, lambda step: noise))
+            assert len(states) == steps
             for state in states:
                 assert state["sample"].dtype == state["pred_xstart"].dtype == torch.float32
                 assert state["sample"].isfinite().all()
 
 
-@pytest.mark.parametrize("objective", ["epsilon", "flow"])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(("name", "objective"), [("ddpm", "epsilon"), ("ddim", "flow"), ("dpm++", "epsilon"), ("heun", "flow")])
 def test_evaluation_times_are_those_of_the_calls(noise, name, objective):
-    if (name, objective) == ("ddpm", "flow"):
-        return
     process, seen = create_diffusion("6", objective=objective), []
     list(SAMPLERS[name](process, lambda x, t: seen.append(t[0].item()) or analytic_model(x, t, process.learn_sigma), noise,
                         lambda step: noise))
@@ -236,10 +231,9 @@ def test_dpmpp_extrapolates():
 # --- wrong arguments -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "eta", "words"), [
-    ("ddpm", 0.0, r"Gaussian process; for a flow checkpoint use ddim, dpm\+\+, euler, heun"), ("plms", 0.0, "allowed: ddpm"),
-    ("euler", 0.5, "`eta`"), ("ddim", 1.5, "0..1"), ("ddim", float("nan"), "0..1"),
-])
-def test_samplers_that_cannot_serve_say_so(name, eta, words):
-    with pytest.raises(ValueError, match=words):
-        get_sampler(name, create_diffusion("2", objective="flow"), eta)
+def test_wrong_samplers_and_etas_are_refused():
+    for name, eta, words in (("ddpm", 0.0, r"ddpm .*'flow'; allowed: ddim, dpm\+\+, euler, heun"),
+                             ("plms", 0.0, "'plms' .*allowed: ddpm"), ("euler", 0.5, "`eta` .*ddim.*euler.*0.5"),
+                             ("ddim", 1.5, r"1.5 .*0\.\.1"), ("ddim", float("nan"), r"nan .*0\.\.1")):
+        with pytest.raises(ValueError, match=words):
+            get_sampler(name, create_diffusion("2", objective="flow"), eta)
