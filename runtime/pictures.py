@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from runtime.files import atomic
 
@@ -93,6 +92,8 @@ def save_grid(images: Tensor, path: Path, columns: int, description: dict | None
 
 def grid(images: Tensor, columns: int) -> Image.Image:
     """Images (B, H, W, C) uint8 in one picture with this many columns. Small images are enlarged."""
+    from torchvision.utils import make_grid  # slow to import
+
     factor = max(1, math.ceil(LEGIBLE / min(images.shape[1:3])))
     pixels = make_grid(images.permute(0, 3, 1, 2), nrow=columns, padding=max(1, 2 // factor), pad_value=255)
     return Image.fromarray(pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(1, 2, 0).numpy())
