@@ -19,6 +19,7 @@ from runtime.files import check_writable
 from runtime.processes import CommonError
 
 MAX_SIZE = 8192  # pixels of a side of an image
+WRONG_VALUE = (ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError)  # what libraries raise for a wrong value
 
 
 class ConfigLoader(yaml.SafeLoader):
@@ -134,12 +135,8 @@ def short_message(message: object) -> str:
 def check_arguments(function: Callable, arguments: dict, skip: set[str] = frozenset(), beside: tuple[str, ...] = ()) -> dict:
     """Check names and types of `arguments` against the signature of `function`, and return them converted.
 
-    Args:
-        skip: parameters that must not be given.
-        beside: keys that other functions accept; the error names them too.
-
-    Raises:
-        UserError: a key is unknown, or a value has the wrong type.
+    Parameters in `skip` must not be given. Raises UserError if a key is unknown or a value has the wrong type; the error
+    names the keys in `beside` too, which other functions accept.
     """
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     add = parser.add_class_arguments if inspect.isclass(function) else parser.add_function_arguments
@@ -187,20 +184,13 @@ def check_output_flag(args: jsonargparse.Namespace, name: str, suffix: str, size
 
 @contextmanager
 def prefix_errors(prefix: str, *also: type[Exception]) -> Iterator[None]:
-    """Put a prefix such as "--vae" or "--rows x:" before each UserError and OSError raised in this block.
-
-    Args:
-        also: further exceptions to catch; they become UserErrors.
-    """
+    """Put a prefix such as "--vae" or "--rows x:" before each UserError and OSError. Exceptions `also` become UserErrors."""
     try:
         yield
     except (UserError, OSError, *also) as error:
         kind = type(error) if isinstance(error, UserError | FileNotFoundError) else \
             OSError if isinstance(error, OSError) else UserError
         raise kind(f"{prefix} {error}") from None
-
-
-WRONG_VALUE = (ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError)  # a wrong value's errors in libraries
 
 
 def as_flags(message: object, parser: ArgumentParser) -> str:
@@ -212,8 +202,8 @@ def as_flags(message: object, parser: ArgumentParser) -> str:
 def run(main: Callable[[jsonargparse.Namespace], None], parser: ArgumentParser) -> None:
     """Run a script's main on the command line's flags. An error that a user can fix is one line on stderr and exit code 2.
 
-    Such errors are UserError, OSError, and the loss of another process. After a failure the process group is not
-    destroyed, because that would wait for the other processes.
+    Such errors are UserError, OSError, and the loss of another process. After an error the process group is not destroyed,
+    because that would wait for the other processes.
     """
     args = parser.parse_args()
     try:
