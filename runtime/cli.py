@@ -34,10 +34,6 @@ class ConfigLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+"), list("-+0123456789"))
-ConfigLoader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
-
-
 def load_yaml(text: str, path: str = "") -> object:
     """The value of a flag, or the content of a config, for which jsonargparse passes a path too."""
     if not path:
@@ -50,6 +46,8 @@ def load_yaml(text: str, path: str = "") -> object:
     return content
 
 
+ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), None)
+ConfigLoader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
 jsonargparse.set_loader("config", load_yaml, (yaml.YAMLError,))
 
 
@@ -113,9 +111,9 @@ class ArgumentParser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         message = short_message(message)
-        if flag := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+        if flag := re.search(r"[Uu]nrecognized arguments: (--[\w-]+)", message):
             message += nearest(flag[1], [option for action in self.flags.values() for option in action.option_strings])
-        elif key := re.search(r"Option '([\w-]+).*' is not accepted", message):
+        elif key := re.search(r"(?:Option|Key) '([\w-]+)\S*' is not", message):
             message += nearest(key[1], self.flags)
         fail(message)
 
