@@ -55,9 +55,10 @@ def test_flags_override_configs_in_any_order_and_a_later_config_an_earlier_one()
 
 
 def test_a_wrong_flag_is_one_line_and_exit_2(error):
-    for flags, *words in (("--lr fast", "lr", "float", "fast"), ("--lrr 1", "--lrr 1; did you mean --lr?"), ("--run x", "--run"),
-                          ("--config nowhere.yaml", "nowhere.yaml"), ("--config .", "not a file"),
-                          ("--model-args.a.b 3", "--model-args.a.b", "one entry of a dictionary")):
+    for flags, *words in (
+            ("--lr fast", "lr", "float", "fast"), ("--lrr 1", "--lrr 1; did you mean --lr?"), ("--run x", "--run"),
+            ("--config nowhere.yaml", "nowhere.yaml"), ("--config .", "not a file"),
+            ("--model-args.a.b 3", "--model-args.a.b", "one entry of a dictionary")):
         found = error(*flags.split())
         assert all(word in found for word in words), found
 
@@ -120,7 +121,7 @@ def test_dictionaries_are_checked_against_a_signature():
         "depths": (1, 1, 2, 1, 1), "hidden_size": 8}
     with pytest.raises(ValueError, match=r"'objectiv'; allowed: timestep_respacing.*did you mean objective\?"):
         check(create_diffusion, {"objectiv": "flow"})
-    with pytest.raises(ValueError, match="use_kl.*bool.*perhaps"):
+    with pytest.raises(ValueError, match=r"use_kl.*bool.*perhaps"):
         check(create_diffusion, {"use_kl": "perhaps"})
     with pytest.raises(ValueError, match="unknown key 'in_channels'"):
         check(DiNextU, {"in_channels": 3}, {"in_channels"})

@@ -69,7 +69,7 @@ def test_links_lead_somewhere():
             path, _, anchor = target.partition("#")
             path = (document.parent / path).resolve() if path else document
             checked += 1
-            if not path.exists() or anchor and anchor not in anchors[path]:
+            if not path.exists() or (anchor and anchor not in anchors[path]):
                 broken.append((document.name, target))
     assert not broken
     assert checked > 20
