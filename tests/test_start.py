@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {str(path.relative_to(ROOT))[:-3].replace("/", ".") for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
            if "build_parser())" in path.read_text()}
 SLOW = {"timm", "torchvision", "diffusers", "transformers", "huggingface_hub", "scipy", "sklearn", "matplotlib", "sympy",
-        "torch._dynamo", "torch._inductor", "torch.onnx", "torch.distributed.fsdp", "torch_fidelity", "wandb", "mlflow", "pyarrow"}
+        "torch._dynamo", "torch._inductor", "torch.onnx", "torch.distributed.fsdp", "torch_fidelity", "wandb", "mlflow"}
 
 
 def test_no_script_imports_what_is_slow_before_it_needs_it():
