@@ -43,7 +43,7 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_shared_arguments()
     parser.add_argument("--results-dir", default="results", help="where the folders of runs lie")
     parser.add_argument("--run-name", type=str | None, help="begin or continue this run; default: a new NNN-model")
-    parser.add_argument("--model", default="DiT-XL/2", choices=list(NETWORKS), help="a preset of models.py")
+    parser.add_argument("--model", default="DiT-XL/2", registry=NETWORKS, help="a preset of models.py")
     parser.add_argument("--model-args", type=dict, default={}, help="arguments of the network, over its preset's")
     parser.add_argument("--diffusion-args", type=dict, default={}, help="of create_diffusion; label_drop (0.1); sampling")
     parser.add_argument("--optimizer-args", type=dict, default={}, help="training/state.py's OptimizerArgs: betas, schedule, …")

@@ -17,7 +17,6 @@ from itertools import product
 
 import numpy as np
 import torch
-from scipy.linalg.lapack import dpstrf  # scipy comes with scikit-learn
 from torch import Tensor
 
 from runtime import UserError
@@ -46,6 +45,8 @@ class Gaussian:
 
         A set of N images has a rank of at most N - 1, so a small one is soon done whatever D.
         """
+        from scipy.linalg.lapack import dpstrf  # slow to import; scipy comes with scikit-learn
+
         lower, order, rank, _ = dpstrf(self.covariance, lower=1)
         factor = np.empty((len(lower), rank))
         factor[order - 1] = np.tril(lower)[:, :rank]

@@ -1,12 +1,12 @@
 """Command lines: flags that override a config, checks of the values, and errors of one line."""
 
+import argparse
 import difflib
 import inspect
 import os
 import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,14 +19,54 @@ from runtime.files import check_writable
 from runtime.processes import CommonError
 
 MAX_SIZE = 8192  # pixels of a side of an image
+WRONG_VALUE = (ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError)  # what libraries raise for a wrong value
+
+
+class ConfigLoader(yaml.SafeLoader):
+    """YAML of a config: duplicate keys are refused, 1e-4 is a number, and a date is a string."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.YAMLError(f"duplicate key {key.value!r} in {self.name}, line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: str, path: str = "") -> object:
+    """The value of a flag, or the content of a config, for which jsonargparse passes a path too."""
+    if not path:
+        return jsonargparse.get_loader("yaml")(text)
+    loader = ConfigLoader(text)
+    loader.name = path
+    content = loader.get_single_data()
+    if not isinstance(content, dict):
+        raise yaml.YAMLError(f"{path} has no keys and values")
+    return content
+
+
+ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), None)
+ConfigLoader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
+jsonargparse.set_loader("config", load_yaml, (yaml.YAMLError,))
 
 
 class ArgumentParser(jsonargparse.ArgumentParser):
     """Flags override a YAML `--config`, in any order on the command line. An error is one line and exit code 2."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False)
+        self.flags: dict[str, argparse.Action] = {}  # by its name in the parsed arguments
+        self.registries: dict[str, Collection[str]] = {}
+        super().__init__(description=description, allow_abbrev=False, parser_mode="config")
         self.add_argument("--config", action="config", help="YAML file of flags, written with underscores; flags override it")
+
+    def add_argument(self, *names: str, registry: Collection[str] | None = None, **options) -> argparse.Action:
+        """Add a flag. With a registry, its value must be a name of it; unlike `choices`, help does not list them."""
+        action = super().add_argument(*names, **options)
+        self.flags[action.dest] = action
+        if registry is not None:
+            self.registries[action.dest] = registry
+        return action
 
     def add_device_argument(self) -> None:
         self.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one, else cpu")
@@ -48,96 +88,57 @@ class ArgumentParser(jsonargparse.ArgumentParser):
 
     def parse_args(self, args=None, *rest, **options):
         args = list(sys.argv[1:] if args is None else args)
-        configs = []
-        for i in reversed(range(len(args))):
-            if args[i] == "--config":
-                configs = args[i : i + 2] + configs
-                del args[i : i + 2]
-            elif args[i].startswith("--config="):
-                configs = [args.pop(i), *configs]
-            elif re.match(r"--[\w-]+\.\w+\.", args[i]):
-                self.error(f"{args[i]}: a dotted flag changes one entry of a dictionary, not an entry of an entry")
-        for given in configs:
-            if (path := given.removeprefix("--config=")) not in ("--config", ""):
-                self.check_config(Path(path))
-        parsed = super().parse_args(configs + args, *rest, **options)
-        for action in self._actions:  # jsonargparse lets a null pass for any type
-            if getattr(parsed, action.dest, "") is None and (action.required or action.default is not None):
-                self.error(f"{(action.option_strings or [action.dest])[0]}: null is not allowed")
-        return parsed
-
-    def check_config(self, path: Path) -> None:
-        """Refuse a config that is no YAML text, or has a key twice or an unknown one. The parser checks its values."""
+        if deep := [arg for arg in args if re.match(r"--[\w-]+\.\w+\.", arg)]:
+            self.error(f"{deep[0]}: a dotted flag changes one entry of a dictionary, not an entry of an entry")
+        is_config = [arg.startswith("--config=") or "--config" in (arg, before) for before, arg in zip(["", *args], args)]
+        args = [args[i] for i in sorted(range(len(args)), key=is_config.__getitem__, reverse=True)]
         try:
-            keys = keys_of(yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader))
-        except UnicodeDecodeError:
-            self.error(f"--config {path} is not a text file in UTF-8")
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            self.error(f"--config {path}{f', line {mark.line + 1}' if mark else ''}: {getattr(error, 'problem', error)}")
-        except (UserError, OSError) as error:
-            self.error(f"--config {path}: {getattr(error, 'strerror', None) or error}")
-        known = [action.dest for action in self._actions]
-        for key in keys:
-            if key.split(".")[0] not in known:
-                self.error(f"--config {path}: unknown key {key!r}{nearest(key, known)}")
+            parsed = super().parse_args(args, *rest, **options)
+        except UnicodeDecodeError as error:
+            self.error(f"--config is not a text file in UTF-8: {error}")
+        for name, action in self.flags.items():  # jsonargparse accepts null for any type
+            if action.default is not None and getattr(parsed, name, "") is None:
+                self.error(f"{action.option_strings[0]}: null is not allowed")
+        for name, registry in self.registries.items():
+            if (value := getattr(parsed, name)) is not None and value not in registry:
+                self.error(f"{self.flags[name].option_strings[0]} {value} is unknown{nearest(value, registry, 3, 0.0)}")
+        return parsed
 
     def dump(self, *args, **options) -> str:
         """The flags as YAML, each below its help. --print_config prints this."""
-        helps = {action.dest: action.help for action in self._actions}
-        return re.sub(r"^(\w+):", lambda key: f"# {helps[key[1]]}\n{key[0]}", super().dump(*args, **options), flags=re.M)
+        text = super().dump(*args, **options)
+        return re.sub(r"^(\w+):", lambda key: f"# {self.flags[key[1]].help}\n{key[0]}", text, flags=re.M)
 
     def error(self, message: str, ex: Exception | None = None) -> None:
-        message = plain_words(message)
-        if unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
-            message += nearest(unknown[1], [flag for action in self._actions for flag in action.option_strings])
+        message = short_message(message)
+        if flag := re.search(r"[Uu]nrecognized arguments: (--[\w-]+)", message):
+            message += nearest(flag[1], [option for action in self.flags.values() for option in action.option_strings])
+        elif key := re.search(r"(?:Option|Key) '([\w-]+)\S*' is not", message):
+            message += nearest(key[1], self.flags)
         fail(message)
 
 
-def keys_of(node: yaml.Node | None) -> list[str]:
-    """The keys of a YAML mapping. Raises UserError if it is something else, or if it or one within it has a key twice."""
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError("expected keys and values")
-    keys = [key.value for key, _ in node.value]
-    if double := [key for key, times in Counter(keys).items() if times > 1]:
-        raise UserError(f"line {node.start_mark.line + 1}: the key {double[0]!r} stands there twice")
-    for _, value in node.value:
-        if isinstance(value, yaml.MappingNode):
-            keys_of(value)
-    return keys
+def nearest(name: object, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:
+    """The end of an error about an unknown name: the known ones that are most like it, if any exceeds `cutoff` in 0..1."""
+    found = difflib.get_close_matches(str(name), list(known), count, cutoff)
+    return f"; did you mean {', '.join(found)}?" if found else ""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown name: the known one that is most like it."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {found[0]}?" if found else ""
-
-
-def plain_words(message: object, is_flag: bool = True) -> str:
-    """jsonargparse's message, shortened to the flag (or key), what it accepts and what it got."""
-    def name(key: re.Match) -> str:
-        return f"--{key[1].replace('_', '-')}:" if is_flag else f"{key[1]}:"
-
-    text = re.sub(r'Parser key "([\w.]+)"(?: element \d+)?:', name, one_line(message))
-    text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* Given value: (.*)",
-                  r"Expected one of \1. Got value: \2", text)
-    return re.sub(r"<class '(\w+)'>", r"\1", text).replace("NoneType", "null")
+def short_message(message: object) -> str:
+    """jsonargparse's message on one line, without the errors of each type of a union."""
+    return re.sub(r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* Given value:",
+                  r"Expected one of \1. Got value:", one_line(message))
 
 
 def check_arguments(function: Callable, arguments: dict, skip: set[str] = frozenset(), beside: tuple[str, ...] = ()) -> dict:
     """Check names and types of `arguments` against the signature of `function`, and return them converted.
 
-    Args:
-        skip: parameters that must not be given.
-        beside: keys that other functions accept; the error names them too.
-
-    Raises:
-        UserError: a key is unknown, or a value has the wrong type.
+    Parameters in `skip` must not be given. Raises UserError if a key is unknown or a value has the wrong type; the error
+    names the keys in `beside` too, which other functions accept.
     """
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     add = parser.add_class_arguments if inspect.isclass(function) else parser.add_function_arguments
-    add(function, as_group=False, skip=set(skip))
-    allowed = [action.dest for action in parser._actions if action.dest != "help"]
+    allowed = add(function, as_group=False, skip=set(skip))
     for name in arguments:
         if name not in allowed:
             known = [*allowed, *beside]
@@ -145,7 +146,7 @@ def check_arguments(function: Callable, arguments: dict, skip: set[str] = frozen
     try:
         checked = parser.parse_object(dict(arguments)).as_dict()
     except jsonargparse.ArgumentError as error:
-        raise UserError(plain_words(error, is_flag=False)) from None
+        raise UserError(short_message(error)) from None
     return {name: checked[name] for name in arguments}
 
 
@@ -181,11 +182,7 @@ def check_output_flag(args: jsonargparse.Namespace, name: str, suffix: str, size
 
 @contextmanager
 def prefix_errors(prefix: str, *also: type[Exception]) -> Iterator[None]:
-    """Put a prefix such as "--vae" or "--rows x:" before each UserError and OSError raised in this block.
-
-    Args:
-        also: further exceptions to catch; they become UserErrors.
-    """
+    """Put a prefix such as "--vae" or "--rows x:" before each UserError and OSError. Exceptions `also` become UserErrors."""
     try:
         yield
     except (UserError, OSError, *also) as error:
@@ -194,20 +191,17 @@ def prefix_errors(prefix: str, *also: type[Exception]) -> Iterator[None]:
         raise kind(f"{prefix} {error}") from None
 
 
-WRONG_VALUE = (ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError)  # a wrong value's errors in libraries
-
-
 def as_flags(message: object, parser: ArgumentParser) -> str:
     """The message, with each parameter in backticks replaced by the flag of that name if the script has one."""
-    flags = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
+    flags = {name: action.option_strings[0] for name, action in parser.flags.items() if action.option_strings}
     return re.sub(r"`(\w+)`", lambda name: flags.get(name[1], name[1]), one_line(message))
 
 
 def run(main: Callable[[jsonargparse.Namespace], None], parser: ArgumentParser) -> None:
     """Run a script's main on the command line's flags. An error that a user can fix is one line on stderr and exit code 2.
 
-    Such errors are UserError, OSError, and the loss of another process. After a failure the process group is not
-    destroyed, because that would wait for the other processes.
+    Such errors are UserError, OSError, and the loss of another process. After an error the process group is not destroyed,
+    because that would wait for the other processes.
     """
     args = parser.parse_args()
     try:

@@ -24,17 +24,13 @@ from runtime import UserError
 
 LOCK_PATIENCE = 180  # seconds that a restart waits for a lock
 
-# --- writing ---------------------------------------------------------------------------------------
-
 
 @contextmanager
 def atomic(path: Path, unique: str = "") -> Iterator[BinaryIO]:
     """Write a file completely or not at all: a reader of `path` finds the old file or the new one, even after a power cut.
 
-    A link is followed. Raises OSError if something other than a file has this name, a device, say.
-
-    Args:
-        unique: added to the temporary file's name; it must differ between processes that may write the same file.
+    A link is followed. Raises OSError if something other than a file has this name, for example a device. `unique` is added
+    to the temporary file's name; it must differ between processes that may write the same file.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -58,7 +54,7 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # what file systems answer that cannot do it
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # errors of file systems that do not support it
             raise
     finally:
         os.close(handle)
@@ -81,7 +77,7 @@ class HashingFile:
         hashing = self.hasher.submit(self.sha256.update, data)  # while the disk is busy
         try:
             self.file.write(data)
-        except OSError as error:  # torch.save would replace it by an error of its own
+        except OSError as error:  # torch.save would raise a different error
             self.error = error
             raise
         finally:
@@ -98,7 +94,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Raises UserError if a file is no JSON object, OSError if it cannot be read."""
+    """Raises UserError if a file is not a JSON object, OSError if it cannot be read."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
@@ -122,7 +118,7 @@ def sha256_file(path: Path) -> Path:
 
 
 def download(name: str, url: str, licence: str, complete: Callable[[Path], bool]) -> Path:
-    """The path of a file in torch's cache, downloaded the first time. Raises OSError that says what else to do."""
+    """The path of a file in torch's cache, downloaded the first time. Raises OSError if that fails."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if path.is_file():
         return path
@@ -135,37 +131,30 @@ def download(name: str, url: str, licence: str, complete: Callable[[Path], bool]
             raise OSError("the download is incomplete")
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"cannot download {url}: {error}; fetch it by other means and pass its path") from None
+        raise OSError(f"cannot download {url}: {error}; download it by other means and pass its path") from None
     finally:
         temporary.unlink(missing_ok=True)
     return path
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is one of the hub's, user/repo or user/repo@revision, and not a path."""
+    """Whether a name is a hub id, user/repo or user/repo@revision, and not a path."""
     path = Path(name.partition("@")[0])
     return (re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name, re.ASCII) is not None
             and not path.parent.is_dir() and path.suffix not in (".pt", ".safetensors", ".bin", ".json"))
 
 
 def download_folder(hub_id: str, patterns: list[str]) -> Path:
-    """A repository of the hub, user/repo or user/repo@revision, in its cache. Raises OSError that says what else to do.
-
-    Args:
-        patterns: of the files to fetch.
-    """
+    """The cached files of a hub repository, user/repo or user/repo@revision, that match `patterns`. Raises OSError."""
     from huggingface_hub import snapshot_download
 
     name, _, revision = hub_id.partition("@")
     try:
-        with warnings.catch_warnings(action="ignore"):  # the hub's client warns of its own deprecations
+        with warnings.catch_warnings(action="ignore"):  # huggingface_hub emits deprecation warnings about itself
             return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
-    raise OSError(f"{hub_id} is no path here, not in the cache of the hub's files, and the hub did not give it ({reason})")
-
-
-# --- folders ---------------------------------------------------------------------------------------
+    raise OSError(f"{hub_id} is not a path, not in the hub's cache, and cannot be downloaded ({reason})")
 
 
 def check_writable(folder: str | Path, size: int = 0) -> Path:
@@ -183,14 +172,9 @@ def check_writable(folder: str | Path, size: int = 0) -> Path:
 
 
 def lock_folder(folder: Path, restart: bool, advice: str) -> None:
-    """Lock a folder until this process ends.
+    """Lock a folder until this process ends. Raises UserError, with `advice`, if another process holds the lock.
 
-    Args:
-        restart: whether to wait a while, because the server of a network file system notices late that a machine is lost.
-        advice: what the user can do if another process holds the lock.
-
-    Raises:
-        UserError: another process holds the lock.
+    A `restart` waits for the lock, because a network file system may release the lock of a lost machine late.
     """
     handle = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
     for _ in range(LOCK_PATIENCE if restart else 1):
@@ -204,10 +188,10 @@ def lock_folder(folder: Path, restart: bool, advice: str) -> None:
 
 
 def is_restart(launch: str = "") -> bool:
-    """Whether torchrun restarted this process, in this launch.
+    """Whether torchrun restarted this process.
 
-    torchrun does not count a restart because a machine came or went. So any start may be one whose launch is known by an id
-    that the user chose, `--rdzv-id`.
+    torchrun does not count restarts after a machine joined or left. So every start with the run id of this `launch` counts as
+    a restart (`--rdzv-id` sets that id).
     """
     chosen = launch != "" and launch == os.environ.get("TORCHELASTIC_RUN_ID")
     return chosen or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -216,11 +200,8 @@ def is_restart(launch: str = "") -> bool:
 def find_files(folder: str | Path, extensions: tuple[str, ...], apart_from: str | Path | None = None) -> list[Path]:
     """The files below a folder whose names end in one of `extensions`, in the order of folders, then of names.
 
-    Links are followed. Of several paths to one file or folder the first one counts, so links in a circle end.
-
-    Args:
-        extensions: in lower case, with their dots; a name may have capitals.
-        apart_from: a folder not to enter.
+    Links are followed. Of several paths to one file or folder the first one counts, so circular links end. Extensions are
+    given in lower case, with their dots, and match upper case too. The folder `apart_from` is not entered.
     """
     seen, found = set(), []
 

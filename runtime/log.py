@@ -52,12 +52,12 @@ class Log:
     """A run's `log.txt`, `metrics.jsonl` and `config.yaml`, mirrored to a tracker. Only the main process writes."""
 
     def __init__(self, folder: Path, world: World, step: int, tracker: str, config: dict):
-        self.folder, self.active = folder, world.is_main
+        self.folder, self.active, self.tracker = folder, world.is_main, NoTracker(folder, {}, 0)
         if not self.active:
             return
         write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         self.metrics = folder / "metrics.jsonl"
-        if self.metrics.exists():  # lines after the last checkpoint will be logged again
+        if self.metrics.exists():  # steps after the last checkpoint will be logged again
             lines = self.metrics.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             write_text(self.metrics, "".join(kept))
@@ -86,12 +86,10 @@ class Log:
             self._track("scalars", step, scalars)
 
     def image(self, step: int, path: Path) -> None:
-        if self.active:
-            self._track("image", step, path)
+        self._track("image", step, path)
 
     def close(self) -> None:
-        if self.active:
-            self._track("close")
+        self._track("close")
 
     def _track(self, method: str, *values) -> None:
         """Call a method of the tracker. If the tracker fails, the run continues without it."""
@@ -99,7 +97,7 @@ class Log:
             getattr(self.tracker, method)(*values)
         except Exception as error:
             self.tracker = NoTracker(self.folder, {}, 0)
-            self.say(f"The tracker failed, and is told no more: {cli.one_line(error)}")
+            self.say(f"tracker disabled after an error: {cli.one_line(error)}")
 
 
 class NoTracker:
@@ -159,8 +157,7 @@ class WandbTracker(NoTracker):
         self.wandb, id_file = wandb, folder / "wandb_run_id"
         run_id = id_file.read_text() if id_file.exists() else None
         self.run = wandb.init(id=run_id, resume="allow", name=folder.name, dir=folder, config=config)
-        if run_id is None:
-            write_text(id_file, self.run.id)
+        write_text(id_file, self.run.id)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from runtime.files import atomic
 
@@ -21,14 +20,7 @@ LEGIBLE = 64  # pixels: smaller pictures are enlarged by an integer factor
 
 @contextmanager
 def picture(file: str | Path | BinaryIO, name: str | None = None) -> Iterator[Image.Image]:
-    """An open image file. Only the header is read at once, pixels on first use.
-
-    Args:
-        name: what an error calls it, if not its path.
-
-    Raises:
-        OSError: it is damaged; the error names it.
-    """
+    """An open image file, of which only the header is read. Raises OSError with its `name` or path if it is damaged."""
     try:
         with Image.open(file) as image:
             yield image
@@ -39,10 +31,9 @@ def picture(file: str | Path | BinaryIO, name: str | None = None) -> Iterator[Im
 
 
 def open_rgb(file: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """Open a picture as RGB. Greyscale of 8 or 16 bits and CMYK are converted; transparent ones are laid over white.
+    """Open a picture as RGB. Greyscale of 8 or 16 bits and CMYK are converted; a transparent one is put on white.
 
-    Raises:
-        OSError: it is damaged or animated, or its numbers have no known white, as in TIFFs of floating-point numbers.
+    Raises OSError if it is damaged or animated, or if its white is not known, as in TIFFs of floating-point numbers.
     """
     with picture(file, name) as image:
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's JPEG with a second, smaller view
@@ -50,8 +41,8 @@ def open_rgb(file: str | Path | BinaryIO, name: str | None = None) -> Image.Imag
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older Pillow: "I"
             return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
         if image.mode in ("I", "F"):
-            raise ValueError(f"its pixels are {'floating-point' if image.mode == 'F' else '32-bit'} numbers, and nothing tells "
-                             "which one is white; save it with 8 or 16 bits")
+            kind = "floating-point" if image.mode == "F" else "32-bit"
+            raise ValueError(f"its pixels are {kind} numbers, whose white is not known; save it with 8 or 16 bits")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -93,9 +84,16 @@ def save_grid(images: Tensor, path: Path, columns: int, description: dict | None
 
 def grid(images: Tensor, columns: int) -> Image.Image:
     """Images (B, H, W, C) uint8 in one picture with this many columns. Small images are enlarged."""
-    factor = max(1, math.ceil(LEGIBLE / min(images.shape[1:3])))
-    pixels = make_grid(images.permute(0, 3, 1, 2), nrow=columns, padding=max(1, 2 // factor), pad_value=255)
-    return Image.fromarray(pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(1, 2, 0).numpy())
+    count, height, width, channels = images.shape
+    factor = max(1, math.ceil(LEGIBLE / min(height, width)))
+    gap = max(1, 2 // factor) if count > 1 else 0
+    columns = min(columns, count)
+    pixels = images.new_full((gap + math.ceil(count / columns) * (height + gap), gap + columns * (width + gap), channels), 255)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        pixels[top : top + height, left : left + width] = image
+    pixels = pixels.expand(-1, -1, 3)  # greyscale
+    return Image.fromarray(pixels.repeat_interleave(factor, 0).repeat_interleave(factor, 1).numpy())
 
 
 def save_gif(frames: list[Image.Image], path: Path) -> None:

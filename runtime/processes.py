@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from runtime import UserError
 
 TIMEOUT = timedelta(hours=2)  # how long processes wait while the main one downloads or counts a folder's images
-# Gradients are exchanged in buckets while others are still computed. PyTorch's 25 MB are for one machine; between machines
-# a message costs more to begin, and 100 MB are still 27 buckets of DiT-XL's gradients.
+# DDP exchanges gradients in buckets while it computes others. Its default, 25 MB, suits one machine. Between machines each
+# message has a higher latency, and with 100 MB there are still 27 buckets of DiT-XL's gradients.
 BUCKET_MB = 100
 MALLOPT = {-1: 2**31 - 1, -3: 2**25}  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, each at its maximum
 
@@ -95,14 +95,14 @@ def start_world(device: str | None, tf32: bool = True) -> World:
             PyTorch's newer `fp32_precision` must not be used beside these flags.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available[kind]:
-        raise UserError(f"`device` {kind}: this machine has none; available: "
-                         f"{', '.join(name for name, there in available.items() if there)}")
+    backends = {"cpu": torch.cpu, "cuda": torch.cuda, "mps": torch.backends.mps}
+    available = [name for name, backend in backends.items() if backend.is_available()]
+    kind = device or ("cuda" if "cuda" in available else "cpu")
+    if kind not in available:
+        raise UserError(f"`device` {kind} is not available on this machine; available: {', '.join(available)}")
     if kind == "cpu":
         keep_freed_memory()
-        torch.set_flush_denormal(True)  # numbers below 1e-38 are slow: ConvAdaLN, trained, took 4 times as long for a step
+        torch.set_flush_denormal(True)  # numbers below 1e-38 are slow: with them a step of ConvAdaLN took 4 times as long
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if kind == "cuda":
         if local_size > torch.cuda.device_count():
@@ -119,10 +119,10 @@ def start_world(device: str | None, tf32: bool = True) -> World:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory that tensors on the CPU free, for the next ones.
+    """Let glibc keep the memory of freed tensors for the next ones. Peak memory does not change.
 
-    It would return the larger pieces to Linux, which hands out every page anew, at a fault each: 15 % of a training step of
-    DiNext/1 128x3, 9 % of DiT/1 96x3 (medians of 5 quiet steps of benchmarks/compare.py's `training_step`). Peaks stay.
+    By default it returns large blocks to Linux, and each page of a new block costs a page fault: 15 % of a training step of
+    DiNext/1 128x3, 9 % of DiT/1 96x3 (medians of 5 quiet steps of benchmarks/compare.py's `training_step`).
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         for parameter, value in MALLOPT.items():
@@ -133,8 +133,8 @@ def fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:
     """A part of torchrun's store that only the processes of this start use.
 
     torchrun keeps one store over restarts. It still holds addresses of dead processes, and new processes would connect to
-    them. Restart counts can differ between machines (pytorch issue 135712), so they cannot tell the starts apart. Instead
-    rank 0 invents a name and tells it to every process that asks; each asks under a name of its own.
+    them. Restart counts can differ between machines (pytorch issue 135712), so they do not identify a start. Instead rank 0
+    draws a random name and sends it to every process that asks; each asks under its own random name.
     """
     name = uuid.uuid4().hex
     if rank > 0:
@@ -147,7 +147,7 @@ def fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:
         for other in asking.copy():
             if store.check([f"{name}/{other}"]):
                 asking.remove(other)
-            elif store.check([f"asks/{other}"]):  # perhaps from a dead process; the living one will ask again
+            elif store.check([f"asks/{other}"]):  # perhaps of a dead process; the live one will ask again
                 store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)
         time.sleep(0.01)
     return dist.PrefixStore(name, store)
@@ -156,8 +156,8 @@ def fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:
 def distribute(model: nn.Module, world: World) -> nn.Module:
     """Wrap a network `model(x, t, y)` in DDP if there are several processes.
 
-    DDP sorts its buckets by the arrival of gradients in the first backward pass, which changes the order of sums. That pass
-    is made here and its gradients are discarded. So a continued run sums in the same order as an uninterrupted one.
+    DDP reorders its buckets after the first backward pass, which changes the order of sums. That pass is made here and its
+    gradients are discarded, so a continued run sums in the same order as an uninterrupted one.
     """
     if world.size == 1:
         return model
@@ -170,30 +170,27 @@ def distribute(model: nn.Module, world: World) -> nn.Module:
 
 
 class Stopped(Exception):
-    """Raised on all processes when they agreed to stop."""
+    """Raised on all processes when they agree to stop."""
 
 
 class StopSignal:
-    """SIGTERM and SIGINT: if any process receives one, all processes stop at the same step.
-
-    The processes agree over gloo, between hosts, so no process waits for its GPU.
-    """
+    """Stops all processes at the same step after SIGTERM or SIGINT to any of them. They agree over gloo, without the GPU."""
 
     def __init__(self, world: World):
         self.name = ""
         self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._hear)
+            signal.signal(number, self._receive)
 
-    def _hear(self, number: int, frame) -> None:
+    def _receive(self, number: int, frame) -> None:
         self.name = signal.Signals(number).name
 
     def check(self) -> None:
         """All processes must call this together. Raises Stopped on all of them if any received a signal."""
-        heard = torch.tensor(float(bool(self.name)))
+        received = torch.tensor(float(bool(self.name)))
         if self.group is not None:
-            dist.all_reduce(heard, dist.ReduceOp.MAX, group=self.group)
-        if heard:
+            dist.all_reduce(received, dist.ReduceOp.MAX, group=self.group)
+        if received:
             raise Stopped(self.name or "a signal to another process")
 
 
@@ -215,7 +212,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def cast_weights(model: nn.Module, precision: str) -> None:
     """For "bf16": cast the weights of linear layers and convolutions once, in place. The outputs remain the same.
 
-    Autocast would cast them in every call: it keeps a cast weight only if that needs a gradient.
+    Autocast would cast them in every call, because it caches only weights that need a gradient.
     """
     if precision == "bf16":
         for module in model.modules():

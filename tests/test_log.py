@@ -6,11 +6,11 @@ import torch
 from conftest import read_metrics
 from PIL import Image
 
-from runtime.log import Log
+from runtime.log import Log, NoTracker
 from runtime.processes import World
 
 
-def test_the_log_forgets_what_an_interrupted_run_will_do_again(tmp_path):
+def test_a_continued_log_drops_steps_after_the_checkpoint(tmp_path):
     world = World(0, 1, torch.device("cpu"))
     log = Log(tmp_path, world, 0, "none", {})
     for step in (1, 2, 3):
@@ -25,8 +25,24 @@ def test_other_processes_log_nothing(tmp_path):
     log = Log(tmp_path, World(1, 2, torch.device("cpu")), 0, "none", {})
     log.say("x")
     log.record(1, loss=1)
+    log.image(1, tmp_path / "p.png")
     log.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_tracker_is_disabled_and_the_run_goes_on(tmp_path):
+    class Broken(NoTracker):
+        def scalars(self, step, values):
+            calls.append(step)
+            raise RuntimeError("no server")
+
+    calls, log = [], Log(tmp_path, World(0, 1, torch.device("cpu")), 0, "none", {})
+    log.tracker = Broken(tmp_path, {}, 0)
+    for step in (1, 2):
+        log.record(step, loss=0.5)
+    assert calls == [1]
+    assert (tmp_path / "log.txt").read_text().count("tracker disabled after an error: no server") == 1
+    assert len(read_metrics(tmp_path)) == 2
 
 
 def wandbs_history(file):
@@ -70,4 +86,4 @@ def test_wandb_mirrors_scalars_and_previews_and_a_continued_run_continues_its_ru
         assert {step: (values["loss"], values.get("preview.width")) for step, values in history.items()} == {
             done + 1: ((done + 1) / 10, None), done + 2: ((done + 2) / 10, 6)}
     assert ids == [(folder / "wandb_run_id").read_text()] * 2
-    assert "tracker failed" not in (folder / "log.txt").read_text()
+    assert "tracker disabled" not in (folder / "log.txt").read_text()

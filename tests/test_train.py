@@ -322,7 +322,7 @@ def test_a_step_never_waits_for_the_device(tmp_path, monkeypatch):
     (["--grad-accum", "5"], ["--global-batch-size 12", "--grad-accum 5"]),
     (["--num-classes", "1000"], ["--num-classes 1000", "10 classes"]),
     (["--vae", "./nowhere"], ["--vae ./nowhere"]),
-    (["--lr", "nan"], ["--lr"]),
+    (["--lr", "nan"], ["lr", "nan"]),
     (["--lr", "0"], ["--lr 0"]),
     (["--ema-decay", "1"], ["--ema-decay 1"]),
     (["--model-args", '{"dept": 3}'], ["--model-args", "'dept'", "depth"]),
