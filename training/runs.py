@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion import create_diffusion
+from diffusion import OBJECTIVES, create_diffusion, is_default, supported_arguments
 from diffusion.process import Network, Process, check
 from pipeline import checkpoint
 from pipeline.autoencoders import Pixels
@@ -31,23 +31,24 @@ SHOWN = 10  # names that a sentence lists
 # --- flags -> Spec -----------------------------------------------------------------------------------
 
 
-def describe(model: str, model_args: dict[str, Any], diffusion_args: dict[str, Any], data: TrainingData,
-             autoencoder: nn.Module) -> tuple[Spec, float]:
+def build_run_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[str, Any], data: TrainingData,
+                   autoencoder: nn.Module) -> tuple[Spec, float]:
     """The Spec of a network to be trained, every argument checked, and the share of labels to drop.
 
     Args:
         model: a name in NETWORKS.
         model_args: of its constructor, over its preset's.
-        diffusion_args: of create_diffusion; `label_drop` (0.1); `sampling`, over what the process recommends.
+        diffusion_args: of create_diffusion and of the objective's factory; `label_drop` (0.1); `sampling`, over what the
+            process recommends.
     """
     if model in Autoencoder_models:
-        return describe_autoencoder(model, model_args, diffusion_args, data, autoencoder), 0.0
+        return build_autoencoder_spec(model, model_args, diffusion_args, data, autoencoder), 0.0
     given = {"label_drop": 0.1, "sampling": {}} | diffusion_args
     label_drop, sampling = given.pop("label_drop"), given.pop("sampling")
     with prefix_errors("`diffusion_args`:", *WRONG_VALUE):
         if not isinstance(label_drop, int | float) or not 0 <= label_drop <= 1:
             raise UserError(f"label_drop {label_drop} is not a share, 0..1")
-        diffusion = check_arguments(create_diffusion, given, {"timestep_respacing"}, ("label_drop", "sampling"))
+        diffusion = check_objective_arguments(given, beside=("label_drop", "sampling"))
         process = create_diffusion("", **diffusion)
         check(process, Process, "a process needs")
     with prefix_errors("`vae`"):
@@ -60,14 +61,32 @@ def describe(model: str, model_args: dict[str, Any], diffusion_args: dict[str, A
                         "for a learned variance; set learn_sigma to false")
     with prefix_errors("`diffusion_args`: sampling:", *WRONG_VALUE):
         settings = SamplingSettings.recommend(process, label_drop, sampling)
-    spec = build_spec(model, model_args, from_data, diffusion, data, autoencoder, settings)
+    spec = assemble_spec(model, model_args, from_data, diffusion, data, autoencoder, settings)
     with prefix_errors("`diffusion_args`: sampling:", *WRONG_VALUE):
         check_thresholding(Sampling.of(spec).settings, autoencoder)
     return spec, label_drop
 
 
-def describe_autoencoder(model: str, model_args: dict[str, Any], diffusion_args: dict[str, Any], data: TrainingData,
-                         autoencoder: nn.Module) -> Spec:
+def check_objective_arguments(arguments: dict[str, Any], beside: tuple[str, ...]) -> dict[str, Any]:
+    """Check names and types against create_diffusion and the objective's factory. Returns the arguments, converted.
+
+    Args:
+        beside: keys that the caller accepts; the error names them too.
+    """
+    common = defaults_of(create_diffusion)
+    del common["timestep_respacing"]  # the sampler's
+    checked = check_arguments(create_diffusion, {name: value for name, value in arguments.items() if name in common})
+    objective = checked.get("objective", common["objective"])
+    supported = supported_arguments(objective)
+    further = {name: value for name, value in arguments.items()
+               if name not in common and (name in supported or not is_default(name, value))}
+    with prefix_errors(f"objective {objective!r}:"):
+        return checked | check_arguments(OBJECTIVES[objective], further, {"timesteps", *common},
+                                         (*(name for name in supported if name in common), *beside))
+
+
+def build_autoencoder_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[str, Any], data: TrainingData,
+                           autoencoder: nn.Module) -> Spec:
     """The Spec of an autoencoder to be trained."""
     if diffusion_args or not isinstance(autoencoder, Pixels) or data.kind != "images":
         raise UserError(f"`model` {model} is trained on images by their reconstruction: with `vae` pixels, and without "
@@ -75,12 +94,12 @@ def describe_autoencoder(model: str, model_args: dict[str, Any], diffusion_args:
     if min(data.image_size) < SSIM_WINDOW:
         raise UserError(f"`image_size` {data.image_size} is less than the {SSIM_WINDOW} pixels of SSIM's window")
     from_data = dict(input_size=tuple(data.image_size), in_channels=data.channels)
-    return build_spec(model, model_args, from_data, {}, data, autoencoder, None)
+    return assemble_spec(model, model_args, from_data, {}, data, autoencoder, None)
 
 
-def build_spec(model: str, model_args: dict[str, Any], from_data: dict[str, Any], diffusion: dict[str, Any], data: TrainingData,
-               autoencoder: nn.Module, sampling: SamplingSettings | None) -> Spec:
-    """The Spec, after its network was built once without memory."""
+def assemble_spec(model: str, model_args: dict[str, Any], from_data: dict[str, Any], diffusion: dict[str, Any],
+                  data: TrainingData, autoencoder: nn.Module, sampling: SamplingSettings | None) -> Spec:
+    """The Spec, after its network was built once on the meta device."""
     with prefix_errors("`model_args`:"):
         chosen = check_arguments(constructor_of(model)[0], model_args, set(from_data))
     spec = Spec(ModelSpec.of_preset(model, from_data | chosen), diffusion, image_size=tuple(data.image_size),

@@ -121,21 +121,38 @@ class Training:
 
 
 class LossMeter(nn.Module):
-    """The training loss and the number of skipped steps, counted on the device and read only when a line is logged.
+    """The training losses and the number of skipped steps, counted on the device and read only when a line is logged.
 
-    If the loss or gradient norm is not finite on any process, all skip the step. The buffers are saved in checkpoints.
+    If the loss or gradient norm is not finite on any process, all skip the step. The buffers are saved in checkpoints:
+    `total` and `count` of "loss", and one buffer (sum, count) for each other entry of training_losses.
     """
 
     HORIZON = 100  # steps that the moving mean covers
+    TERM = "term_"  # how the names of the latter begin
 
     def __init__(self):
         super().__init__()
         for name in ("total", "count", "seen", "moving_mean", "skipped", "streak", "longest_streak"):
             self.register_buffer(name, torch.zeros(()))
 
-    def update(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Count a step with the loss over all processes. Returns AdamW's `found_inf`: 1.0 to skip the step, else 0.0."""
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        return {name.removeprefix(self.TERM): term for name, term in self.named_buffers() if name.startswith(self.TERM)}
+
+    def update(self, losses: dict[str, Tensor], grad_norm: Tensor) -> Tensor:
+        """Count a step.
+
+        Args:
+            losses: "loss" and other scalars, means over all processes.
+
+        Returns: AdamW's `found_inf`, 1.0 to skip the step, else 0.0.
+        """
+        loss = losses["loss"]
         skip = (~(loss.isfinite() & grad_norm.isfinite())).float()
+        for name in [name for name in losses if name != "loss"]:
+            if name not in self.terms:
+                self.register_buffer(self.TERM + name, loss.new_zeros(2))
+            self.terms[name].add_(torch.where(skip > 0, 0.0, torch.stack([losses[name], torch.ones_like(loss)])))
         loss = torch.where(skip > 0, 0.0, loss)
         self.total += loss
         self.count += 1 - skip
@@ -151,8 +168,14 @@ class LossMeter(nn.Module):
         self.streak.zero_()
         self.longest_streak.zero_()
 
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Checkpoints of older versions hold no terms: these begin at zero."""
+        for name in [name for name in state if name not in self.state_dict()]:
+            self.register_buffer(name, torch.zeros_like(state[name], device=self.total.device))
+        super().load_state_dict(state)
+
     def read(self, max_skipped_steps: int) -> dict[str, float]:
-        """The mean loss since the last reading (nan if all steps were skipped), its moving mean, the total of skipped steps.
+        """Mean losses since the last reading (nan if all steps were skipped), the moving mean of "loss", and all skipped steps.
 
         Raises:
             CommonError: too many consecutive steps were skipped.
@@ -160,8 +183,9 @@ class LossMeter(nn.Module):
         if (streak := int(self.longest_streak)) >= max_skipped_steps:
             raise CommonError(f"{streak} steps in a row had a loss or gradient norm that is not finite. They were skipped: the "
                               "last checkpoint is good. Try a lower `lr`, or clip_norm in `optimizer_args`")
-        values = {"loss": (self.total / self.count).item(), "loss_moving_mean": self.moving_mean.item(),
-                  "skipped_steps": int(self.skipped)}
-        for buffer in (self.total, self.count, self.longest_streak):
+        values = {"loss": (self.total / self.count).item()} | {
+            name: (total / count).item() for name, (total, count) in self.terms.items()} | {
+            "loss_moving_mean": self.moving_mean.item(), "skipped_steps": int(self.skipped)}
+        for buffer in (self.total, self.count, self.longest_streak, *self.terms.values()):
             buffer.zero_()
         return values
