@@ -16,7 +16,7 @@ from runtime.processes import CommonError
 
 @dataclass
 class OptimizerArgs:
-    """train.py's --optimizer-args: AdamW, the schedule of its learning rate, and when a run gives up."""
+    """train.py's --optimizer-args: AdamW, the schedule of its learning rate, and when a run ends early."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -27,12 +27,12 @@ class OptimizerArgs:
     patience: int | None = None   # consecutive validations without a better loss
 
     def __post_init__(self):
-        for name, allowed, fine in (
+        for name, allowed, valid in (
                 ("betas", "two numbers in [0, 1)", all(0 <= beta < 1 for beta in self.betas)),
                 ("weight_decay", "at least 0", self.weight_decay >= 0), ("warmup_steps", "at least 0", self.warmup_steps >= 0),
                 ("clip_norm", "above 0", self.clip_norm > 0), ("max_skipped_steps", "at least 1", self.max_skipped_steps > 0),
                 ("patience", "at least 1", self.patience is None or self.patience > 0)):
-            if not fine:
+            if not valid:
                 raise UserError(f"{name} {getattr(self, name)} is not {allowed}")
 
     def factor(self, step: int, max_steps: int) -> float:
@@ -89,7 +89,7 @@ class Training:
         """
         decay = min(decay, (1 + self.step) / (10 + self.step))
         get_ema_multi_avg_fn(decay)(*self.averaged, None)
-        for averaged, buffer in zip(self.ema.buffers(), self.model.buffers()):  # asked anew: a module may replace its own
+        for averaged, buffer in zip(self.ema.buffers(), self.model.buffers()):  # anew each time: a module may replace them
             averaged.copy_(buffer)
 
     def validated_at(self, loss: float) -> bool:
@@ -123,12 +123,11 @@ class Training:
 class LossMeter(nn.Module):
     """The training losses and the number of skipped steps, counted on the device and read only when a line is logged.
 
-    If the loss or gradient norm is not finite on any process, all skip the step. The buffers are saved in checkpoints:
-    `total` and `count` of "loss", and one buffer (sum, count) for each other entry of training_losses.
+    If the loss or gradient norm is not finite on any process, all skip the step. The buffers are saved in checkpoints.
     """
 
     HORIZON = 100  # steps that the moving mean covers
-    TERM = "term_"  # how the names of the latter begin
+    TERM = "term_"  # prefix of a buffer (sum, count), one for each scalar other than "loss"
 
     def __init__(self):
         super().__init__()
@@ -140,13 +139,7 @@ class LossMeter(nn.Module):
         return {name.removeprefix(self.TERM): term for name, term in self.named_buffers() if name.startswith(self.TERM)}
 
     def update(self, losses: dict[str, Tensor], grad_norm: Tensor) -> Tensor:
-        """Count a step.
-
-        Args:
-            losses: "loss" and other scalars, means over all processes.
-
-        Returns: AdamW's `found_inf`, 1.0 to skip the step, else 0.0.
-        """
+        """Count a step, given means over all processes. Returns AdamW's `found_inf`: 1.0 to skip the step, else 0.0."""
         loss = losses["loss"]
         skip = (~(loss.isfinite() & grad_norm.isfinite())).float()
         for name in [name for name in losses if name != "loss"]:
@@ -169,7 +162,7 @@ class LossMeter(nn.Module):
         self.longest_streak.zero_()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Checkpoints of older versions hold no terms: these begin at zero."""
+        """Terms that the state lacks, as an older checkpoint's does, start at zero."""
         for name in [name for name in state if name not in self.state_dict()]:
             self.register_buffer(name, torch.zeros_like(state[name], device=self.total.device))
         super().load_state_dict(state)
