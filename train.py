@@ -95,7 +95,7 @@ class Trainer:
     """What a run is made of, one step of it, and what is due after a step."""
 
     def __init__(self, args: Namespace, world: World):
-        """Data, autoencoder, objective, network and optimizer, from the flags; nothing is written yet."""
+        """Build data, autoencoder, objective, network and optimizer from the flags. Nothing is written yet."""
         self.args, self.world, self.optim = args, world, check_flags(args)
         self.flags = {name: value for name, value in args.as_dict().items() if name != "config"}  # as checkpoints hold them
         load = partial(load_dataset, args.data_path, args.image_size, args.data_root, num_classes=args.num_classes)
@@ -103,7 +103,7 @@ class Trainer:
         with cli.prefix_errors("--val-every:"):
             self.held_out = load(split="val") if args.val_every else None
             if self.held_out and (self.held_out.classes, self.held_out.kind) != (self.data.classes, self.data.kind):
-                raise UserError(f"the held-out part of --data-path {args.data_path} holds other classes or kinds")
+                raise UserError(f"the held-out part of --data-path {args.data_path} has other classes or another kind of data")
         self.max_unreadable, self.unreadable = math.ceil(args.max_skipped * len(self.data)), set()
         self.order = GlobalOrder(len(self.data), args.global_batch_size, args.global_seed, world.rank, world.size,
                                  args.grad_accum, self.data.flip)
@@ -112,15 +112,14 @@ class Trainer:
         with cli.prefix_errors("--vae"):
             self.autoencoder = world.main_first(lambda: load_autoencoder(vae, world.device, self.data.statistics))
             check_features(self.autoencoder, self.data, self.held_out)
-        self.spec, label_drop = build_run_spec(args.model, args.model_args, args.diffusion_args, self.data,
-                                               self.autoencoder)
+        self.spec, label_drop = build_run_spec(args.model, args.model_args, args.diffusion_args, self.data, self.autoencoder)
         self.objective = Objective(process_of(self.spec), self.autoencoder, self.data, label_drop, args.precision)
         torch.manual_seed(args.global_seed)  # only the initialisation draws from it
         model = self.spec.model.build().to(world.device).train()
         self.state = Training.begin(model, args.lr, self.optim)
 
     def begin(self) -> None:
-        """Open the run, continue what lies there, and start to read."""
+        """Open the run's folder, continue its newest checkpoint, and start to read."""
         args, world, state = self.args, self.world, self.state
         world.on_main(lambda: check_writable(args.results_dir, state.size))
         self.folder, remarks = begin_or_continue(state, self.spec, self.flags, world)
@@ -145,11 +144,11 @@ class Trainer:
         losses = self.accumulate_gradients()
         grad_norm = state.clip_gradients(self.optim.clip_norm)
         # The fused AdamW reads `found_inf` on the device: where the loss or the gradient norm is not finite on any process,
-        # all of them skip the step, and the host need not wait to learn of it.
+        # all of them skip the step, and the host does not wait for that decision.
         state.opt.found_inf = state.meter.update(losses, grad_norm)
         state.opt.step()
         state.opt.zero_grad(set_to_none=True)
-        # The averaged weights are those that are sampled and validated.
+        # The averaged weights are sampled and validated.
         state.update_ema(args.ema_decay)
         state.step += 1
         # Only a line of the log reads numbers from the device.
@@ -221,7 +220,7 @@ class Trainer:
             self.save("best.pt")
 
     def report_unreadable(self, found: dict[int, str]) -> None:
-        """Name samples that a process could not read, once, in the log and in skipped.txt. Too many end the run, saved."""
+        """Name unreadable samples, each once, in the log and in skipped.txt. Too many end the run, after a checkpoint."""
         self.unreadable.update(found.values())
         parts = self.world.gather(self.unreadable)
 
@@ -233,7 +232,7 @@ class Trainer:
         if (count := self.world.on_main(report)) > self.max_unreadable:
             self.save()
             raise CommonError(f"{count} samples cannot be read, more than `max_skipped` allows; {self.folder}/skipped.txt "
-                              "names them. Mend or remove them; the same command with `run_name` goes on")
+                              "names them. Repair or remove them; the same command with `run_name` goes on")
 
     def save(self, name: str = "") -> None:
         self.world.on_main(lambda: save_run(self.folder, self.state, self.spec, self.flags, name))
