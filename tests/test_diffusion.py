@@ -25,10 +25,6 @@ VARIANTS = {
 }
 
 
-def model_of(diffusion):
-    return partial(analytic_model, learned=diffusion.learn_sigma)
-
-
 def tensors(*keys):
     return [torch.from_numpy(golden[key]) for key in keys]
 
@@ -68,33 +64,19 @@ def test_respacing_keeps_the_original_timesteps():
     assert create_diffusion(None).num_timesteps == 1000
 
 
-def test_q_sample_is_the_original_one():
-    x0, noise, t = tensors("x0", "noise", "t")
-    assert_close(create_diffusion("").q_sample(x0, t, noise), golden["q_sample"])
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_losses_are_the_original_ones(variant):
+def test_losses_and_p_mean_variance_are_the_original_ones(variant):
     diffusion = create_diffusion("", **VARIANTS[variant])
-    x0, noise, t = tensors("x0", "noise", "t")
-    losses = diffusion.training_losses(model_of(diffusion), x0, t, noise=noise)
-    expected = matches(f"losses/{variant}/")
-    assert set(losses) == set(expected)
-    for term, values in expected.items():
-        assert_close(losses[term], values)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_p_mean_variance_is_the_original_one(variant):
-    diffusion = create_diffusion("", **VARIANTS[variant])
-    x0, noise, t = tensors("x0", "noise", "t")
+    (x0, noise, t), model = tensors("x0", "noise", "t"), partial(analytic_model, learned=diffusion.learn_sigma)
     x_t = diffusion.q_sample(x0, t, noise)
-    for clip in (False, True):
-        out = diffusion.p_mean_variance(model_of(diffusion), x_t, t, clip_denoised=clip)
-        expected = matches(f"p_mean_variance/{variant}/clip{int(clip)}/")
-        assert set(out) == set(expected)
+    assert_close(x_t, golden["q_sample"])
+    for prefix, found in ((f"losses/{variant}/", diffusion.training_losses(model, x0, t, noise=noise)),
+                          *((f"p_mean_variance/{variant}/clip{int(clip)}/",
+                             diffusion.p_mean_variance(model, x_t, t, clip_denoised=clip)) for clip in (False, True))):
+        expected = matches(prefix)
+        assert set(found) == set(expected)
         for term, values in expected.items():
-            assert_close(out[term], values)
+            assert_close(found[term], values)
 
 
 @pytest.mark.parametrize("respacing", ["ddim10", "20"])

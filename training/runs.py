@@ -4,6 +4,7 @@ import os
 import socket
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def build_run_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[
     with prefix_errors("`diffusion_args`:", *WRONG_VALUE):
         if not isinstance(label_drop, int | float) or not 0 <= label_drop <= 1:
             raise UserError(f"label_drop {label_drop} is not in 0..1")
-        diffusion = check_objective_arguments(given, beside=("label_drop", "sampling"))
+        diffusion = check_objective_arguments(given)
         process = create_diffusion("", **diffusion)
         check(process, Process, "a process needs")
     with prefix_errors("`vae`"):
@@ -67,11 +68,8 @@ def build_run_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[
     return spec, label_drop
 
 
-def check_objective_arguments(arguments: dict[str, Any], beside: tuple[str, ...]) -> dict[str, Any]:
-    """Check names and types against create_diffusion and the objective's factory. Returns the arguments, converted.
-
-    `beside` are keys that the caller accepts; the error names them too.
-    """
+def check_objective_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Check names and types against create_diffusion and the objective's factory. Returns the arguments, converted."""
     common = defaults_of(create_diffusion)
     del common["timestep_respacing"]  # the sampler's
     checked = check_arguments(create_diffusion, {name: value for name, value in arguments.items() if name in common})
@@ -81,7 +79,7 @@ def check_objective_arguments(arguments: dict[str, Any], beside: tuple[str, ...]
                if name not in common and (name in supported or not is_default(name, value))}
     with prefix_errors(f"objective {objective!r}:"):
         return checked | check_arguments(OBJECTIVES[objective], further, {"timesteps", *common},
-                                         (*(name for name in supported if name in common), *beside))
+                                         (*(name for name in supported if name in common), "label_drop", "sampling"))
 
 
 def build_autoencoder_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[str, Any], data: TrainingData,
@@ -182,11 +180,9 @@ def new_folder(results: Path, model: str) -> Path:
         names = (path.name.partition("-") for path in results.glob("*-*"))
         numbers = [int(number) for number, _, rest in names if number.isdecimal() and rest in models]
         folder = results / f"{max(numbers, default=-1) + 1:03d}-{model}"
-        try:
+        with suppress(FileExistsError):
             folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
+            return folder
 
 
 def save_run(folder: Path, training: Training, spec: Spec, flags: dict[str, Any], name: str = "") -> None:
