@@ -31,7 +31,7 @@ from training.objective import Objective, process_of
 from training.order import Batches, GlobalOrder
 from training.previews import preview, save_previews_gif
 from training.rows import Readable, Rows
-from training.runs import begin_or_continue, describe, list_skipped, save_run
+from training.runs import begin_or_continue, build_run_spec, list_skipped, save_run
 from training.state import OptimizerArgs, Training
 
 VAL_IMAGES, VAL_BATCH = 4096, 64
@@ -54,8 +54,8 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--global-seed", type=int, default=0, help="of weights, order, noise, timesteps, dropped labels")
     parser.add_argument("--lr", type=float, default=1e-4, help="AdamW's, after its warm-up")
     parser.add_argument("--ema-decay", type=float, default=0.9999, help="of the weights that are sampled; less at first")
-    parser.add_argument("--init-from", type=str | None, help="checkpoint whose fitting weights to begin with")
-    parser.add_argument("--resume", type=str | None, help="checkpoint of which to take everything")
+    parser.add_argument("--init-from", type=str | None, help="initialise matching weights from this checkpoint")
+    parser.add_argument("--resume", type=str | None, help="resume weights, EMA, optimizer and step from this checkpoint")
     parser.add_argument("--log-every", type=int, default=100, help="steps between lines of the log")
     parser.add_argument("--ckpt-every", type=int, default=50_000, help="steps between checkpoints")
     parser.add_argument("--max-skipped", type=float, default=0.001, help="share of samples that may be unreadable")
@@ -95,7 +95,7 @@ class Trainer:
     """What a run is made of, one step of it, and what is due after a step."""
 
     def __init__(self, args: Namespace, world: World):
-        """Data, autoencoder, objective, network and optimizer, from the flags; nothing is written yet."""
+        """Build data, autoencoder, objective, network and optimizer from the flags. Nothing is written yet."""
         self.args, self.world, self.optim = args, world, check_flags(args)
         self.flags = {name: value for name, value in args.as_dict().items() if name != "config"}  # as checkpoints hold them
         load = partial(load_dataset, args.data_path, args.image_size, args.data_root, num_classes=args.num_classes)
@@ -103,7 +103,7 @@ class Trainer:
         with cli.prefix_errors("--val-every:"):
             self.held_out = load(split="val") if args.val_every else None
             if self.held_out and (self.held_out.classes, self.held_out.kind) != (self.data.classes, self.data.kind):
-                raise UserError(f"the held-out part of --data-path {args.data_path} holds other classes or kinds")
+                raise UserError(f"the held-out part of --data-path {args.data_path} has other classes or another kind of data")
         self.max_unreadable, self.unreadable = math.ceil(args.max_skipped * len(self.data)), set()
         self.order = GlobalOrder(len(self.data), args.global_batch_size, args.global_seed, world.rank, world.size,
                                  args.grad_accum, self.data.flip)
@@ -112,14 +112,14 @@ class Trainer:
         with cli.prefix_errors("--vae"):
             self.autoencoder = world.main_first(lambda: load_autoencoder(vae, world.device, self.data.statistics))
             check_features(self.autoencoder, self.data, self.held_out)
-        self.spec, label_drop = describe(args.model, args.model_args, args.diffusion_args, self.data, self.autoencoder)
+        self.spec, label_drop = build_run_spec(args.model, args.model_args, args.diffusion_args, self.data, self.autoencoder)
         self.objective = Objective(process_of(self.spec), self.autoencoder, self.data, label_drop, args.precision)
         torch.manual_seed(args.global_seed)  # only the initialisation draws from it
         model = self.spec.model.build().to(world.device).train()
         self.state = Training.begin(model, args.lr, self.optim)
 
     def begin(self) -> None:
-        """Open the run, continue what lies there, and start to read."""
+        """Open the run's folder, continue its newest checkpoint, and start to read."""
         args, world, state = self.args, self.world, self.state
         world.on_main(lambda: check_writable(args.results_dir, state.size))
         self.folder, remarks = begin_or_continue(state, self.spec, self.flags, world)
@@ -141,40 +141,40 @@ class Trainer:
         # The learning rate is a function of the step alone, so that a continued run has the same one.
         lr = state.set_lr(args.lr * self.optim.factor(state.step, self.max_steps))
         # Noise -> x_t -> model -> loss -> gradients, summed over micro-batches and averaged over processes.
-        loss = self.accumulate_gradients()
+        losses = self.accumulate_gradients()
         grad_norm = state.clip_gradients(self.optim.clip_norm)
         # The fused AdamW reads `found_inf` on the device: where the loss or the gradient norm is not finite on any process,
-        # all of them skip the step, and the host need not wait to learn of it.
-        state.opt.found_inf = state.meter.update(self.world.mean(loss), grad_norm)
+        # all of them skip the step, and the host does not wait for that decision.
+        state.opt.found_inf = state.meter.update(losses, grad_norm)
         state.opt.step()
         state.opt.zero_grad(set_to_none=True)
-        # The averaged weights are those that are sampled and validated.
+        # The averaged weights are sampled and validated.
         state.update_ema(args.ema_decay)
         state.step += 1
         # Only a line of the log reads numbers from the device.
-        losses = state.meter.read(self.optim.max_skipped_steps) if self.due(args.log_every) else None
+        means = state.meter.read(self.optim.max_skipped_steps) if self.due(args.log_every) else None
         self.stopwatch.stop()
-        if losses:
+        if means:
             samples = state.step * self.order.batch_size
-            self.log.record(state.step, epoch=samples / len(self.data), samples=samples, **losses, lr=lr,
+            self.log.record(state.step, epoch=samples / len(self.data), samples=samples, **means, lr=lr,
                             grad_norm=grad_norm.item(), memory_gib=peak_memory(self.world.device),
                             **self.stopwatch.read(self.order.batch_size, self.batches.read_waited()))
             self.report_unreadable(self.batches.unreadable)
 
-    def accumulate_gradients(self) -> Tensor:
-        """Backward through this process's micro-batches of one step; their mean loss."""
+    def accumulate_gradients(self) -> dict[str, Tensor]:
+        """Backward through this process's micro-batches of one step. Returns the mean of each loss, over all processes."""
         draws = self.objective.draw(("train", self.args.global_seed, self.state.step), self.order.batch_size, self.state.model,
                                     self.world.device)
-        loss = torch.zeros((), device=self.world.device)
+        means = 0.0
         for micro, rows in enumerate(self.order.rows):
             last = rows is self.order.rows[-1]  # processes exchange gradients once a step
             batch, labels = next(self.batches)
             seed_global("network", self.args.global_seed, self.state.step, self.world.rank, micro)  # ours draw nothing from it
             with nullcontext() if last or self.world.size == 1 else self.network.no_sync():
-                losses = self.objective.losses(self.network, batch, labels, draws.rows(rows))["loss"]
-                (losses.mean() / len(self.order.rows)).backward()
-            loss += losses.detach().mean() / len(self.order.rows)
-        return loss
+                losses = self.objective.losses(self.network, batch, labels, draws.rows(rows))
+                (losses["loss"].mean() / len(self.order.rows)).backward()
+            means = means + torch.stack([loss.detach().mean() for loss in losses.values()]) / len(self.order.rows)
+        return dict(zip(losses, self.world.mean(means)))
 
     def finish_step(self) -> None:
         """Validate, save and preview where due, skipping what was already done. Raises Stopped on a signal."""
@@ -196,8 +196,8 @@ class Trainer:
     def validate(self) -> None:
         """The mean loss of raw and of EMA weights, always on the same held-out samples, at the same t and noise."""
         state, world, device, objective = self.state, self.world, self.world.device, self.objective._replace(label_drop=0.0)
-        told = objective.process.validation_terms
-        totals = torch.zeros(2 + len(told), device=device)  # sums: the raw loss, what is told of EMA weights, samples
+        terms = objective.process.validation_terms
+        totals = torch.zeros(2 + len(terms), device=device)  # sums: the loss of raw weights, terms of EMA weights, samples
         order = torch.randperm(len(self.held_out), generator=generator("val", len(self.held_out)))[:VAL_IMAGES]
         readable, unreadable = Readable(self.held_out, self.max_unreadable), {}
         state.model.eval()
@@ -208,19 +208,19 @@ class Trainer:
                 batch, labels = (part.to(device) for part in parts)
                 draws = objective.draw(("val", self.args.global_seed, k), len(rows), state.model, device)
                 raw, ema = (objective.losses(network, batch, labels, draws) for network in (state.model, state.ema))
-                totals += torch.stack([raw["loss"], *(ema[name] for name in told), torch.ones_like(raw["loss"])]).sum(dim=1)
+                totals += torch.stack([raw["loss"], *(ema[name] for name in terms), torch.ones_like(raw["loss"])]).sum(dim=1)
             if (k + 1) % world.size == 0:
                 self.stop.check()
         state.model.train()
         self.report_unreadable(unreadable)
         *sums, count = world.mean(totals).tolist()
-        means = dict(zip(["val_loss", *(f"val_{name}_ema" for name in told)], (total / count for total in sums)))
+        means = dict(zip(["val_loss", *(f"val_{name}_ema" for name in terms)], (total / count for total in sums)))
         self.log.record(state.step, **means)
         if state.validated_at(means["val_loss_ema"]):
             self.save("best.pt")
 
     def report_unreadable(self, found: dict[int, str]) -> None:
-        """Name samples that a process could not read, once, in the log and in skipped.txt. Too many end the run, saved."""
+        """Name unreadable samples, each once, in the log and in skipped.txt. Too many end the run, after a checkpoint."""
         self.unreadable.update(found.values())
         parts = self.world.gather(self.unreadable)
 
@@ -232,7 +232,7 @@ class Trainer:
         if (count := self.world.on_main(report)) > self.max_unreadable:
             self.save()
             raise CommonError(f"{count} samples cannot be read, more than `max_skipped` allows; {self.folder}/skipped.txt "
-                              "names them. Mend or remove them; the same command with `run_name` goes on")
+                              "names them. Repair or remove them; the same command with `run_name` goes on")
 
     def save(self, name: str = "") -> None:
         self.world.on_main(lambda: save_run(self.folder, self.state, self.spec, self.flags, name))

@@ -169,7 +169,7 @@ def training_step(model: torch.nn.Module, task: Task) -> Callable[[], None]:
         noise, t = torch.randn(x.shape, generator=draws), process.sample_times(task.batch_size, draws)
         loss = process.training_losses(model, x, t, dict(y=y), noise)["loss"].mean()
         loss.backward()
-        state.opt.found_inf = state.meter.update(loss.detach(), state.clip_gradients(math.inf))
+        state.opt.found_inf = state.meter.update({"loss": loss.detach()}, state.clip_gradients(math.inf))
         state.opt.step()
         state.opt.zero_grad(set_to_none=True)
         state.update_ema(0.999)

@@ -1,5 +1,6 @@
 """Diffusion processes, their losses and samplers. `create_diffusion` builds a process from DiT's arguments."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +22,9 @@ def create_diffusion(
     rescale_learned_sigmas: bool = False,
     diffusion_steps: int = 1000,
     objective: str = "epsilon",
-    time_sampling: str = "uniform",
-    flow_loss: str = "velocity",
-    input_scale: float = 1.0,
+    **objective_args: Any,
 ) -> Process:
-    """Build a process. All but the last four arguments, and all defaults, are DiT's.
+    """Build a process. All arguments but the last two, and all defaults, are DiT's.
 
     Args:
         timestep_respacing: which timesteps sampling visits: "" all, "250" evenly spaced, "10,10,5" by section, "ddim50"
@@ -39,49 +38,71 @@ def create_diffusion(
         learn_sigma: the network's second half of channels is the variance. Flow ignores it.
         rescale_learned_sigmas: multiply the bound by T/1000 when it is added to the MSE.
         diffusion_steps: T of the process before respacing.
-        objective: what the network predicts: "epsilon", "x0", "v", or "flow", the velocity of the straight path. A flow
-            has no schedule and no variance, so arguments about these do not apply.
-        time_sampling: of training timesteps: "uniform", or "logit-normal" (flow only).
-        flow_loss: "velocity", or "velocity+epsilon+x0", the sum of the squared errors of all three (flow only).
-        input_scale: the factor by which the data is scaled to x_0 (Chen, arXiv:2301.10972, without its normalisation of
-            x_t). A factor below 1 means less signal at every t. Not for flow.
+        objective: what the network predicts, a key of OBJECTIVES: "epsilon", "x0", "v", or "flow", the velocity of the
+            straight path.
+        objective_args: further parameters of the objective's factory, `gaussian` or `straight_path` below. What the factory
+            does not name must have its default.
     """
-    arguments = dict(locals())
-    if objective not in OBJECTIVES:
-        raise UserError(f"objective {objective!r} is unknown; allowed: {', '.join(OBJECTIVES)}")
+    supported = supported_arguments(objective)
     if not isinstance(diffusion_steps, int) or diffusion_steps < 1:
         raise UserError(f"diffusion_steps {diffusion_steps!r} is not a whole number of at least 1")
-    if predict_xstart and objective not in ("epsilon", "x0"):
-        raise UserError(f"predict_xstart contradicts objective {objective!r}")
     timesteps = space_timesteps(diffusion_steps, "" if timestep_respacing is None else timestep_respacing)
-    return OBJECTIVES[objective](timesteps, arguments)
+    arguments = dict(objective=objective, learn_sigma=learn_sigma, diffusion_steps=diffusion_steps,
+                     noise_schedule=noise_schedule, use_kl=use_kl, sigma_small=sigma_small, predict_xstart=predict_xstart,
+                     rescale_learned_sigmas=rescale_learned_sigmas, **objective_args)
+    for name, value in arguments.items():
+        if name not in supported and not is_default(name, value):
+            raise UserError(f"`{name}` is not supported with objective {objective!r}; supported: {', '.join(supported)}")
+    factory = OBJECTIVES[objective]
+    named = inspect.signature(factory).parameters
+    return factory(timesteps, **{name: value for name, value in arguments.items() if name in named})
 
 
-def gaussian(timesteps: list[int], arguments: dict[str, Any]) -> GaussianDiffusion:
-    """DDPM's process. `arguments` are those of create_diffusion."""
-    for name, default in (("time_sampling", "uniform"), ("flow_loss", "velocity")):
-        if arguments[name] != default:
-            raise UserError(f"{name} {arguments[name]!r} needs objective 'flow'")
-    learn_sigma, sigma_small = arguments["learn_sigma"], arguments["sigma_small"]
-    use_kl, rescaled = arguments["use_kl"], arguments["rescale_learned_sigmas"]
+def gaussian(timesteps: list[int], objective: str, diffusion_steps: int, noise_schedule: str, use_kl: bool,
+             sigma_small: bool, predict_xstart: bool, learn_sigma: bool, rescale_learned_sigmas: bool,
+             input_scale: float = 1.0) -> GaussianDiffusion:
+    """DDPM's process.
+
+    Args:
+        input_scale: the factor by which the data is scaled to x_0 (Chen, arXiv:2301.10972, without its normalisation of
+            x_t). A factor below 1 means less signal at every t.
+    """
+    if predict_xstart and objective == "v":
+        raise UserError("predict_xstart contradicts objective 'v'")
     return GaussianDiffusion(
-        named_betas(arguments["noise_schedule"], arguments["diffusion_steps"]),
+        named_betas(noise_schedule, diffusion_steps),
         timesteps,
-        prediction="x0" if arguments["predict_xstart"] else arguments["objective"],
+        prediction="x0" if predict_xstart else objective,
         variance="learned_range" if learn_sigma else "fixed_small" if sigma_small else "fixed_large",
-        loss="rescaled_kl" if use_kl else "rescaled_mse" if rescaled else "mse",
-        input_scale=arguments["input_scale"],
+        loss="rescaled_kl" if use_kl else "rescaled_mse" if rescale_learned_sigmas else "mse",
+        input_scale=input_scale,
     )
 
 
-def flow(timesteps: list[int], arguments: dict[str, Any]) -> FlowMatching:
-    """The straight path. `arguments` are those of create_diffusion. Those that do not apply must keep their defaults."""
-    defaults = dict(noise_schedule="linear", use_kl=False, sigma_small=False, rescale_learned_sigmas=False, input_scale=1)
-    if given := [name for name, default in defaults.items() if arguments[name] != default]:
-        raise UserError(f"{', '.join(given)}: without meaning for flow")
-    return FlowMatching(len(timesteps), arguments["time_sampling"], arguments["flow_loss"])
+def straight_path(timesteps: list[int], time_sampling: str = "uniform", flow_loss: str = "velocity") -> FlowMatching:
+    """Flow matching.
+
+    Args:
+        time_sampling: of training timesteps: "uniform", or "logit-normal".
+        flow_loss: "velocity", or "velocity+epsilon+x0", the sum of the squared errors of all three.
+    """
+    return FlowMatching(len(timesteps), time_sampling, flow_loss)
 
 
-# objective -> (kept timesteps, arguments of create_diffusion) -> process; add your own here (docs/extending.md)
-OBJECTIVES: dict[str, Callable[[list[int], dict[str, Any]], Process]] = {
-    "epsilon": gaussian, "x0": gaussian, "v": gaussian, "flow": flow}
+# A factory takes the kept `timesteps` and builds a process. Its signature says what else it takes: arguments of
+# create_diffusion by their names, and parameters of its own, with defaults. Add your own here (docs/extending.md).
+OBJECTIVES: dict[str, Callable[..., Process]] = {"epsilon": gaussian, "x0": gaussian, "v": gaussian, "flow": straight_path}
+
+
+def supported_arguments(objective: str) -> list[str]:
+    """The names that create_diffusion accepts with an objective: three with any, and those in its factory's signature."""
+    if objective not in OBJECTIVES:
+        raise UserError(f"objective {objective!r} is unknown; allowed: {', '.join(OBJECTIVES)}")
+    names = dict.fromkeys(["objective", "diffusion_steps", "learn_sigma", *inspect.signature(OBJECTIVES[objective]).parameters])
+    return [name for name in names if name != "timesteps"]
+
+
+def is_default(name: str, value: Any) -> bool:
+    """Whether `value` is the default of the argument `name`, in create_diffusion or in any objective's factory."""
+    signatures = (inspect.signature(function).parameters for function in (create_diffusion, *OBJECTIVES.values()))
+    return any(name in parameters and parameters[name].default == value for parameters in signatures)

@@ -191,7 +191,7 @@ def test_a_step_of_training_and_of_sampling_does_not_wait_for_the_device():
         with autocast(CUDA, "bf16"):
             loss = process.training_losses(model, x, t.long(), dict(y=y), x)["loss"].mean()
         loss.backward()
-        state.opt.found_inf = state.meter.update(loss.detach(), state.clip_gradients(1.0))
+        state.opt.found_inf = state.meter.update({"loss": loss.detach()}, state.clip_gradients(1.0))
         state.opt.step()
         state.opt.zero_grad(set_to_none=True)
         state.update_ema(0.99)

@@ -16,7 +16,7 @@ def draws(process, shape, count, step):
     return objective.draw(("train", 0, step), count, model, torch.device("cpu"))
 
 
-def test_draws_of_a_batch_fall_out_to_its_parts_and_depend_on_the_step():
+def test_draws_of_a_batch_are_divided_among_its_parts_and_depend_on_the_step():
     process = create_diffusion("")
     whole, again, other = (draws(process, (1, 2, 2), 6, step) for step in (3, 3, 4))
     for a, b, c, part in zip(whole, again, other, whole.rows(slice(2, 4))):
@@ -26,16 +26,14 @@ def test_draws_of_a_batch_fall_out_to_its_parts_and_depend_on_the_step():
     assert not torch.equal(whole.noise, whole.posterior)
 
 
-@pytest.mark.parametrize(("stochastic", "kind", "drawn"), [
-    (True, "images", True), (True, "moments", True), (True, "latents", False), (False, "images", False)])
-def test_the_posterior_is_drawn_only_where_it_is_used_and_changes_nothing_else(stochastic, kind, drawn):
+def test_the_posterior_is_drawn_only_where_it_is_used_and_changes_nothing_else():
     process, model = create_diffusion(""), SimpleNamespace(in_channels=1, input_size=(2, 2))
-    objective = Objective(process, SimpleNamespace(stochastic=stochastic), SimpleNamespace(kind=kind), 0.1, "fp32")
-    found = objective.draw(("train", 0, 3), 6, model, torch.device("cpu"))
-    assert (found.posterior is not None) == drawn
-    for a, b in zip(found[:3], draws(process, (1, 2, 2), 6, 3)):
-        assert torch.equal(a, b)
-    assert (found.rows(slice(2)).posterior is not None) == drawn
+    for stochastic, kind, drawn in ((True, "moments", True), (True, "latents", False), (False, "images", False)):
+        objective = Objective(process, SimpleNamespace(stochastic=stochastic), SimpleNamespace(kind=kind), 0.1, "fp32")
+        found = objective.draw(("train", 0, 3), 6, model, torch.device("cpu"))
+        assert (found.posterior is not None) == (found.rows(slice(2)).posterior is not None) == drawn
+        for a, b in zip(found[:3], draws(process, (1, 2, 2), 6, 3)):
+            assert torch.equal(a, b)
 
 
 def test_labels_are_dropped_at_their_rate():
@@ -81,7 +79,7 @@ def test_ssim_is_wangs_formula_window_by_window():
     assert torch.allclose(ssim(a, a), torch.ones(2))
 
 
-def test_reconstruction_is_mse_and_ssim_and_tells_psnr():
+def test_reconstruction_is_mse_and_ssim_and_reports_psnr():
     torch.manual_seed(0)
     images = torch.rand(3, 1, 8, 8) * 2 - 1
     terms = Reconstruction().training_losses(lambda x, t, y: 0.5 * x, images, torch.zeros(3), dict(y=None))

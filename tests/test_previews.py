@@ -25,16 +25,13 @@ def drawn(spec, path):
         return names, picture.text, calls, picture.size
 
 
-def test_a_preview_names_its_classes_and_is_soon_there(tmp_path):
-    names, text, calls, _ = drawn(spec_of(CLASSES, sampler="ddpm", num_sampling_steps=250), tmp_path / "x.png")
-    assert names == CLASSES
-    assert text["classes"] == str(CLASSES)
-    assert (text["sampler"], text["steps"], len(calls)) == ("dpm++", "20", 20)
-
-
-def test_a_preview_keeps_the_recommended_sampler_where_it_is_not_ddpm(tmp_path):
-    _, text, calls, _ = drawn(spec_of(CLASSES, sampler="ddim", num_sampling_steps="ddim50"), tmp_path / "x.png")
-    assert (text["sampler"], text["steps"], len(calls)) == ("ddim", "ddim50", 50)
+def test_a_preview_names_its_classes_and_replaces_only_ddpm(tmp_path):
+    for recommended, used in ((("ddpm", 250), ("dpm++", "20", 20)), (("ddim", "ddim50"), ("ddim", "ddim50", 50))):
+        spec = spec_of(CLASSES, sampler=recommended[0], num_sampling_steps=recommended[1])
+        names, text, calls, _ = drawn(spec, tmp_path / "x.png")
+        assert names == CLASSES
+        assert text["classes"] == str(CLASSES)
+        assert (text["sampler"], text["steps"], len(calls)) == used
 
 
 def test_of_many_classes_ten_are_shown_evenly(tmp_path):

@@ -1,4 +1,6 @@
-"""The protocols: what lacks something is told all that is missing, in one line."""
+"""The protocols: all members that an object lacks are named in one line."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,14 +44,9 @@ def test_everything_that_is_missing_is_named_at_once():
     assert not offers(Reconstruction(), Process)
 
 
-@pytest.mark.parametrize("state", [None, (), [torch.zeros(2)], torch.zeros(2), (torch.zeros(3),), (torch.zeros(2), None)])
-def test_what_encode_returns_is_checked_at_the_first_call(state):
-    class Wrong:
-        def condition(self, t, y): ...
-
-        def encode(self, x, c, split):
-            return state
-
-    reuse = Reuse(Wrong(), plan("encoder", (9.0, 5.0), (False, False), 4, 2, "every:2"), 2)
-    with pytest.raises(UserError, match=r"encode must return a tuple of tensors with the batch \(2\)"):
-        reuse(torch.zeros(2, 1, 1, 1), torch.zeros(2), torch.zeros(2))
+def test_what_encode_returns_is_checked_at_the_first_call():
+    for state in (None, (), [torch.zeros(2)], (torch.zeros(3),), (torch.zeros(2), None)):
+        wrong = SimpleNamespace(condition=lambda t, y: None, encode=lambda x, c, split, state=state: state)
+        reuse = Reuse(wrong, plan("encoder", (9.0, 5.0), (False, False), 4, 2, "every:2"), 2)
+        with pytest.raises(UserError, match=r"a tuple of tensors with the batch \(2\)"):
+            reuse(torch.zeros(2, 1, 1, 1), torch.zeros(2), torch.zeros(2))

@@ -6,10 +6,50 @@ import pytest
 import torch
 from conftest import ROOT, golden_dit
 
+from diffusion import OBJECTIVES, create_diffusion
+from diffusion.flow import FlowMatching
 from models import DiT
 from pipeline import checkpoint
-from training.runs import init_from, new_folder, open_run, save_step
+from pipeline.autoencoders import Pixels
+from runtime import UserError
+from training.datasets import load_dataset
+from training.runs import build_run_spec, init_from, new_folder, open_run, save_step
 from training.state import OptimizerArgs, Training
+
+# --- flags -> Spec -------------------------------------------------------------------------------
+
+
+def diffusion_of(**diffusion_args):
+    """What a checkpoint stores of --diffusion-args."""
+    model_args = {"hidden_size": 8, "depth": 1}
+    return build_run_spec("DiNext-S/2", model_args, diffusion_args, load_dataset("digits"), Pixels())[0].diffusion
+
+
+def test_diffusion_args_are_checked_against_the_objective_s_factory(monkeypatch):
+    def huber(timesteps: list[int], time_sampling: str = "uniform", delta: float = 1.0):
+        process = FlowMatching(len(timesteps), time_sampling)
+        process.delta = delta
+        return process
+
+    monkeypatch.setitem(OBJECTIVES, "huber", huber)
+    stored = diffusion_of(objective="huber", delta="0.5", label_drop=0.2, input_scale=1.0)
+    assert stored == {"objective": "huber", "delta": 0.5}  # converted; without another objective's argument at its default
+    assert create_diffusion("10", **stored).delta == 0.5
+    for wrong, words in (
+            (dict(objective="huber", delt=1), r"unknown key 'delt'; allowed: time_sampling, delta, objective, diffusion_steps, "
+                                              r"learn_sigma, label_drop, sampling; did you mean delta\?"),
+            (dict(objective="huber", delta="wide"), "delta: Expected a float. Got value: wide"),
+            (dict(objective="huber", time_sampling="late"), "'late' is unknown; allowed: uniform, logit-normal"),
+            (dict(objective="huber", sigma_small=True), "sigma_small.* is not supported with objective 'huber'"),
+            (dict(delta=0.5), "objective 'epsilon': unknown key 'delta'"),
+            (dict(use_kl="perhaps"), "use_kl: Expected a bool. Got value: perhaps"),
+            (dict(timestep_respacing="10"), "unknown key 'timestep_respacing'"),
+            (dict(objective="hubert"), "'hubert' is unknown; allowed: epsilon, x0, v, flow, huber")):
+        with pytest.raises(UserError, match=f"^`diffusion_args`: .*{words}"):
+            diffusion_of(**wrong)
+
+
+# --- the folder ----------------------------------------------------------------------------------
 
 
 def test_runs_are_numbered_named_locked_and_found_again_by_a_restart(tmp_path, monkeypatch):
@@ -36,6 +76,13 @@ from pathlib import Path; from training.runs import open_run; open_run(Path({str
     assert "UserError: another process is at work in" in second.stderr
 
 
+def test_folders_of_other_names_do_not_count(tmp_path):
+    for name in ("2024run-foo", "2026-11-23", "007-notes", "003-DiT-S-2", "x"):
+        (tmp_path / name).mkdir()
+    assert new_folder(tmp_path, "DiNext-S-2").name == "004-DiNext-S-2"
+    assert new_folder(tmp_path, "DiNext-S-2").name == "005-DiNext-S-2"
+
+
 def test_the_newest_and_every_mth_checkpoint_are_kept(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     def names():
@@ -49,6 +96,9 @@ def test_the_newest_and_every_mth_checkpoint_are_kept(tmp_path):
     assert checkpoint.latest(tmp_path).name == "0000025.pt"
     save_step(tmp_path, {"step": 30}, keep_last=0, every=0)
     assert len(names()) == 10
+
+
+# --- init_from -----------------------------------------------------------------------------------
 
 
 def begun(network):
@@ -71,26 +121,26 @@ def save_named(path, weights, classes):
 
 def test_init_from_matches_classes_by_name_and_keeps_the_null_row(tmp_path):
     kwargs, weights = golden_dit()
-    theirs = weights["y_embedder.embedding_table.weight"]
-    classes = [f"animal {i}" for i in range(len(theirs) - 1)]
+    source_table = weights["y_embedder.embedding_table.weight"]
+    classes = [f"animal {i}" for i in range(len(source_table) - 1)]
     classes[2:4] = ["Mo\u0308we", "crane"]
     source = save_named(tmp_path / "w.pt", weights, classes)
-    for more in ([], map(str, range(len(classes) - 3))):  # the second time as many classes as there
+    for more in ([], map(str, range(len(classes) - 3))):  # the second time as many classes as in the source
         other = ["crane", "dog", "M\xf6we", *more]
         training = begun(DiT(**{**kwargs, "num_classes": len(other)}))
-        own = table_of(training.model).clone()
+        initial = table_of(training.model).clone()
         message = init_from(training, source, other)
         assert "42 of 42 tensors" in message
         assert f"of 2 of {len(other)} classes" in message
         assert "fresh classes: dog" in message
         for network in (training.model, training.ema):
             found = table_of(network)
-            assert torch.equal(found[[0, 2, -1]], theirs[[3, 2, -1]])
-            assert torch.equal(found[1:-1][[0, *range(2, len(other) - 1)]], own[1:-1][[0, *range(2, len(other) - 1)]])
+            assert torch.equal(found[[0, 2, -1]], source_table[[3, 2, -1]])
+            assert torch.equal(found[1:-1][[0, *range(2, len(other) - 1)]], initial[1:-1][[0, *range(2, len(other) - 1)]])
             assert torch.equal(network.blocks[0].attn.qkv.weight, weights["blocks.0.attn.qkv.weight"])
     same = begun(DiT(**kwargs))
     init_from(same, source, classes)
-    assert torch.equal(table_of(same.model), theirs)
+    assert torch.equal(table_of(same.model), source_table)
 
 
 def test_init_from_takes_what_the_sampling_scripts_take(tmp_path):
@@ -121,10 +171,3 @@ def test_init_from_refuses_a_checkpoint_of_which_little_fits(tmp_path):
     assert all(torch.equal(before[key], value) for key, value in larger.model.state_dict().items())
     with pytest.raises(ValueError, match="only 0 of 2 tensors"):
         init_from(begun(torch.nn.Linear(2, 2)), source, [])
-
-
-def test_folders_of_other_names_do_not_count(tmp_path):
-    for name in ("2024run-foo", "2026-11-23", "007-notes", "003-DiT-S-2", "x"):
-        (tmp_path / name).mkdir()
-    assert new_folder(tmp_path, "DiNext-S-2").name == "004-DiNext-S-2"
-    assert new_folder(tmp_path, "DiNext-S-2").name == "005-DiNext-S-2"

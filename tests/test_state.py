@@ -2,8 +2,16 @@ import math
 
 import pytest
 import torch
+from conftest import GOLDEN, TINY_RUN, read_metrics, run_script
 
-from training.state import OptimizerArgs, Training
+import train
+from diffusion import create_diffusion
+from runtime.pictures import to_unit_range
+from runtime.processes import start_world
+from training.order import Batches
+from training.rows import Readable
+from training.runs import init_from
+from training.state import LossMeter, OptimizerArgs, Training
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
@@ -23,16 +31,70 @@ def test_the_ema_warms_up_to_its_decay():
         assert training.ema.weight.item() == pytest.approx(decay * 1 + (1 - decay) * 3, rel=1e-6)
 
 
-@pytest.mark.parametrize(("clip_norm", "norm"), [(math.inf, 5.0), (10.0, 5.0), (1.0, 1.0)])
-def test_gradients_are_clipped_only_if_asked(clip_norm, norm):
+def test_gradients_are_clipped_only_if_asked():
     """With infinity, the default, no gradient is touched: one pass over 675 million numbers less."""
-    network = torch.nn.Linear(2, 1)  # its bias has no gradient
-    training = Training.begin(network, 1.0, OptimizerArgs())
-    network.weight.grad = torch.tensor([[3.0, 4.0]])
-    version = network.weight.grad._version
-    assert training.clip_gradients(clip_norm) == 5
-    assert network.weight.grad.norm().item() == pytest.approx(norm)
-    assert (network.weight.grad._version == version) == (clip_norm == math.inf)
+    for clip_norm, norm in ((math.inf, 5.0), (10.0, 5.0), (1.0, 1.0)):
+        network = torch.nn.Linear(2, 1)  # its bias has no gradient
+        training = Training.begin(network, 1.0, OptimizerArgs())
+        network.weight.grad = torch.tensor([[3.0, 4.0]])
+        version = network.weight.grad._version
+        assert training.clip_gradients(clip_norm) == 5
+        assert network.weight.grad.norm().item() == pytest.approx(norm)
+        assert (network.weight.grad._version == version) == (clip_norm == math.inf)
+
+
+# --- losses that are logged ----------------------------------------------------------------------
+
+
+def count(meter, loss, **terms):
+    return meter.update({name: torch.tensor(value) for name, value in (terms | {"loss": loss}).items()}, torch.tensor(1.0))
+
+
+def test_every_loss_is_a_mean_over_the_steps_that_were_not_skipped():
+    meter = LossMeter()
+    skips = [count(meter, loss, mse=loss + 1, vb=vb) for loss, vb in ((1.0, 5.0), (math.nan, 7.0), (2.0, 6.0))]
+    assert skips == [0, 1, 0]
+    assert meter.read(20) == {"loss": 1.5, "mse": 2.5, "vb": 5.5, "loss_moving_mean": 1.5, "skipped_steps": 1}
+    count(meter, 4.0, mse=8.0, vb=math.inf)  # a loss that is finite is not skipped
+    assert (meter.read(20)["mse"], meter.streak) == (8, 0)
+
+
+def test_a_meter_is_continued_between_two_lines_of_the_log():
+    whole, first, rest = LossMeter(), LossMeter(), LossMeter()
+    for meter in (whole, first):
+        count(meter, 1.0, mse=3.0)
+    rest.load_state_dict(first.state_dict())
+    old = LossMeter()  # from a checkpoint that has no terms: their mean is over later steps
+    old.load_state_dict({name: value for name, value in first.state_dict().items() if name != "term_mse"})
+    for meter in (whole, rest, old):
+        count(meter, 2.0, mse=5.0)
+    expected = {"loss": 1.5, "mse": 4, "loss_moving_mean": 1.5, "skipped_steps": 0}
+    assert whole.read(20) == rest.read(20) == expected
+    assert old.read(20) == expected | {"mse": 5}
+
+
+def test_logged_losses_are_means_over_steps_micro_batches_and_processes(tmp_path):
+    """Two steps of two processes with two micro-batches, against the global batches in one piece, with constant weights."""
+    weights = GOLDEN / "b884e54" / "gaussian.pt"
+    flags = [*TINY_RUN, "--model", "DiT-S/2", "--model-args", '{"hidden_size": 8, "depth": 2, "num_heads": 2}', "--lr", "1e-30",
+             "--max-steps", "2", "--log-every", "2", "--init-from", weights]
+    run_script("train.py", *flags, "--grad-accum", 2, "--run-name", "r", cwd=tmp_path, nproc=2)
+    (logged,) = [line for line in read_metrics(tmp_path / "results" / "r") if "loss" in line]
+
+    trainer = train.Trainer(train.build_parser().parse_args(list(map(str, flags))), start_world("cpu"))
+    init_from(trainer.state, str(weights), trainer.spec.classes)
+    batches = Batches(Readable(trainer.data, 0), trainer.order, range(2), 0, torch.device("cpu"))
+    model, means = trainer.state.model, []
+    for step, (images, labels) in enumerate(batches):
+        draws = trainer.objective.draw(("train", 0, step), 12, model, torch.device("cpu"))
+        y = torch.where(draws.drop_uniform < 0.1, 10, labels)
+        losses = create_diffusion().training_losses(model, to_unit_range(images), draws.t, dict(y=y), draws.noise)
+        means.append({name: value.mean().item() for name, value in losses.items()})
+    assert set(means[0]) == {"loss", "mse", "vb"}
+    assert abs(means[0]["vb"] / means[1]["vb"] - 1) > 1e-3  # a mean of two different numbers
+    for name in means[0]:
+        assert logged[name] == pytest.approx((means[0][name] + means[1][name]) / 2, rel=1e-5), name
+    assert logged["loss"] == pytest.approx(logged["mse"] + logged["vb"], rel=1e-5)
 
 
 def test_the_ema_has_the_buffers_of_the_model():

@@ -20,11 +20,11 @@ SSIM_WINDOW = 7  # pixels
 
 
 class Draws(NamedTuple):
-    """All random numbers of one step, for the rows of a batch. They depend only on the address."""
+    """All random numbers of one step, for the samples of a batch. They depend only on the address."""
 
     noise: Tensor             # (B, C, H, W) for the diffusion
     t: Tensor                 # (B,)
-    drop: Tensor              # (B,) uniform: where below label_drop, the label becomes the null class
+    drop_uniform: Tensor      # (B,) in [0, 1): where it is below label_drop, the label becomes the null class
     posterior: Tensor | None  # (B, C, H, W) for the autoencoder's posterior, if it has one
 
     def rows(self, rows: slice) -> "Draws":
@@ -41,18 +41,18 @@ class Objective(NamedTuple):
     precision: str
 
     def draw(self, address: tuple, batch_size: int, model: nn.Module, device: torch.device) -> Draws:
-        """The random numbers at an address, as this process, autoencoder and data set need them, on the device."""
+        """The random numbers at an address that this process, autoencoder and data set need, on the device."""
         source = generator(*address, device=device)
         normal = partial(torch.randn, (batch_size, model.in_channels, *model.input_size), generator=source, device=device)
         noise, t = normal(), self.process.sample_times(batch_size, source)
-        drop = torch.rand(batch_size, generator=source, device=device)
+        drop_uniform = torch.rand(batch_size, generator=source, device=device)
         has_posterior = self.autoencoder.stochastic and self.data.kind != "latents"
-        return Draws(noise, t, drop, normal() if has_posterior else None)  # last: the others do not depend on it
+        return Draws(noise, t, drop_uniform, normal() if has_posterior else None)  # last: the others do not depend on it
 
     def losses(self, model: nn.Module, batch: Tensor, labels: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """batch (B, ...), labels (B,) -> "loss", its parts and related figures: (B,) each."""
+        """batch (B, ...), labels (B,) -> "loss", its terms and related figures: (B,) each."""
         latents = latents_of(self.autoencoder, batch, self.data.kind, draws.posterior)
-        y = torch.where(draws.drop < self.label_drop, len(self.data.classes), labels)
+        y = torch.where(draws.drop_uniform < self.label_drop, len(self.data.classes), labels)
         with autocast(batch.device, self.precision):
             return self.process.training_losses(model, latents, draws.t, dict(y=y), draws.noise)
 

@@ -21,13 +21,12 @@ PREVIEW_ROWS = 4
 
 def preview(ema: nn.Module, autoencoder: nn.Module, spec: Spec, path: Path, world: World, seed: int, precision: str,
             progress: Callable[[], object], data: Readable) -> list[str]:
-    """Write a grid of samples, a class a column, always from the same noise; the processes share the work.
+    """Write a grid of samples, one column per class, always from the same noise. The processes share the work.
 
-    For an autoencoder: reconstructions of some of the data. A preview is to be soon there: in place of ddpm's many steps it
-    takes dpm++'s 20.
+    To keep previews fast, ddpm is replaced by 20 steps of dpm++. For an autoencoder the grid shows reconstructions of `data`.
 
     Args:
-        progress: called after each step, by all processes together; it may raise, to stop.
+        progress: called after each step, by all processes together. It may raise an exception, to stop.
 
     Returns: the names of the classes, column by column.
     """
@@ -36,7 +35,7 @@ def preview(ema: nn.Module, autoencoder: nn.Module, spec: Spec, path: Path, worl
         return []
     shown = default_labels(len(spec.classes))
     labels, names = shown * PREVIEW_ROWS, [spec.classes[label] for label in shown]
-    mine = range(world.rank, len(labels), world.size) or range(1)  # all take part, for `progress` waits for all
+    mine = range(world.rank, len(labels), world.size) or range(1)  # every process samples: `progress` waits for all
     sampling = Sampling.of(spec, {"precision": precision})
     if sampling.settings.sampler == "ddpm":
         steps = min(20, sampling.process.num_timesteps)
@@ -53,7 +52,7 @@ def preview(ema: nn.Module, autoencoder: nn.Module, spec: Spec, path: Path, worl
 
 
 def preview_reconstructions(ema: nn.Module, data: Readable, path: Path, precision: str) -> None:
-    """Write a grid of images from all over a data set, each row above a row of their reconstructions."""
+    """Write a grid of images spread over a data set, each row above the row of its reconstructions."""
     rows = np.linspace(0, len(data) - 1, PREVIEW_ROWS // 2 * MAX_COLUMNS).round().astype(int)
     images, device = data.__getitems__(Rows.plain(rows))[0], next(ema.parameters()).device
     with autocast(device, precision), torch.no_grad():
@@ -63,7 +62,7 @@ def preview_reconstructions(ema: nn.Module, data: Readable, path: Path, precisio
 
 
 def save_previews_gif(folder: Path) -> None:
-    """`previews.gif`, of a run's `previews/*.png` in the order of their steps; of many, every k-th up to the last."""
+    """Write `previews.gif` from a run's `previews/*.png` in the order of steps; if there are many, from every k-th."""
     newest_first = sorted((folder / "previews").glob("*.png"), reverse=True)
     chosen = newest_first[:: len(newest_first) // MAX_FRAMES + 1]
     save_gif([Image.open(path) for path in reversed(chosen)], folder / "previews.gif")

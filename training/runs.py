@@ -1,16 +1,17 @@
-"""The folder of a run: open, continue, save; and what its flags say becomes the Spec of its checkpoints."""
+"""The Spec of a run, from its flags; and its folder: open, continue, save."""
 
 import os
 import socket
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusion import create_diffusion
+from diffusion import OBJECTIVES, create_diffusion, is_default, supported_arguments
 from diffusion.process import Network, Process, check
 from pipeline import checkpoint
 from pipeline.autoencoders import Pixels
@@ -26,28 +27,29 @@ from training.rows import TrainingData
 from training.state import Training
 
 CLASS_TABLE = "embedding_table.weight"  # how the names of class embeddings end
-SHOWN = 10  # names that a sentence lists
+SHOWN = 10  # names listed in a message
 
 # --- flags -> Spec -----------------------------------------------------------------------------------
 
 
-def describe(model: str, model_args: dict[str, Any], diffusion_args: dict[str, Any], data: TrainingData,
-             autoencoder: nn.Module) -> tuple[Spec, float]:
+def build_run_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[str, Any], data: TrainingData,
+                   autoencoder: nn.Module) -> tuple[Spec, float]:
     """The Spec of a network to be trained, every argument checked, and the share of labels to drop.
 
     Args:
         model: a name in NETWORKS.
         model_args: of its constructor, over its preset's.
-        diffusion_args: of create_diffusion; `label_drop` (0.1); `sampling`, over what the process recommends.
+        diffusion_args: of create_diffusion and of the objective's factory; `label_drop` (0.1); `sampling`, over what the
+            process recommends.
     """
     if model in Autoencoder_models:
-        return describe_autoencoder(model, model_args, diffusion_args, data, autoencoder), 0.0
+        return build_autoencoder_spec(model, model_args, diffusion_args, data, autoencoder), 0.0
     given = {"label_drop": 0.1, "sampling": {}} | diffusion_args
     label_drop, sampling = given.pop("label_drop"), given.pop("sampling")
     with prefix_errors("`diffusion_args`:", *WRONG_VALUE):
         if not isinstance(label_drop, int | float) or not 0 <= label_drop <= 1:
-            raise UserError(f"label_drop {label_drop} is not a share, 0..1")
-        diffusion = check_arguments(create_diffusion, given, {"timestep_respacing"}, ("label_drop", "sampling"))
+            raise UserError(f"label_drop {label_drop} is not in 0..1")
+        diffusion = check_objective_arguments(given)
         process = create_diffusion("", **diffusion)
         check(process, Process, "a process needs")
     with prefix_errors("`vae`"):
@@ -56,31 +58,44 @@ def describe(model: str, model_args: dict[str, Any], diffusion_args: dict[str, A
     if "learn_sigma" in defaults_of(constructor_of(model)[0]):
         from_data["learn_sigma"] = process.learn_sigma
     elif process.learn_sigma:
-        raise UserError(f"`diffusion_args`: learn_sigma is true, but `model` {model} has no such argument, and so no channels "
-                        "for a learned variance; set learn_sigma to false")
+        raise UserError(f"`diffusion_args`: learn_sigma is true, but `model` {model} has no argument learn_sigma, and so no "
+                        "channels for a learned variance; set learn_sigma to false")
     with prefix_errors("`diffusion_args`: sampling:", *WRONG_VALUE):
         settings = SamplingSettings.recommend(process, label_drop, sampling)
-    spec = build_spec(model, model_args, from_data, diffusion, data, autoencoder, settings)
+    spec = assemble_spec(model, model_args, from_data, diffusion, data, autoencoder, settings)
     with prefix_errors("`diffusion_args`: sampling:", *WRONG_VALUE):
         check_thresholding(Sampling.of(spec).settings, autoencoder)
     return spec, label_drop
 
 
-def describe_autoencoder(model: str, model_args: dict[str, Any], diffusion_args: dict[str, Any], data: TrainingData,
-                         autoencoder: nn.Module) -> Spec:
+def check_objective_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Check names and types against create_diffusion and the objective's factory. Returns the arguments, converted."""
+    common = defaults_of(create_diffusion)
+    del common["timestep_respacing"]  # the sampler's
+    checked = check_arguments(create_diffusion, {name: value for name, value in arguments.items() if name in common})
+    objective = checked.get("objective", common["objective"])
+    supported = supported_arguments(objective)
+    further = {name: value for name, value in arguments.items()
+               if name not in common and (name in supported or not is_default(name, value))}
+    with prefix_errors(f"objective {objective!r}:"):
+        return checked | check_arguments(OBJECTIVES[objective], further, {"timesteps", *common},
+                                         (*(name for name in supported if name in common), "label_drop", "sampling"))
+
+
+def build_autoencoder_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[str, Any], data: TrainingData,
+                           autoencoder: nn.Module) -> Spec:
     """The Spec of an autoencoder to be trained."""
     if diffusion_args or not isinstance(autoencoder, Pixels) or data.kind != "images":
-        raise UserError(f"`model` {model} is trained on images by their reconstruction: with `vae` pixels, and without "
-                        "`diffusion_args`")
+        raise UserError(f"`model` {model} is trained to reconstruct images: it needs `vae` pixels and no `diffusion_args`")
     if min(data.image_size) < SSIM_WINDOW:
-        raise UserError(f"`image_size` {data.image_size} is less than the {SSIM_WINDOW} pixels of SSIM's window")
+        raise UserError(f"`image_size` {data.image_size} is smaller than SSIM's window of {SSIM_WINDOW} pixels")
     from_data = dict(input_size=tuple(data.image_size), in_channels=data.channels)
-    return build_spec(model, model_args, from_data, {}, data, autoencoder, None)
+    return assemble_spec(model, model_args, from_data, {}, data, autoencoder, None)
 
 
-def build_spec(model: str, model_args: dict[str, Any], from_data: dict[str, Any], diffusion: dict[str, Any], data: TrainingData,
-               autoencoder: nn.Module, sampling: SamplingSettings | None) -> Spec:
-    """The Spec, after its network was built once without memory."""
+def assemble_spec(model: str, model_args: dict[str, Any], from_data: dict[str, Any], diffusion: dict[str, Any],
+                  data: TrainingData, autoencoder: nn.Module, sampling: SamplingSettings | None) -> Spec:
+    """The Spec, after its network was built once on the meta device."""
     with prefix_errors("`model_args`:"):
         chosen = check_arguments(constructor_of(model)[0], model_args, set(from_data))
     spec = Spec(ModelSpec.of_preset(model, from_data | chosen), diffusion, image_size=tuple(data.image_size),
@@ -96,16 +111,16 @@ def build_spec(model: str, model_args: dict[str, Any], from_data: dict[str, Any]
 
 
 def begin_or_continue(training: Training, spec: Spec, flags: dict[str, Any], world: World) -> tuple[Path, list[str]]:
-    """Open the run's folder; `training` continues its newest checkpoint, else `resume`, else takes `init_from`'s weights.
+    """Open the run's folder. `training` continues its newest checkpoint, else `resume`, else takes `init_from`'s weights.
 
     Args:
         flags: those of the run, as its checkpoints hold them.
 
-    Returns: the folder, and sentences for the log.
+    Returns: the folder, and remarks for the log.
     """
     results, run_name, remarks = Path(flags["results_dir"]), flags["run_name"], ["Fresh weights"]
     begun = world.on_main(lambda: run_name and checkpoint.latest(results / run_name))
-    if not begun:  # else neither flag is needed any more
+    if not begun:  # a run that has begun needs neither flag
         if flags["resume"]:
             with prefix_errors("`resume`"):
                 remarks, _ = continue_from(training, checkpoint.resolve(flags["resume"]), spec, flags)
@@ -121,7 +136,7 @@ def begin_or_continue(training: Training, spec: Spec, flags: dict[str, Any], wor
 
 
 def fixed_settings(spec: Spec, flags: dict[str, Any]) -> dict[str, Any]:
-    """What must not change while a run is continued, by the words in which an error names it."""
+    """The settings that must not change when a run is continued, by the names that an error uses."""
     fixed = {f"`{key}`": flags[key] for key in ("global_batch_size", "global_seed")}
     fixed["`diffusion_args`"] = {key: value for key, value in flags["diffusion_args"].items() if key != "sampling"}
     model = {"model": spec.model.name, **{f"model argument {key}": value for key, value in spec.model.args.items()}}
@@ -132,9 +147,9 @@ def fixed_settings(spec: Spec, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_run(results: Path, run_name: str | None, model: str) -> Path:
-    """The folder of this run: `run_name`, made or found again, or a new `NNN-model`; locked until this process ends.
+    """The folder of this run: `run_name`, created if missing, or a new `NNN-model`. It is locked until this process ends.
 
-    A torchrun restart finds the folder that its launch opened, by the launch's run id.
+    A torchrun restart finds the folder that its launch opened by the launch's run id.
 
     Raises:
         UserError: another process has locked it.
@@ -159,21 +174,19 @@ def open_run(results: Path, run_name: str | None, model: str) -> Path:
 
 
 def new_folder(results: Path, model: str) -> Path:
-    """Make the next `NNN-model`; two launches at once get two. Folders of other names, such as 2026-11-23, do not count."""
+    """Create the next `NNN-model`, a different one for each launch. Other names, such as 2026-11-23, do not count."""
     models = {name.replace("/", "-") for name in NETWORKS}
     while True:
         names = (path.name.partition("-") for path in results.glob("*-*"))
         numbers = [int(number) for number, _, rest in names if number.isdecimal() and rest in models]
         folder = results / f"{max(numbers, default=-1) + 1:03d}-{model}"
-        try:
+        with suppress(FileExistsError):
             folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
+            return folder
 
 
 def save_run(folder: Path, training: Training, spec: Spec, flags: dict[str, Any], name: str = "") -> None:
-    """Write `checkpoints/{name}`, or else this step's checkpoint, unless the folder has it, and delete what is too old."""
+    """Write `checkpoints/{name}`; without a name this step's checkpoint, unless it exists, and delete old ones."""
     state = training.state_dict() | {"args": flags, "spec": spec.to_dict()}
     if name:
         checkpoint.save(folder / "checkpoints" / name, state)
@@ -184,7 +197,7 @@ def save_run(folder: Path, training: Training, spec: Spec, flags: dict[str, Any]
 
 
 def save_step(folder: Path, state: dict[str, Any], keep_last: int, every: int) -> None:
-    """Write `checkpoints/{step:07d}.pt`, then delete the numbered ones that are no longer wanted.
+    """Write `checkpoints/{step:07d}.pt`, then delete the numbered checkpoints that are not to be kept.
 
     Args:
         keep_last: how many of the newest to keep, 0 for all.
@@ -198,7 +211,7 @@ def save_step(folder: Path, state: dict[str, Any], keep_last: int, every: int) -
 
 
 def list_skipped(folder: Path, sentences: Iterable[str]) -> list[str]:
-    """Add what is said of unreadable samples to a run's `skipped.txt`, each once. Returns what is new."""
+    """Add sentences about unreadable samples to a run's `skipped.txt`, each once. Returns the new ones."""
     path = folder / "skipped.txt"
     known = path.read_text().splitlines() if path.exists() else []
     new = sorted(set(sentences) - set(known))
@@ -208,10 +221,10 @@ def list_skipped(folder: Path, sentences: Iterable[str]) -> list[str]:
 
 
 def newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that can be read, None where there is none at all; and a sentence on each newer one, set aside.
+    """The newest checkpoint that can be read, None if there is none; and a remark on each newer one, which is renamed.
 
     Raises:
-        UserError: all of them are damaged.
+        UserError: all checkpoints are damaged.
     """
     remarks = []
     for path in reversed(checkpoint.steps_of(folder)):
@@ -223,28 +236,27 @@ def newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
         else:
             return path, remarks
     if damaged := list((folder / "checkpoints").glob("[0-9]*.pt.damaged")):
-        raise UserError(f"{folder} has only damaged checkpoints, such as {damaged[0].name}; another `run_name` begins anew")
+        raise UserError(f"{folder} has only damaged checkpoints, such as {damaged[0].name}; choose another `run_name`")
     return None, remarks
 
 
 def continue_from(training: Training, path: Path, spec: Spec, flags: dict[str, Any]) -> tuple[list[str], bool]:
     """Load a checkpoint of this run.
 
-    Returns: sentences for the log, on each flag that has changed; whether the checkpoint's own description is still right.
+    Returns: remarks for the log, one for each flag that has changed; whether the checkpoint's Spec is still right.
 
     Raises:
-        UserError: it is of another run.
+        UserError: the checkpoint is of another run.
     """
     state = checkpoint.load(path)
     if missing := {"args", "spec", *training.state_dict()} - set(state):
-        raise UserError(f"{path} is no checkpoint to continue, it lacks {', '.join(sorted(missing))}; `init_from` takes its "
-                        "weights alone")
+        raise UserError(f"{path} cannot be continued, it lacks {', '.join(sorted(missing))}; `init_from` takes only weights")
     stored_spec = checkpoint.spec_of(state, path)
     stored, wanted = fixed_settings(stored_spec, state["args"]), fixed_settings(spec, flags)
     for key in sorted(wanted | stored, key=lambda key: (key.startswith("model argument"), key != "model")):  # the model first
         if stored.get(key) != wanted.get(key):
             raise UserError(f"{path} was trained with {key} {stored.get(key)}, not {wanted.get(key)}: choose another "
-                            "`run_name`, or take its weights alone with `init_from`")
+                            "`run_name`, or take only its weights with `init_from`")
     training.load_state_dict(state)
     free = ("data_path", "max_steps", "epochs", "lr", "ema_decay", "diffusion_args", "optimizer_args", "precision")
     changed = [f"--{key.replace('_', '-')} was {state['args'][key]}, is now {flags[key]}"
@@ -253,62 +265,62 @@ def continue_from(training: Training, path: Path, spec: Spec, flags: dict[str, A
 
 
 def init_from(training: Training, source: str, classes: list[str]) -> str:
-    """Take from a checkpoint the weights whose name and shape fit, and the embeddings of classes that have the same name.
+    """Load the weights of a checkpoint that match in name and shape, and the embeddings of classes that have the same name.
 
     Args:
         classes: the names of the network's classes.
 
-    Returns: a sentence that says which fitted and which did not.
+    Returns: a remark that says which weights matched and which did not.
 
     Raises:
-        UserError: less than half of the network's weights would be taken, counted in numbers and not in tensors.
+        UserError: fewer than half of the network's numbers would be loaded.
     """
     with prefix_errors("`init_from`"):
         _, (spec, weights, assumed) = checkpoint.read(checkpoint.resolve(source), BareWeights())
-        own = training.model.state_dict()
-        taken = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
+        initial = training.model.state_dict()
+        taken = {key: value for key, value in weights.items() if key in initial and initial[key].shape == value.shape}
         drawn, remark = 0, ""  # how many numbers of class embeddings stay as drawn
-        for key in own:
-            if key.endswith(CLASS_TABLE) and key in weights and own[key].shape[1:] == weights[key].shape[1:]:
+        for key in initial:
+            if key.endswith(CLASS_TABLE) and key in weights and initial[key].shape[1:] == weights[key].shape[1:]:
                 rows = len(weights[key])
-                theirs = spec.classes if rows - len(spec.classes) in (0, 1) else [str(i) for i in range(rows - 1)]
-                taken[key], fresh = match_classes(own[key], weights[key], classes, theirs)
-                drawn += len(fresh) * own[key][0].numel()
+                names = spec.classes if rows - len(spec.classes) in (0, 1) else [str(i) for i in range(rows - 1)]
+                taken[key], fresh = match_classes(initial[key], classes, weights[key], names)
+                drawn += len(fresh) * initial[key][0].numel()
                 remark = (f"; embeddings of no label and of {len(classes) - len(fresh)} of {len(classes)} classes, by name; "
                           f"fresh classes: {shortened(fresh)}")
-        differing = [key for key in own if key not in taken]
-        found, wanted = (sum(value.numel() for value in tensors.values()) - drawn for tensors in (taken, own))
+        differing = [key for key in initial if key not in taken]
+        found, wanted = (sum(value.numel() for value in tensors.values()) - drawn for tensors in (taken, initial))
         if found < wanted / 2:
             first = differing[0]
-            raise UserError(f"{source}: only {len(taken)} of {len(own)} tensors fit this model, {found / wanted:.1%} of its "
-                            f"weights; {first} is {tuple(weights[first].shape) if first in weights else 'missing'} where the "
-                            f"model has {tuple(own[first].shape)}; `model` and `model_args` must be those of its training")
+            raise UserError(f"{source}: only {len(taken)} of {len(initial)} tensors match this model, {found / wanted:.1%} of "
+                            f"its weights; {first} is {tuple(weights[first].shape) if first in weights else 'missing'} where "
+                            f"the model has {tuple(initial[first].shape)}; use the `model` and `model_args` of its training")
     for network in (training.model, training.ema):
         network.load_state_dict(taken, strict=False)
-    unused = [key for key in weights if key not in own]
-    return (f"Initialised {len(taken)} of {len(own)} tensors from {source}{assumed and f' ({assumed})'}; "
+    unused = [key for key in weights if key not in initial]
+    return (f"Initialised {len(taken)} of {len(initial)} tensors from {source}{assumed and f' ({assumed})'}; "
             f"fresh: {shortened(differing)}; unused: {shortened(unused)}{remark}")
 
 
-def match_classes(own: Tensor, theirs: Tensor, classes: list[str], their_classes: list[str]) -> tuple[Tensor, list[str]]:
-    """A table of class embeddings (L or L + 1, D) with their rows for classes of the same name, and their null row.
+def match_classes(initial: Tensor, classes: list[str], source: Tensor, source_classes: list[str]) -> tuple[Tensor, list[str]]:
+    """A table of class embeddings (L or L + 1, D): the source's rows for classes of the same name, and its null row.
 
-    Returns: the table, and the names of the classes that keep the rows of `own`.
+    Returns: the table, and the names of the classes that keep their initial rows.
     """
     rows = defaultdict(list)
-    for row, name in enumerate(their_classes):
+    for row, name in enumerate(source_classes):
         rows[normal_name(name)].append(row)  # two of ImageNet's classes are cranes
-    table, fresh = own.clone(), []
+    table, fresh = initial.clone(), []
     for row, name in enumerate(classes):
         if found := rows[normal_name(name)]:
-            table[row] = theirs[found.pop(0)]
+            table[row] = source[found.pop(0)]
         else:
             fresh.append(name)
-    if len(own) > len(classes) and len(theirs) > len(their_classes):
-        table[-1] = theirs[-1]
+    if len(initial) > len(classes) and len(source) > len(source_classes):
+        table[-1] = source[-1]
     return table, fresh
 
 
 def shortened(names: list[str]) -> str:
-    """The names, of many only the first ones."""
+    """The first names, and how many more there are."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "") if names else "none"

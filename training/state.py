@@ -16,7 +16,7 @@ from runtime.processes import CommonError
 
 @dataclass
 class OptimizerArgs:
-    """train.py's --optimizer-args: AdamW, the schedule of its learning rate, and when a run gives up."""
+    """train.py's --optimizer-args: AdamW, the schedule of its learning rate, and when a run ends early."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -27,12 +27,12 @@ class OptimizerArgs:
     patience: int | None = None   # consecutive validations without a better loss
 
     def __post_init__(self):
-        for name, allowed, fine in (
+        for name, allowed, valid in (
                 ("betas", "two numbers in [0, 1)", all(0 <= beta < 1 for beta in self.betas)),
                 ("weight_decay", "at least 0", self.weight_decay >= 0), ("warmup_steps", "at least 0", self.warmup_steps >= 0),
                 ("clip_norm", "above 0", self.clip_norm > 0), ("max_skipped_steps", "at least 1", self.max_skipped_steps > 0),
                 ("patience", "at least 1", self.patience is None or self.patience > 0)):
-            if not fine:
+            if not valid:
                 raise UserError(f"{name} {getattr(self, name)} is not {allowed}")
 
     def factor(self, step: int, max_steps: int) -> float:
@@ -89,7 +89,7 @@ class Training:
         """
         decay = min(decay, (1 + self.step) / (10 + self.step))
         get_ema_multi_avg_fn(decay)(*self.averaged, None)
-        for averaged, buffer in zip(self.ema.buffers(), self.model.buffers()):  # asked anew: a module may replace its own
+        for averaged, buffer in zip(self.ema.buffers(), self.model.buffers()):  # anew each time: a module may replace them
             averaged.copy_(buffer)
 
     def validated_at(self, loss: float) -> bool:
@@ -121,21 +121,31 @@ class Training:
 
 
 class LossMeter(nn.Module):
-    """The training loss and the number of skipped steps, counted on the device and read only when a line is logged.
+    """The training losses and the number of skipped steps, counted on the device and read only when a line is logged.
 
     If the loss or gradient norm is not finite on any process, all skip the step. The buffers are saved in checkpoints.
     """
 
     HORIZON = 100  # steps that the moving mean covers
+    TERM = "term_"  # prefix of a buffer (sum, count), one for each scalar other than "loss"
 
     def __init__(self):
         super().__init__()
         for name in ("total", "count", "seen", "moving_mean", "skipped", "streak", "longest_streak"):
             self.register_buffer(name, torch.zeros(()))
 
-    def update(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Count a step with the loss over all processes. Returns AdamW's `found_inf`: 1.0 to skip the step, else 0.0."""
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        return {name.removeprefix(self.TERM): term for name, term in self.named_buffers() if name.startswith(self.TERM)}
+
+    def update(self, losses: dict[str, Tensor], grad_norm: Tensor) -> Tensor:
+        """Count a step, given means over all processes. Returns AdamW's `found_inf`: 1.0 to skip the step, else 0.0."""
+        loss = losses["loss"]
         skip = (~(loss.isfinite() & grad_norm.isfinite())).float()
+        for name in [name for name in losses if name != "loss"]:
+            if name not in self.terms:
+                self.register_buffer(self.TERM + name, loss.new_zeros(2))
+            self.terms[name].add_(torch.where(skip > 0, 0.0, torch.stack([losses[name], torch.ones_like(loss)])))
         loss = torch.where(skip > 0, 0.0, loss)
         self.total += loss
         self.count += 1 - skip
@@ -151,8 +161,14 @@ class LossMeter(nn.Module):
         self.streak.zero_()
         self.longest_streak.zero_()
 
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Terms that the state lacks, as an older checkpoint's does, start at zero."""
+        for name in [name for name in state if name not in self.state_dict()]:
+            self.register_buffer(name, torch.zeros_like(state[name], device=self.total.device))
+        super().load_state_dict(state)
+
     def read(self, max_skipped_steps: int) -> dict[str, float]:
-        """The mean loss since the last reading (nan if all steps were skipped), its moving mean, the total of skipped steps.
+        """Mean losses since the last reading (nan if all steps were skipped), the moving mean of "loss", and all skipped steps.
 
         Raises:
             CommonError: too many consecutive steps were skipped.
@@ -160,8 +176,9 @@ class LossMeter(nn.Module):
         if (streak := int(self.longest_streak)) >= max_skipped_steps:
             raise CommonError(f"{streak} steps in a row had a loss or gradient norm that is not finite. They were skipped: the "
                               "last checkpoint is good. Try a lower `lr`, or clip_norm in `optimizer_args`")
-        values = {"loss": (self.total / self.count).item(), "loss_moving_mean": self.moving_mean.item(),
-                  "skipped_steps": int(self.skipped)}
-        for buffer in (self.total, self.count, self.longest_streak):
+        values = {"loss": (self.total / self.count).item()} | {
+            name: (total / count).item() for name, (total, count) in self.terms.items()} | {
+            "loss_moving_mean": self.moving_mean.item(), "skipped_steps": int(self.skipped)}
+        for buffer in (self.total, self.count, self.longest_streak, *self.terms.values()):
             buffer.zero_()
         return values
