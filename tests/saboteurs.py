@@ -63,8 +63,8 @@ def signal_in_validation(patch, rank=0):
 
 
 def signal_in_preview(patch, rank=0):
-    """Ctrl-C when the preview of step 6 begins."""
-    before(patch, train, "preview", lambda *args: args[3].stem == "0000006" and rank == RANK and kill(signal.SIGINT))
+    """Ctrl-C when the preview of step 3 begins."""
+    before(patch, train, "preview", lambda *args: args[3].stem == "0000003" and rank == RANK and kill(signal.SIGINT))
 
 
 def signal_in_checkpoint(patch):
