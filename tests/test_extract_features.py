@@ -90,7 +90,7 @@ def test_an_interrupted_extraction_is_refused_by_training_and_goes_on(
         write(file, indices, rows)
 
     monkeypatch.setattr(RowFile, "write", stop_at_row_2)
-    assert run_here(extract_features, *flags(photographs, tiny_vae, out)).returncode == 130
+    assert run_here(extract_features, *flags(photographs, tiny_vae, out, "--num-workers", 0)).returncode == 130
     monkeypatch.setattr(RowFile, "write", write)
     assert (np.load(out / "labels.npy") >= 0).tolist() == [True] * 2 + [False] * 4
     assert_one_line(run_here(train, "--data-path", out, *TINY_RUN[2:]), "not finished")

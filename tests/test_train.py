@@ -1,19 +1,13 @@
-import contextlib
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-import urllib.request
 
 import pytest
 import saboteurs
 import torch
 import yaml
-from conftest import TINY_RUN, assert_one_line, free_port, read_metrics, run_script, train_here
+from conftest import TINY_RUN, assert_one_line, read_metrics, run_script, train_here
 from foreign import ForeignNet
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -215,37 +209,22 @@ def test_tensorboard_mirrors_scalars_config_and_previews_also_of_a_continued_run
 
 
 @pytest.mark.slow
-def test_mlflow_mirrors_scalars_config_and_previews_on_its_server(tmp_path):
-    pytest.importorskip("mlflow")
-    uri = f"http://127.0.0.1:{free_port()}"
-    server = subprocess.Popen([sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", uri.split(":")[-1],
-                               "--backend-store-uri", f"sqlite:///{tmp_path}/db", "--artifacts-destination", tmp_path / "a"],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        for _ in range(300):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{uri}/health"):
-                break
-            time.sleep(0.2)
-        for stop in (2, 4):
-            run_script("train.py", *TINY_RUN, *FLOW, "--run-name", "m", "--max-steps", stop, "--tracker", "mlflow",
-                       cwd=tmp_path, MLFLOW_TRACKING_URI=uri)
-        folder = tmp_path / "results" / "m"
-
-        def get(path):
-            with urllib.request.urlopen(f"{uri}/api/2.0/mlflow/{path}") as answer:
-                return json.load(answer)
-
-        run_id = (folder / "mlflow_run_id").read_text()
-        info = get(f"runs/get?run_id={run_id}")["run"]
-        assert info["info"]["run_name"] == "m"
-        assert {"key": "global_batch_size", "value": "12"} in info["data"]["params"]
-        losses = get(f"metrics/get-history?run_id={run_id}&metric_key=loss")["metrics"]
-        assert [(m["step"], m["value"]) for m in losses] == losses_by_step(folder)
-        assert [f["path"] for f in get(f"artifacts/list?run_id={run_id}&path=previews")["files"]] == [
-            "previews/0000002.png", "previews/0000004.png"]
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+@pytest.mark.filterwarnings("ignore")  # mlflow's own
+def test_mlflow_mirrors_scalars_config_and_previews_in_its_store(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for stop in (2, 4):
+        run_script("train.py", *TINY_RUN, *FLOW, "--run-name", "m", "--max-steps", stop, "--tracker", "mlflow", cwd=tmp_path,
+                   MLFLOW_TRACKING_URI=uri)
+    client, folder = mlflow.MlflowClient(uri), tmp_path / "results" / "m"
+    stored = client.get_run((folder / "mlflow_run_id").read_text())
+    assert stored.info.run_name == "m"
+    assert stored.data.params["global_batch_size"] == "12"
+    losses = client.get_metric_history(stored.info.run_id, "loss")
+    assert [(loss.step, loss.value) for loss in losses] == losses_by_step(folder)
+    previews = client.list_artifacts(stored.info.run_id, "previews")
+    assert [file.path for file in previews] == ["previews/0000002.png", "previews/0000004.png"]
 
 
 # --- speed: combinations train to the same losses ------------------------------------------------
