@@ -87,9 +87,9 @@ def main(args: Namespace) -> None:
 def describe_features(data: TrainingData, autoencoder: nn.Module, data_path: str, normalise: bool) -> dict:
     """The content of meta.json, except the skipped rows."""
     if isinstance(autoencoder, Pixels):
-        raise UserError("pixels has no features to write: train.py reads pixels as they are")
+        raise UserError("pixels has no features: train.py reads images directly")
     if normalise and not isinstance(autoencoder, SDVAE):
-        raise UserError(f"{autoencoder.spec['vae']}: its latents are standardised already; leave out `normalise`")
+        raise UserError(f"{autoencoder.spec['vae']}: its latents are normalised already; leave out `normalise`")
     return {
         "autoencoder": autoencoder.spec | autoencoder.identity(),
         "latent_shape": autoencoder.latent_shape(data.image_size, data.channels),
@@ -102,8 +102,8 @@ def lay_out(folder: Path, meta: dict) -> np.ndarray:
     """Create the files, or open those of an interrupted run. Returns the rows that are still to be encoded.
 
     Raises:
-        UserError: the folder holds features of other images, or of another autoencoder.
-        OSError: the disk has no space for them.
+        UserError: the folder holds features of other images or of another autoencoder.
+        OSError: the disk has no space for the files.
     """
     meta = json.loads(json.dumps(meta))
     done, begun = folder / "meta.json", folder / "unfinished.json"
@@ -156,8 +156,8 @@ def encode(autoencoder: nn.Module, images: Tensor, precision: str) -> Tensor:
 class RowFile:
     """A `.npy` file in which any number of processes write rows.
 
-    Over NFS whole pages may be written, and hold outdated rows of another machine: by a memory map, and by a file that is also
-    open for reading, or that need not be on the disk when a write returns. So this one is neither.
+    Over NFS, a memory map, a file that is also open for reading and a write that returns before it is on the disk may all write
+    whole pages, with outdated rows of other machines. So this file is opened for writing only, with O_DSYNC.
     """
 
     def __init__(self, path: Path):
@@ -187,12 +187,12 @@ def finish(folder: Path, data: TrainingData, meta: dict, limit: float) -> None:
         return
     labels = np.load(folder / "labels.npy", mmap_mode="r")
     if pending := int((labels == PENDING).sum()):
-        raise UserError(f"--features-path {folder} lacks {pending} images; the same command goes on with them")
+        raise UserError(f"--features-path {folder} lacks {pending} images; run the same command again to encode them")
     skipped = np.flatnonzero(labels == SKIPPED)
     write_text(folder / "skipped.txt", "".join(f"{why_unreadable(data, row)}\n" for row in skipped))
     if len(skipped) > limit:
         raise UserError(f"{len(skipped)} of {len(data)} images cannot be read, more than --max-skipped allows; they are "
-                        f"listed in {folder / 'skipped.txt'}. Mend or remove them, and start the same command again")
+                        f"listed in {folder / 'skipped.txt'}. Repair or remove them, then run the same command again")
     measured = measure_latents(folder, np.flatnonzero(labels >= 0)) if meta["normalise"] else {}
     write_json(folder / "meta.json", meta | measured | {"images": len(data) - len(skipped), "skipped": skipped.tolist()})
     (folder / "unfinished.json").unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """What the tests share: the real scripts as sub-processes, small pictures, a small autoencoder, a small trained run."""
 
+import contextlib
 import json
 import os
 import signal
@@ -44,61 +45,28 @@ def run_script(script, *flags, cwd, nproc=None, check=True, **env):
     return result
 
 
-PATCH_NAMES = """
-import os, signal, sys, time
-import torch
-import train
-from pipeline import checkpoint
-from runtime import cli, files
-from training import datasets, objective, order, runs, state
-RANK, LAUNCH = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-def kill(number=signal.SIGKILL):
-    os.kill(os.getpid(), number)
-"""  # what the lines of Python given to `patched` and `run_patched` may use, beside `before` and `patch`
-
-
-def calls_before(patch):
-    """`before(owner, name, action)`: from now on `action` is called with the arguments of owner.name before it is."""
-    def before(owner, name, action):
-        original = getattr(owner, name)
-
-        def function(*args, **kwargs):
-            action(*args)
-            return original(*args, **kwargs)
-
-        patch.setattr(owner, name, function)
-    return before
-
-
-def patched(cwd, code):
-    """train.py with lines of Python run before its main, to break it at a chosen point: the path of a script."""
-    path = cwd / "patched_train.py"
-    path.write_text(f"""import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
-from conftest import calls_before
-{PATCH_NAMES}
-class patch:
-    setattr = setattr
-before = calls_before(patch)
-{code}
-if __name__ == "__main__":
-    sys.argv[0] = "train.py"
-    cli.run(train.main, train.build_parser())
-""")
-    return path
-
-
 @pytest.fixture
-def run_patched(run_here, monkeypatch, tmp_path):
-    """train.py in this process, in tmp_path, with lines of Python run before: as `patched`, but sooner started."""
+def run_sabotaged(run_here, monkeypatch, tmp_path):
+    """train.py in this process, in tmp_path, broken by a function of saboteurs.py: (function, flags) -> finished process."""
     import train
 
-    def run(code, *flags):
+    def run(saboteur, *flags):
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)
-            exec(PATCH_NAMES + code, {"before": calls_before(patch), "patch": patch})
+            saboteur(patch)
             return run_here(train, *flags)
     return run
+
+
+def train_here(cwd, *flags):
+    """Train in this process; an error keeps its traceback."""
+    import train
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with contextlib.chdir(cwd):
+        train.main(train.build_parser().parse_args(list(map(str, flags))))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -120,13 +88,6 @@ def run_here(monkeypatch, capfd):
         out, err = capfd.readouterr()
         return subprocess.CompletedProcess(script.__name__, code, out, err)
     return run
-
-
-AOT_EAGER = """
-compile = torch.nn.Module.compile
-def aot_eager(self, **options):
-    compile(self, backend="aot_eager", **options)
-patch.setattr(torch.nn.Module, "compile", aot_eager)"""  # for `patched`: --compile, soon
 
 
 def free_port():
@@ -228,8 +189,7 @@ def tiny_preset(monkeypatch):
 def tiny_run(tmp_path_factory):
     """The folder of a run of a few steps on digits, flow objective."""
     cwd = tmp_path_factory.mktemp("tiny")
-    run_script("train.py", *TINY_RUN, "--diffusion-args", '{"objective": "flow"}', "--max-steps", 6, "--run-name", "tiny",
-               cwd=cwd)
+    train_here(cwd, *TINY_RUN, "--diffusion-args", '{"objective": "flow"}', "--max-steps", 6, "--run-name", "tiny")
     return cwd / "results" / "tiny"
 
 

@@ -7,6 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from runtime import UserError
 from training.datasets import load_dataset
 from training.rows import Rows
 
@@ -58,13 +59,12 @@ def test_a_folder_of_photographs_becomes_rgb_of_one_size_with_english_names(phot
 # --- wrong input ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["imagenet", "/nowhere/train"])
-def test_an_unknown_data_path_names_what_is_allowed(name):
-    with pytest.raises(FileNotFoundError, match="neither a folder nor one of digits, mnist, cifar10"):
-        load_dataset(name)
-
-
-def test_a_folder_without_images_or_classes_is_refused(tmp_path):
+def test_a_path_without_data_is_refused(photographs, tmp_path):
+    for name in ("imagenet", "/nowhere/train"):
+        with pytest.raises(FileNotFoundError, match="neither a folder nor one of digits, mnist, cifar10"):
+            load_dataset(name)
+    with pytest.raises(FileNotFoundError, match="no held-out images: `data_path`"):
+        load_dataset(str(photographs / "val"), 32, split="val")
     with pytest.raises(FileNotFoundError, match="not a folder of classes"):
         load_dataset(str(tmp_path))
     (tmp_path / "cat").mkdir()
@@ -72,13 +72,13 @@ def test_a_folder_without_images_or_classes_is_refused(tmp_path):
         load_dataset(str(tmp_path))
 
 
+def test_images_that_memory_cannot_hold_are_refused():
+    with pytest.raises(UserError, match=r"`image_size` 8000: these 1,347 images .* 86 GB"):
+        load_dataset("digits", 8000)
+
+
 def test_an_unreadable_picture_is_named(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     with pytest.raises(OSError, match=r"broken\.jpg"):
         load_dataset(str(tmp_path), 8).__getitems__(Rows.plain([0]))
-
-
-def test_validation_without_a_held_out_folder_is_refused(photographs):
-    with pytest.raises(FileNotFoundError, match="no held-out images: `data_path`"):
-        load_dataset(str(photographs / "val"), 32, split="val")

@@ -31,8 +31,8 @@ class ArrayImages(Dataset):
         images = images[..., None] if images.ndim == 3 else images
         if image_size not in (None, images.shape[1]):
             if (size := len(images) * image_size**2 * images.shape[3]) > MAX_BYTES:
-                raise UserError(f"`image_size` {image_size}: these {len(images):,} images are kept in memory, and would take "
-                                f"{size / 1e9:.0f} GB of it")
+                raise UserError(f"`image_size` {image_size}: these {len(images):,} images are kept in memory and would take "
+                                f"{size / 1e9:.0f} GB")
             images = np.stack([np.atleast_3d(center_crop(Image.fromarray(i.squeeze()), image_size)) for i in images])
         self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
@@ -84,7 +84,8 @@ def load_dataset(name: str, image_size: int | None = None, data_root: str = "dat
         data_root: folder of the named sets, which are downloaded to it if missing.
         split: "train" or "val" (held-out images): the test part of a named set, the validation part of parquet
             files, the folder `val` or `test` beside a folder `train`.
-        num_classes: must match the data. Only fast-DiT's features do not store it (1,000 by default).
+        num_classes: must match the data. Features without names have as many classes as it says, by default 1,000 (fast-DiT)
+            or the highest label + 1.
     """
     dataset = open_dataset(name, image_size, data_root, split, num_classes)
     if num_classes not in (None, len(dataset.classes)):
@@ -137,16 +138,15 @@ def cifar10(split: str, image_size: int | None, data_root: str) -> ArrayImages:
     return ArrayImages(found.data, found.targets, found.classes, flip=True, image_size=image_size)
 
 
-def torchvision_dataset(kind: str, root: str, split: str) -> TrainingData:
+def torchvision_dataset(kind: str, root: str, split: str) -> Dataset:
     """MNIST or CIFAR10 under `root`, downloaded if it is missing."""
     import torchvision
 
-    dataset = getattr(torchvision.datasets, kind)
     try:
-        return dataset(root, train=split == "train", download=True)  # existing files are not downloaded again
+        return getattr(torchvision.datasets, kind)(root, train=split == "train", download=True)  # only what is missing
     except (RuntimeError, OSError) as error:
         reason = one_line(error)[:200]
-    raise FileNotFoundError(f"`data_root` {root}: {kind} is not there and cannot be downloaded: {reason}")
+        raise FileNotFoundError(f"`data_root` {root}: {kind} is missing and cannot be downloaded: {reason}") from None
 
 
 NAMED = {"digits": digits, "mnist": mnist, "cifar10": cifar10}  # (split, image_size, data_root) -> data set

@@ -30,7 +30,7 @@ class Features(Dataset):
     def __init__(self, folder: Path, image_size: int | None):
         if not (folder / "meta.json").is_file():
             raise FileNotFoundError(f"`data_path` {folder}: the extraction of its features is not finished; the same "
-                                    "extract_features.py command goes on with it")
+                                    "extract_features.py command continues it")
         self.folder = folder
         with prefix_errors(f"`data_path` {folder}: its features are damaged:", TypeError, ValueError):
             meta = json.loads((folder / "meta.json").read_text())
@@ -43,21 +43,20 @@ class Features(Dataset):
             self.skipped = np.array(meta["skipped"], dtype=np.int64)  # ascending rows that hold no image
             self.map_files()
             self.check(meta["rows"])
-        if image_size not in (None, self.image_size[0]):
-            raise UserError(f"`image_size` {image_size}: the features in {folder} are of images of {self.image_size[0]}")
+        checked(folder, self.image_size, image_size)
 
     def map_files(self) -> None:
         self.moments, self.labels = (read_array(self.folder / f"{name}.npy", mmap_mode="r") for name in ("moments", "labels"))
 
     def check(self, rows: int) -> None:
-        """Raises UserError if the arrays are not what meta.json tells."""
+        """Raises UserError if the arrays do not match meta.json."""
         channels, *size = self.latent_shape
         for name, array, shape in (("moments", self.moments, (rows, 2, 2 * channels, *size)), ("labels", self.labels, (rows,))):
             if array.shape != shape:
-                raise UserError(f"{name}.npy has the shape {array.shape}; meta.json tells {shape}")
+                raise UserError(f"{name}.npy has the shape {array.shape}; meta.json says {shape}")
         labels = np.delete(self.labels, self.skipped)
         if wrong := [row for row in (labels.argmin(), labels.argmax()) if not 0 <= labels[row] < len(self.classes)]:
-            raise UserError(f"labels.npy holds the label {labels[wrong[0]]}; meta.json tells {len(self.classes)} classes")
+            raise UserError(f"labels.npy holds the label {labels[wrong[0]]}; meta.json says {len(self.classes)} classes")
 
     def __getstate__(self) -> dict:  # pickling a map for a worker would copy all its data
         return {name: value for name, value in vars(self).items() if name not in ("moments", "labels")}
@@ -70,8 +69,7 @@ class Features(Dataset):
         return len(self.moments) - len(self.skipped)
 
     def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        passed = np.searchsorted(self.skipped - np.arange(len(self.skipped)), rows.indices, side="right")
-        lines = rows.indices + passed
+        lines = rows.indices + np.searchsorted(self.skipped - np.arange(len(self.skipped)), rows.indices, side="right")
         moments = torch.from_numpy(self.moments[lines, rows.mirrored.astype(np.int64)])
         if not moments.sum(dtype=torch.float32).isfinite():  # 70 times as fast as isfinite() of each number
             row = lines[~moments.flatten(1).isfinite().all(dim=1).numpy()][0]
@@ -96,7 +94,7 @@ class FastDiTFeatures(Dataset):
         if not len(self.stems):
             raise FileNotFoundError(f"`data_path` {folder}: imagenet256_features holds no .npy files")
         self.latent_shape = self.read("features", self.stems[0]).shape[1:]
-        self.image_size = image_size_of(folder, self.latent_shape, self.FACTOR, image_size)
+        self.image_size = checked(folder, tuple(self.FACTOR * side for side in self.latent_shape[1:]), image_size)
         self.classes = default_class_names(num_classes or 1000)
 
     def __len__(self) -> int:
@@ -133,10 +131,10 @@ class EDM2Features(Dataset):
 
     def __init__(self, folder: Path, names: np.ndarray, labels: np.ndarray, image_size: int | None, num_classes: int | None):
         self.folder, self.names, self.labels = folder, names, labels
-        moments = self.read(self.names[0])
+        moments = self.read(names[0])
         self.latent_shape = (moments.shape[0] // 2, *moments.shape[1:])
-        self.image_size = image_size_of(self.folder, self.latent_shape, FastDiTFeatures.FACTOR, image_size)
-        self.classes = classes_of(self.folder, self.labels, num_classes)
+        self.image_size = checked(folder, tuple(FastDiTFeatures.FACTOR * side for side in moments.shape[1:]), image_size)
+        self.classes = classes_of(folder, labels, num_classes)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -150,7 +148,7 @@ class EDM2Features(Dataset):
         array = read_array(self.folder / name)
         shape = getattr(self, "latent_shape", None)
         if array.ndim != 3 or array.shape[0] % 2 or (shape and array.shape != (2 * shape[0], *shape[1:])):
-            raise OSError(f"{self.folder / name} has the shape {array.shape}; expected (2C, h, w), as of all others")
+            raise OSError(f"{self.folder / name} has the shape {array.shape}; expected (2C, h, w), the same for all")
         if not (np.isfinite(array).all() and (array[len(array) // 2 :] >= 0).all()):
             raise OSError(f"{self.folder / name} is not finite, or holds a negative standard deviation")
         return array
@@ -171,14 +169,14 @@ class LightningDiTFeatures(Dataset):
         self.folder, self.files = folder, sorted(folder.glob("*.safetensors"))
         labels = [self.read(file, "labels") for file in self.files]
         self.labels = torch.cat(labels).long()
-        self.ends = np.cumsum([len(own) for own in labels])  # of each file's rows
+        self.ends = np.cumsum([len(part) for part in labels])  # of each file's rows
         self.latent_shape = self.shape(self.files[0], "latents")[1:]
-        for file, own in zip(self.files, labels):
+        for file, part in zip(self.files, labels):
+            expected = (len(part), *self.latent_shape)
             for name in ("latents", "latents_flip"):
-                if (shape := self.shape(file, name)) != (len(own), *self.latent_shape):
-                    raise UserError(f"`data_path`: {name} of {file} has the shape {shape}; expected "
-                                    f"{(len(own), *self.latent_shape)}, by its labels and the first file")
-        self.image_size = image_size_of(folder, self.latent_shape, self.FACTOR, image_size)
+                if (shape := self.shape(file, name)) != expected:
+                    raise UserError(f"`data_path`: {name} of {file} has the shape {shape}; expected {expected}")
+        self.image_size = checked(folder, tuple(self.FACTOR * side for side in self.latent_shape[1:]), image_size)
         self.classes = classes_of(folder, self.labels.numpy(), num_classes)
         with prefix_errors("`data_path`"):
             self.statistics = checkpoint.read_latent_statistics(folder)
@@ -192,16 +190,16 @@ class LightningDiTFeatures(Dataset):
         for file in np.unique(which):
             start = self.ends[file - 1] if file else 0
             for name, mirrored in (("latents", False), ("latents_flip", True)):
-                own = np.flatnonzero((which == file) & (rows.mirrored == mirrored))
-                if len(own):
-                    latents[torch.from_numpy(own)] = self.read(self.files[file], name, rows.indices[own] - start).float()
+                places = np.flatnonzero((which == file) & (rows.mirrored == mirrored))
+                if len(places):
+                    latents[places] = self.read(self.files[file], name, rows.indices[places] - start).float()
         if not latents.sum().isfinite():
             row = rows.indices[~latents.flatten(1).isfinite().all(dim=1).numpy()][0]
             raise UserError(f"`data_path` {self.folder}: the latent of row {row} is not finite")
         return without_variance(latents), self.labels[rows.indices]
 
     def read(self, file: Path, name: str, lines: np.ndarray | list[int] | None = None) -> Tensor:
-        """A tensor of a file, or some lines of it. Raises OSError that names a damaged file."""
+        """A tensor of a file, or some of its lines."""
         with opened(file, name) as part:
             return part[:] if lines is None else torch.cat([part[int(line) : int(line) + 1] for line in lines])
 
@@ -211,7 +209,7 @@ class LightningDiTFeatures(Dataset):
 
 
 def edm2_rows(file: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Names and labels in a dataset.json, if it is there and lists features: NVIDIA's tools write one beside images too."""
+    """Names and labels in a dataset.json; None if it is missing or lists images, as NVIDIA's tools also write it."""
     if not file.is_file():
         return None
     with prefix_errors(f"`data_path` {file.parent}: dataset.json is damaged:", TypeError, ValueError, KeyError, AttributeError):
@@ -221,7 +219,7 @@ def edm2_rows(file: Path) -> tuple[np.ndarray, np.ndarray] | None:
 
 @contextmanager
 def opened(file: Path, name: str):
-    """A tensor in a file of safetensors, to be sliced. Raises OSError that names a damaged file."""
+    """A tensor in a safetensors file, to be sliced. Raises OSError that names a damaged file."""
     try:
         with safe_open(file, "pt") as content:
             yield content.get_slice(name)
@@ -229,8 +227,8 @@ def opened(file: Path, name: str):
         raise OSError(f"cannot read {name} of {file}: {error}") from None
 
 
-def image_size_of(folder: Path, latent_shape: tuple[int, ...], factor: int, given: int | None) -> tuple[int, int]:
-    size = tuple(factor * side for side in latent_shape[1:])
+def checked(folder: Path, size: tuple[int, int], given: int | None) -> tuple[int, int]:
+    """The size of the images that features were made of. Raises UserError if `given` is another one."""
     if given not in (None, size[0]):
         raise UserError(f"`image_size` {given}: the features in {folder} are of images of {size[0]}")
     return size

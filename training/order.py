@@ -63,12 +63,11 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 class Batches:
     """Iterator over this process's micro-batches, on `device`. The next one is copied while one is in use.
 
-    `waited` counts the seconds that the reader spent waiting for data; `unreadable` tells why which samples were replaced.
+    `waited` counts the seconds spent waiting for data; `unreadable` maps rows that could not be read to the reasons.
     """
 
     def __init__(self, dataset: Readable, order: GlobalOrder, steps: range, num_workers: int, device: torch.device):
-        self.device, self.waited = device, 0.0
-        self.unreadable: dict[int, str] = {}
+        self.device, self.waited, self.unreadable = device, 0.0, {}
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # parallel to the computing stream
         self.loader = read_ahead(dataset, order.micro_batches(steps), num_workers, pin_memory=device.type == "cuda")
         self.upcoming = None
@@ -95,8 +94,7 @@ class Batches:
         return waited
 
     def _fetch(self) -> tuple[Tensor, Tensor] | None:
-        batch = next(self.loader, None)
-        if batch is None:
+        if (batch := next(self.loader, None)) is None:
             return None
         *parts, unreadable = batch
         self.unreadable |= unreadable
@@ -108,7 +106,7 @@ def read_ahead(dataset: Dataset, batches: Iterable, num_workers: int, pin_memory
     """The data set's batch for each element of `batches`, in order, read by worker processes.
 
     Raises:
-        OSError, UserError: without the worker's traceback: a file cannot be read, or a worker died.
+        OSError, UserError: a file cannot be read, or a worker died. The message has no worker's traceback.
     """
     atexit.register(end_workers)
     try:
@@ -117,14 +115,14 @@ def read_ahead(dataset: Dataset, batches: Iterable, num_workers: int, pin_memory
     except (OSError, UserError) as error:
         raise type(error)(re.sub(r"^[\w.]+: ", "", str(error).strip().splitlines()[-1])) from None
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):  # torch's words for one that is gone
+        if not str(error).startswith("DataLoader worker (pid"):  # torch's message if a worker died
             raise
-        raise OSError(f"a data worker died ({error}); was it killed for lack of memory? Try fewer `num_workers`") from None
+        raise OSError(f"a data worker died ({error}), perhaps for lack of memory; try fewer `num_workers`") from None
 
 
 def end_workers() -> None:
-    """Kill the data workers that are left when this process ends. Python would wait for them for ever: they ignore SIGTERM."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's own handler takes a killed worker for an accident
+    """Kill the remaining data workers when this process ends. Python would wait for ever, because they ignore SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler reports a killed worker as an error
     for child in multiprocessing.active_children():
         child.kill()
 

@@ -30,12 +30,11 @@ class ParquetImages(Dataset):
     The column `image` holds the bytes of a picture's file, alone or as the member `bytes` of a struct; `label` holds integers.
     Pictures are read, converted to RGB and cropped on access.
 
-    The smallest piece that pyarrow reads is the column of a row group: 100 pictures, as the hub writes them. A batch reads each
-    of its row groups once, and the last row groups stay in memory, up to CACHE_BYTES. Reading in the order of the files
-    therefore reads each byte about once, and is as fast as a folder of pictures. Reading a large set in random order, as
-    training does, reads a whole row group for nearly every picture. Measured on files in the page cache, pictures of 85 KB
-    cropped to 256: 107 images/s on a core, and 250 in order or from a folder. A disk or a network must deliver 100 times
-    the bytes, so cached latents (which are made in order) or a folder of pictures are better there.
+    pyarrow reads at least a row group, 100 pictures as the hub writes them. A batch reads each of its row groups once, and the
+    last ones stay in memory, up to CACHE_BYTES. Reading in the order of the files is therefore as fast as a folder of pictures.
+    Training reads in random order: nearly a row group for each picture. Measured on files in the page cache, pictures of 85 KB
+    cropped to 256: 107 images/s on a core, 250 in order or from a folder. A disk or a network must deliver 100 times the
+    bytes, so cached latents (which are made in order) or a folder of pictures are better there.
 
     Raises:
         UserError: pyarrow is missing, or the columns or labels are not as described.
@@ -58,8 +57,7 @@ class ParquetImages(Dataset):
             raise UserError(f"`data_path` {folder}: its parquet files have no rows")
         self.files, self.image_size = files, (image_size, image_size)
         self.groups = [(file, group) for file, sizes in enumerate(groups) for group in range(len(sizes))]
-        sizes = list(itertools.chain(*groups))
-        self.starts = np.cumsum([0, *sizes])                                        # of each row group, over all files
+        self.starts = np.cumsum([0, *itertools.chain(*groups)])                     # of each row group, over all files
         self.file_starts = np.cumsum([0, *map(len, labels)])
         self.labels = torch.from_numpy(np.concatenate(labels))
         self.classes = readable_names(names[0]) if names[0] else default_class_names(int(self.labels.max()) + 1)
@@ -102,12 +100,12 @@ class ParquetImages(Dataset):
 
 
 def parquet_parts(folder: Path) -> dict[str, list[Path]]:
-    """The parquet files below a folder, sorted, as "train" and, if their names tell held-out files apart, "val".
+    """The parquet files below a folder, sorted, as "train" and, if there are held-out files, "val"; {} if there are no files.
 
-    The hub's names tell it: `train-00000-of-00294.parquet`, `validation-…`, `val-…` or `test-…`, or folders of these names.
-    Held-out files are those of validation, else of test. Without files of `train`, all are "train". No files: {}.
+    The hub's names decide: `train-00000-of-00294.parquet`, `validation-…`, `val-…` or `test-…`, or folders of these names.
+    Held-out files are those of validation, else of test. Without files of `train`, all are "train".
     """
-    if not begins_with_parquet(folder):  # or else all names of a large folder of pictures would be read for nothing
+    if not begins_with_parquet(folder):  # saves listing a large folder of pictures
         return {}
     found: dict[str, list[Path]] = {}
     for file in find_files(folder, (".parquet",)):
@@ -131,7 +129,7 @@ def begins_with_parquet(folder: Path) -> bool:
 
 
 def read_labels(file: Path) -> tuple[np.ndarray, list[int], list[str] | None]:
-    """The labels of a file, the number of rows of each of its row groups, and the names of its classes, if it says them."""
+    """The labels of a file, the rows in each of its row groups, and the names of its classes, if the file has them."""
     with opened(file) as content:
         schema = content.schema_arrow
         bytes_column(file, schema)
@@ -144,9 +142,8 @@ def read_labels(file: Path) -> tuple[np.ndarray, list[int], list[str] | None]:
     wrong = (values < 0) | (values >= (len(names) if names else np.inf))
     if wrong.any():
         row = int(wrong.argmax())
-        allowed = f"of the {len(names)} classes in its metadata" if names else "from 0 on"
-        raise UserError(f"{file} row {row}: the label {labels[row].as_py()} is not one {allowed} (the hub marks pictures "
-                        "without a label by -1)")
+        allowed = f"one of the {len(names)} classes in its metadata" if names else "at least 0"
+        raise UserError(f"{file} row {row}: the label {labels[row].as_py()} is not {allowed} (-1: no label)")
     return values, sizes, names
 
 
@@ -165,7 +162,7 @@ def columns_of(schema) -> str:
 
 
 def hub_names(metadata: dict[bytes, bytes]) -> list[str] | None:
-    """The names of the classes in what the hub's `datasets` writes into a file, a ClassLabel; None: it holds none."""
+    """The names of the classes in a file's metadata, as the hub's `datasets` writes them (a ClassLabel); None without them."""
     try:
         return json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
     except (KeyError, TypeError, ValueError):

@@ -63,7 +63,7 @@ class Readable(Dataset):
         return len(self.data)
 
     def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor, dict[int, str]]:
-        """The batch, its labels, and why which samples could not be read."""
+        """The batch, its labels, and the reasons why samples could not be read, by row."""
         try:
             return *self.data.__getitems__(rows), {}
         except OSError:
@@ -72,7 +72,7 @@ class Readable(Dataset):
             return torch.cat(batches), torch.cat(labels), unreadable
 
     def nearest(self, row: int, mirrored: bool, unreadable: dict[int, str]) -> tuple[Tensor, Tensor]:
-        """The sample at `row`, or else the first readable one behind it."""
+        """The sample at `row`, or else the next readable one."""
         while True:
             try:
                 return self.data.__getitems__(Rows(np.array([row]), np.array([mirrored])))
@@ -84,9 +84,9 @@ class Readable(Dataset):
 
 def check_unreadable(unreadable: dict[int, str], count: int, limit: int) -> None:
     """Raises UserError if more than `limit` of the `count` samples of a data set could not be read."""
-    if len(unreadable) > min(limit, count - 1):  # without a single readable one there is no next one
+    if len(unreadable) > min(limit, count - 1):  # at least one must be readable
         raise UserError(f"{next(iter(unreadable.values()))}; {len(unreadable)} or more of {count:,} samples cannot be read, "
-                        f"and `max_skipped` allows {limit}. Mend or remove them")
+                        f"and `max_skipped` allows {limit}. Repair or remove them")
 
 
 def mirror(images: Tensor, mirrored: np.ndarray) -> Tensor:
