@@ -24,12 +24,10 @@ shows distance over time. Without --out nothing is written.
 """
 
 import copy
-import gc
 import itertools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
@@ -41,7 +39,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.reports import continued, fastest, plot, summarise, table
+from benchmarks.instruments import attempt, name_of, open_report, time_call
 from diffusion import FlowMatching
 from evaluation.extractors import pixel_features
 from evaluation.metrics import Gaussian, RunningCovariance, frechet_distance
@@ -58,7 +56,7 @@ from pipeline.generation import (
 from pipeline.spec import BareWeights, SamplingSettings, Spec
 from runtime import UserError, cli
 from runtime.files import in_batches, write_json
-from runtime.processes import start_world, synchronize
+from runtime.processes import start_world
 from training.datasets import load_dataset
 from training.rows import Rows
 
@@ -105,40 +103,45 @@ def main(args: Namespace) -> None:
     torch.set_grad_enabled(False)
     check_flags(args)
     world = start_world(args.device)
-    given = SamplingSettings.given(vars(args))
     bare = BareWeights(args.model, args.image_size, args.num_classes, objective=args.objective)
     restored = restore_checkpoint(world, args.ckpt, bare, args.vae)
-    sampling = Sampling.of(restored.spec, given, restored.model)
-    autoencoder = restore_autoencoder(world, restored, sampling, same=args.vae is None)
-    rows = make_rows(args, restored, sampling, world.device)
-    report = open_report(args.out, report_settings(args.as_dict(), rows, restored, world.device))
-    first, real = next(iter(rows)), real_gaussian(args, restored.spec) if args.samples else None
+    flags = Sampling.of(restored.spec, SamplingSettings.given(vars(args)), restored.model)
+    autoencoder = restore_autoencoder(world, restored, flags, same=args.vae is None)
+    rows = make_rows(args, restored, flags, world.device)
+    settings = report_settings(args.as_dict(), rows, restored, world.device)
+    empty = {"times": {}, "rmse": {}, "distances": {name: {} for name in rows}}
+    report = open_report(Path(args.out), settings, empty) if args.out else {"settings": settings, **empty}
+    real = real_gaussian(args, restored.spec) if args.samples else None
     for name, row in rows.items():
         if row.plan:
             print(f"{name}: {row.plan}", flush=True)
+
+    def save() -> None:
+        if args.out:
+            write_json(Path(args.out), report)
 
     def fill(cells: dict, key: object, measure: Callable, *given) -> None:
         """Measure a cell of the report if it is missing."""
         if str(key) not in cells:
             cells[str(key)] = measure(*given)
-            save(args.out, report)
+            save()
 
-    networks = {row.settings.precision: copy.deepcopy(restored.model) for row in (sampling, *rows.values())}
+    networks = {row.settings.precision: copy.deepcopy(restored.model) for row in (flags, *rows.values())}
     for precision, network in networks.items():
         prepare_network(network, precision, args.compile)
     draw = partial(draw_in_turn, networks, autoencoder)
     for batch_size in args.batch_sizes if args.repeats else []:
         fill(report["times"], batch_size, time_rows, draw, rows, batch_size, args.repeats, world.device)
-    exact = make_sampling(restored.spec, restored.model, sampling.settings, EXACT)
+    exact = make_sampling(restored.spec, restored.model, flags.settings, EXACT)
     states = cache(lambda name: final_states(draw, rows.get(name, exact), args.seeds[0]))
     for name, row in rows.items():
-        fill(report["rmse"], name, rmse, states, name, nearest(row, first, rows[first]))
+        fill(report["rmse"], name, rmse, states, name, target_of(row, *next(iter(rows.items()))))
     for seed, (name, row) in itertools.product(args.seeds if args.samples else [], rows.items()):
         fill(report["distances"][name], seed, distance, draw, row, seed, args.samples, real)
 
     report["summary"] = summarise(report["distances"])
-    save(args.out, report)
-    print(*table(report), *fastest(report), sep="\n")
+    save()
+    print(*table(report), sep="\n")
     if args.out:
         picture = plot(report, Path(args.out).with_suffix(".png"))
         print(f"Wrote {args.out}{f' and {picture}' if picture else ''}")
@@ -163,8 +166,8 @@ def make_rows(args: Namespace, restored: checkpoint.Restored, flags: Sampling, d
     """The requested rows, or all that apply. The first is the reference."""
     reference = "heun-50" if isinstance(flags.process, FlowMatching) else "ddpm-250"
     useless = {"interval": flags.settings.cfg_scale == 1, "bf16": device.type == "cpu" or args.precision == "bf16"}
-    own = ["plain", "flags"] if args.reuse != "none" else []
-    every = [reference, *(name for name in ROWS if not useless.get(name)), *own]
+    every = [reference, *(name for name in ROWS if not useless.get(name)),
+             *(["plain", "flags"] if args.reuse != "none" else [])]
 
     def make(name: str) -> Sampling:
         if name in ("plain", "flags"):
@@ -185,31 +188,15 @@ def make_sampling(spec: Spec, model: nn.Module, flags: SamplingSettings, differe
     return Sampling.of(spec, vars(flags) | plain | difference, model)
 
 
-# --- the report, a JSON that grows cell by cell --------------------------------------------------
-
-
 def report_settings(flags: dict[str, Any], rows: dict[str, Sampling], restored: checkpoint.Restored,
                     device: torch.device) -> dict[str, Any]:
-    """All settings that the figures depend on, as JSON will return them. Times of other batch sizes may be added later."""
+    """All settings that the figures depend on, as JSON stores them. Times of other batch sizes may be added later."""
     other = ("config", "ckpt", "out", "device", "batch_sizes", "repeats")
     flags = {name: value for name, value in flags.items() if name not in other}
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    own = {name: dict(model_calls=row.model_calls, block_calls=row.block_calls(restored.model)) | row.record()
-           for name, row in rows.items()}
-    about = {"checkpoint": restored.name, "sha256": restored.sha256(), "device": machine,
-             "torch": torch.__version__}
-    return json.loads(json.dumps(about | flags | {"rows": own}))
-
-
-def open_report(out: str | None, settings: dict) -> dict:
-    """Begin a report, or continue the one at --out."""
-    found = out and continued(Path(out), settings)
-    return found or {"settings": settings, "times": {}, "rmse": {}, "distances": {name: {} for name in settings["rows"]}}
-
-
-def save(out: str | None, report: dict) -> None:
-    if out:
-        write_json(Path(out), report)
+    records = {name: dict(model_calls=row.model_calls, block_calls=row.block_calls(restored.model)) | row.record()
+               for name, row in rows.items()}
+    about = {"checkpoint": restored.name, "sha256": restored.sha256(), "device": name_of(device), "torch": torch.__version__}
+    return json.loads(json.dumps(about | flags | {"rows": records}))
 
 
 # --- measurements --------------------------------------------------------------------------------
@@ -224,53 +211,38 @@ def draw_in_turn(networks: dict[str, nn.Module], autoencoder: nn.Module, samplin
 
 def time_rows(draw: Callable, rows: dict[str, Sampling], batch_size: int, repeats: int, device: torch.device) -> dict:
     """Each row's times at one batch size, or None if it is out of memory."""
-    laps = {name: [] for name in rows}  # per round: (seconds in total, before decoding)
+    laps = {name: [] for name in rows}
     for _, name in itertools.product(tqdm(range(1 + repeats), f"batch {batch_size}", leave=False), rows):
         if laps[name] is not None:
-            try:
-                laps[name].append(time_batch(draw, rows[name], batch_size, device))
-            except torch.cuda.OutOfMemoryError:
-                laps[name] = None
-            if laps[name] is None:  # not above: a live exception keeps its functions' memory
+            lap = attempt(partial(time_call, partial(draw, rows[name], range(batch_size), 0), device))
+            if lap is None:
                 tqdm.write(f"{name}: batch {batch_size} is out of memory")
-                gc.collect()
-                torch.cuda.empty_cache()
+            laps[name] = None if lap is None else [*laps[name], lap]
     first = next(iter(laps.values()))
-    return {name: own and times(own[1:], first and first[1:], batch_size) for name, own in laps.items()}  # [0] warmed up
+    return {name: row and times(row[1:], first and first[1:], batch_size) for name, row in laps.items()}  # [0] warmed up
 
 
-def time_batch(draw: Callable, sampling: Sampling, batch_size: int, device: torch.device) -> tuple[float, float]:
-    """Seconds of one batch: in total, and before decoding."""
-    marks, steps = [], itertools.count(1)
-
-    def mark() -> None:
-        synchronize(device)
-        marks.append(time.perf_counter())
-
-    mark()
-    draw(sampling, range(batch_size), 0, lambda step: mark() if next(steps) == sampling.process.num_timesteps else None)
-    mark()
-    return marks[2] - marks[0], marks[1] - marks[0]
-
-
-def times(own: list[tuple[float, float]], first: list[tuple[float, float]] | None, batch_size: int) -> dict:
+def times(laps: list[float], first: list[float] | None, batch_size: int) -> dict:
     """The reported times of a row. "ratio": its speed relative to the first row."""
-    seconds, sampling = ([lap[part] / batch_size for lap in own] for part in (0, 1))
-    ratios = [theirs[0] / mine[0] for theirs, mine in zip(first or [], own)]
-    return {"seconds_per_image": statistics.median(seconds), "sampling_seconds_per_image": statistics.median(sampling),
-            "ratio": statistics.median(ratios) if ratios else None, "rounds": seconds, "threads": torch.get_num_threads()}
+    seconds = [lap / batch_size for lap in laps]
+    ratio = first and statistics.median(reference / lap for reference, lap in zip(first, laps))
+    return {"seconds_per_image": statistics.median(seconds), "ratio": ratio, "rounds": seconds,
+            "threads": torch.get_num_threads()}
 
 
-def nearest(row: Sampling, first_name: str, first: Sampling) -> str | None:
+def target_of(row: Sampling, first_name: str, first: Sampling) -> str | None:
     """The row whose last states this row should match: the first, "exact", or None."""
-    if solver_of(row) == solver_of(first):
+    def solver(row: Sampling) -> tuple:
+        return row.settings.sampler, row.settings.eta, row.times
+
+    if solver(row) == solver(first):
         return first_name
     return None if row.settings.sampler == "ddpm" or row.settings.eta else "exact"
 
 
-def rmse(states: Callable[[str], Tensor], name: str, to: str | None) -> dict:
-    """Root mean square difference between a row's last states and those of the row `to`."""
-    return {"rmse": to and (states(name) - states(to)).square().mean().sqrt().item(), "rmse_to": to}
+def rmse(states: Callable[[str], Tensor], name: str, target: str | None) -> dict:
+    """Root mean square difference between the last states of a row and of its target."""
+    return {"rmse": target and (states(name) - states(target)).square().mean().sqrt().item(), "rmse_to": target}
 
 
 def final_states(draw: Callable, sampling: Sampling, seed: int) -> Tensor:
@@ -284,10 +256,6 @@ def distance(draw: Callable, sampling: Sampling, seed: int, samples: int, real: 
     """FD-pixel32 between `samples` drawn images and the real ones."""
     batches = tqdm([range(i, min(i + BATCH, samples)) for i in range(0, samples, BATCH)], "drawing", leave=False)
     return frechet_distance(gaussian_of(draw(sampling, batch, seed).permute(0, 3, 1, 2) for batch in batches), real)
-
-
-def solver_of(row: Sampling) -> tuple:
-    return row.settings.sampler, row.settings.eta, row.times
 
 
 def real_gaussian(args: Namespace, spec: Spec) -> Gaussian:
@@ -310,6 +278,56 @@ def gaussian_of(batches: Iterable[Tensor]) -> Gaussian:
         features = pixel_features(images).flatten(1)
         running = (running or RunningCovariance(features.shape[1])).update(features)
     return running.gaussian()
+
+
+# --- conclusions ---------------------------------------------------------------------------------
+
+
+def summarise(distances: dict[str, dict[str, float]]) -> dict:
+    """Each row's distance over the seeds. "equal": the mean is at most the first row's plus its standard deviation."""
+    rows = {name: list(cells.values()) for name, cells in distances.items() if cells}
+    summary = {name: {"distance": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+               for name, values in rows.items()}
+    first = next(iter(summary.values()), None)
+    for row in summary.values():
+        row["equal"] = None if first["std"] is None else row["distance"] <= first["distance"] + first["std"]
+    return summary
+
+
+def table(report: dict) -> list[str]:
+    timed = [title for batch in report["times"] for title in (f"s/image at {batch}", "ratio")]
+    lines = [["", "model calls", "block calls", *timed, "RMSE", "to", "FD-pixel32", "std", "equal"]]
+    for name, row in report["settings"]["rows"].items():
+        times = [cells[name] or {} for cells in report["times"].values()]
+        summary = report["summary"].get(name, {})
+        values = [name, row["model_calls"], row["block_calls"],
+                  *(cell.get(key) for cell in times for key in ("seconds_per_image", "ratio")),
+                  *report["rmse"][name].values(), *(summary.get(key) for key in ("distance", "std", "equal"))]
+        words = {None: "-", True: "yes", False: "no"}
+        lines.append([words[value] if value is None or isinstance(value, bool) else
+                      f"{value:.4g}" if isinstance(value, float) else str(value) for value in values])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(cells, widths)) for cells in lines]
+
+
+def plot(report: dict, path: Path) -> Path | None:
+    """Plot distance over s/image at the largest timed batch, both logarithmic. None if no row has both."""
+    summary, batch = report["summary"], max(report["times"], key=int, default=None)
+    seconds = {name: cell["seconds_per_image"] for name, cell in report["times"].get(batch, {}).items() if cell}
+    if not summary.keys() & seconds.keys():
+        return None
+    from matplotlib.figure import Figure  # from the extra `notebooks`
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for i, name in enumerate(sorted(summary.keys() & seconds.keys(), key=seconds.get)):
+        axes.errorbar(seconds[name], summary[name]["distance"], summary[name]["std"], fmt="o", color="tab:blue", capsize=3)
+        axes.annotate(name, (seconds[name], summary[name]["distance"]), (6, 14 if i % 2 else -14), fontsize=8,
+                      textcoords="offset points")
+    axes.set(xscale="log", yscale="log", xlabel=f"s/image, batch {batch}, {report['settings']['device']}", ylabel="FD-pixel32",
+             title=report["settings"]["checkpoint"])
+    figure.savefig(path, dpi=120)
+    return path
 
 
 if __name__ == "__main__":
