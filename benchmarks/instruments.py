@@ -10,12 +10,15 @@ Bytes are those that CUDA would move. They are counted with fake tensors, so wit
 
 import contextlib
 import gc
+import itertools
 import math
 import os
 import re
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 
 from runtime import UserError
 from runtime.files import read_json
@@ -70,6 +74,24 @@ def time_call(call: Callable[[], object], device: torch.device) -> float:
     call()
     synchronize(device)
     return time.perf_counter() - start
+
+
+def time_in_turn(calls: dict[Any, Callable], rounds: int, device: torch.device, title: str) -> dict[Any, list[float] | None]:
+    """The seconds of each call in each round, or None if it is out of memory.
+
+    A round is one call of each, so other load on the machine affects all alike. One more round before them warms up.
+    """
+    laps = {key: [] for key in calls}
+    for _, key in itertools.product(tqdm(range(1 + rounds), title, leave=False), calls):
+        if laps[key] is not None:
+            seconds = attempt(partial(time_call, calls[key], device))
+            laps[key] = None if seconds is None else [*laps[key], seconds]
+    return {key: seconds and seconds[1:] for key, seconds in laps.items()}
+
+
+def median_ratio(first: list[float], laps: list[float]) -> float:
+    """How many times as fast as the first call another one is: the median over the rounds."""
+    return statistics.median(reference / seconds for reference, seconds in zip(first, laps))
 
 
 def attempt(call: Callable[[], Any]) -> Any:

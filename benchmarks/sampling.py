@@ -1,4 +1,4 @@
-"""Compare ways to sample from one checkpoint: calls, s/image, RMSE to the exact solution, Fréchet distance.
+"""Compare ways to sample from one checkpoint: calls, s/image, Fréchet distance.
 
     python benchmarks/sampling.py --ckpt results/mnist --data-path mnist --samples 5000 --out sampling.json
     python benchmarks/sampling.py --ckpt results/mnist --sampler ddpm --num-sampling-steps 250 --cfg-scale 1.5 \
@@ -10,11 +10,8 @@ flags. Only the row `flags` and, without reuse, the row `plain` take sampler, st
 and equality compare with the first row.
 
 - calls: of the model and of its blocks, per image, in both branches of guidance together.
-- s/image: sampling and decoding, synchronised; the median over --repeats rounds after a warm-up round. A round is one
-  batch of each row in turn, so other load on the machine affects all rows alike. A ratio is the median of the rounds' ratios.
-- RMSE: of the last states (latents, or pixels without an autoencoder) for the same labels and start noise. A row with the
-  solver and times of the first row (so also the same later noise) is compared with it. Other rows are compared with dpm++
-  with 250 steps, guided everywhere, in place of the exact solution. A stochastic row with other times has no RMSE.
+- s/image: sampling and decoding; the median over --repeats rounds after a warm-up round. A round is one batch of each row,
+  so other load on the machine affects all rows alike. A ratio is the median of the rounds' ratios.
 - FD-pixel32: the Fréchet distance of raw pixels in [-1, 1], large images averaged to 32x32, between --samples images
   (classes in turn) and the held-out images; mean and standard deviation over --seeds. Equal: the mean is at most the
   reference's mean plus its standard deviation.
@@ -29,7 +26,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.instruments import attempt, name_of, open_report, time_call
+from benchmarks.instruments import median_ratio, name_of, open_report, time_in_turn
 from diffusion import FlowMatching
 from evaluation.extractors import pixel_features
 from evaluation.metrics import Gaussian, RunningCovariance, frechet_distance
@@ -80,8 +77,6 @@ ROWS = {  # differences from the reference
     "all-encoder": FAST | dict(guidance_interval=INTERVAL, reuse="encoder", key_steps="every:2"),
     "all-forecast": FAST | dict(guidance_interval=INTERVAL, reuse="forecast", key_steps="every:2"),
 }
-EXACT = dict(sampler="dpm++", num_sampling_steps=250)
-RMSE_IMAGES = 16
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -109,7 +104,7 @@ def main(args: Namespace) -> None:
     autoencoder = restore_autoencoder(world, restored, flags, same=args.vae is None)
     rows = make_rows(args, restored, flags, world.device)
     settings = report_settings(args.as_dict(), rows, restored, world.device)
-    empty = {"times": {}, "rmse": {}, "distances": {name: {} for name in rows}}
+    empty = {"times": {}, "distances": {name: {} for name in rows}}
     report = open_report(Path(args.out), settings, empty) if args.out else {"settings": settings, **empty}
     real = real_gaussian(args, restored.spec) if args.samples else None
     for name, row in rows.items():
@@ -132,16 +127,12 @@ def main(args: Namespace) -> None:
     draw = partial(draw_in_turn, networks, autoencoder)
     for batch_size in args.batch_sizes if args.repeats else []:
         fill(report["times"], batch_size, time_rows, draw, rows, batch_size, args.repeats, world.device)
-    exact = make_sampling(restored.spec, restored.model, flags.settings, EXACT)
-    states = cache(lambda name: final_states(draw, rows.get(name, exact), args.seeds[0]))
-    for name, row in rows.items():
-        fill(report["rmse"], name, rmse, states, name, target_of(row, *next(iter(rows.items()))))
     for seed, (name, row) in itertools.product(args.seeds if args.samples else [], rows.items()):
         fill(report["distances"][name], seed, distance, draw, row, seed, args.samples, real)
 
     report["summary"] = summarise(report["distances"])
     save()
-    print(*table(report), sep="\n")
+    print(*(line(name, report) for name in rows), sep="\n")
     if args.out:
         picture = plot(report, Path(args.out).with_suffix(".png"))
         print(f"Wrote {args.out}{f' and {picture}' if picture else ''}")
@@ -202,54 +193,21 @@ def report_settings(flags: dict[str, Any], rows: dict[str, Sampling], restored: 
 # --- measurements --------------------------------------------------------------------------------
 
 
-def draw_in_turn(networks: dict[str, nn.Module], autoencoder: nn.Module, sampling: Sampling, indices: range, seed: int,
-                 on_step: Callable[[dict[str, Tensor]], object] = lambda step: None) -> Tensor:
+def draw_in_turn(networks: dict[str, nn.Module], autoencoder: nn.Module, sampling: Sampling, indices: range,
+                 seed: int) -> Tensor:
     """Draw images (B, H, W, C) uint8 by the network of the precision, with the classes in turn as labels."""
     model = networks[sampling.settings.precision]
-    return generate(model, autoencoder, [i % model.num_classes for i in indices], indices, seed, sampling, on_step)
+    return generate(model, autoencoder, [i % model.num_classes for i in indices], indices, seed, sampling)
 
 
 def time_rows(draw: Callable, rows: dict[str, Sampling], batch_size: int, repeats: int, device: torch.device) -> dict:
-    """Each row's times at one batch size, or None if it is out of memory."""
-    laps = {name: [] for name in rows}
-    for _, name in itertools.product(tqdm(range(1 + repeats), f"batch {batch_size}", leave=False), rows):
-        if laps[name] is not None:
-            lap = attempt(partial(time_call, partial(draw, rows[name], range(batch_size), 0), device))
-            if lap is None:
-                tqdm.write(f"{name}: batch {batch_size} is out of memory")
-            laps[name] = None if lap is None else [*laps[name], lap]
+    """Each row's times at one batch size, or None if it is out of memory. "ratio": its speed relative to the first row."""
+    calls = {name: partial(draw, row, range(batch_size), 0) for name, row in rows.items()}
+    laps = time_in_turn(calls, repeats, device, f"batch {batch_size}")
     first = next(iter(laps.values()))
-    return {name: row and times(row[1:], first and first[1:], batch_size) for name, row in laps.items()}  # [0] warmed up
-
-
-def times(laps: list[float], first: list[float] | None, batch_size: int) -> dict:
-    """The reported times of a row. "ratio": its speed relative to the first row."""
-    seconds = [lap / batch_size for lap in laps]
-    ratio = first and statistics.median(reference / lap for reference, lap in zip(first, laps))
-    return {"seconds_per_image": statistics.median(seconds), "ratio": ratio, "rounds": seconds,
-            "threads": torch.get_num_threads()}
-
-
-def target_of(row: Sampling, first_name: str, first: Sampling) -> str | None:
-    """The row whose last states this row should match: the first, "exact", or None."""
-    def solver(row: Sampling) -> tuple:
-        return row.settings.sampler, row.settings.eta, row.times
-
-    if solver(row) == solver(first):
-        return first_name
-    return None if row.settings.sampler == "ddpm" or row.settings.eta else "exact"
-
-
-def rmse(states: Callable[[str], Tensor], name: str, target: str | None) -> dict:
-    """Root mean square difference between the last states of a row and of its target."""
-    return {"rmse": target and (states(name) - states(target)).square().mean().sqrt().item(), "rmse_to": target}
-
-
-def final_states(draw: Callable, sampling: Sampling, seed: int) -> Tensor:
-    """The last states (RMSE_IMAGES, C, H, W)."""
-    step = {}
-    draw(sampling, range(RMSE_IMAGES), seed, step.update)
-    return step["sample"].float()
+    return {name: seconds and {
+        "seconds_per_image": statistics.median(seconds) / batch_size, "ratio": first and median_ratio(first, seconds),
+        "rounds": [lap / batch_size for lap in seconds], "threads": torch.get_num_threads()} for name, seconds in laps.items()}
 
 
 def distance(draw: Callable, sampling: Sampling, seed: int, samples: int, real: Gaussian) -> float:
@@ -294,20 +252,19 @@ def summarise(distances: dict[str, dict[str, float]]) -> dict:
     return summary
 
 
-def table(report: dict) -> list[str]:
-    timed = [title for batch in report["times"] for title in (f"s/image at {batch}", "ratio")]
-    lines = [["", "model calls", "block calls", *timed, "RMSE", "to", "FD-pixel32", "std", "equal"]]
-    for name, row in report["settings"]["rows"].items():
-        times = [cells[name] or {} for cells in report["times"].values()]
-        summary = report["summary"].get(name, {})
-        values = [name, row["model_calls"], row["block_calls"],
-                  *(cell.get(key) for cell in times for key in ("seconds_per_image", "ratio")),
-                  *report["rmse"][name].values(), *(summary.get(key) for key in ("distance", "std", "equal"))]
-        words = {None: "-", True: "yes", False: "no"}
-        lines.append([words[value] if value is None or isinstance(value, bool) else
-                      f"{value:.4g}" if isinstance(value, float) else str(value) for value in values])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(cells, widths)) for cells in lines]
+def line(name: str, report: dict) -> str:
+    """A row's calls, times at each batch size, and distance."""
+    row, summary = report["settings"]["rows"][name], report["summary"].get(name)
+    cells = [f"{name:14} {row['model_calls']:5} model calls {row['block_calls']:6} block calls"]
+    for batch, times in report["times"].items():
+        time = times[name] and f"{times[name]['seconds_per_image']:.4g} s/image"
+        cells.append(f"batch {batch}: {time or 'out of memory'}")
+        if time and times[name]["ratio"]:
+            cells[-1] += f", {times[name]['ratio']:.2f}x"
+    if summary:
+        spread = "" if summary["std"] is None else f" ± {summary['std']:.2g}{'' if summary['equal'] else ' (worse)'}"
+        cells.append(f"FD-pixel32 {summary['distance']:.4g}{spread}")
+    return "; ".join(cells)
 
 
 def plot(report: dict, path: Path) -> Path | None:

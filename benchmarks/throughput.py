@@ -36,11 +36,10 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import instruments
-from benchmarks.instruments import KINDS, attempt, kernel_seconds, time_call
+from benchmarks.instruments import KINDS, attempt, kernel_seconds, median_ratio, time_in_turn
 from diffusion import create_diffusion
 from models import DiT_models
 from runtime import UserError, cli
@@ -51,7 +50,6 @@ from small_models import DIFFUSION_NETWORKS
 REFERENCE = "diffusers/"
 MATMUL_SIZE = {"cuda": 8192, "mps": 4096, "cpu": 1024}  # large enough for the full rate
 ATTENTION = {"cuda": {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}}  # rows of a device
-WARM_UP = 3  # calls of each model before the rounds; the first ones compile
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -175,31 +173,16 @@ def count_bytes(name: str, precision: str, batch_size: int, input_size: int, **c
 # --- the rounds ----------------------------------------------------------------------------------
 
 
-class Row:
-    """A model in the rounds: its call, the seconds of each call, memory and kernels. `call` is None if out of memory."""
-
-    def __init__(self, make: Callable[[], Callable], device: torch.device):
-        self.device, self.seconds, self.memory = device, [], None
-        self.call = attempt(partial(self.warm_up, make))
-
-    def warm_up(self, make: Callable[[], Callable]) -> Callable:
-        """Make the call and warm it up. The memory is the last call's peak above the memory in use before."""
-        cuda = self.device.type == "cuda"
-        before = torch.cuda.memory_allocated() if cuda else 0
-        call = make()
-        for _ in range(WARM_UP):
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            call()
-        self.memory = torch.cuda.max_memory_allocated() - before if cuda else None
-        return call
-
-    def measure(self, instrument: Callable) -> float | dict | None:
-        """What an instrument measures of the call. A row that is out of memory is given up."""
-        measured = attempt(partial(instrument, self.call, self.device)) if self.call else None
-        if measured is None:
-            self.call = None
-        return measured
+def prepare(make: Callable[[], Callable], device: torch.device) -> tuple[Callable, int | None]:
+    """A call that was compiled and warmed up, and its peak of memory above what was in use before."""
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else 0
+    call = make()
+    call()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    call()
+    return call, torch.cuda.max_memory_allocated() - before if cuda else None
 
 
 def measure(setting: Setting, args, macs: dict[str, int], device: torch.device) -> list[dict]:
@@ -208,32 +191,31 @@ def measure(setting: Setting, args, macs: dict[str, int], device: torch.device) 
     gc.collect()
     torch.cuda.empty_cache()
     input_size = args.image_size // 8
-    matmul = Row(partial(make_matmul, setting.precision, device), device)
-    rows = {(name, attention): Row(partial(make_call, name, setting, input_size, device, attention), device) for name in macs
-            for attention in (ATTENTION.get(device.type) if has_attention(name) else None) or [None]}
-    for _ in tqdm(range(args.repeats), f"{setting}", leave=False):
-        for row in (matmul, *rows.values()):
-            row.seconds.append(row.measure(time_call))
-    kernels = {key: row.measure(kernel_seconds) for key, row in rows.items()}
-    base = min((row for (name, _), row in rows.items() if name == args.models[0] and row.call),
-               key=lambda row: statistics.median(row.seconds), default=None)
-    matmul_rate = 2 * MATMUL_SIZE[device.type] ** 3 / statistics.median(matmul.seconds)
-    return [{"model": name, "attention": attention, **setting._asdict(), "gmacs": macs[name] / 1e9,
-             "bytes_moved": count_bytes(name, setting.precision, setting.batch_size, input_size),
-             "matmul_flops_per_second": matmul_rate, "out_of_memory": row.call is None, "peak_memory_bytes": row.memory,
-             "kernel_seconds": kernels[name, attention], **(speed(row, base, setting, macs[name], matmul_rate))}
-            for (name, attention), row in rows.items()]
+    makes = {(name, attention): partial(make_call, name, setting, input_size, device, attention) for name in macs
+             for attention in (ATTENTION.get(device.type) if has_attention(name) else None) or [None]}
+    prepared = {key: attempt(partial(prepare, make, device)) for key, make in makes.items()}
+    calls = {"matmul": make_matmul(setting.precision, device)} | {key: made[0] for key, made in prepared.items() if made}
+    laps = time_in_turn(calls, args.repeats, device, f"{setting}")
+    matmul_rate = 2 * MATMUL_SIZE[device.type] ** 3 / statistics.median(laps["matmul"])
+    base = min((laps[key] for key in makes if key[0] == args.models[0] and laps.get(key)), key=statistics.median, default=None)
+    results = []
+    for (name, attention), made in prepared.items():
+        seconds = laps.get((name, attention))
+        results.append({"model": name, "attention": attention, **setting._asdict(), "gmacs": macs[name] / 1e9,
+                        "bytes_moved": count_bytes(name, setting.precision, setting.batch_size, input_size),
+                        "matmul_flops_per_second": matmul_rate, "out_of_memory": seconds is None, "ratio": None})
+        if seconds:
+            results[-1] |= speed(seconds, base, setting, macs[name], matmul_rate)
+            results[-1] |= {"peak_memory_bytes": made[1], "kernel_seconds": kernel_seconds(made[0], device)}
+    return results
 
 
-def speed(row: Row, base: Row | None, setting: Setting, macs: int, matmul_rate: float) -> dict:
-    """The figures of a row's seconds. "ratio" is its images/s over those of `base`."""
-    if row.call is None:
-        return {"ratio": None}
-    images_per_second = setting.batch_size / statistics.median(row.seconds)
+def speed(seconds: list[float], base: list[float] | None, setting: Setting, macs: int, matmul_rate: float) -> dict:
+    """The figures of the seconds of a model. "ratio" is its images/s over those of `base`."""
+    images_per_second = setting.batch_size / statistics.median(seconds)
     flops = images_per_second * 2 * macs * (3 if setting.what == "train" else 1)
-    ratio = statistics.median(map(lambda first, own: first / own, base.seconds, row.seconds)) if base else None
-    return {"images_per_second": images_per_second, "seconds": row.seconds, "flops_per_second": flops,
-            "of_matmul": flops / matmul_rate, "ratio": ratio}
+    return {"images_per_second": images_per_second, "seconds": seconds, "flops_per_second": flops,
+            "of_matmul": flops / matmul_rate, "ratio": base and median_ratio(base, seconds)}
 
 
 # --- the report ----------------------------------------------------------------------------------
