@@ -4,16 +4,16 @@
     python benchmarks/gpu_report.py --stages ceilings networks --out …      # the same command continues where it was stopped
     python benchmarks/gpu_report.py --toy --out toy.json                    # all stages with tiny sizes, on a CPU
 
-Stages, the most useful first; each is stopped after --limit seconds:
+Stages, the most useful first:
 
-- ceilings: a large matmul, a large copy, and the depthwise 7x7 convolution of DiNext, forward, dgrad (to the input) and wgrad
-  (to the kernel), by dtype, backend and memory format, with the errors against float64.
+- ceilings: a large matmul, a large copy, and the depthwise 7x7 convolution of DiNext: forward, dgrad (to the input) and
+  wgrad (to the kernel), by dtype, backend and memory format, with the errors against float64.
 - networks: throughput.py of DiT-XL/2, DiNext-XL/2 and DiNext-U-XL, compiled, bf16; the share of the time in which kernels run.
 - sampling: seconds an image from random XL weights, without decoding: DDPM-250, dpm++ 20, interval, both kinds of reuse.
 - sizes: throughput.py of the other sizes, batches, eager, and diffusers' DiT if it is installed.
 - waiting: how long sample_ddp.py's device waits between batches, and train.py on cached features for data.
 
-Each figure is written to the JSON at once; figures that it holds are not measured again. OUT.md is the same as a table.
+Each figure is written to the JSON at once; figures that it holds are not measured again. OUT.md is the same as tables.
 """
 
 import gc
@@ -21,7 +21,6 @@ import importlib.util
 import itertools
 import json
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -81,7 +80,6 @@ def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Measure all that a GPU decides, into one JSON and one table.")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES), help="default: all, in this order")
     parser.add_argument("--out", required=True, help="JSON file for the figures; OUT.md is the table")
-    parser.add_argument("--limit", type=int, default=480, help="seconds for each stage")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to try the report itself on a CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one, else cpu")
     return parser
@@ -157,29 +155,27 @@ def depthwise_row(x, w, g, repeats: int, device: torch.device) -> Row:
 
 def networks(scale: Scale, device: torch.device) -> Iterator[Item]:
     for what in ("train", "forward"):
-        measure = partial(throughput, scale, scale.networks, what, scale.batch, scale.compile, device)
-        yield f"{what} batch {scale.batch}", measure
+        yield f"{what} batch {scale.batch}", partial(throughput, scale, device, scale.networks, what)
 
 
 def sizes(scale: Scale, device: torch.device) -> Iterator[Item]:
     for what, models in itertools.product(("train", "forward"), scale.others):
-        measure = partial(throughput, scale, models, what, scale.batch, scale.compile, device)
-        yield f"{what} batch {scale.batch}, {' '.join(models)}", measure
+        yield f"{what} batch {scale.batch}, {' '.join(models)}", partial(throughput, scale, device, models, what)
     for batch in scale.batches:
-        yield f"forward batch {batch} eager", partial(throughput, scale, scale.networks, "forward", batch, False, device)
+        eager = scale._replace(batch=batch, compile=False)
+        yield f"forward batch {batch} eager", partial(throughput, eager, device, scale.networks, "forward")
     if importlib.util.find_spec("diffusers"):
         pair = (scale.reference.removeprefix("diffusers/"), scale.reference)
-        yield f"train {scale.reference}", partial(throughput, scale, pair, "train", scale.batch, scale.compile, device)
+        yield f"train {scale.reference}", partial(throughput, scale, device, pair, "train")
 
 
-def throughput(scale: Scale, models: tuple, what: str, batch: int, compile: bool, device: torch.device) -> dict[str, Row]:
+def throughput(scale: Scale, device: torch.device, models: tuple[str, ...], what: str) -> dict[str, Row]:
     """The figures of throughput.py, by model and attention."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "figures.json"
-        start("benchmarks/throughput.py", "--models", *models, "--what", what, "--batch-size", batch, "--compile", compile,
-              "--precision", scale.precision, "--image-size", scale.image_size, "--repeats", scale.repeats, "--device",
-              device.type, "--out", out, cwd=folder)
-        results = json.loads(out.read_text())["results"]
+        start("benchmarks/throughput.py", "--models", *models, "--what", what, "--batch-size", scale.batch, "--compile",
+              scale.compile, "--precision", scale.precision, "--image-size", scale.image_size, "--repeats", scale.repeats,
+              "--device", device.type, "--out", "figures.json", cwd=folder)
+        results = json.loads((Path(folder) / "figures.json").read_text())["results"]
     return {" ".join(filter(None, [r["model"], r["attention"]])): throughput_row(r) for r in results}
 
 
@@ -225,13 +221,15 @@ def time_sampling(scale: Scale, name: str, batch: int, device: torch.device) -> 
             "dpm++ interval": fast | dict(guidance_interval=(100.0, 600.0)),
             "dpm++ encoder": fast | dict(reuse="encoder", key_steps="every:2"),
             "dpm++ forecast": fast | dict(reuse="forecast", key_steps="every:2")}
+    labels, indices = [i % model.num_classes for i in range(batch)], range(batch)
     for row, settings in rows.items():
         chosen = Sampling.of(spec, settings, model)
-        draw = partial(generate, model, Pixels(), [i % model.num_classes for i in range(batch)], range(batch), 0, chosen)
+        draw = partial(generate, model, Pixels(), labels, indices, 0, chosen)
         draw()
         seconds = time_call(draw, device)
         rows[row] = {"seconds_per_image": seconds / batch, "model_calls": chosen.model_calls,
-                     "block_calls": chosen.block_calls(model), "kernels_run": sum(kernel_seconds(draw, device).values()) / seconds}
+                     "block_calls": chosen.block_calls(model),
+                     "kernels_run": sum(kernel_seconds(draw, device).values()) / seconds}
     return rows
 
 
@@ -244,7 +242,7 @@ def waiting(scale: Scale, device: torch.device) -> Iterator[Item]:
 
 
 def time_waiting(scale: Scale, name: str, device: torch.device) -> dict[str, Row]:
-    """A run on features of digits, by an autoencoder of factor 4 that is trained for one step, then images from its checkpoint."""
+    """A run on features of digits, from an autoencoder (factor 4) trained for one step; then images from its checkpoint."""
     digits = ["--data-path", "digits", "--image-size", scale.image_size // 2, "--device", device.type]
     with tempfile.TemporaryDirectory() as folder:
         start("train.py", *digits, "--model", "Autoencoder-F4C8", "--model-args", '{"hidden_size": 8}', "--max-steps", 1,
@@ -267,14 +265,6 @@ def time_waiting(scale: Scale, name: str, device: torch.device) -> dict[str, Row
 # --- the report ------------------------------------------------------------------------------------
 
 STAGES = {"ceilings": ceilings, "networks": networks, "sampling": sampling, "sizes": sizes, "waiting": waiting}
-
-
-class OutOfTime(Exception):
-    """The stage has taken its --limit."""
-
-
-def stop(*_) -> None:
-    raise OutOfTime
 
 
 def run_stage(stage: str, report: dict, out: Path, scale: Scale, device: torch.device) -> None:
@@ -312,20 +302,12 @@ def markdown(report: dict) -> str:
 
 
 def main(args: Namespace) -> None:
-    cli.check_numbers(args, ["limit"], "at least 1", lambda n: n >= 1)
     cli.check_output_flag(args, "out", ".json")
     out, device = Path(args.out), start_world(args.device).device
     settings = {"device": name_of(device), "torch": torch.__version__, "toy": args.toy}
     report = open_report(out, settings, {"date": f"{date.today()}", "failed": {}, "stages": {}})
-    signal.signal(signal.SIGALRM, stop)
     for stage in args.stages:
-        signal.alarm(args.limit)
-        try:
-            run_stage(stage, report, out, TOY if args.toy else Scale(), device)
-        except OutOfTime:
-            print(f"{stage}: stopped after {args.limit} s; the same command continues with what is missing")
-        signal.alarm(0)
-    write_json(out, report)
+        run_stage(stage, report, out, TOY if args.toy else Scale(), device)
     write_text(out.with_suffix(".md"), markdown(report))
     print(f"Wrote {out} and {out.with_suffix('.md')}; {len(report['failed'])} failed")
 

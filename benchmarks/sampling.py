@@ -16,8 +16,7 @@ and equality compare with the first row.
   (classes in turn) and the held-out images; mean and standard deviation over --seeds. Equal: the mean is at most the
   reference's mean plus its standard deviation.
 
-With --out each figure is saved in a JSON at once, and the same command continues after an interruption. A PNG beside it
-shows distance over time. Without --out nothing is written.
+With --out each figure is saved in a JSON at once, and the same command continues after an interruption.
 """
 
 import copy
@@ -90,7 +89,7 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one distance each")
     parser.add_argument("--data-path", type=str | None, help="the real images: digits, mnist, cifar10 or a folder of classes")
     parser.add_argument("--data-root", default="data", help="where named data sets lie")
-    parser.add_argument("--out", type=str | None, help="JSON file for the figures; the plot lies beside it")
+    parser.add_argument("--out", type=str | None, help="JSON file for the figures")
     return parser
 
 
@@ -134,8 +133,7 @@ def main(args: Namespace) -> None:
     save()
     print(*(line(name, report) for name in rows), sep="\n")
     if args.out:
-        picture = plot(report, Path(args.out).with_suffix(".png"))
-        print(f"Wrote {args.out}{f' and {picture}' if picture else ''}")
+        print(f"Wrote {args.out}")
 
 
 def check_flags(args: Namespace) -> None:
@@ -265,26 +263,6 @@ def line(name: str, report: dict) -> str:
         spread = "" if summary["std"] is None else f" ± {summary['std']:.2g}{'' if summary['equal'] else ' (worse)'}"
         cells.append(f"FD-pixel32 {summary['distance']:.4g}{spread}")
     return "; ".join(cells)
-
-
-def plot(report: dict, path: Path) -> Path | None:
-    """Plot distance over s/image at the largest timed batch, both logarithmic. None if no row has both."""
-    summary, batch = report["summary"], max(report["times"], key=int, default=None)
-    seconds = {name: cell["seconds_per_image"] for name, cell in report["times"].get(batch, {}).items() if cell}
-    if not summary.keys() & seconds.keys():
-        return None
-    from matplotlib.figure import Figure  # from the extra `notebooks`
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for i, name in enumerate(sorted(summary.keys() & seconds.keys(), key=seconds.get)):
-        axes.errorbar(seconds[name], summary[name]["distance"], summary[name]["std"], fmt="o", color="tab:blue", capsize=3)
-        axes.annotate(name, (seconds[name], summary[name]["distance"]), (6, 14 if i % 2 else -14), fontsize=8,
-                      textcoords="offset points")
-    axes.set(xscale="log", yscale="log", xlabel=f"s/image, batch {batch}, {report['settings']['device']}", ylabel="FD-pixel32",
-             title=report["settings"]["checkpoint"])
-    figure.savefig(path, dpi=120)
-    return path
 
 
 if __name__ == "__main__":
