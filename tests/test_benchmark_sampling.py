@@ -156,7 +156,7 @@ def test_the_interval_of_the_flags_is_that_of_the_interval_rows_alone(few_steps,
 def test_times_are_medians_and_ratios_compare_calls_of_one_round(monkeypatch):
     laps = {"a": [8, 8, 8], "b": [8, 2, 4]}
     monkeypatch.setattr(sampling, "time_in_turn", lambda *_: laps)
-    cell = sampling.time_rows(None, {"a": None, "b": None}, 2, 3, torch.device("cpu"))["b"]
+    cell = sampling.time_rows(len, {"a": None, "b": None}, 2, 3, torch.device("cpu"))["b"]
     assert cell == {"seconds_per_image": 2, "ratio": 2, "rounds": [4, 1, 2], "threads": torch.get_num_threads()}
 
 
