@@ -1,11 +1,6 @@
 """What the benchmarks share: seconds, kernels, multiply-accumulates, bytes, out of memory, and reports that continue.
 
-Bytes are those that CUDA would move. They are counted with fake tensors, so without a GPU:
-
-    with fake_cuda(model), torch.no_grad(), fake_autocast("bf16"):  # a model on the meta device
-        with ByteCounter() as counter, FusedAttention(counter):
-            model(x, t, y)  # tensors made inside, on "cuda"
-    print(counter.bytes)
+Bytes are those that CUDA would move, counted with fake tensors and so without a GPU: see count_bytes in throughput.py.
 """
 
 import contextlib

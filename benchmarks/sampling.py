@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -110,30 +110,36 @@ def main(args: Namespace) -> None:
         if row.plan:
             print(f"{name}: {row.plan}", flush=True)
 
-    def save() -> None:
-        if args.out:
-            write_json(Path(args.out), report)
+    networks = {row.settings.precision: copy.deepcopy(restored.model) for row in rows.values()}
+    for precision, network in networks.items():
+        prepare_network(network, precision, args.compile)
+
+    def draw(row: Sampling, indices: range, seed: int) -> Tensor:
+        """Images (B, H, W, C) uint8, with the classes in turn as labels."""
+        network = networks[row.settings.precision]
+        return generate(network, autoencoder, [i % network.num_classes for i in indices], indices, seed, row)
 
     def fill(cells: dict, key: object, measure: Callable, *given) -> None:
         """Measure a cell of the report if it is missing."""
         if str(key) not in cells:
             cells[str(key)] = measure(*given)
-            save()
+            save(report, args.out)
 
-    networks = {row.settings.precision: copy.deepcopy(restored.model) for row in (flags, *rows.values())}
-    for precision, network in networks.items():
-        prepare_network(network, precision, args.compile)
-    draw = partial(draw_in_turn, networks, autoencoder)
     for batch_size in args.batch_sizes if args.repeats else []:
         fill(report["times"], batch_size, time_rows, draw, rows, batch_size, args.repeats, world.device)
     for seed, (name, row) in itertools.product(args.seeds if args.samples else [], rows.items()):
         fill(report["distances"][name], seed, distance, draw, row, seed, args.samples, real)
 
     report["summary"] = summarise(report["distances"])
-    save()
+    save(report, args.out)
     print(*(line(name, report) for name in rows), sep="\n")
     if args.out:
         print(f"Wrote {args.out}")
+
+
+def save(report: dict, out: str | None) -> None:
+    if out:
+        write_json(Path(out), report)
 
 
 def check_flags(args: Namespace) -> None:
@@ -157,24 +163,18 @@ def make_rows(args: Namespace, restored: checkpoint.Restored, flags: Sampling, d
     useless = {"interval": flags.settings.cfg_scale == 1, "bf16": device.type == "cpu" or args.precision == "bf16"}
     every = [reference, *(name for name in ROWS if not useless.get(name)),
              *(["plain", "flags"] if args.reuse != "none" else [])]
+    no_reuse = vars(flags.settings) | dict(reuse="none", key_steps=None, reuse_args={})
 
     def make(name: str) -> Sampling:
         if name in ("plain", "flags"):
-            off = dict(reuse="none", key_steps=None, reuse_args={})
-            return flags if name == "flags" else Sampling.of(restored.spec, vars(flags.settings) | off)
+            return flags if name == "flags" else Sampling.of(restored.spec, no_reuse)
         difference = REFERENCES[name] if name in REFERENCES else REFERENCES[reference] | ROWS[name]
         if "guidance_interval" in difference and args.guidance_interval:
             difference = difference | {"guidance_interval": args.guidance_interval}
         with cli.prefix_errors(f"--rows {name}:", *cli.WRONG_VALUE):
-            return make_sampling(restored.spec, restored.model, flags.settings, difference)
+            return Sampling.of(restored.spec, no_reuse | dict(guidance_interval=None, eta=0.0) | difference, restored.model)
 
     return {name: make(name) for name in args.rows or every}
-
-
-def make_sampling(spec: Spec, model: nn.Module, flags: SamplingSettings, difference: dict[str, Any]) -> Sampling:
-    """The flags' guidance, its channels, thresholding and precision, guided everywhere, then changed by `difference`."""
-    plain = dict(guidance_interval=None, eta=0.0, reuse="none", key_steps=None, reuse_args={})
-    return Sampling.of(spec, vars(flags) | plain | difference, model)
 
 
 def report_settings(flags: dict[str, Any], rows: dict[str, Sampling], restored: checkpoint.Restored,
@@ -189,13 +189,6 @@ def report_settings(flags: dict[str, Any], rows: dict[str, Sampling], restored: 
 
 
 # --- measurements --------------------------------------------------------------------------------
-
-
-def draw_in_turn(networks: dict[str, nn.Module], autoencoder: nn.Module, sampling: Sampling, indices: range,
-                 seed: int) -> Tensor:
-    """Draw images (B, H, W, C) uint8 by the network of the precision, with the classes in turn as labels."""
-    model = networks[sampling.settings.precision]
-    return generate(model, autoencoder, [i % model.num_classes for i in indices], indices, seed, sampling)
 
 
 def time_rows(draw: Callable, rows: dict[str, Sampling], batch_size: int, repeats: int, device: torch.device) -> dict:
