@@ -48,7 +48,7 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("ref", help="real images: .npz, folder, .npz of statistics, or digits, mnist, cifar10 (held-out part)")
     parser.add_argument("samples", type=str | None, nargs="?", help="likewise")
     parser.add_argument("--weights", type=str | None,
-                        help=f"{INCEPTION}; default: torch's cache, or a download; none: FD-pixel32 in its place")
+                        help=f"{INCEPTION}; default: torch's cache, or a download; none: FD-pixel32 instead")
     parser.add_argument("--pr-precision", choices=["adm", "fp32"], default="adm",
                         help="of distances for precision and recall: ADM's fp16, or fp32")
     parser.add_argument("--classifier", type=str | None,
@@ -102,9 +102,9 @@ def main(args: Namespace) -> None:
 
 
 def open_sets(args: Namespace) -> tuple[ImageSet, ImageSet | None, ImageSet | None]:
-    """Open REF, SAMPLES and --training-images, and check them and the flags about them."""
+    """Open REF, SAMPLES and --training-images, and check them and their flags."""
     if args.samples is None and (not args.save_stats or args.classifier or args.training_images or args.json):
-        raise UserError("SAMPLES is missing; only with --save-stats, and nothing else to measure, is REF enough")
+        raise UserError("SAMPLES is missing; REF alone is enough only for --save-stats, with nothing else to measure")
     if args.save_stats and args.weights == "none":
         raise UserError("--save-stats writes statistics of Inception's features; --weights none leaves them out")
     sources = [Path(source).resolve() for source in (args.ref, args.samples, args.training_images) if source]
@@ -123,22 +123,30 @@ def open_sets(args: Namespace) -> tuple[ImageSet, ImageSet | None, ImageSet | No
     training = None
     if args.training_images:
         training = open_set(args.training_images, "--training-images", args.data_root, size, "train")
-    if args.save_stats and ref.statistics:
-        raise UserError(f"--save-stats: REF {ref.source} holds statistics already")
     if args.save_stats:
+        if ref.statistics:
+            raise UserError(f"--save-stats: REF {ref.source} already holds statistics")
         count, (height, width) = min(len(ref.images), REFERENCE_IMAGES), ref.images.size
         cli.check_output_flag(args, "save_stats", ".npz", count * height * width * 3)
-    for one in filter(None, (samples, ref, training)):
-        if one.images and args.image_size and one.images.size != (args.image_size, args.image_size):
-            raise UserError(f"--image-size {args.image_size}: {one.title} {one.source} holds images of "
-                            f"{one.images.size[0]}x{one.images.size[1]} (height x width); only folders of pictures are cropped")
-        if one.images is None and (args.weights == "none" or args.training_images):
-            raise UserError(f"{one.title} {one.source} holds statistics of Inception's features, without images; "
-                            f"{'--weights none' if args.weights == 'none' else '--training-images'} needs images")
-        if one.images and size and one.images.size != size:
-            raise UserError(f"SAMPLES are {size[0]}x{size[1]} (height x width), the images of {one.title} "
-                            f"{one.images.size[0]}x{one.images.size[1]}; expected one size")
+    for side in filter(None, (samples, ref, training)):
+        check_images(side, args, size)
     return ref, samples, training
+
+
+def check_images(side: ImageSet, args: Namespace, size: tuple[int, int] | None) -> None:
+    """Raises UserError if a side lacks images that the flags need, or has images of another size (H, W)."""
+    if side.images is None:
+        if args.weights == "none" or args.training_images:
+            raise UserError(f"{side.title} {side.source} holds statistics of Inception's features, without images; "
+                            f"{'--weights none' if args.weights == 'none' else '--training-images'} needs images")
+        return
+    height, width = side.images.size
+    if args.image_size and not height == width == args.image_size:
+        raise UserError(f"--image-size {args.image_size}: {side.title} {side.source} holds images of {height}x{width} "
+                        "(height x width); only folders of pictures are cropped")
+    if size and (height, width) != size:
+        raise UserError(f"SAMPLES are {size[0]}x{size[1]} (height x width), the images of {side.title} {height}x{width}; "
+                        "expected one size")
 
 
 def open_set(source: str, title: str, data_root: str, size: tuple[int, int] | None = None, split: str = "val") -> ImageSet:
@@ -152,7 +160,7 @@ def open_set(source: str, title: str, data_root: str, size: tuple[int, int] | No
                 return ImageSet(title, source, None, statistics, count)
     images = open_images(source, title, size, data_root, split)
     if len(images) < 4:
-        raise UserError(f"{title} {source} has {len(images)} images; expected at least 4, for a third neighbour")
+        raise UserError(f"{title} {source} has {len(images)} images; expected at least 4, so that each has a third neighbour")
     return ImageSet(title, source, images, statistics, count)
 
 

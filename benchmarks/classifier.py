@@ -27,7 +27,7 @@ from runtime.randomness import generator
 from training.datasets import load_dataset
 from training.rows import Rows
 
-BATCH, STEPS, SMALLEST = 128, 300, 4  # images of a step; steps at least, without --epochs; pixels of a side at least
+BATCH, STEPS, SMALLEST = 128, 300, 4  # images of a step; minimum of steps without --epochs; minimum of pixels of a side
 SHIFT = 8  # an image is shifted by at most its size / SHIFT
 
 
@@ -35,10 +35,10 @@ def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Train a small classifier of real images, for evaluate.py --classifier.")
     parser.add_argument("--data-path", required=True, help="digits, mnist, cifar10, or a folder `train` of classes")
     parser.add_argument("--data-root", default="data", help="where named data sets lie")
-    parser.add_argument("--image-size", type=int | None, help="default: the data's own, 256 for a folder of classes")
+    parser.add_argument("--image-size", type=int | None, help="default: the data's size, 256 for a folder of classes")
     parser.add_argument("--out", required=True, help="the .pt to write")
-    parser.add_argument("--epochs", type=int | None, help=f"default: 10, or more of a small set, {STEPS:,} steps at least")
-    parser.add_argument("--lr", type=float, default=4e-3, help="the highest of a one-cycle schedule")
+    parser.add_argument("--epochs", type=int | None, help=f"default: 10, or more for a small set: at least {STEPS:,} steps")
+    parser.add_argument("--lr", type=float, default=4e-3, help="the maximum of a one-cycle schedule")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_device_argument()
     return parser
@@ -47,7 +47,7 @@ def build_parser() -> cli.ArgumentParser:
 def main(args: Namespace) -> None:
     world, start = start_world(args.device), time.perf_counter()
     if world.size > 1:
-        raise UserError("this script is for one process; start it without torchrun")
+        raise UserError("this script runs in one process; start it without torchrun")
     cli.check_numbers(args, ["epochs"], "at least 1", lambda n: n >= 1)
     cli.check_numbers(args, ["lr"], "above 0", lambda x: x > 0)
     cli.check_numbers(args, ["image_size"], f"in {SMALLEST}..{cli.MAX_SIZE}", lambda n: SMALLEST <= n <= cli.MAX_SIZE)
@@ -56,7 +56,7 @@ def main(args: Namespace) -> None:
     if held_out.classes != data.classes:
         raise UserError(f"the held-out part of `data_path` {args.data_path} holds other classes")
     if len(data) < 2:
-        raise UserError(f"`data_path` {args.data_path} holds one image; a classifier needs two at least")
+        raise UserError(f"`data_path` {args.data_path} holds one image; a classifier needs at least two")
     images, labels = read_all(data)
     torch.manual_seed(args.seed)
     network = {"num_classes": len(data.classes)}
@@ -67,7 +67,7 @@ def main(args: Namespace) -> None:
         "classifier": classifier.cpu().state_dict(),
         "spec": {"network": network, "size": list(images.shape[2:]), "data": args.data_path, "test_images": len(held_out),
                  "test_accuracy": accuracy}})
-    print(f"Wrote {args.out}: {accuracy:.2%} of {len(held_out):,} held-out images read right, "
+    print(f"Wrote {args.out}: {accuracy:.2%} of {len(held_out):,} held-out images classified correctly, "
           f"{time.perf_counter() - start:.0f} s")
 
 
@@ -82,7 +82,7 @@ def read_all(data) -> tuple[Tensor, Tensor]:
 
 def train(classifier: Classifier, images: Tensor, labels: Tensor, flip: bool, args, device: torch.device) -> None:
     """Train with AdamW and a one-cycle schedule. Images are shifted at random, and mirrored at random if `flip`."""
-    batch = min(BATCH, max(2, len(images) // 8))  # a small set would else have a step or two an epoch; BatchNorm needs two
+    batch = min(BATCH, max(2, len(images) // 8))  # more steps an epoch for a small set; BatchNorm needs two images
     steps = len(images) // batch
     epochs = args.epochs or max(10, math.ceil(STEPS / steps))
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=args.lr, weight_decay=0.05)

@@ -4,7 +4,6 @@ import json
 import math
 import statistics
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,43 +82,44 @@ class Run(NamedTuple):
         share = f"{self.share.numerator}of{self.share.denominator}"
         return f"{self.task}-{self.network.replace(' ', '-').replace('/', '')}-lr{self.lr:g}-seed{self.seed}-{share}"
 
+    @property
+    def seconds(self) -> float:
+        """Of training."""
+        return TASKS[self.task].seconds * float(self.share)
+
 
 def plan(task: str, results: dict[str, dict]) -> list[Run]:
-    """The runs of a task in their order, as far as the results so far tell which these are."""
-    runs, chosen = [], {}
+    """The runs of a task in their order, as far as the results so far determine them."""
+    runs, best = [], {}
     for family, networks in TASKS[task].families.items():
         if leader := TASKS[task].follows.get(family):
-            (network,) = networks
-            chosen[family] = chosen[leader] and chosen[leader]._replace(network=network)
-            continue
-        searched, chosen[family] = search(task, family, list(networks), results)
-        runs += searched
-    if None in chosen.values():
+            best[family] = best[leader] and best[leader]._replace(family=family, network=next(iter(networks)))
+        else:
+            searched, best[family] = search(task, family, list(networks), results)
+            runs += searched
+    if None in best.values():
         return runs
-
-    def of_all(stage: str, seed: int, share: Fraction) -> list[Run]:
-        return [Run(task, stage, family, best.network, best.lr, seed, share) for family, best in chosen.items()]
-
-    runs += [run for seed in SEEDS for run in of_all("main", seed, Fraction(1))]
-    return runs + [run for share in CURVE for run in of_all("curve", SEEDS[0], share)]
+    stages = [("main", seed, Fraction(1)) for seed in SEEDS] + [("curve", SEEDS[0], share) for share in CURVE]
+    return runs + [run._replace(stage=stage, seed=seed, share=share) for stage, seed, share in stages for run in best.values()]
 
 
 def search(task: str, family: str, networks: list[str], results: dict[str, dict]) -> tuple[list[Run], Run | None]:
-    """The runs that seek a family's network and learning rate, and the best of them once all are done."""
-    found = [search_rate(task, family, network, results) for network in networks]
-    runs, best = [run for own, _ in found for run in own], [run for _, run in found]
-    return runs, None if None in best else min(best, key=lambda run: distance(results[run.name]))
+    """The runs that search a family's network and learning rate, and the best of them once all are done."""
+    searches = [search_rate(task, family, network, results) for network in networks]
+    candidates = [best for _, best in searches]
+    runs = [run for searched, _ in searches for run in searched]
+    return runs, None if None in candidates else min(candidates, key=lambda run: distance(results[run.name]))
 
 
 def search_rate(task: str, family: str, network: str, results: dict[str, dict]) -> tuple[list[Run], Run | None]:
-    """The runs that seek a network's learning rate, and the best of them once it lies inside of the range."""
+    """The runs that search a network's learning rate, and the best of them once it is inside the range."""
     rates = list(LRS)
     while True:
         runs = [Run(task, "search", family, network, lr, SEEDS[0], SEARCH) for lr in rates]
         if not all(run.name in results for run in runs):
             return runs, None
         best = min(runs, key=lambda run: distance(results[run.name]))
-        if best.lr in sorted(rates)[1:-1]:
+        if min(rates) < best.lr < max(rates):
             return runs, best
         rates.append(best.lr / 2 if best.lr == min(rates) else best.lr * 2)
 
@@ -141,11 +141,7 @@ def steps_of(run: Run, results: dict[str, dict]) -> int:
     if run.network not in (times := results.get(f"{run.task}-times", {"networks": {}})["networks"]):
         raise UserError(f"the step time of {run.network} is not known; first run `compare.py time --tasks {run.task}`, "
                         "with the same `results`")
-    return round(run.share * TASKS[run.task].seconds / times[run.network]["seconds"])
-
-
-def hours(run: Run) -> float:
-    return float(run.share) * TASKS[run.task].seconds / 3600
+    return round(run.seconds / times[run.network]["seconds"])
 
 
 def missing_runs(task: str, folder: Path) -> list[Run]:
@@ -157,72 +153,68 @@ def missing_runs(task: str, folder: Path) -> list[Run]:
 
 
 def write_report(folder: Path, tasks: list[str]) -> None:
-    """Write table.md and compare.png, with those of the tasks that have results."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.pyplot import subplots
+    """Write table.md and compare.png of the tasks that have results."""
+    from matplotlib.figure import Figure  # from the extra `notebooks`
 
     results, lines = read_results(folder), []
     runs = {task: done for task in tasks if (done := [run for run in plan(task, results) if run.name in results])}
     if not runs:
         raise UserError(f"`results` {folder} has no result of {' or '.join(tasks)}")
-    picture, panels = subplots(1, len(runs), figsize=(5 * len(runs), 4), squeeze=False)
-    for (task, done), panel in zip(runs.items(), panels[0]):
+    picture = Figure(figsize=(5 * len(runs), 4), layout="tight")
+    panels = picture.subplots(1, len(runs), squeeze=False)[0]
+    for (task, done), panel in zip(runs.items(), panels):
         lines += [f"## {task}", "", *main_table(task, done, results), "", *search_table(done, results), ""]
         draw_curves(panel, task, done, results)
     write_text(folder / "table.md", "\n".join(lines))
-    picture.tight_layout()
     picture.savefig(folder / "compare.png", dpi=120)
 
 
 def main_table(task: str, done: list[Run], results: dict[str, dict]) -> list[str]:
     """A row a family: its network, costs and figures, mean and standard deviation over the seeds; then the floors."""
     lines = table_head("network", "M parameters", "MMAC", "ms a step", "steps", "lr", "seeds", *FIGURES, f"guided {GUIDANCE}")
-    floors = {}
+    floors = dict.fromkeys(FIGURES, "-")
     for runs in by_family(done, "main").values():
-        first, own = runs[0], [results[run.name] for run in runs]
-        costs = results[f"{task}-times"]["networks"][first.network]
-        values = [[figure(result, name)["value"] for result in own if "figures" in result] for name in FIGURES]
-        floors |= {name: figure(result, name)["floor"] for result in own if "figures" in result for name in FIGURES}
-        guided = next((figure(result, FIGURES[0], "guided")["value"] for result in own if "guided" in result), None)
-        lines.append(row(first.network, f"{costs['parameters'] / 1e6:.2f}", f"{costs['macs'] / 1e6:.1f}",
-                         f"{costs['seconds'] * 1e3:.0f}", own[0]["steps"], f"{first.lr:g}", len(runs), *map(spread, values),
-                         "-" if guided is None else f"{guided:.3g}"))
+        reports = [results[run.name] for run in runs]
+        measured = [report for report in reports if "figures" in report]
+        costs = results[f"{task}-times"]["networks"][runs[0].network]
+        floors |= {name: f"{figure(report, name)['floor']:.3g}" for report in measured for name in FIGURES}
+        guided = [f"{figure(report, FIGURES[0], 'guided')['value']:.3g}" for report in measured if "guided" in report]
+        lines.append(row(runs[0].network, f"{costs['parameters'] / 1e6:.2f}", f"{costs['macs'] / 1e6:.1f}",
+                         f"{costs['seconds'] * 1e3:.0f}", reports[0]["steps"], f"{runs[0].lr:g}", len(runs),
+                         *(spread([figure(report, name)["value"] for report in measured]) for name in FIGURES),
+                         *(guided or ["-"])))
     if decoded := results.get(f"{task}-reconstructions"):
         lines.append(row("real images, encoded and decoded", *6 * ["-"],
                          *(f"{figure(decoded, name)['value']:.3g}" for name in FIGURES), "-"))
-    return [*lines, row("real images", *6 * ["-"], *(f"{floors[name]:.3g}" if floors else "-" for name in FIGURES), "-")]
+    return [*lines, row("real images", *6 * ["-"], *floors.values(), "-")]
 
 
 def search_table(done: list[Run], results: dict[str, dict]) -> list[str]:
     """FD-classifier after a fifth of the steps, by network and learning rate."""
-    runs = [run for run in done if run.stage == "search"]
-    rates = sorted({run.lr for run in runs})
-    found = {(run.network, run.lr): distance(results[run.name]) for run in runs}
+    found = {(run.network, run.lr): f"{distance(results[run.name]):.3g}" for run in done if run.stage == "search"}
+    rates = sorted({lr for _, lr in found})
     return [*table_head("a fifth of the steps, lr", *(f"{lr:g}" for lr in rates)),
-            *(row(network, *(f"{found[network, lr]:.3g}" if (network, lr) in found else "-" for lr in rates))
-              for network in dict.fromkeys(run.network for run in runs))]
+            *(row(network, *(found.get((network, lr), "-") for lr in rates)) for network in dict.fromkeys(n for n, _ in found))]
 
 
 def draw_curves(panel, task: str, done: list[Run], results: dict[str, dict]) -> None:
-    """FD-classifier over the seconds of training; bars are standard deviations over the seeds. Floors may lie below."""
+    """FD-classifier over the seconds of training; bars are standard deviations over the seeds. Floors may be out of sight."""
     panel.set(title=task, xlabel="seconds of training, one CPU core", ylabel=FIGURES[0])
-    mains, drawn = by_family(done, "main"), []
-    for family, whole in mains.items():
-        runs = by_family(done, "curve").get(family, []) + whole
-        shares = sorted({run.share for run in runs})
-        values = [[distance(results[run.name]) for run in runs if run.share == share] for share in shares]
-        panel.errorbar([float(share) * TASKS[task].seconds for share in shares], list(map(statistics.mean, values)),
-                       [statistics.stdev(own) if len(own) > 1 else 0 for own in values], marker="o", capsize=4, label=family)
-        drawn += [value for own in values for value in own if 0 < value < math.inf]
-    draw_floor = partial(panel.axhline, color="gray", linewidth=1)
+    drawn, floors = [], {}
+    for family, runs in by_family(done, "main").items():
+        points = {}  # seconds -> distances
+        for run in by_family(done, "curve").get(family, []) + runs:
+            points.setdefault(run.seconds, []).append(distance(results[run.name]))
+        seconds, values = zip(*sorted(points.items()))
+        panel.errorbar(seconds, list(map(statistics.mean, values)), [statistics.stdev(v) if len(v) > 1 else 0 for v in values],
+                       marker="o", capsize=4, label=family)
+        drawn += [value for point in values for value in point if 0 < value < math.inf]
+        for report in [results[run.name] for run in runs if "figures" in results[run.name]]:
+            floors["real images"] = figure(report, FIGURES[0])["floor"]
     if decoded := results.get(f"{task}-reconstructions"):
-        draw_floor(distance(decoded), linestyle="--", label=f"encoded, decoded: {distance(decoded):.2g}")
-    measured = [results[run.name] for own in mains.values() for run in own if "figures" in results[run.name]]
-    for result in measured[:1]:
-        floor = figure(result, FIGURES[0])["floor"]
-        draw_floor(floor, linestyle=":", label=f"real images: {floor:.2g}")
+        floors["encoded, decoded"] = distance(decoded)
+    for (title, floor), style in zip(floors.items(), (":", "--")):
+        panel.axhline(floor, color="gray", linewidth=1, linestyle=style, label=f"{title}: {floor:.2g}")
     if drawn:
         use_log_axes(panel, [float(share) * TASKS[task].seconds for share in (*CURVE, 1)], drawn)
         panel.legend(fontsize="x-small")
@@ -242,8 +234,11 @@ def use_log_axes(panel, seconds: list[float], values: list[float]) -> None:
 
 
 def by_family(runs: list[Run], stage: str) -> dict[str, list[Run]]:
-    return {family: own for family in dict.fromkeys(run.family for run in runs)
-            if (own := [run for run in runs if (run.family, run.stage) == (family, stage)])}
+    families = {}
+    for run in runs:
+        if run.stage == stage:
+            families.setdefault(run.family, []).append(run)
+    return families
 
 
 def spread(values: list[float]) -> str:

@@ -1,61 +1,51 @@
 """Measure all that a GPU decides, in one command: ceilings, networks, sampling, sizes, waiting.
 
     python benchmarks/gpu_report.py --out benchmarks/results/h200.json
-    python benchmarks/gpu_report.py --stages ceilings networks --out …      # the same command goes on where it was stopped
-    python benchmarks/gpu_report.py --toy --out toy.json                    # all of it in miniature, on a CPU
+    python benchmarks/gpu_report.py --stages ceilings networks --out …      # the same command continues where it was stopped
+    python benchmarks/gpu_report.py --toy --out toy.json                    # all stages with tiny sizes, on a CPU
 
-Stages, the most useful first; each runs in a process of its own that is ended after --limit seconds:
+Stages, the most useful first:
 
-- ceilings: a large matmul, a large copy, and the depthwise 7x7 convolution of DiNext, forward, dgrad (to the input) and wgrad
-  (to the kernel), by dtype, backend and memory format, with the errors against float64.
+- ceilings: a large matmul, a large copy, and the depthwise 7x7 convolution of DiNext: forward, dgrad (to the input) and
+  wgrad (to the kernel), by dtype, backend and memory format, with the errors against float64.
 - networks: throughput.py of DiT-XL/2, DiNext-XL/2 and DiNext-U-XL, compiled, bf16; the share of the time in which kernels run.
 - sampling: seconds an image from random XL weights, without decoding: DDPM-250, dpm++ 20, interval, both kinds of reuse.
-- sizes: throughput.py of the other sizes, batches, eager, and diffusers' DiT where that is installed.
+- sizes: throughput.py of the other sizes, batches, eager, and diffusers' DiT if it is installed.
 - waiting: how long sample_ddp.py's device waits between batches, and train.py on cached features for data.
 
-Each figure is in the JSON at once; figures that are there are not measured again. expectations.json has estimates for an H200.
-They stand in the table (OUT.md) beside what was measured, so that what is off is seen.
+Each figure is written to the JSON at once; figures that it holds are not measured again. OUT.md is the same as tables.
 """
 
-import contextlib
 import gc
 import importlib.util
 import itertools
 import json
-import multiprocessing
-import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jsonargparse import Namespace
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.instruments import KINDS, kernel_seconds
-from benchmarks.reports import continued, markdown
+from benchmarks.instruments import kernel_seconds, name_of, open_report, time_call
 from pipeline.autoencoders import Pixels
 from pipeline.generation import Sampling, generate, prepare_network
 from pipeline.spec import BareWeights
 from runtime import cli
-from runtime.files import check_writable, write_json, write_text
-from runtime.processes import start_world, synchronize
+from runtime.files import write_json, write_text
+from runtime.processes import start_world
 
 ROOT = Path(__file__).resolve().parent.parent
-EXPECTATIONS = Path(__file__).with_name("expectations.json")
 Row = dict[str, float | str]
 Item = tuple[str, Callable[[], dict[str, Row]]]  # a name, and what measures its rows: name -> figures
 
@@ -77,21 +67,19 @@ class Scale(NamedTuple):
     compile: bool = True
     precision: str = "bf16"
     waiting: tuple = ("DiT-XL/2", "DiNext-S/2")
-    pictures: int = 2048
     drawn: int = 1024
     trained: int = 60                     # steps
 
 
 TOY = Scale(matmul=64, copied=2**12, depthwise=((2, 8, 6),), networks=("DiT-S/8", "DiNext-S/8"), others=(("DiNext-U-S",),),
             reference="diffusers/DiT-S/8", image_size=64, batch=1, batches=(2,), steps=(3, 2), repeats=1, compile=False,
-            precision="fp32", waiting=("DiNext-S/8",), pictures=12, drawn=6, trained=2)
+            precision="fp32", waiting=("DiNext-S/8",), drawn=6, trained=2)
 
 
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Measure all that a GPU decides, into one JSON and one table.")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES), help="default: all, in this order")
-    parser.add_argument("--out", required=True, help="JSON file for the figures; the table lies beside it")
-    parser.add_argument("--limit", type=int, default=480, help="seconds for each stage")
+    parser.add_argument("--out", required=True, help="JSON file for the figures; OUT.md is the table")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to try the report itself on a CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one, else cpu")
     return parser
@@ -109,18 +97,12 @@ def ceilings(scale: Scale, device: torch.device) -> Iterator[Item]:
 
 
 def seconds_of(call: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """The median time of a call, after three to warm up. Ten calls are timed together: one may be shorter than its launch."""
-    for _ in range(3):
-        call()
-    laps = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
+    """The median time of a call. Ten calls are timed together: one may be shorter than its launch. The first ten warm up."""
+    def ten_calls() -> None:
         for _ in range(10):
             call()
-        synchronize(device)
-        laps.append((time.perf_counter() - start) / 10)
-    return statistics.median(laps)
+
+    return statistics.median([time_call(ten_calls, device) / 10 for _ in range(1 + repeats)][1:])
 
 
 def time_matmul(scale: Scale, precision: str, device: torch.device) -> dict[str, Row]:
@@ -173,40 +155,38 @@ def depthwise_row(x, w, g, repeats: int, device: torch.device) -> Row:
 
 def networks(scale: Scale, device: torch.device) -> Iterator[Item]:
     for what in ("train", "forward"):
-        measure = partial(throughput, scale, scale.networks, what, scale.batch, scale.compile, device)
-        yield f"{what} batch {scale.batch}", measure
+        yield f"{what} batch {scale.batch}", partial(throughput, scale, device, scale.networks, what)
 
 
 def sizes(scale: Scale, device: torch.device) -> Iterator[Item]:
     for what, models in itertools.product(("train", "forward"), scale.others):
-        measure = partial(throughput, scale, models, what, scale.batch, scale.compile, device)
-        yield f"{what} batch {scale.batch}, {' '.join(models)}", measure
+        yield f"{what} batch {scale.batch}, {' '.join(models)}", partial(throughput, scale, device, models, what)
     for batch in scale.batches:
-        yield f"forward batch {batch} eager", partial(throughput, scale, scale.networks, "forward", batch, False, device)
+        eager = scale._replace(batch=batch, compile=False)
+        yield f"forward batch {batch} eager", partial(throughput, eager, device, scale.networks, "forward")
     if importlib.util.find_spec("diffusers"):
         pair = (scale.reference.removeprefix("diffusers/"), scale.reference)
-        yield f"train {scale.reference}", partial(throughput, scale, pair, "train", scale.batch, scale.compile, device)
+        yield f"train {scale.reference}", partial(throughput, scale, device, pair, "train")
 
 
-def throughput(scale: Scale, models: tuple, what: str, batch: int, compile: bool, device: torch.device) -> dict[str, Row]:
+def throughput(scale: Scale, device: torch.device, models: tuple[str, ...], what: str) -> dict[str, Row]:
     """The figures of throughput.py, by model and attention."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "figures.json"
-        start("benchmarks/throughput.py", "--models", *models, "--what", what, "--batch-size", batch, "--compile", compile,
-              "--precision", scale.precision, "--image-size", scale.image_size, "--repeats", scale.repeats, "--device",
-              device.type, "--out", out, cwd=folder)
-        results = json.loads(out.read_text())["results"]
+        start("benchmarks/throughput.py", "--models", *models, "--what", what, "--batch-size", scale.batch, "--compile",
+              scale.compile, "--precision", scale.precision, "--image-size", scale.image_size, "--repeats", scale.repeats,
+              "--device", device.type, "--out", "figures.json", cwd=folder)
+        results = json.loads((Path(folder) / "figures.json").read_text())["results"]
     return {" ".join(filter(None, [r["model"], r["attention"]])): throughput_row(r) for r in results}
 
 
 def throughput_row(result: dict) -> Row:
     if result["out_of_memory"]:
         return {"failed": "out of memory"}
-    kernels, seconds = result["kernel_seconds"], statistics.median(result["seconds"])
+    kernels = result["kernel_seconds"]
     total = sum(kernels.values())
     return {"images_per_second": result["images_per_second"], "ratio": result["ratio"], "of_matmul": result["of_matmul"],
             "gib": (result["peak_memory_bytes"] or 0) / 2**30, "mb_moved_eager": result["bytes_moved"] / 1e6,
-            "kernels_run": total / seconds, **{kind: kernels[kind] / total for kind in KINDS if kind in kernels}}
+            "kernels_run": total / statistics.median(result["seconds"]), **{kind: kernels[kind] / total for kind in kernels}}
 
 
 def start(script: str, *flags: object, cwd: str | Path) -> str:
@@ -227,7 +207,7 @@ def sampling(scale: Scale, device: torch.device) -> Iterator[Item]:
 
 
 def time_sampling(scale: Scale, name: str, batch: int, device: torch.device) -> dict[str, Row]:
-    """Seconds an image, guided, from random weights. The first call of each way compiles; the second is timed."""
+    """Seconds an image, guided, from random weights. The first call of each row compiles; the second is timed."""
     torch.compiler.reset()
     spec = BareWeights(name, scale.image_size).spec({})
     with device:
@@ -237,24 +217,20 @@ def time_sampling(scale: Scale, name: str, batch: int, device: torch.device) -> 
     prepare_network(model, scale.precision, scale.compile)
     ddpm, fast = (dict(sampler=sampler, num_sampling_steps=str(steps), cfg_scale=1.5, precision=scale.precision)
                   for sampler, steps in zip(("ddpm", "dpm++"), scale.steps))
-    ways = {"ddpm": ddpm, "ddpm encoder": ddpm | dict(reuse="encoder"), "dpm++": fast,
+    rows = {"ddpm": ddpm, "ddpm encoder": ddpm | dict(reuse="encoder"), "dpm++": fast,
             "dpm++ interval": fast | dict(guidance_interval=(100.0, 600.0)),
             "dpm++ encoder": fast | dict(reuse="encoder", key_steps="every:2"),
             "dpm++ forecast": fast | dict(reuse="forecast", key_steps="every:2")}
-    return {way: sampling_row(model, Sampling.of(spec, given, model), batch, device) for way, given in ways.items()}
-
-
-def sampling_row(model: nn.Module, chosen: Sampling, batch: int, device: torch.device) -> Row:
-    labels = [i % model.num_classes for i in range(batch)]
-    draw = partial(generate, model, Pixels(), labels, range(batch), 0, chosen)
-    draw()
-    synchronize(device)
-    begun = time.perf_counter()
-    draw()
-    synchronize(device)
-    seconds = time.perf_counter() - begun
-    return {"seconds_per_image": seconds / batch, "model_calls": chosen.model_calls, "block_calls": chosen.block_calls(model),
-            "kernels_run": sum(kernel_seconds(draw, device).values()) / seconds}
+    labels, indices = [i % model.num_classes for i in range(batch)], range(batch)
+    for row, settings in rows.items():
+        chosen = Sampling.of(spec, settings, model)
+        draw = partial(generate, model, Pixels(), labels, indices, 0, chosen)
+        draw()
+        seconds = time_call(draw, device)
+        rows[row] = {"seconds_per_image": seconds / batch, "model_calls": chosen.model_calls,
+                     "block_calls": chosen.block_calls(model),
+                     "kernels_run": sum(kernel_seconds(draw, device).values()) / seconds}
+    return rows
 
 
 # --- waiting ---------------------------------------------------------------------------------------
@@ -266,34 +242,24 @@ def waiting(scale: Scale, device: torch.device) -> Iterator[Item]:
 
 
 def time_waiting(scale: Scale, name: str, device: torch.device) -> dict[str, Row]:
-    """A run on features of random pictures of half the size (own autoencoder of factor 4), then images from its checkpoint."""
-    common, size = ["--device", device.type, "--precision", scale.precision], scale.image_size // 2
+    """A run on features of digits, from an autoencoder (factor 4) trained for one step; then images from its checkpoint."""
+    digits = ["--data-path", "digits", "--image-size", scale.image_size // 2, "--device", device.type]
     with tempfile.TemporaryDirectory() as folder:
-        save_pictures(Path(folder) / "pictures", scale.pictures, size)
-        start("train.py", "--data-path", "pictures", "--image-size", size, "--num-classes", 2, "--model", "Autoencoder-F4C8",
-              "--model-args", '{"hidden_size": 8}', "--max-steps", 1, "--global-batch-size", 8, "--preview-every", 0,
-              "--run-name", "ae", *common, cwd=folder)
-        start("extract_features.py", "--data-path", "pictures", "--image-size", size, "--num-classes", 2, "--vae", "results/ae",
-              "--features-path", "features", *common, cwd=folder)
+        start("train.py", *digits, "--model", "Autoencoder-F4C8", "--model-args", '{"hidden_size": 8}', "--max-steps", 1,
+              "--global-batch-size", 8, "--preview-every", 0, "--run-name", "ae", cwd=folder)
+        start("extract_features.py", *digits, "--vae", "results/ae", "--features-path", "features", cwd=folder)
+        common = ["--device", device.type, "--precision", scale.precision]
         start("train.py", "--data-path", "features", "--model", name, "--max-steps", scale.trained, "--global-batch-size",
-              min(scale.batch, scale.pictures // 2), "--log-every", max(1, scale.trained // 3), "--preview-every", 0,
+              scale.batch, "--log-every", max(1, scale.trained // 3), "--preview-every", 0,
               *(["--compile"] if scale.compile else []), "--run-name", "run", *common, cwd=folder)
-        said = start("sample_ddp.py", "--ckpt", "results/run", "--num-fid-samples", scale.drawn, "--num-sampling-steps",
-                     scale.steps[1], "--sampler", "dpm++", "--per-proc-batch-size", max(1, scale.drawn // 4), *common,
-                     cwd=folder)
+        output = start("sample_ddp.py", "--ckpt", "results/run", "--num-fid-samples", scale.drawn, "--num-sampling-steps",
+                       scale.steps[1], "--sampler", "dpm++", "--per-proc-batch-size", max(1, scale.drawn // 4), *common,
+                       cwd=folder)
         lines = [json.loads(line) for line in (Path(folder) / "results/run/metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "data_wait_share" in line][-1]
-    speed, waited = re.search(r"\((\S+) images/s\); between batches the device waited (\S+)% of the time", said).groups()
+    speed, waited = re.search(r"\((\S+) images/s\); between batches the device waited (\S+)% of the time", output).groups()
     return {"train.py": {"images_per_second": last["images_per_second"], "data_wait_share": last["data_wait_share"]},
             "sample_ddp.py": {"images_per_second": float(speed), "between_batches_share": float(waited) / 100}}
-
-
-def save_pictures(folder: Path, count: int, size: int) -> None:
-    random = np.random.default_rng(0)
-    for i in range(count):
-        path = folder / str(i % 2) / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(256, size=(size, size, 3), dtype=np.uint8)).save(path, compress_level=1)
 
 
 # --- the report ------------------------------------------------------------------------------------
@@ -301,19 +267,16 @@ def save_pictures(folder: Path, count: int, size: int) -> None:
 STAGES = {"ceilings": ceilings, "networks": networks, "sampling": sampling, "sizes": sizes, "waiting": waiting}
 
 
-def run_stage(stage: str, out: Path, toy: bool, device: str) -> None:
-    """Measure what a stage's part of the report lacks. Runs in a process and a group of its own."""
-    os.setsid()
-    target = start_world(device).device
-    report = json.loads(out.read_text())
-    for name, measure in STAGES[stage](TOY if toy else Scale(), target):
+def run_stage(stage: str, report: dict, out: Path, scale: Scale, device: torch.device) -> None:
+    """Measure what a stage's part of the report lacks."""
+    for name, measure in STAGES[stage](scale, device):
         if name in report["stages"].get(stage, {}):
             continue
         print(f"{stage}: {name}", flush=True)
         try:
             with torch.no_grad():
                 rows = measure()
-        except (RuntimeError, OSError) as error:  # this figure is lost, not those that follow
+        except (RuntimeError, OSError) as error:  # only this figure is lost
             print(f"  failed: {cli.one_line(error)}", flush=True)
             report["failed"][f"{stage}: {name}"] = cli.one_line(error)
         else:
@@ -324,37 +287,29 @@ def run_stage(stage: str, out: Path, toy: bool, device: str) -> None:
         torch.cuda.empty_cache()
 
 
+def markdown(report: dict) -> str:
+    """One table a stage, a line for each row of an item."""
+    settings = report["settings"]
+    lines = [f"# {settings['device']}, torch {settings['torch']}, {report['date']}{', toy sizes' if settings['toy'] else ''}"]
+    for stage, items in report["stages"].items():
+        lines += ["", f"## {stage}", "", "| | figures |", "|---|---|"]
+        for item, rows in items.items():
+            for row, figures in rows.items():
+                shown = ", ".join(f"{name} {value:.4g}" if isinstance(value, int | float) else f"{name} {value}"
+                                  for name, value in figures.items() if value is not None)
+                lines.append(f"| {item}: {row} | {shown} |")
+    return "\n".join([*lines, "", *(f"Failed: {name}: {why}" for name, why in report["failed"].items())])
+
+
 def main(args: Namespace) -> None:
-    cli.check_numbers(args, ["limit"], "at least 1", lambda n: n >= 1)
     cli.check_output_flag(args, "out", ".json")
-    out = Path(args.out)
-    check_writable(out.parent)
-    device = start_world(args.device).device
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    open_report(out, {"device": machine, "torch": torch.__version__, "toy": args.toy})
+    out, device = Path(args.out), start_world(args.device).device
+    settings = {"device": name_of(device), "torch": torch.__version__, "toy": args.toy}
+    report = open_report(out, settings, {"date": f"{date.today()}", "failed": {}, "stages": {}})
     for stage in args.stages:
-        child = multiprocessing.get_context("spawn").Process(target=run_stage, args=(stage, out, args.toy, device.type))
-        child.start()
-        child.join(args.limit)
-        if child.is_alive():
-            with contextlib.suppress(ProcessLookupError):  # it has no group yet, and so has started nothing
-                os.killpg(child.pid, signal.SIGKILL)
-            child.kill()
-            child.join()
-            print(f"{stage}: stopped after {args.limit} s; the same command goes on with what is missing")
-        elif child.exitcode:
-            raise SystemExit(child.exitcode)
-    report = json.loads(out.read_text())
-    table = out.with_suffix(".md")
-    write_text(table, markdown(report, json.loads(EXPECTATIONS.read_text())))
-    print(f"Wrote {out} and {table}; {len(report['failed'])} failed")
-
-
-def open_report(out: Path, settings: dict) -> None:
-    """Begin a report, or check that the one at --out is of the same machine."""
-    if continued(out, settings) is None:
-        report = {"settings": settings, "date": f"{date.today()}", "failed": {}, "stages": {}}
-        write_json(out, report)
+        run_stage(stage, report, out, TOY if args.toy else Scale(), device)
+    write_text(out.with_suffix(".md"), markdown(report))
+    print(f"Wrote {out} and {out.with_suffix('.md')}; {len(report['failed'])} failed")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compare ways to sample from one checkpoint: calls, s/image, RMSE to the exact solution, Fréchet distance.
+"""Compare ways to sample from one checkpoint: calls, s/image, Fréchet distance.
 
     python benchmarks/sampling.py --ckpt results/mnist --data-path mnist --samples 5000 --out sampling.json
     python benchmarks/sampling.py --ckpt results/mnist --sampler ddpm --num-sampling-steps 250 --cfg-scale 1.5 \
@@ -10,38 +10,32 @@ flags. Only the row `flags` and, without reuse, the row `plain` take sampler, st
 and equality compare with the first row.
 
 - calls: of the model and of its blocks, per image, in both branches of guidance together.
-- s/image: sampling and decoding, synchronised; the median over --repeats rounds after a warm-up round. A round is one
-  batch of each row in turn, so other load on the machine affects all rows alike. A ratio is the median of the rounds' ratios.
-- RMSE: of the last states (latents, or pixels without an autoencoder) for the same labels and start noise. A row with the
-  solver and times of the first row (so also the same later noise) is compared with it. Other rows are compared with dpm++
-  with 250 steps, guided everywhere, in place of the exact solution. A stochastic row with other times has no RMSE.
+- s/image: sampling and decoding; the median over --repeats rounds after a warm-up round. A round is one batch of each row,
+  so other load on the machine affects all rows alike. A ratio is the median of the rounds' ratios.
 - FD-pixel32: the Fréchet distance of raw pixels in [-1, 1], large images averaged to 32x32, between --samples images
   (classes in turn) and the held-out images; mean and standard deviation over --seeds. Equal: the mean is at most the
   reference's mean plus its standard deviation.
 
-With --out each figure is saved in a JSON at once, and the same command continues after an interruption. A PNG beside it
-shows distance over time. Without --out nothing is written.
+With --out each figure is saved in a JSON at once, and the same command continues after an interruption.
 """
 
 import copy
-import gc
 import itertools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.reports import continued, fastest, plot, summarise, table
+from benchmarks.instruments import median_ratio, name_of, open_report, time_in_turn
 from diffusion import FlowMatching
 from evaluation.extractors import pixel_features
 from evaluation.metrics import Gaussian, RunningCovariance, frechet_distance
@@ -58,7 +52,7 @@ from pipeline.settings import SamplingSettings, add_sampling_arguments
 from pipeline.spec import BareWeights, Spec
 from runtime import UserError, cli
 from runtime.files import in_batches, write_json
-from runtime.processes import start_world, synchronize
+from runtime.processes import start_world
 from training.datasets import load_dataset
 from training.rows import Rows
 
@@ -82,8 +76,6 @@ ROWS = {  # differences from the reference
     "all-encoder": FAST | dict(guidance_interval=INTERVAL, reuse="encoder", key_steps="every:2"),
     "all-forecast": FAST | dict(guidance_interval=INTERVAL, reuse="forecast", key_steps="every:2"),
 }
-EXACT = dict(sampler="dpm++", num_sampling_steps=250)
-RMSE_IMAGES = 16
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -97,7 +89,7 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one distance each")
     parser.add_argument("--data-path", type=str | None, help="the real images: digits, mnist, cifar10 or a folder of classes")
     parser.add_argument("--data-root", default="data", help="where named data sets lie")
-    parser.add_argument("--out", type=str | None, help="JSON file for the figures; the plot lies beside it")
+    parser.add_argument("--out", type=str | None, help="JSON file for the figures")
     return parser
 
 
@@ -105,43 +97,49 @@ def main(args: Namespace) -> None:
     torch.set_grad_enabled(False)
     check_flags(args)
     world = start_world(args.device)
-    given = SamplingSettings.given(vars(args))
     bare = BareWeights(args.model, args.image_size, args.num_classes, objective=args.objective)
     restored = restore_checkpoint(world, args.ckpt, bare, args.vae)
-    sampling = Sampling.of(restored.spec, given, restored.model)
-    autoencoder = restore_autoencoder(world, restored, sampling, same=args.vae is None)
-    rows = make_rows(args, restored, sampling, world.device)
-    report = open_report(args.out, report_settings(args.as_dict(), rows, restored, world.device))
-    first, real = next(iter(rows)), real_gaussian(args, restored.spec) if args.samples else None
+    flags = Sampling.of(restored.spec, SamplingSettings.given(vars(args)), restored.model)
+    autoencoder = restore_autoencoder(world, restored, flags, same=args.vae is None)
+    rows = make_rows(args, restored, flags, world.device)
+    settings = report_settings(args.as_dict(), rows, restored, world.device)
+    empty = {"times": {}, "distances": {name: {} for name in rows}}
+    report = open_report(Path(args.out), settings, empty) if args.out else {"settings": settings, **empty}
+    real = real_gaussian(args, restored.spec) if args.samples else None
     for name, row in rows.items():
         if row.plan:
             print(f"{name}: {row.plan}", flush=True)
+
+    networks = {row.settings.precision: copy.deepcopy(restored.model) for row in rows.values()}
+    for precision, network in networks.items():
+        prepare_network(network, precision, args.compile)
+
+    def draw(row: Sampling, indices: range, seed: int) -> Tensor:
+        """Images (B, H, W, C) uint8, with the classes in turn as labels."""
+        network = networks[row.settings.precision]
+        return generate(network, autoencoder, [i % network.num_classes for i in indices], indices, seed, row)
 
     def fill(cells: dict, key: object, measure: Callable, *given) -> None:
         """Measure a cell of the report if it is missing."""
         if str(key) not in cells:
             cells[str(key)] = measure(*given)
-            save(args.out, report)
+            save(report, args.out)
 
-    networks = {row.settings.precision: copy.deepcopy(restored.model) for row in (sampling, *rows.values())}
-    for precision, network in networks.items():
-        prepare_network(network, precision, args.compile)
-    draw = partial(draw_in_turn, networks, autoencoder)
     for batch_size in args.batch_sizes if args.repeats else []:
         fill(report["times"], batch_size, time_rows, draw, rows, batch_size, args.repeats, world.device)
-    exact = make_sampling(restored.spec, restored.model, sampling.settings, EXACT)
-    states = cache(lambda name: final_states(draw, rows.get(name, exact), args.seeds[0]))
-    for name, row in rows.items():
-        fill(report["rmse"], name, rmse, states, name, nearest(row, first, rows[first]))
     for seed, (name, row) in itertools.product(args.seeds if args.samples else [], rows.items()):
         fill(report["distances"][name], seed, distance, draw, row, seed, args.samples, real)
 
     report["summary"] = summarise(report["distances"])
-    save(args.out, report)
-    print(*table(report), *fastest(report), sep="\n")
+    save(report, args.out)
+    print(*(line(name, report) for name in rows), sep="\n")
     if args.out:
-        picture = plot(report, Path(args.out).with_suffix(".png"))
-        print(f"Wrote {args.out}{f' and {picture}' if picture else ''}")
+        print(f"Wrote {args.out}")
+
+
+def save(report: dict, out: str | None) -> None:
+    if out:
+        write_json(Path(out), report)
 
 
 def check_flags(args: Namespace) -> None:
@@ -163,131 +161,50 @@ def make_rows(args: Namespace, restored: checkpoint.Restored, flags: Sampling, d
     """The requested rows, or all that apply. The first is the reference."""
     reference = "heun-50" if isinstance(flags.process, FlowMatching) else "ddpm-250"
     useless = {"interval": flags.settings.cfg_scale == 1, "bf16": device.type == "cpu" or args.precision == "bf16"}
-    own = ["plain", "flags"] if args.reuse != "none" else []
-    every = [reference, *(name for name in ROWS if not useless.get(name)), *own]
+    every = [reference, *(name for name in ROWS if not useless.get(name)),
+             *(["plain", "flags"] if args.reuse != "none" else [])]
+    no_reuse = vars(flags.settings) | dict(reuse="none", key_steps=None, reuse_args={})
 
     def make(name: str) -> Sampling:
         if name in ("plain", "flags"):
-            off = dict(reuse="none", key_steps=None, reuse_args={})
-            return flags if name == "flags" else Sampling.of(restored.spec, vars(flags.settings) | off)
+            return flags if name == "flags" else Sampling.of(restored.spec, no_reuse)
         difference = REFERENCES[name] if name in REFERENCES else REFERENCES[reference] | ROWS[name]
         if "guidance_interval" in difference and args.guidance_interval:
             difference = difference | {"guidance_interval": args.guidance_interval}
         with cli.prefix_errors(f"--rows {name}:", *cli.WRONG_VALUE):
-            return make_sampling(restored.spec, restored.model, flags.settings, difference)
+            return Sampling.of(restored.spec, no_reuse | dict(guidance_interval=None, eta=0.0) | difference, restored.model)
 
     return {name: make(name) for name in args.rows or every}
 
 
-def make_sampling(spec: Spec, model: nn.Module, flags: SamplingSettings, difference: dict[str, Any]) -> Sampling:
-    """The flags' guidance, its channels, thresholding and precision, guided everywhere, then changed by `difference`."""
-    plain = dict(guidance_interval=None, eta=0.0, reuse="none", key_steps=None, reuse_args={})
-    return Sampling.of(spec, vars(flags) | plain | difference, model)
-
-
-# --- the report, a JSON that grows cell by cell --------------------------------------------------
-
-
 def report_settings(flags: dict[str, Any], rows: dict[str, Sampling], restored: checkpoint.Restored,
                     device: torch.device) -> dict[str, Any]:
-    """All settings that the figures depend on, as JSON will return them. Times of other batch sizes may be added later."""
+    """All settings that the figures depend on, as JSON stores them. Times of other batch sizes may be added later."""
     other = ("config", "ckpt", "out", "device", "batch_sizes", "repeats")
     flags = {name: value for name, value in flags.items() if name not in other}
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    own = {name: dict(model_calls=row.model_calls, block_calls=row.block_calls(restored.model)) | row.record()
-           for name, row in rows.items()}
-    about = {"checkpoint": restored.name, "sha256": restored.sha256(), "device": machine,
-             "torch": torch.__version__}
-    return json.loads(json.dumps(about | flags | {"rows": own}))
-
-
-def open_report(out: str | None, settings: dict) -> dict:
-    """Begin a report, or continue the one at --out."""
-    found = out and continued(Path(out), settings)
-    return found or {"settings": settings, "times": {}, "rmse": {}, "distances": {name: {} for name in settings["rows"]}}
-
-
-def save(out: str | None, report: dict) -> None:
-    if out:
-        write_json(Path(out), report)
+    records = {name: dict(model_calls=row.model_calls, block_calls=row.block_calls(restored.model)) | row.record()
+               for name, row in rows.items()}
+    about = {"checkpoint": restored.name, "sha256": restored.sha256(), "device": name_of(device), "torch": torch.__version__}
+    return json.loads(json.dumps(about | flags | {"rows": records}))
 
 
 # --- measurements --------------------------------------------------------------------------------
 
 
-def draw_in_turn(networks: dict[str, nn.Module], autoencoder: nn.Module, sampling: Sampling, indices: range, seed: int,
-                 on_step: Callable[[dict[str, Tensor]], object] = lambda step: None) -> Tensor:
-    """Draw images (B, H, W, C) uint8 by the network of the precision, with the classes in turn as labels."""
-    model = networks[sampling.settings.precision]
-    return generate(model, autoencoder, [i % model.num_classes for i in indices], indices, seed, sampling, on_step)
-
-
 def time_rows(draw: Callable, rows: dict[str, Sampling], batch_size: int, repeats: int, device: torch.device) -> dict:
-    """Each row's times at one batch size, or None if it is out of memory."""
-    laps = {name: [] for name in rows}  # per round: (seconds in total, before decoding)
-    for _, name in itertools.product(tqdm(range(1 + repeats), f"batch {batch_size}", leave=False), rows):
-        if laps[name] is not None:
-            try:
-                laps[name].append(time_batch(draw, rows[name], batch_size, device))
-            except torch.cuda.OutOfMemoryError:
-                laps[name] = None
-            if laps[name] is None:  # not above: a live exception keeps its functions' memory
-                tqdm.write(f"{name}: batch {batch_size} is out of memory")
-                gc.collect()
-                torch.cuda.empty_cache()
+    """Each row's times at one batch size, or None if it is out of memory. "ratio": its speed relative to the first row."""
+    calls = {name: partial(draw, row, range(batch_size), 0) for name, row in rows.items()}
+    laps = time_in_turn(calls, repeats, device, f"batch {batch_size}")
     first = next(iter(laps.values()))
-    return {name: own and times(own[1:], first and first[1:], batch_size) for name, own in laps.items()}  # [0] warmed up
-
-
-def time_batch(draw: Callable, sampling: Sampling, batch_size: int, device: torch.device) -> tuple[float, float]:
-    """Seconds of one batch: in total, and before decoding."""
-    marks, steps = [], itertools.count(1)
-
-    def mark() -> None:
-        synchronize(device)
-        marks.append(time.perf_counter())
-
-    mark()
-    draw(sampling, range(batch_size), 0, lambda step: mark() if next(steps) == sampling.process.num_timesteps else None)
-    mark()
-    return marks[2] - marks[0], marks[1] - marks[0]
-
-
-def times(own: list[tuple[float, float]], first: list[tuple[float, float]] | None, batch_size: int) -> dict:
-    """The reported times of a row. "ratio": its speed relative to the first row."""
-    seconds, sampling = ([lap[part] / batch_size for lap in own] for part in (0, 1))
-    ratios = [theirs[0] / mine[0] for theirs, mine in zip(first or [], own)]
-    return {"seconds_per_image": statistics.median(seconds), "sampling_seconds_per_image": statistics.median(sampling),
-            "ratio": statistics.median(ratios) if ratios else None, "rounds": seconds, "threads": torch.get_num_threads()}
-
-
-def nearest(row: Sampling, first_name: str, first: Sampling) -> str | None:
-    """The row whose last states this row should match: the first, "exact", or None."""
-    if solver_of(row) == solver_of(first):
-        return first_name
-    return None if row.settings.sampler == "ddpm" or row.settings.eta else "exact"
-
-
-def rmse(states: Callable[[str], Tensor], name: str, to: str | None) -> dict:
-    """Root mean square difference between a row's last states and those of the row `to`."""
-    return {"rmse": to and (states(name) - states(to)).square().mean().sqrt().item(), "rmse_to": to}
-
-
-def final_states(draw: Callable, sampling: Sampling, seed: int) -> Tensor:
-    """The last states (RMSE_IMAGES, C, H, W)."""
-    step = {}
-    draw(sampling, range(RMSE_IMAGES), seed, step.update)
-    return step["sample"].float()
+    return {name: seconds and {
+        "seconds_per_image": statistics.median(seconds) / batch_size, "ratio": first and median_ratio(first, seconds),
+        "rounds": [lap / batch_size for lap in seconds], "threads": torch.get_num_threads()} for name, seconds in laps.items()}
 
 
 def distance(draw: Callable, sampling: Sampling, seed: int, samples: int, real: Gaussian) -> float:
     """FD-pixel32 between `samples` drawn images and the real ones."""
     batches = tqdm([range(i, min(i + BATCH, samples)) for i in range(0, samples, BATCH)], "drawing", leave=False)
     return frechet_distance(gaussian_of(draw(sampling, batch, seed).permute(0, 3, 1, 2) for batch in batches), real)
-
-
-def solver_of(row: Sampling) -> tuple:
-    return row.settings.sampler, row.settings.eta, row.times
 
 
 def real_gaussian(args: Namespace, spec: Spec) -> Gaussian:
@@ -310,6 +227,35 @@ def gaussian_of(batches: Iterable[Tensor]) -> Gaussian:
         features = pixel_features(images).flatten(1)
         running = (running or RunningCovariance(features.shape[1])).update(features)
     return running.gaussian()
+
+
+# --- conclusions ---------------------------------------------------------------------------------
+
+
+def summarise(distances: dict[str, dict[str, float]]) -> dict:
+    """Each row's distance over the seeds. "equal": the mean is at most the first row's plus its standard deviation."""
+    rows = {name: list(cells.values()) for name, cells in distances.items() if cells}
+    summary = {name: {"distance": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+               for name, values in rows.items()}
+    first = next(iter(summary.values()), None)
+    for row in summary.values():
+        row["equal"] = None if first["std"] is None else row["distance"] <= first["distance"] + first["std"]
+    return summary
+
+
+def line(name: str, report: dict) -> str:
+    """A row's calls, times at each batch size, and distance."""
+    row, summary = report["settings"]["rows"][name], report["summary"].get(name)
+    cells = [f"{name:14} {row['model_calls']:5} model calls {row['block_calls']:6} block calls"]
+    for batch, times in report["times"].items():
+        time = times[name] and f"{times[name]['seconds_per_image']:.4g} s/image"
+        cells.append(f"batch {batch}: {time or 'out of memory'}")
+        if time and times[name]["ratio"]:
+            cells[-1] += f", {times[name]['ratio']:.2f}x"
+    if summary:
+        spread = "" if summary["std"] is None else f" ± {summary['std']:.2g}{'' if summary['equal'] else ' (worse)'}"
+        cells.append(f"FD-pixel32 {summary['distance']:.4g}{spread}")
+    return "; ".join(cells)
 
 
 if __name__ == "__main__":

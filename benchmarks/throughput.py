@@ -4,32 +4,29 @@
         --batch-size 8 32 128
 
 For each setting (what, precision, compile, batch size) all models are loaded at once and timed in turn. A round is one
-call of each, so other load on the machine affects all alike. Figures are medians over --repeats rounds. So are the ratios
-at the end; each compares two calls of one round, so they are more reliable than images/s. On CUDA a network with attention
-has a row for each fast implementation of it, and ratios are to the first model's fastest row.
+call of each, so other load on the machine affects all alike. Figures are medians over --repeats rounds. The ratios at the
+end are medians too; each compares two calls of one round, so they are more reliable than images/s. On CUDA a network with
+attention has a row for each fast implementation of it, and ratios are to the first model's fastest row.
 
 - train: forward, loss of `create_diffusion("")`, backward, fused AdamW. forward: under no_grad. Nothing else is timed:
   no data, clipping or EMA. forward in bf16 has weights that were cast once, as in sampling. All weights are drawn from
   N(0, 0.02): with zeros a GPU would stay cool and run faster.
 - FLOP/s: 2 per multiply-accumulate of the forward pass; a training step counts as three forward passes.
 - of matmul: the share of the FLOP/s of one large square matmul at the same precision, timed in the same rounds.
-- MB moved: what the operations of an image's forward pass, run one by one on CUDA, read and write; attention and each other
-  operation count as one kernel. Counted without running them, so a CPU tells it too.
+- MB moved: what the operations of an image's eager forward pass read and write on CUDA; attention and each other operation
+  count as one kernel. Counted without running them, so on a CPU too.
 - where: the shares of one profiled call's kernel time. "other": elementwise, reductions, copies, the optimizer.
 - memory: the peak of the model's weights, AdamW and a step together, without the other models. CUDA only: CPU
-  allocators keep no such figure. A setting too large for the GPU, beside the other models, is recorded as such.
+  allocators do not report it. A setting too large for the GPU, beside the other models, is recorded as out of memory.
 - diffusers/NAME: diffusers' DiTTransformer2DModel with the sizes of preset NAME, as an independent reference. Each block
   embeds t and y again with its own weights (XL/2: 750 M parameters, not 675 M). It draws its label drop itself.
 """
 
 import gc
 import itertools
-import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -39,36 +36,34 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.instruments import KINDS, ByteCounter, FusedAttention, fake_autocast, fake_cuda, kernel_seconds
+from benchmarks import instruments
+from benchmarks.instruments import KINDS, attempt, kernel_seconds, median_ratio, time_in_turn
 from diffusion import create_diffusion
 from models import DiT_models
 from runtime import UserError, cli
-from runtime.files import check_writable, write_json
-from runtime.processes import autocast, cast_weights, start_world, synchronize
+from runtime.files import write_json
+from runtime.processes import autocast, cast_weights, start_world
 from small_models import DIFFUSION_NETWORKS
 
 REFERENCE = "diffusers/"
 MATMUL_SIZE = {"cuda": 8192, "mps": 4096, "cpu": 1024}  # large enough for the full rate
 ATTENTION = {"cuda": {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}}  # rows of a device
-WARM_UP = 3  # calls of each candidate before the rounds; the first ones compile
 
 
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Measure the speed and memory of models, side by side.")
     references = [f"{REFERENCE}{name}" for name in DiT_models if name.startswith("DiT-")]
     parser.add_argument("--models", nargs="+", required=True, choices=[*DIFFUSION_NETWORKS, *references],
-                        help="names of presets, diffusers/NAME for the reference; ratios are to the first one")
+                        help="names of presets, diffusers/NAME for the reference; ratios are to the first model")
     parser.add_argument("--what", nargs="+", default=["train", "forward"], choices=["train", "forward"])
     parser.add_argument("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16"], help="as of train.py")
     parser.add_argument("--compile", type=bool, nargs="+", default=[False], help="false, true, or both")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[8])
-    parser.add_argument("--image-size", type=int, default=256, help="of 8 x 8 pixels a latent position")
+    parser.add_argument("--image-size", type=int, default=256, help="8 x 8 pixels are one latent position")
     parser.add_argument("--repeats", type=int, default=20, help="rounds")
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one, else cpu")
+    parser.add_device_argument()
     parser.add_argument("--out", type=str | None, help="JSON file for the figures")
     return parser
 
@@ -77,7 +72,7 @@ def build_parser() -> cli.ArgumentParser:
 
 
 class Setting(NamedTuple):
-    """The settings that all candidates of a round share."""
+    """The settings that all models of a round share."""
 
     what: str  # "train" or "forward"
     precision: str
@@ -112,10 +107,7 @@ def build(name: str, input_size: int, **changes) -> nn.Module:
 
 
 def count_macs(name: str, input_size: int) -> int:
-    """Multiply-accumulates of one image's forward pass, counted without running it."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        build(name, input_size)(torch.empty(1, 4, input_size, input_size), torch.empty(1), torch.empty(1, dtype=torch.long))
-    return counter.get_total_flops() // 2
+    return instruments.count_macs(partial(build, name, input_size), (4, input_size, input_size))
 
 
 def has_attention(name: str) -> bool:
@@ -160,7 +152,7 @@ def make_call(name: str, setting: Setting, input_size: int, device: torch.device
     return with_attention if attention else call
 
 
-def make_matmul(precision: str, device: torch.device) -> Callable[[], None]:
+def make_matmul(precision: str, device: torch.device) -> Callable[[], Tensor]:
     matrix = torch.randn(2 * [MATMUL_SIZE[device.type]], device=device)
     return partial(torch.mm, *2 * [matrix.bfloat16() if precision == "bf16" else matrix])
 
@@ -170,10 +162,10 @@ def count_bytes(name: str, precision: str, batch_size: int, input_size: int, **c
     with torch.device("meta"):
         model = build(name, input_size, **changes).eval()
     cast_weights(model, precision)
-    with fake_cuda(model), torch.no_grad(), fake_autocast(precision):
+    with instruments.fake_cuda(model), torch.no_grad(), instruments.fake_autocast(precision):
         with torch.device("cuda"):
             x, t, y = torch.empty(batch_size, 4, input_size, input_size), torch.empty(batch_size), torch.zeros(batch_size)
-        with ByteCounter() as counter, FusedAttention(counter):
+        with instruments.ByteCounter() as counter, instruments.FusedAttention(counter):
             model(x, t, y.long())
     return counter.bytes / batch_size
 
@@ -181,147 +173,95 @@ def count_bytes(name: str, precision: str, batch_size: int, input_size: int, **c
 # --- the rounds ----------------------------------------------------------------------------------
 
 
-@dataclass
-class Candidate:
-    """One function of a round, the time of each call, and its memory. `call` is None if it was out of memory."""
-
-    device: torch.device
-    call: Callable[[], None] | None = None
-    memory: int | None = None
-    seconds: list[float] = field(default_factory=list)
-    where: dict[str, float] = field(default_factory=dict)  # seconds of kernels by KINDS, in one call
-
-    def prepare(self, make: Callable[[], Callable[[], None]]) -> None:
-        """Make the call and warm it up. The memory is the last call's peak above the memory used before."""
-        cuda = self.device.type == "cuda"
-        before = torch.cuda.memory_allocated() if cuda else 0
-        self.call = make()
-        for _ in range(WARM_UP):
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            self.call()
-        self.memory = torch.cuda.max_memory_allocated() - before if cuda else None
-
-    def time(self) -> None:
-        synchronize(self.device)
-        start = time.perf_counter()
-        self.call()
-        synchronize(self.device)
-        self.seconds.append(time.perf_counter() - start)
-
-    def profile(self) -> None:
-        self.where = kernel_seconds(self.call, self.device)
-
-    def attempt(self, function: Callable[[], None]) -> None:
-        """Call one of the methods above. If it is out of memory, give up the candidate and free its memory."""
-        try:
-            function()
-        except torch.cuda.OutOfMemoryError:
-            self.call = None
-        if self.call is None:
-            free(self.device)  # not above: a live exception keeps its functions' memory
-
-
-def free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def prepare(make: Callable[[], Callable], device: torch.device) -> tuple[Callable, int | None]:
+    """A call that was compiled and warmed up, and its peak of memory above what was in use before."""
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else 0
+    call = make()
+    call()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    call()
+    return call, torch.cuda.max_memory_allocated() - before if cuda else None
 
 
 def measure(setting: Setting, args, macs: dict[str, int], device: torch.device) -> list[dict]:
     """The figures of all models at one setting."""
     torch.compiler.reset()  # otherwise a new batch size compiles code for all sizes
-    free(device)
+    gc.collect()
+    torch.cuda.empty_cache()
     input_size = args.image_size // 8
-    rows = [(name, attention) for name in macs
-            for attention in (ATTENTION.get(device.type) if has_attention(name) else None) or [None]]
-    matmul, models = Candidate(device), {row: Candidate(device) for row in rows}
-    matmul.prepare(partial(make_matmul, setting.precision, device))
-    for (name, attention), candidate in models.items():
-        make = partial(make_call, name, setting, input_size, device, attention)
-        candidate.attempt(partial(candidate.prepare, make))
-    for _ in tqdm(range(args.repeats), f"{setting}", leave=False):
-        for candidate in (matmul, *models.values()):
-            if candidate.call:
-                candidate.attempt(candidate.time)
-    for candidate in models.values():
-        if candidate.call:
-            candidate.attempt(candidate.profile)
-    matmul_rate = 2 * MATMUL_SIZE[device.type] ** 3 / statistics.median(matmul.seconds)
-    moved = {name: count_bytes(name, setting.precision, setting.batch_size, input_size) for name in macs}
-    bases = [candidate for (name, _), candidate in models.items() if name == rows[0][0]]
-    first = min(bases, key=lambda base: statistics.median(base.seconds) if base.call else math.inf)
-    return [{"model": name, "attention": attention, **setting._asdict(), "gmacs": macs[name] / 1e9,
-             "bytes_moved": moved[name],
-             "matmul_flops_per_second": matmul_rate, **figures(candidate, first, setting, macs[name], matmul_rate)}
-            for (name, attention), candidate in models.items()]
+    makes = {(name, attention): partial(make_call, name, setting, input_size, device, attention) for name in macs
+             for attention in (ATTENTION.get(device.type) if has_attention(name) else None) or [None]}
+    prepared = {key: attempt(partial(prepare, make, device)) for key, make in makes.items()}
+    calls = {"matmul": make_matmul(setting.precision, device)} | {key: made[0] for key, made in prepared.items() if made}
+    laps = time_in_turn(calls, args.repeats, device, f"{setting}")
+    matmul_rate = 2 * MATMUL_SIZE[device.type] ** 3 / statistics.median(laps["matmul"])
+    base = min((laps[key] for key in makes if key[0] == args.models[0] and laps.get(key)), key=statistics.median, default=None)
+    results = []
+    for (name, attention), made in prepared.items():
+        seconds = laps.get((name, attention))
+        results.append({"model": name, "attention": attention, **setting._asdict(), "gmacs": macs[name] / 1e9,
+                        "bytes_moved": count_bytes(name, setting.precision, setting.batch_size, input_size),
+                        "matmul_flops_per_second": matmul_rate, "out_of_memory": seconds is None, "ratio": None})
+        if seconds:
+            results[-1] |= speed(seconds, base, setting, macs[name], matmul_rate)
+            results[-1] |= {"peak_memory_bytes": made[1], "kernel_seconds": kernel_seconds(made[0], device)}
+    return results
 
 
-def figures(candidate: Candidate, first: Candidate, setting: Setting, macs: int, matmul_rate: float) -> dict:
-    """The reported figures of one candidate. "ratio" is its images/s divided by those of `first`."""
-    if candidate.call is None:
-        return {"out_of_memory": True, "ratio": None}
-    pairs = zip(first.seconds, candidate.seconds)
-    images_per_second = [setting.batch_size / seconds for seconds in candidate.seconds]
-    median = statistics.median(images_per_second)
-    flops = median * 2 * macs * (3 if setting.what == "train" else 1)
-    return {"out_of_memory": False, "images_per_second": median, "images_per_second_min": min(images_per_second),
-            "images_per_second_max": max(images_per_second), "seconds": candidate.seconds, "flops_per_second": flops,
-            "of_matmul": flops / matmul_rate, "peak_memory_bytes": candidate.memory, "kernel_seconds": candidate.where,
-            "ratio": statistics.median(theirs / own for theirs, own in pairs) if first.call else None}
+def speed(seconds: list[float], base: list[float] | None, setting: Setting, macs: int, matmul_rate: float) -> dict:
+    """The figures of the seconds of a model. "ratio" is its images/s over those of `base`."""
+    images_per_second = setting.batch_size / statistics.median(seconds)
+    flops = images_per_second * 2 * macs * (3 if setting.what == "train" else 1)
+    return {"images_per_second": images_per_second, "seconds": seconds, "flops_per_second": flops,
+            "of_matmul": flops / matmul_rate, "ratio": base and median_ratio(base, seconds)}
 
 
 # --- the report ----------------------------------------------------------------------------------
 
 
-def name_of(result: dict) -> str:
+def title_of(result: dict) -> str:
     return " ".join(filter(None, [result["model"], result["attention"]]))
 
 
 def line(result: dict) -> str:
     if result["out_of_memory"]:
-        return f"  {name_of(result):24} out of memory"
-    memory = result["peak_memory_bytes"]
-    spread = f"({result['images_per_second_min']:.2f} to {result['images_per_second_max']:.2f})"
-    where, kernels = result["kernel_seconds"], sum(result["kernel_seconds"].values()) or 1
-    return (f"  {name_of(result):24} {result['images_per_second']:9.2f} images/s {spread:20} "
+        return f"  {title_of(result):24} out of memory"
+    memory, kernels, size = result["peak_memory_bytes"], result["kernel_seconds"], result["batch_size"]
+    spread = f"({size / max(result['seconds']):.2f} to {size / min(result['seconds']):.2f})"
+    return (f"  {title_of(result):24} {result['images_per_second']:9.2f} images/s {spread:20} "
             f"{result['gmacs']:6.1f} GMAC  {result['flops_per_second'] / 1e12:8.3f} TFLOP/s  "
             f"{result['of_matmul']:4.0%} of matmul  {result['bytes_moved'] / 1e6:8.1f} MB moved  "
             f"{'-' if memory is None else f'{memory / 2**30:.2f} GiB'}  "
-            f"{', '.join(f'{kind} {where[kind] / kernels:.0%}' for kind in KINDS if kind in where)}")
-
-
-def ratios(results: list[dict]) -> str:
-    return ", ".join(f"{name_of(result)} {'-' if result['ratio'] is None else format(result['ratio'], '.2f')}"
-                     for result in results)
+            f"{', '.join(f'{kind} {kernels[kind] / sum(kernels.values()):.0%}' for kind in KINDS if kind in kernels)}")
 
 
 def main(args: Namespace) -> None:
     cli.check_numbers(args, ["image_size", "repeats"], "at least 1", lambda n: n >= 1)
     if min(args.batch_size) < 1 or args.image_size % 8:
         raise UserError(f"--batch-size {args.batch_size} must be positive, --image-size {args.image_size} a multiple of 8")
-    if args.out:
-        check_writable(Path(args.out).parent)
+    cli.check_output_flag(args, "out", ".json")
     device = start_world(args.device).device
     with cli.prefix_errors("--image-size:", *cli.WRONG_VALUE):
         macs = {name: count_macs(name, args.image_size // 8) for name in args.models}
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    machine = f"{instruments.name_of(device)}, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}")
-
-    settings = [Setting(*values) for values in itertools.product(args.what, args.precision, args.compile, args.batch_size)]
     results = {}
-    for setting in settings:
+    for values in itertools.product(args.what, args.precision, args.compile, args.batch_size):
+        setting = Setting(*values)
         results[setting] = measure(setting, args, macs, device)
         print(f"{setting}, matmul {results[setting][0]['matmul_flops_per_second'] / 1e12:.3f} TFLOP/s", flush=True)
         print("\n".join(map(line, results[setting])), flush=True)
     if args.out:
-        report = {"device": machine, "torch": torch.__version__, "date": f"{date.today()}",
-                  "settings": {name: value for name, value in args.as_dict().items() if name != "config"},
-                  "results": list(itertools.chain(*results.values()))}
-        write_json(Path(args.out), report)
+        write_json(Path(args.out), {
+            "device": machine, "torch": torch.__version__, "date": f"{date.today()}",
+            "settings": {name: value for name, value in args.as_dict().items() if name != "config"},
+            "results": list(itertools.chain(*results.values()))})
     print(f"images/s over {args.models[0]}'s:")
-    for setting in settings:
-        print(f"  {setting}: {ratios(results[setting])}")
+    for setting, rows in results.items():
+        ratios = [f"{title_of(row)} {'-' if row['ratio'] is None else format(row['ratio'], '.2f')}" for row in rows]
+        print(f"  {setting}: {', '.join(ratios)}")
 
 
 if __name__ == "__main__":

@@ -56,14 +56,14 @@ class Inception:
 
 
 def inception_weights(path: str | None) -> Path:
-    """The file of FID's Inception: the given one, torch's cached one, or a download. Raises UserError for a wrong file."""
+    """The file of FID's Inception: the given file, torch's cached file, or a download. Raises UserError for a wrong file."""
     if path is not None and not Path(path).is_file():
-        raise FileNotFoundError(f"`weights` {path} is no file")
+        raise FileNotFoundError(f"`weights` {path} is not a file")
     file = Path(path) if path is not None else download(
         INCEPTION, INCEPTION_URL, "Apache 2.0", lambda file: sha256(file) == INCEPTION_SHA256)
     if (found := sha256(file)) != INCEPTION_SHA256:
         raise UserError(f"`weights` {file} is not {INCEPTION}: its sha256 is {found}, expected {INCEPTION_SHA256}"
-                        f"{'; delete it, to download it again' if path is None else ''}")
+                        f"{'; delete it to download it again' if path is None else ''}")
     return file
 
 
@@ -102,7 +102,7 @@ class Classifier(nn.Module):
 
 
 class ClassifierFeatures:
-    """Features and predictions of a classifier that benchmarks/classifier.py trained."""
+    """Features and predictions of a classifier trained by benchmarks/classifier.py."""
 
     def __init__(self, path: str, size: tuple[int, int], device: torch.device):
         with prefix_errors("`classifier`"):
@@ -110,9 +110,10 @@ class ClassifierFeatures:
         if "classifier" not in state:
             raise UserError(f"`classifier` {path} was not written by benchmarks/classifier.py")
         spec = state["spec"]
-        own, given = tuple(spec["size"]), tuple(rgb_pixels(torch.zeros(1, *size, 3, dtype=torch.uint8)).shape[2:])
-        if own != given:
-            raise UserError(f"`classifier` {path} was trained on images of {own[0]}x{own[1]}; these are {given[0]}x{given[1]}")
+        trained, given = tuple(spec["size"]), tuple(rgb_pixels(torch.zeros(1, *size, 3, dtype=torch.uint8)).shape[2:])
+        if trained != given:
+            raise UserError(f"`classifier` {path} was trained on images of {trained[0]}x{trained[1]}; "
+                            f"these are {given[0]}x{given[1]}")
         self.network = Classifier(**spec["network"])
         checkpoint.load_weights(self.network, state["classifier"], Path(path))
         self.network.to(device).eval()
@@ -136,7 +137,7 @@ def open_extractors(ref: ImageSet, samples: ImageSet, device: torch.device, weig
     """The requested extractors, by name, if there are images for them.
 
     Args:
-        weights: of Inception; None takes torch's cache or a download, "none" leaves Inception out.
+        weights: of Inception; None uses torch's cache or downloads, "none" leaves Inception out.
         classifier: a file of benchmarks/classifier.py, or None.
         pixels: whether to use pixels even if Inception is used.
     """

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evaluation.extractors import STAND_INS
 from evaluation.image_sets import STATISTICS, ImageSet
-from evaluation.metrics import frechet_distance, precision_and_recall
+from evaluation.metrics import Gaussian, frechet_distance, precision_and_recall
 from evaluation.survey import Survey
 
 ENOUGH = 50_000  # images behind a published FID
@@ -29,18 +29,18 @@ class Figure:
 def inception_figures(ref: ImageSet, samples: ImageSet, seen: Survey, drawn: Survey, pr_precision: str,
                       device: torch.device) -> list[Figure]:
     """ADM's five figures. A figure that cannot be computed from a side's statistics has no value, and says why."""
-    theirs, own = (side.gaussians(STATISTICS) for side in (seen, drawn))
-    theirs, own = theirs | ref.statistics, own | samples.statistics
+    real = seen.gaussians(STATISTICS) | ref.statistics
+    fake = drawn.gaussians(STATISTICS) | samples.statistics
     few = samples.count is not None and samples.count < ENOUGH
     label, remark = (f"-{samples.count}", f"biased upwards, as N is below {ENOUGH:,}") if few else ("", "")
     if samples.count is None:
-        remark = "of an unknown number of samples: their statistics do not tell"
+        remark = "of an unknown number of samples: the statistics do not say how many"
     figures = []
     for name, title in (("pool", "FID"), ("spatial", "sFID")):
-        if name in theirs and name in own:
-            figures.append(Figure(f"{title}{label}", frechet_distance(theirs[name], own[name]), remark))
+        if name in real and name in fake:
+            figures.append(Figure(f"{title}{label}", frechet_distance(real[name], fake[name]), remark))
         else:
-            lacking = " and ".join(side.title for side, has in ((ref, theirs), (samples, own)) if name not in has)
+            lacking = " and ".join(side.title for side, has in ((ref, real), (samples, fake)) if name not in has)
             figures.append(Figure(title, None, f"skipped: {lacking} lacks {' and '.join(STATISTICS[name][:2])}"))
     without = " and ".join(side.title for side in (ref, samples) if side.images is None)
     skipped = f"skipped: statistics without images in {without}"
@@ -65,8 +65,8 @@ def stand_in_figures(seen: Survey, drawn: Survey, floor: tuple[Survey, Survey, s
             first, rest, count = floor
             gaussians = {side: side.covariances[name].gaussian() for side in (seen, drawn, first, rest)}
             if name == "pixels":
-                shown = distinct(seen, drawn, len(gaussians[seen].mean))
-                gaussians = {side: gaussian.at(shown) for side, gaussian in gaussians.items()}
+                dimensions = distinct_channels(gaussians[seen], gaussians[drawn])
+                gaussians = {side: gaussian.at(dimensions) for side, gaussian in gaussians.items()}
             of = f"of {drawn.covariances[name].count:,} samples and {seen.covariances[name].count:,} real images"
             fewer = "" if rest is seen else "; real images of fewer, and so higher (--training-images: of as many)"
             figures.append(Figure(title, frechet_distance(gaussians[seen], gaussians[drawn]),
@@ -81,20 +81,27 @@ def stand_in_figures(seen: Survey, drawn: Survey, floor: tuple[Survey, Survey, s
     return figures
 
 
-def distinct(a: Survey, b: Survey, dimensions: int) -> np.ndarray:
-    """The dimensions of pixels to compare. Channels that are equal in all images of both sets are counted once."""
-    channels = np.arange(dimensions).reshape(3, -1)
-    return channels[[c for c in range(3) if not any(a.equal[e, c] and b.equal[e, c] for e in range(c))]].ravel()
+def distinct_channels(a: Gaussian, b: Gaussian) -> np.ndarray:
+    """The dimensions of pixels to compare. Channels that are equal in all images of both sets count once.
+
+    Such channels have the same mean and the same covariance with every pixel; the variance of their difference is then 0.
+    """
+    channels = np.arange(len(a.mean)).reshape(3, -1)
+
+    def equal(c: np.ndarray, d: np.ndarray) -> bool:
+        return all(np.allclose(g.mean[c], g.mean[d]) and np.allclose(g.covariance[c], g.covariance[d]) for g in (a, b))
+
+    return np.concatenate([c for i, c in enumerate(channels) if not any(equal(c, d) for d in channels[:i])])
 
 
 def memorisation_figures(nearest: list[Tensor]) -> list[Figure]:
     """Distances to the nearest training image. Copies of training images are nearer to it than held-out images are."""
     held_out, samples = nearest
-    count, bound = f"REF, N = {len(held_out):,}", held_out.quantile(0.01)
+    count, near = f"REF, N = {len(held_out):,}", held_out.quantile(0.01)
     remark = "root mean square of pixels in [-1, 1]"
-    share, doubt = (samples < bound).double().mean().item(), "share of the samples"
-    if bound < 1e-6:
-        share, doubt = None, "no figure: more than 1 % of REF are copies of training images, and not held out"
+    share, share_remark = (samples < near).double().mean().item(), "share of the samples"
+    if near < 1e-6:
+        share, share_remark = None, "no figure: more than 1 % of REF are copies of training images, so not held out"
     return [
         Figure("Nearest training image, median", samples.median().item(), remark, held_out.median().item(), count),
-        Figure("Nearer than 99 % of held-out", share, doubt, (held_out < bound).double().mean().item(), count)]
+        Figure("Nearer than 99 % of held-out", share, share_remark, (held_out < near).double().mean().item(), count)]

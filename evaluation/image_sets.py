@@ -30,7 +30,7 @@ class ImageSet:
     source: str
     images: object | None  # see open_images
     statistics: dict[str, Gaussian] = field(default_factory=dict)
-    statistics_of: int | None = None  # number of images, if the file tells it
+    statistics_of: int | None = None  # number of images, if the file holds it
 
     @property
     def count(self) -> int | None:
@@ -49,13 +49,13 @@ class ImageSet:
                 "statistics_of": self.statistics_of}
 
     def say(self) -> str:
-        """A line that says how many images the figures are based on."""
-        said = ["N = {:,} of {}x{} (height x width{})".format(
+        """One line: how many images the figures are based on."""
+        parts = ["N = {:,} of {}x{} (height x width{})".format(
             len(self.images), *self.images.size, ", cropped to it" if self.cropped else "")] if self.images else []
         if self.statistics:
             count = "an unknown number of" if self.statistics_of is None else f"{self.statistics_of:,}"
-            said.append(f"statistics of {count} images")
-        return f"{self.title} {self.source}: {', '.join(said)}"
+            parts.append(f"statistics of {count} images")
+        return f"{self.title} {self.source}: {', '.join(parts)}"
 
 
 def read_statistics(path: Path, title: str, names: set[str]) -> tuple[dict[str, Gaussian], int | None]:
@@ -76,13 +76,13 @@ def read_statistics(path: Path, title: str, names: set[str]) -> tuple[dict[str, 
             if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
                 raise UserError(f"{title} {path}: {mu} or {sigma} has values that are not finite")
             if not np.allclose(covariance, covariance.T):
-                raise UserError(f"{title} {path}: {sigma} is not symmetric, and no covariance")
+                raise UserError(f"{title} {path}: {sigma} is not symmetric, so not a covariance")
             statistics[name] = Gaussian(mean, covariance)
     return statistics, count
 
 
 def save_statistics(path: Path, ref: ImageSet, gaussians: dict[str, Gaussian]) -> None:
-    """Write a reference file like ADM's: statistics of all images, and 10,000 evenly spaced images."""
+    """Write a reference file like ADM's: statistics of all images, and 10,000 of them, evenly spaced."""
     count = min(ref.count, REFERENCE_IMAGES)
     chosen = np.arange(count) * ref.count // count
     statistics = {}
@@ -123,7 +123,7 @@ class NpzImages:
         with damage_as_oserror(self.name), zipfile.ZipFile(path) as file:
             self.arrays = array_names(file)
             if "arr_0" not in self.arrays:
-                raise UserError(f"{self.name} is no set of images: no arr_0 among its arrays "
+                raise UserError(f"{self.name} is not a set of images: no arr_0 among its arrays "
                                 f"({', '.join(self.arrays) or 'none'}); expected images (N, H, W, 3) uint8 as arr_0")
             with file.open("arr_0.npy") as array:
                 shape, fortran_order, dtype = npy_header(array, self.name)
@@ -131,7 +131,7 @@ class NpzImages:
         if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran_order:
             raise UserError(f"{self.name}: arr_0 is {'object' if dtype.hasobject else dtype} {shape}"
                             f"{' in Fortran order' if fortran_order else ''}; expected uint8 (N, H, W, 3)"
-                             f"{', as np.ascontiguousarray makes it' if fortran_order else ''}")
+                            f"{', as np.ascontiguousarray makes it' if fortran_order else ''}")
         self.count, self.size = shape[0], shape[1:3]
 
     def __len__(self) -> int:
@@ -168,7 +168,7 @@ class PictureFolder:
     """All pictures of a folder and its sub-folders as RGB, in the order of their paths.
 
     Args:
-        size: (H, W) of the other side. Where pictures have another one, all are cropped to it as training does.
+        size: (H, W) of the other side. If any picture has another size, all are cropped to it as training does.
     """
 
     labels = None
@@ -225,7 +225,7 @@ def damage_as_oserror(name: str):
     try:
         yield
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: encrypted
-        raise OSError(f"{name} is truncated or no .npz: {error}") from None
+        raise OSError(f"{name} is truncated or not an .npz: {error}") from None
 
 
 def array_names(file: zipfile.ZipFile) -> list[str]:

@@ -43,7 +43,7 @@ class Gaussian:
     def factor(self) -> np.ndarray:
         """F (D, R) with F F^T = covariance, of rank R: Cholesky's, with pivoting. What is below rounding counts as 0.
 
-        A set of N images has a rank of at most N - 1, so a small one is soon done whatever D.
+        A set of N images has a rank of at most N - 1, so the time for a small set does not grow with D^3.
         """
         from scipy.linalg.lapack import dpstrf  # slow to import; scipy comes with scikit-learn
 
@@ -56,7 +56,7 @@ class Gaussian:
 class RunningCovariance:
     """Mean and scatter of features that arrive in batches: float64, about the running mean (Chan, Golub & LeVeque, 1979).
 
-    The sums lie on `device`, or on the CPU if that device has no float64 (mps).
+    The sums are kept on `device`, or on the CPU if that device has no float64 (mps).
     """
 
     def __init__(self, dimensions: int, device: torch.device | str = "cpu"):
@@ -75,7 +75,7 @@ class RunningCovariance:
         return self
 
     def merge(self, other: "RunningCovariance") -> "RunningCovariance":
-        """Add the features that another one has counted."""
+        """Add the features that `other` has counted."""
         if other.count:
             self._move(other.count, other.mean.to(self.device))
             self.scatter += other.scatter.to(self.device)
@@ -89,11 +89,11 @@ class RunningCovariance:
         self.count = total
 
     def cpu(self) -> "RunningCovariance":
-        """A copy whose sums lie on the CPU."""
+        """A copy whose sums are on the CPU."""
         return RunningCovariance(len(self.mean)).merge(self)
 
     def gaussian(self) -> Gaussian:
-        """The Gaussian of at least two samples, whose sums lie on the CPU."""
+        """The Gaussian of at least two samples. The sums must be on the CPU."""
         return Gaussian(self.mean.numpy(), self.scatter.numpy() / (self.count - 1))
 
 
@@ -128,7 +128,7 @@ class InceptionScore:
             self.splits[int(split)] = self.splits[int(split)] + rows[positions // SPLIT == split].sum(axis=0)
 
     def merge(self, other: "InceptionScore") -> None:
-        """Add the images that another one has counted."""
+        """Add the images that `other` has counted."""
         for split, sums in other.splits.items():
             self.splits[split] = self.splits[split] + sums
 
@@ -207,9 +207,9 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Nearest:
-    """The distance of each feature (N, D) to the nearest feature of another set, which is shown in batches.
+    """The distance of each feature (N, D) to the nearest feature of another set, which arrives in batches.
 
-    The distance is the root mean square over D, computed in float64: that of a copy is then 0 up to its rounding.
+    The distance is the root mean square over D, computed in float64: the distance of a copy is then 0 up to rounding.
     """
 
     def __init__(self, features: Tensor):
@@ -217,10 +217,10 @@ class Nearest:
         self.norms = self.features.square().sum(dim=1)
         self.squares = torch.full_like(self.norms, torch.inf)
 
-    def update(self, shown: Tensor) -> None:
-        """Show a batch (B, D) of the other set."""
-        shown = shown.double()
-        products = torch.addmm(shown.square().sum(dim=1), self.features, shown.T, alpha=-2)  # |b|^2 - 2 a b, (N, B)
+    def update(self, others: Tensor) -> None:
+        """Add a batch (B, D) of the other set."""
+        others = others.double()
+        products = torch.addmm(others.square().sum(dim=1), self.features, others.T, alpha=-2)  # |b|^2 - 2 a b, (N, B)
         self.squares = self.squares.minimum((products.amin(dim=1) + self.norms).clamp(min=0))
 
     def distances(self) -> Tensor:

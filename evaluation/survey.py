@@ -1,6 +1,5 @@
 """Extract the features of every image of a set, shared among processes."""
 
-import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +25,8 @@ class Survey:
         self.kept = defaultdict(list)  # by name, [(position, features of a batch)]
         self.inception_score = InceptionScore()
         self.correct = self.labelled = 0
-        self.equal = dict.fromkeys(itertools.combinations(range(3), 2), True)  # pairs of channels that are equal in all images
 
-    def update(self, positions: np.ndarray, images: Tensor, labels: np.ndarray | None, features: dict[str, Tensor],
-               kept: list[str]) -> None:
-        for a, b in self.equal:
-            self.equal[a, b] = self.equal[a, b] and bool((images[..., a] == images[..., b]).all())
+    def update(self, positions: np.ndarray, labels: np.ndarray | None, features: dict[str, Tensor], kept: list[str]) -> None:
         for name, values in features.items():
             if name == "logits":
                 self.inception_score.update(positions, values.cpu())
@@ -55,10 +50,9 @@ class Survey:
             self.kept[name] += other.kept[name]
         self.inception_score.merge(other.inception_score)
         self.correct, self.labelled = self.correct + other.correct, self.labelled + other.labelled
-        self.equal = {pair: equal and other.equal[pair] for pair, equal in self.equal.items()}
 
     def gaussians(self, names: Iterable[str]) -> dict[str, Gaussian]:
-        """Those fitted to features of these names, as far as there are such features."""
+        """The Gaussians of the features with these names. A name without features is left out."""
         return {name: self.covariances[name].gaussian() for name in names if name in self.covariances}
 
     def features(self, name: str) -> Tensor:
@@ -69,18 +63,17 @@ class Survey:
 def survey(image_set: ImageSet, extractors: dict[str, Callable], world: World, kept: list[str] = (),
            indices: np.ndarray | None = None, title: str = "") -> Survey:
     """Run the extractors on the images of a set, or on those at `indices`. The main process returns the whole Survey."""
-    own = Survey()
+    share, whole = Survey(), Survey()
     if image_set.images is None:
-        return own
+        return whole
     indices = np.arange(len(image_set.images)) if indices is None else indices
     labels = image_set.images.labels if "classifier" in extractors else None
     for positions, images in read_batches(image_set.images, indices, world, title or image_set.title):
         features = {}
         for extract in extractors.values():
             features |= extract(images)
-        own.update(positions, images, None if labels is None else labels[indices[positions]], features, kept)
-    whole = Survey()
-    for part in world.gather(own.cpu()):
+        share.update(positions, None if labels is None else labels[indices[positions]], features, kept)
+    for part in world.gather(share.cpu()):
         whole.merge(part)
     return whole
 
@@ -119,7 +112,7 @@ def survey_floor(ref: ImageSet, samples: ImageSet, training: ImageSet | None, se
 
 def survey_nearest(training: ImageSet, surveys: list[Survey], world: World) -> list[Tensor]:
     """For each survey of pixels, the distances (N,) of its images to the nearest training image (main process only)."""
-    features = world.on_main(lambda: [one.features("pixels") for one in surveys])
+    features = world.on_main(lambda: [images.features("pixels") for images in surveys])
     nearest = Nearest(torch.cat(features))
     for _, images in read_batches(training.images, np.arange(len(training.images)), world, training.title):
         nearest.update(flat_pixels(images)["pixels"].cpu())

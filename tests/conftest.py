@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two gloo processes on two cores; tiny tensors gain nothing from threads
 
@@ -299,10 +300,20 @@ def numpys_distance(a, b):
 
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory):
-    """Random weights of Inception in a file, as torch-fidelity names them."""
-    import evaluation_time
+    """Random weights of torch-fidelity's Inception in a file. Activations neither vanish nor explode."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Network
 
-    return evaluation_time.random_weights(tmp_path_factory.mktemp("inception"))
+    with mock.patch.object(torch, "load"), mock.patch.object(Network, "load_state_dict"):  # the constructor calls these
+        network = Network("random", ["2048"], feature_extractor_weights_path="none")
+    torch.manual_seed(0)
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 4:
+            torch.nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save(network.state_dict(), path)
+    return path
 
 
 @pytest.fixture(scope="session")

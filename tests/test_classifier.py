@@ -41,7 +41,7 @@ def test_a_folder_of_a_few_photographs_of_any_size_is_enough(photographs, tmp_pa
     monkeypatch.chdir(tmp_path)
     flags = ["--data-path", photographs / "train", "--device", "cpu", "--out", "c.pt", "--image-size"]
     result = run_here(classifier_script, *flags, 40)
-    assert "100.00% of 6 held-out images read right" in result.stdout, result.stderr
+    assert "100.00% of 6 held-out images classified correctly" in result.stdout, result.stderr
     assert "epoch 100 of 100" in result.stderr
     assert checkpoint.load("c.pt")["spec"]["size"] == [32, 32]
     images, labels = load_dataset(str(photographs / "val"), 40).__getitems__(Rows.plain(range(6)))
@@ -57,8 +57,7 @@ def test_few_small_pictures_are_enough_and_fewer_are_one_line(photographs, tmp_p
     shutil.copytree(photographs, "photos")
     flags = ["--data-path", "photos/train", "--device", "cpu", "--out", "c.pt", "--epochs", 1, "--image-size"]
     assert run_here(classifier_script, *flags, 4).returncode == 0  # features of 1x1, which BatchNorm refuses of one image
-    for size in (0, 3):
-        assert_one_line(run_here(classifier_script, *flags, size), f"--image-size {size} is not in 4..8192")
+    assert_one_line(run_here(classifier_script, *flags, 3), "--image-size 3 is not in 4..8192")
     (tmp_path / "photos" / "val" / "tabby cat").rename(tmp_path / "photos" / "val" / "a dog")
     assert_one_line(run_here(classifier_script, *flags, 8), "--data-path photos/train holds other classes")
     for split in ("train", "val"):

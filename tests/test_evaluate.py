@@ -98,155 +98,132 @@ def test_copies_of_training_images_are_found(figures, tmp_path, monkeypatch):
     assert "not held out" in unfair["Nearer than 99 % of held-out"]["remark"]
 
 
-# --- wrong input ---------------------------------------------------------------------------------
+# --- wrong input: the checks -----------------------------------------------------------------------
 
 
-def bad_files():
-    """(name, contents)"""
-    images = draw_images(9, 0)
-    eye = np.eye(20)
-    return {
-        "no_images": dict(images=images, labels=np.arange(9)),
-        "float": dict(arr_0=images / 255),
-        "nchw": dict(arr_0=images.transpose(0, 3, 1, 2).copy()),
-        "fortran": dict(arr_0=np.asfortranarray(images)),
-        "objects": dict(arr_0=np.array([images, None], dtype=object)),
-        "few": dict(arr_0=images[:3]),
-        "large": dict(arr_0=draw_images(9, 0, size=16)),
-        "sigma": dict(mu=np.zeros(20), sigma=np.eye(19), mu_s=np.zeros(15), sigma_s=np.eye(15)),
-        "mu_only": dict(mu=np.zeros(20)),
-        "nan": dict(mu=np.zeros(20), sigma=eye * np.nan),
-        "crooked": dict(mu=np.zeros(20), sigma=np.triu(np.ones((20, 20)))),
-        "object_n": dict(mu=np.zeros(20), sigma=eye, n=np.array([None])),
-        "empty": {},
-        "object_sigma": dict(mu=np.zeros(20), sigma=np.array([eye, None], dtype=object)),
-        "bare": dict(mu=np.zeros(20), sigma=eye, mu_s=np.zeros(15), sigma_s=np.eye(15)),
-    }
+def sets_of(*flags):
+    return evaluate.open_sets(evaluate.build_parser().parse_args(list(map(str, flags))))
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("no_images", ["no arr_0 among its arrays (images, labels)", "(N, H, W, 3) uint8"]),
-    ("float", ["arr_0 is float64 (9, 8, 8, 3)", "expected uint8 (N, H, W, 3)"]),
-    ("nchw", ["arr_0 is uint8 (9, 3, 8, 8)", "expected uint8 (N, H, W, 3)"]),
-    ("fortran", ["Fortran order", "ascontiguousarray"]),
-    ("objects", ["arr_0 is object (2,)"]),
-    ("few", ["has 3 images", "at least 4"]),
-    ("large", ["8x8", "16x16", "one size"]),
-    ("sigma", ["mu is (20,) and sigma (19, 19)", "expected (20,) and (20, 20)"]),
-    ("mu_only", ["mu, sigma and n cannot be read"]),
-    ("nan", ["not finite"]),
-    ("crooked", ["sigma is not symmetric"]),
-    ("object_sigma", ["mu, sigma and n cannot be read"]),
-    ("object_n", ["mu, sigma and n cannot be read"]),
-    ("empty", ["no arr_0 among its arrays (none)"]),
+EYE, IMAGES = np.eye(20), draw_images(9, 0)
+BARE = dict(mu=np.zeros(20), sigma=EYE, mu_s=np.zeros(15), sigma_s=np.eye(15))
+
+
+@pytest.mark.parametrize(("arrays", "words"), [
+    (dict(images=IMAGES, labels=np.arange(9)), r"no arr_0 among its arrays \(images, labels\)"),
+    (dict(arr_0=IMAGES / 255), r"arr_0 is float64 \(9, 8, 8, 3\); expected uint8 \(N, H, W, 3\)"),
+    (dict(arr_0=np.asfortranarray(IMAGES)), "Fortran order.*ascontiguousarray"),
+    (dict(arr_0=np.array([IMAGES, None], dtype=object)), r"arr_0 is object \(2,\)"),
+    (dict(arr_0=IMAGES[:3]), "has 3 images; expected at least 4"),
+    (dict(mu=np.zeros(20), sigma=np.eye(19), mu_s=np.zeros(15), sigma_s=np.eye(15)), r"sigma \(19, 19\); .*\(20, 20\)"),
+    (dict(mu=np.zeros(20)), "mu, sigma and n cannot be read"),
+    (dict(mu=np.zeros(20), sigma=EYE * np.nan), "not finite"),
+    (dict(mu=np.zeros(20), sigma=np.triu(np.ones((20, 20)))), "sigma is not symmetric"),
+    (dict(mu=np.zeros(20), sigma=np.array([EYE, None], dtype=object)), "mu, sigma and n cannot be read"),
 ])
-@pytest.mark.parametrize("side", ["REF", "SAMPLES"])
-def test_a_wrong_npz_is_one_line(sets, run_here, name, words, side):
-    np.savez("bad.npz", **bad_files()[name])
-    pair = ["bad.npz", "samples.npz"] if side == "REF" else ["ref.npz", "bad.npz"]
-    where = [] if name == "large" else [f"{side} bad.npz"]
-    assert_one_line(run_here(evaluate, *pair, "--device", "cpu"), *where, *words)
+def test_a_wrong_npz_is_refused_on_either_side(sets, arrays, words):
+    np.savez("bad.npz", **arrays)
+    for side, pair in (("REF", ["bad.npz", "samples.npz"]), ("SAMPLES", ["ref.npz", "bad.npz"])):
+        with pytest.raises(ValueError, match=f"^{side} bad.npz.*{words}"):
+            sets_of(*pair)
 
 
-def test_a_damaged_npz_is_one_line(sets, run_here, tmp_path):
+def test_a_damaged_npz_is_refused(sets, run_here, tmp_path):
     content = (tmp_path / "samples.npz").read_bytes()
     (tmp_path / "half.npz").write_bytes(content[: len(content) // 2])
-    assert_one_line(run_here(evaluate, "ref.npz", "half.npz"), "SAMPLES half.npz", "truncated")
-    with zipfile.ZipFile("short.npz", "w") as file:  # a header that promises more than there is
-        np.save("whole.npy", sets[1])
-        file.writestr("arr_0.npy", (tmp_path / "whole.npy").read_bytes()[:-50])
-    result = run_here(evaluate, "ref.npz", "short.npz", "--device", "cpu")
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1] == "evaluate.py: error: SAMPLES short.npz is truncated or no .npz: arr_0 ends early"
     locked = bytearray(content)
     for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # of each array: here, and in the list of contents
         start = -1
         while (start := locked.find(signature, start + 1)) >= 0:
             locked[start + flags] |= 1
     (tmp_path / "locked.npz").write_bytes(locked)
-    assert_one_line(run_here(evaluate, "ref.npz", "locked.npz"), "SAMPLES locked.npz", "encrypted")
+    for name, words in (("half", "truncated"), ("locked", "encrypted")):
+        with pytest.raises(OSError, match=f"SAMPLES {name}.npz.*{words}"):
+            sets_of("ref.npz", f"{name}.npz")
+    with zipfile.ZipFile("short.npz", "w") as file:  # a header that promises more than there is
+        np.save("whole.npy", sets[1])
+        file.writestr("arr_0.npy", (tmp_path / "whole.npy").read_bytes()[:-50])
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1
     (tmp_path / "flipped.npz").write_bytes(flipped)
-    result = run_here(evaluate, "ref.npz", "flipped.npz", "--device", "cpu")
-    assert result.returncode == 2
-    assert "Bad CRC-32" in result.stderr.splitlines()[-1]
+    for name, words in (("short", "arr_0 ends early"), ("flipped", "Bad CRC-32")):  # seen when the images are read
+        result = run_here(evaluate, "ref.npz", f"{name}.npz", "--device", "cpu")
+        assert result.returncode == 2
+        assert f"SAMPLES {name}.npz" in result.stderr.splitlines()[-1]
+        assert words in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["ref.npz"], ["SAMPLES is missing", "--save-stats"]),
-    (["ref.npz", "--save-stats", "s.npz", "--classifier", "c.pt"], ["SAMPLES is missing", "nothing else"]),
-    (["ref.npz", "samples.npz", "--save-stats", "./samples.npz"], ["--save-stats", "overwrite"]),
-    (["ref.npz", "samples.npz", "--training-images", "./ref.npz"], ["--training-images", "is REF", "held-out"]),
-    (["nowhere.npz", "samples.npz"], ["REF nowhere.npz", "digits"]),
-    (["ref.npz", "samples.npz", "--json", "figures.txt"], ["--json figures.txt", ".json"]),
-    (["ref.npz", "samples.npz", "--json", "/proc/x/figures.json"], ["/proc/x"]),
-    (["ref.npz", "samples.npz", "--json", "./samples.json"], ["--json ./samples.json", "keeps the settings of these images"]),
-    (["ref.npz", "--save-stats", "stats.npy"], ["--save-stats stats.npy", ".npz"]),
-    (["ref.npz", "--save-stats", "s.npz", "--weights", "none"], ["--save-stats", "--weights none"]),
-    (["bare.npz", "--save-stats", "s.npz"], ["--save-stats", "statistics already"]),
-    (["bare.npz", "samples.npz", "--weights", "none"], ["REF bare.npz", "--weights none needs images"]),
-    (["bare.npz", "samples.npz", "--training-images", "ref.npz"], ["REF bare.npz", "--training-images needs images"]),
-    (["ref.npz", "samples.npz", "--pr-precision", "fp8"], ["--pr-precision"]),
-    (["ref.npz", "samples.npz", "--classifier", "nowhere.pt"], ["--classifier nowhere.pt does not exist"]),
-    (["ref.npz", "samples.npz", "--training-images", "elsewhere"], ["--training-images elsewhere"]),
-    (["empty", "samples.npz"], ["REF empty", "no images"]),
-    (["ref.npz", "mixed"], ["SAMPLES mixed", "one size", "--image-size", "expected 8x8, b.png is 9x8"]),
+    ("ref.npz", "SAMPLES is missing.*--save-stats"),
+    ("ref.npz samples.npz --save-stats ./samples.npz", "--save-stats ./samples.npz would overwrite"),
+    ("ref.npz samples.npz --training-images ./ref.npz", "--training-images ./ref.npz is REF.*held-out"),
+    ("nowhere.npz samples.npz", "REF nowhere.npz does not exist.*digits"),
+    ("ref.npz samples.npz --json figures.txt", "`json`:? figures.txt"),
+    ("ref.npz samples.npz --json ./samples.json", "--json ./samples.json is where sample_ddp.py"),
+    ("ref.npz --save-stats stats.npy", "`save_stats`:? stats.npy"),
+    ("ref.npz --save-stats s.npz --weights none", "--save-stats.*--weights none"),
+    ("bare.npz --save-stats s.npz", "REF bare.npz already holds statistics"),
+    ("bare.npz samples.npz --weights none", "REF bare.npz.*--weights none needs images"),
+    ("bare.npz samples.npz --training-images ref.npz", "REF bare.npz.*--training-images needs images"),
+    ("ref.npz large.npz", "SAMPLES are 16x16.*REF 8x8; expected one size"),
+    ("empty samples.npz", "REF empty.*no images"),
+    ("ref.npz mixed", "SAMPLES mixed.*expected 8x8, b.png is 9x8"),
 ])
-def test_wrong_flags_are_one_line(sets, run_here, tmp_path, flags, words):
-    np.savez("bare.npz", **bad_files()["bare"])
+def test_wrong_flags_are_refused(sets, tmp_path, flags, words):
+    np.savez("bare.npz", **BARE)
+    np.savez("large.npz", arr_0=draw_images(9, 0, size=16))
     for folder in ("empty", "mixed"):
         (tmp_path / folder).mkdir()
     for name, width in (("a", 8), ("b", 9)):
         Image.new("RGB", (width, 8)).save(tmp_path / "mixed" / f"{name}.png")
-    assert_one_line(run_here(evaluate, *flags, "--device", "cpu"), *words)
+    with pytest.raises((ValueError, OSError), match=words):
+        sets_of(*flags.split())
     assert not (tmp_path / "s.npz").exists()
 
 
-def test_other_weights_are_one_line(tmp_path, monkeypatch, run_here):
-    monkeypatch.chdir(tmp_path)
-    np.savez("x.npz", arr_0=draw_images(5, 0))
+def test_a_wrong_input_of_the_script_is_one_line(sets, tiny_run, run_here):
+    assert_one_line(run_here(evaluate, "ref.npz", "samples.npz", "--pr-precision", "fp8"), "--pr-precision")
+    assert_one_line(run_here(evaluate, "ref.npz", "samples.npz", "--json", "figures.txt"), "--json", "figures.txt", ".json")
+    path = checkpoint.latest(tiny_run)
+    assert_one_line(run_here(evaluate, path, "samples.npz"), f"REF {path} is not a set of images", "arr_0")
+
+
+def test_other_weights_are_refused(tmp_path, monkeypatch):
     (tmp_path / "w.pth").write_bytes(b"other")
-    assert_one_line(run_here(evaluate, "x.npz", "x.npz", "--weights", "w.pth"), "--weights w.pth", INCEPTION,
-                    INCEPTION_SHA256, sha256(tmp_path / "w.pth"))
-    assert_one_line(run_here(evaluate, "x.npz", "x.npz", "--weights", "v.pth"), "--weights v.pth is no file")
+    found = sha256(tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=f"`weights` .*w.pth is not {INCEPTION}.* {found}.*{INCEPTION_SHA256}"):
+        extractors.inception_weights(str(tmp_path / "w.pth"))
+    with pytest.raises(OSError, match=r"`weights` v.pth is not a file"):
+        extractors.inception_weights("v.pth")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
     monkeypatch.setattr(extractors, "INCEPTION_URL", f"file://{tmp_path}/nowhere.pth")
-    result = run_here(evaluate, "x.npz", "x.npz")
-    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
-    assert "cannot download" in result.stderr
+    with pytest.raises(OSError, match="cannot download"):
+        extractors.inception_weights(None)
 
 
-@pytest.mark.parametrize(("labels", "words"), [
-    (np.array([None] * 9), ["arr_1 is object (9,)"]),
-    (np.arange(8), ["arr_1 is int64 (8,)", "(9,)"]),
-    (np.arange(9) / 2, ["arr_1 is float64 (9,)"]),
-    (np.arange(2, 11), ["labels from 2 to 10", "0..9"]),
-    (np.arange(-1, 8), ["labels from -1 to 7", "0..9"]),
-])
-def test_wrong_labels_are_one_line(digits_classifier, tmp_path, monkeypatch, run_here, labels, words):
+def test_wrong_labels_and_other_classifiers_are_refused(digits_classifier, tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    np.savez("x.npz", arr_0=draw_images(9, 0), arr_1=labels)
-    flags = ["digits", "x.npz", "--weights", "none", "--device", "cpu"]
-    assert_one_line(run_here(evaluate, *flags, "--classifier", digits_classifier), "SAMPLES x.npz", *words)
-    assert run_here(evaluate, *flags).returncode == 0  # nothing there asks for labels
+
+    def open_extractors(classifier, **arrays):
+        np.savez("x.npz", **arrays)
+        sides = [evaluate.open_set("x.npz", title, "data") for title in ("REF", "SAMPLES")]
+        return extractors.open_extractors(*sides, torch.device("cpu"), "none", classifier and str(classifier), False)
+
+    for labels, words in ((np.array([None] * 9), r"arr_1 is object \(9,\)"), (np.arange(8), r"arr_1 is int64 \(8,\)"),
+                          (np.arange(9) / 2, r"arr_1 is float64 \(9,\)"), (np.arange(2, 11), r"labels from 2 to 10.*0\.\.9"),
+                          (np.arange(-1, 8), "labels from -1 to 7")):
+        with pytest.raises(ValueError, match=f"SAMPLES x.npz.*{words}"):
+            open_extractors(digits_classifier, arr_0=IMAGES, arr_1=labels)
+        assert list(open_extractors(None, arr_0=IMAGES, arr_1=labels)) == ["pixels"]  # nothing else reads labels
+    with pytest.raises(ValueError, match=r"`classifier` .*8x8.*16x16"):
+        open_extractors(digits_classifier, arr_0=draw_images(5, 0, size=16))
+    with pytest.raises(ValueError, match=r"`classifier` .*benchmarks/classifier.py"):
+        open_extractors(checkpoint.latest(tiny_run), arr_0=IMAGES)
+    with pytest.raises(OSError, match=r"`classifier`.* nowhere.pt does not exist"):
+        open_extractors("nowhere.pt", arr_0=IMAGES)
 
 
-def test_other_classifiers_are_one_line(digits_classifier, tiny_run, tmp_path, monkeypatch, run_here):
-    monkeypatch.chdir(tmp_path)
-    np.savez("x.npz", arr_0=draw_images(5, 0, size=16))
-    flags = ["x.npz", "x.npz", "--weights", "none", "--device", "cpu", "--classifier"]
-    assert_one_line(run_here(evaluate, *flags, digits_classifier), "--classifier", "8x8", "16x16")
-    assert_one_line(run_here(evaluate, *flags, checkpoint.latest(tiny_run)), "--classifier", "benchmarks/classifier.py")
-
-
-def test_a_checkpoint_is_no_set_of_images(sets, tiny_run, run_here):
-    path = checkpoint.latest(tiny_run)
-    for side, pair in (("SAMPLES", ["ref.npz", path]), ("REF", [path, "samples.npz"])):
-        assert_one_line(run_here(evaluate, *pair, "--device", "cpu"), f"{side} {path} is no set of images", "arr_0")
-
-
-def test_photographs_are_cropped_to_the_samples_size_which_is_said(sets, photographs, figures, run_here):
+def test_photographs_are_cropped_to_the_samples_size_which_is_reported(sets, photographs, figures):
     np.savez("small.npz", arr_0=draw_images(20, 0, size=16))
     folder, flags = photographs / "val", ["--weights", "none", "--training-images", photographs / "train"]
     found, report = figures(folder, "small.npz", *flags)
@@ -254,12 +231,14 @@ def test_photographs_are_cropped_to_the_samples_size_which_is_said(sets, photogr
     assert report["ref"]["size"] == [16, 16]
     assert "N = 6 of 16x16 (height x width, cropped to it)" in report["said"]
     assert figures(folder, "small.npz", *flags, "--image-size", 16)[0]["FD-pixel32"] == found["FD-pixel32"]
-    assert_one_line(run_here(evaluate, folder, "small.npz", *flags, "--image-size", 8), "--image-size 8: SAMPLES small.npz")
+    with pytest.raises(ValueError, match=r"--image-size 8: SAMPLES small.npz"):
+        sets_of(folder, "small.npz", *flags, "--image-size", 8)
 
 
 def test_statistics_of_photographs_are_of_the_size_that_is_asked_for(sets, photographs, run_here):
     folder, flags = photographs / "val", ["--save-stats", "r.npz", "--device", "cpu"]
-    assert_one_line(run_here(evaluate, folder, *flags), "cropped to a square by --image-size")
+    with pytest.raises(ValueError, match="cropped to a square by `image_size`"):
+        sets_of(folder, *flags)
     assert run_here(evaluate, folder, *flags, "--image-size", 8).returncode == 0
     with np.load("r.npz") as file:
         assert file["arr_0"].shape == (6, 8, 8, 3)

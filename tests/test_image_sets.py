@@ -22,10 +22,10 @@ def test_an_npz_a_compressed_one_and_folders_hold_the_same_images(tmp_path):
     (tmp_path / "folder" / "class 1" / "circle").symlink_to(tmp_path / "folder")
     (tmp_path / "folder" / "class 1" / "twice.png").symlink_to(tmp_path / "folder" / "class 0" / "02.PNG")
     sets = [open_images(str(tmp_path / name), "REF") for name in ("a.npz", "b.npz", "folder")]
-    for one in sets:
-        assert (len(one), one.size) == (11, (8, 8))
+    for image_set in sets:
+        assert (len(image_set), image_set.size) == (11, (8, 8))
         batches = [np.array(rows) for rows in ([0, 1, 5], [10], [3, 2])]
-        for rows, found in zip(batches, one.read(batches)):
+        for rows, found in zip(batches, image_set.read(batches)):
             assert np.array_equal(found, images[rows])
     assert sets[0].labels.tolist() == list(range(11))
     assert sets[1].labels is sets[2].labels is None
@@ -33,11 +33,11 @@ def test_an_npz_a_compressed_one_and_folders_hold_the_same_images(tmp_path):
 
 def test_a_named_set_is_its_held_out_part_in_colour_and_of_the_size_asked_for():
     digits = open_images("digits", "REF")
-    own = load_dataset("digits", split="val")
+    held_out = load_dataset("digits", split="val")
     assert (len(digits), digits.size) == (450, (8, 8))
     (found,) = digits.read([np.array([4, 2])])
-    assert np.array_equal(found[..., 1], own.images[[4, 2], 0].numpy())
-    assert digits.labels.tolist() == own.labels.tolist()
+    assert np.array_equal(found[..., 1], held_out.images[[4, 2], 0].numpy())
+    assert digits.labels.tolist() == held_out.labels.tolist()
     assert len(open_images("digits", "REF", split="train")) == 1347
     assert open_images("digits", "REF", size=(16, 16)).size == (16, 16)
 
@@ -66,23 +66,18 @@ def test_saved_statistics_give_the_same_figures_and_hold_images_evenly_spaced(se
     assert turned["Inception Score"]["remark"] == "of 50 images"
 
 
-def test_a_folder_of_several_sizes_is_cropped_as_training_does(photographs):
+def test_a_folder_of_several_sizes_is_cropped_as_training_does(photographs, tmp_path):
     folder = photographs / "val"
     found = open_images(str(folder), "REF", (24, 24))
     assert (found.size, found.cropped) == ((24, 24), True)
     (images,) = found.read([np.arange(len(found))])
     trained = load_dataset(str(folder), 24).__getitems__(Rows.plain(range(6)))[0].permute(0, 2, 3, 1).numpy()
     assert np.array_equal(images, trained)
+    Image.fromarray(images[0]).save(tmp_path / "0.png")
+    same = open_images(str(tmp_path), "REF", (24, 24))
+    assert not same.cropped
+    assert np.array_equal(next(same.read([np.arange(1)]))[0], images[0])
     with pytest.raises(ValueError, match="must be of one size, or be cropped to a square by `image_size`; expected 36x40"):
         open_images(str(folder), "REF")
     with pytest.raises(ValueError, match="cropped to a square by `image_size`; expected 16x24"):
         open_images(str(folder), "REF", (24, 16))
-
-
-def test_a_folder_of_the_wanted_size_is_read_as_it_is(tmp_path):
-    pixels = draw_images(5, 0)
-    for i, image in enumerate(pixels):
-        Image.fromarray(image).save(tmp_path / f"{i}.png")
-    found = open_images(str(tmp_path), "REF", (8, 8))
-    assert not found.cropped
-    assert np.array_equal(next(found.read([np.arange(5)])), pixels)

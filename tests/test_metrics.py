@@ -27,14 +27,6 @@ def distance(a, b):
 # --- Fréchet distance ----------------------------------------------------------------------------
 
 
-def test_frechet_distance_of_gaussians_in_one_dimension():
-    """(mu_a - mu_b)^2 + (sd_a - sd_b)^2, with ddof 1."""
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(1, 2, (50, 1)), rng.normal(-1, 0.5, (70, 1))
-    expected = (a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2
-    assert distance(a, b) == pytest.approx(expected, rel=1e-12)
-
-
 def test_frechet_distance_of_covariances_that_commute():
     """The sum of (sd_a - sd_b)^2 along the axes that they share."""
     rng = np.random.default_rng(0)
@@ -69,20 +61,11 @@ def test_sets_of_fewer_samples_than_dimensions():
     assert distance(left, right) == pytest.approx(26 * size, rel=1e-10)
 
 
-def test_frechet_distance_of_equal_gaussians_falls_with_the_number_of_samples():
-    """To second order, E[FD] = (1/N + 1/M) D + (1/(N - 1) + 1/(M - 1)) (D^2 + D) / 4 for N(0, I): of the means, and
-    Bures' metric at I of Wishart's fluctuations."""
-    rng, (n, m, d) = np.random.default_rng(0), (400, 700, 8)
-    found = np.mean([distance(rng.normal(size=(n, d)), rng.normal(size=(m, d))) for _ in range(200)])
-    expected = (1 / n + 1 / m) * d + (1 / (n - 1) + 1 / (m - 1)) * (d * d + d) / 4
-    assert found == pytest.approx(expected, rel=0.03)
-
-
 def test_moments_of_batches_are_numpys_whatever_the_batches_and_their_order():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(57, 5)) * [1, 2, 3, 4, 0] + 1e5
     whole, parts = RunningCovariance(5), [RunningCovariance(5), RunningCovariance(5), RunningCovariance(5)]
-    for i, batch in enumerate(np.split(x, [3, 4, 20, 21, 40])):
+    for i, batch in enumerate(np.split(x, [3, 4, 4, 20, 21, 40])):  # one of them is empty
         whole.update(torch.from_numpy(batch))
         parts[i % 2].update(torch.from_numpy(batch))
     merged = RunningCovariance(5)
@@ -94,14 +77,6 @@ def test_moments_of_batches_are_numpys_whatever_the_batches_and_their_order():
         assert gaussian.mean == pytest.approx(x.mean(axis=0), rel=1e-14)
         assert gaussian.covariance == pytest.approx(np.cov(x, rowvar=False), rel=1e-9, abs=1e-12)
     assert gaussian.at(np.array([3, 1])).covariance == pytest.approx(np.cov(x[:, [3, 1]], rowvar=False), rel=1e-9)
-
-
-def test_an_empty_batch_changes_nothing():
-    x = torch.from_numpy(np.random.default_rng(0).normal(size=(9, 4)))
-    moments = RunningCovariance(4).update(x[:0]).update(x).update(x[:0])
-    assert moments.count == 9
-    assert np.array_equal(moments.gaussian().covariance, gaussian_of(x).covariance)
-    assert np.array_equal(moments.gaussian().mean, gaussian_of(x).mean)
 
 
 # --- Inception Score -----------------------------------------------------------------------------
@@ -118,9 +93,9 @@ def adms_inception_score(logits, split):
     return np.mean(scores)
 
 
-@pytest.mark.parametrize("count", [7, 20, 21])
-def test_inception_score_is_adms_with_a_ragged_last_split(monkeypatch, count):
+def test_inception_score_is_adms_with_a_ragged_last_split(monkeypatch):
     monkeypatch.setattr(metrics, "SPLIT", 7)
+    count = 20
     logits = np.random.default_rng(0).normal(size=(count, 9)) * 3
     expected = adms_inception_score(logits, 7)
     a, b = InceptionScore(), InceptionScore()
@@ -157,10 +132,9 @@ def by_definition(real, fake):
 
 
 @pytest.mark.parametrize("precision", ["adm", "fp32"])
-@pytest.mark.parametrize("block", [7, 10_000])
-def test_precision_and_recall_by_definition_with_ties(monkeypatch, precision, block):
-    """Small integers: distances are exact, many of them equal."""
-    monkeypatch.setattr(metrics, "BLOCK", block)
+def test_precision_and_recall_by_definition_with_ties(monkeypatch, precision):
+    """Small integers: distances are exact, many of them equal. Blocks do not divide the sets."""
+    monkeypatch.setattr(metrics, "BLOCK", 7)
     rng = np.random.default_rng(0)
     real, fake = rng.integers(0, 6, (31, 3)), rng.integers(2, 9, (23, 3))
     expected = by_definition(real, fake)
@@ -176,18 +150,6 @@ def test_precision_and_recall_are_torch_fidelitys():
     own = precision_and_recall(real, fake, "fp32")
     assert own == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
     assert abs(own[0] - own[1]) > 0.1
-
-
-def test_a_collapsed_generator_is_precise_and_an_over_dispersed_one_recalls():
-    torch.manual_seed(0)
-    real = torch.randn(200, 4)
-    collapsed, dispersed = real[0] + 0.01 * torch.randn(200, 4), 6 * torch.randn(200, 4)
-    precision, recall = precision_and_recall(real, collapsed)
-    assert precision == 1
-    assert recall < 0.05
-    precision, recall = precision_and_recall(real, dispersed)
-    assert precision < 0.2
-    assert recall > 0.9
 
 
 def test_adms_distances_are_rounded_to_fp16_and_fp32_in_a_block_that_overflows(monkeypatch):

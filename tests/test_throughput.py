@@ -25,14 +25,14 @@ def tiny(monkeypatch):
 
 def test_the_report_has_all_figures_of_every_setting(tiny, run_here, tmp_path):
     out = tmp_path / "figures.json"
-    result = run_here(throughput, "--models", *NAMES, *FLAGS, "--precision", "fp32", "bf16", "--batch-size", 1, 2, "--out", out)
+    result = run_here(throughput, "--models", *NAMES, *FLAGS, "--precision", "fp32", "bf16", "--out", out)
     assert result.returncode == 0, result.stderr
     report = json.loads(out.read_text())
     assert {"device", "torch", "date", "settings", "results"} == set(report)
     assert report["settings"]["repeats"] == 2
     keys = [tuple(r[key] for key in ("what", "precision", "compile", "batch_size", "model")) for r in report["results"]]
-    assert keys == [(what, precision, False, batch, name) for what in ("train", "forward") for precision in ("fp32", "bf16")
-                    for batch in (1, 2) for name in NAMES]
+    assert keys == [(what, precision, False, 2, name) for what in ("train", "forward") for precision in ("fp32", "bf16")
+                    for name in NAMES]
     for r in report["results"]:
         assert not r["out_of_memory"]
         assert r["peak_memory_bytes"] is None
@@ -40,14 +40,14 @@ def test_the_report_has_all_figures_of_every_setting(tiny, run_here, tmp_path):
         assert r["bytes_moved"] > 4 * r["gmacs"]
         assert set(r["kernel_seconds"]) <= set(throughput.KINDS)
         assert 0 < r["kernel_seconds"]["matmul"] < 10
-        assert 0 < r["images_per_second_min"] <= r["images_per_second"] <= r["images_per_second_max"]
+        assert r["images_per_second"] == pytest.approx(2 / (sum(r["seconds"]) / 2))
         assert len(r["seconds"]) == 2
         passes = 3 if r["what"] == "train" else 1
         assert r["flops_per_second"] == pytest.approx(r["images_per_second"] * r["gmacs"] * 2e9 * passes)
         assert r["of_matmul"] == pytest.approx(r["flops_per_second"] / r["matmul_flops_per_second"])
         assert r["ratio"] == 1 or r["model"] != NAMES[0]
     assert "images/s over DiT-S/2's:" in result.stdout
-    assert len(result.stdout.splitlines()) == 1 + 8 * 4 + 1 + 8
+    assert len(result.stdout.splitlines()) == 1 + 4 * 4 + 1 + 4
 
 
 def test_rounds_take_the_candidates_in_turn(tiny, run_here, monkeypatch):
@@ -60,7 +60,7 @@ def test_rounds_take_the_candidates_in_turn(tiny, run_here, monkeypatch):
     monkeypatch.setattr(throughput, "make_matmul", lambda *_: lambda: calls.append("matmul"))
     run_here(throughput, "--models", *NAMES, *FLAGS, "--what", "forward")
     everyone = ["matmul", *NAMES]
-    assert calls == [name for name in everyone for _ in range(throughput.WARM_UP)] + 2 * everyone + NAMES  # the profile
+    assert calls == [name for name in NAMES for _ in range(2)] + 3 * everyone + NAMES  # the first round warms up; the profile
 
 
 def test_a_setting_too_large_is_recorded_and_the_sweep_goes_on(tiny, run_here, monkeypatch, tmp_path):
@@ -79,13 +79,11 @@ def test_a_setting_too_large_is_recorded_and_the_sweep_goes_on(tiny, run_here, m
     assert "out of memory" in result.stdout
 
 
-@pytest.mark.parametrize(("kernel", "kind"), [
-    ("triton_poi_fused_convolution_0", "other"), ("triton_per_fused_addmm_native_layer_norm_3", "other"),
-    ("triton_red_fused__scaled_dot_product_flash_attention_2", "other"), ("triton_tem_fused_addmm_4", "matmul"),
-    ("void flash_fwd_kernel<…>", "attention"), ("sm90_xmma_fprop_implicit_gemm", "convolution"),
-    ("nvjet_hsh_128x256", "matmul"), ("void at::native::vectorized_elementwise_kernel", "other")])
-def test_a_kernel_is_known_by_its_name(kernel, kind):
-    assert kind_of(kernel) == kind
+def test_a_kernel_is_known_by_its_name():
+    kinds = {"triton_poi_fused_convolution_0": "other", "triton_red_fused__scaled_dot_product_flash_attention_2": "other",
+             "triton_tem_fused_addmm_4": "matmul", "void flash_fwd_kernel<…>": "attention", "nvjet_hsh_128x256": "matmul",
+             "sm90_xmma_fprop_implicit_gemm": "convolution", "void at::native::vectorized_elementwise_kernel": "other"}
+    assert {kernel: kind_of(kernel) for kernel in kinds} == kinds
 
 
 def test_a_training_step_trains_and_a_forward_pass_does_not(tiny, monkeypatch):
@@ -152,10 +150,10 @@ def test_bytes_of_a_dinext_block_are_counted():
     assert two - one == pytest.approx(elements * sum(operations) + weights, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["DiT-S/2", "DiNext-S/2", "DiNext-U-S", "PixArt-B/2", "MLP", "ConvAdaLN", NAMES[2]])
-def test_bytes_are_counted_for_every_network_without_a_gpu(name):
-    fp32, bf16 = (throughput.count_bytes(name, precision, 2, 32) for precision in ("fp32", "bf16"))
-    assert 0.4 * fp32 < bf16 < fp32
+def test_bytes_are_counted_for_other_networks_without_a_gpu():
+    for name in ("DiNext-U-S", "PixArt-B/2", "ConvAdaLN", NAMES[2]):
+        fp32, bf16 = (throughput.count_bytes(name, precision, 2, 32) for precision in ("fp32", "bf16"))
+        assert 0.4 * fp32 < bf16 < fp32, name
 
 
 def test_attention_counts_as_one_kernel():
@@ -169,23 +167,19 @@ def test_attention_counts_as_one_kernel():
     assert counter.bytes == q.nbytes + 4 + 7 * q.nbytes + 4  # the last: torch.ones writes one number
 
 
-@pytest.mark.parametrize(("name", "gmac"), [("DiT-S/2", 6.1), ("DiT-XL/2", 118.6)])
-def test_the_reference_has_the_sizes_of_ours(name, gmac):
-    ours, reference = (throughput.count_macs(prefix + name, 32) / 1e9 for prefix in ("", throughput.REFERENCE))
-    assert ours == pytest.approx(gmac, abs=0.05)
+def test_the_reference_has_the_sizes_of_ours():
+    names = "DiT-XL/2", f"{throughput.REFERENCE}DiT-XL/2"
+    ours, reference = (throughput.count_macs(name, 32) / 1e9 for name in names)
+    assert ours == pytest.approx(118.6, abs=0.05)
     assert reference == pytest.approx(ours, rel=0.02)
     with torch.device("meta"):
-        ours, reference = (sum(p.numel() for p in throughput.build(prefix + name, 32).parameters())
-                           for prefix in ("", throughput.REFERENCE))
+        ours, reference = (sum(p.numel() for p in throughput.build(name, 32).parameters()) for name in names)
     assert 1 < reference / ours < 1.25  # it embeds t and y in every block
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--models", "DiT-S/3"], ["--models", "DiT-S/3", "DiT-S/2"]),
-    (["--models", "DiT-S/2", "--image-size", 24], ["--image-size", "(3, 3)"]),
-    (["--models", "DiT-S/2", "--image-size", 60], ["--image-size 60"]),
-    (["--models", "DiT-S/2", "--repeats", 0], ["--repeats 0"]),
-    (["--models", "DiT-S/2", "--batch-size", 0], ["--batch-size [0]"]),
-])
-def test_wrong_input_is_one_line(run_here, flags, words):
-    assert_one_line(run_here(throughput, *flags), *words)
+def test_wrong_input_is_one_line(run_here):
+    for flags, words in ((["DiT-S/3"], ["--models", "DiT-S/3", "DiT-S/2"]),
+                         (["DiT-S/2", "--image-size", 24], ["--image-size", "(3, 3)"]),
+                         (["DiT-S/2", "--image-size", 60], ["--image-size 60"]),
+                         (["DiT-S/2", "--repeats", 0], ["--repeats 0"])):
+        assert_one_line(run_here(throughput, "--models", *flags), *words)
