@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, assert_one_line
+from test_autoencoders import kl, ldm_names
 
 import export
 from diffusion import create_diffusion
-from models import DiT_models
+from models import DiT, DiT_models
 from pipeline import checkpoint
 from pipeline.autoencoders import load_autoencoder
 from pipeline.generation import Sampling, addressed_noise, generate
@@ -31,12 +32,9 @@ ARGS = {  # tiny networks, one of each class
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(block_out_channels=[8, 8, 8, 8], norm_num_groups=4, latent_channels=4, scaling_factor=0.3, shift_factor=0.1,
-                  down_block_types=4 * ["DownEncoderBlock2D"], up_block_types=4 * ["UpDecoderBlock2D"]).save_pretrained(folder)
+    kl(folder, block_out_channels=4 * [8], norm_num_groups=4, scaling_factor=0.3, shift_factor=0.1,
+       down_block_types=4 * ["DownEncoderBlock2D"], up_block_types=4 * ["UpDecoderBlock2D"])
     return str(folder)
 
 
@@ -149,8 +147,6 @@ def test_an_own_autoencoder_comes_along(tmp_path):
 
 
 def test_an_autoencoder_in_a_file_of_ldm_comes_along(tmp_path, monkeypatch):
-    from test_autoencoders import kl, ldm_names
-
     monkeypatch.chdir(tmp_path)
     torch.save(ldm_names(kl(tmp_path / "kl").state_dict(), 2), "ldm.pt")
     run = save(tmp_path, "ldm.pt", image_size=(16, 16), statistics=([0.1] * 4, [2.0] * 4))
@@ -169,17 +165,18 @@ def test_pixels_take_no_folder_of_that_name_along(tmp_path, monkeypatch):
     assert checkpoint.restore("out").spec.vae == "pixels"
 
 
-def test_bare_weights_are_told_what_they_predict(tmp_path, vae, capsys):
-    network = DiT_models["DiT-S/8"](input_size=8, num_classes=3)
+def test_bare_weights_are_told_what_they_predict(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(DiT_models, "DiT-tiny", partial(DiT, patch_size=2, hidden_size=32, depth=2, num_heads=4))
     (tmp_path / "checkpoints").mkdir()
-    torch.save(network.state_dict(), tmp_path / "checkpoints" / "DiT-XL-2-256x256.pt")
+    path = tmp_path / "checkpoints" / "DiT-XL-2-256x256.pt"
+    torch.save(DiT_models["DiT-tiny"](input_size=8, num_classes=3).state_dict(), path)
     (tmp_path / "figures.json").write_text("{}")  # of something else
-    run_export("--ckpt", tmp_path / "checkpoints" / "DiT-XL-2-256x256.pt", "--out", tmp_path / "epsilon")
-    assert "assumed to predict epsilon" in capsys.readouterr().out
+    run_export("--ckpt", path, "--out", tmp_path / "epsilon")
     card = (tmp_path / "epsilon" / "README.md").read_text()
+    assert "assumed to predict epsilon" in capsys.readouterr().out
     assert "assumed to predict epsilon" in card
     assert "license: unknown" in card  # not ours to say
-    run_export("--ckpt", tmp_path / "checkpoints" / "DiT-XL-2-256x256.pt", "--out", tmp_path / "sit", "--objective", "sit")
+    run_export("--ckpt", path, "--out", tmp_path / "sit", "--objective", "sit")
     assert checkpoint.restore(tmp_path / "sit").spec.diffusion == {"objective": "flow"}
 
 
@@ -363,12 +360,3 @@ def test_wrong_flags_are_one_line(tmp_path, run_here, monkeypatch):
                          (["--ckpt", "x.pt", "--out", "new/er"], "--ckpt x.pt does not exist")):
         assert_one_line(run_here(export, *flags), words)
     assert not (tmp_path / "new").exists()
-
-
-def test_presets_are_known_by_their_shapes(tmp_path):
-    """Bare weights need no --model, --image-size or --num-classes."""
-    torch.manual_seed(0)
-    weights = DiT_models["DiT-S/4"](input_size=16, num_classes=7).state_dict()
-    torch.save(weights, tmp_path / "bare.pt")
-    spec = checkpoint.restore(tmp_path / "bare.pt").spec
-    assert (spec.model.name, spec.image_size, len(spec.classes)) == ("DiT-S/4", (128, 128), 7)
