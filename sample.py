@@ -1,9 +1,9 @@
-"""Draw pictures from a checkpoint: labels -> one PNG grid, one column a label.
+"""Draw pictures from a checkpoint: labels -> one PNG grid, one column per label.
 
     python sample.py --ckpt results/digits --class-labels "3 seven"
     python sample.py --image-size 512 --seed 1            # the published DiT-XL/2
 
-pipeline/generation.py holds `generate`, the only way from noise to images.
+The way from noise to images is `generate` in pipeline/generation.py.
 """
 
 import difflib
@@ -39,10 +39,10 @@ TRAJECTORY_FRAMES = 10  # states that a trajectory shows
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Draw a grid of pictures from a checkpoint.")
     add_sampling_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) and its label alone")
+    parser.add_argument("--seed", type=int, default=0, help="image i depends only on (seed, i) and its label")
     parser.add_argument("--class-labels", type=str | int, nargs="+", help="ids and names, mixed; default: ten classes")
-    parser.add_argument("--num-samples", type=int, default=1, help="pictures of each label, one below the other")
-    parser.add_argument("--trajectory", action="store_true", help="also OUT-trajectory.png and .gif: states, predicted x_0")
+    parser.add_argument("--num-samples", type=int, default=1, help="pictures per label, one below the other")
+    parser.add_argument("--trajectory", action="store_true", help="also write OUT-trajectory.png, .gif: states, predicted x_0")
     parser.add_argument("--out", default="sample.png", help="the PNG to write")
     return parser
 
@@ -68,14 +68,14 @@ def main(args: Namespace) -> None:
     batches = torch.arange(len(order)).split(BATCH)
     watch, images = Watch(sampling, len(batches), world.device, args.trajectory), []
     for batch in batches:
-        watch.begin()
         images.append(generate(restored.model, autoencoder, order[batch].tolist(), batch.tolist(), args.seed, sampling,
                                watch.step).cpu())
-        watch.end()
+        watch.end_batch()
+    watch.bar.close()
     images = torch.cat(images)
 
     names = [restored.spec.classes[label] for label in labels]
-    columns = len(labels) if args.num_samples > 1 else min(len(labels), MAX_COLUMNS)  # else a column would mix labels
+    columns = len(labels) if args.num_samples > 1 else min(len(labels), MAX_COLUMNS)  # several rows: one label per column
     description = {"checkpoint": restored.path, "seed": args.seed, "labels": labels, "classes": names} | sampling.record()
     save_grid(images, out, columns, description)
     written = [out]
@@ -85,9 +85,9 @@ def main(args: Namespace) -> None:
     if args.trajectory:
         written += save_trajectory(watch.states, autoencoder, sampling, out, description)
     blocks = sampling.block_calls(restored.model)
-    print(f"{watch.sampling_seconds / len(images):.3g} s an image, for {sampling.model_calls} calls of the model"
+    print(f"{watch.sampling_seconds / len(images):.3g} s per image, for {sampling.model_calls} calls of the model"
           f"{'' if blocks is None else f' and {blocks} of its blocks'}; decoding "
-          f"{watch.decoding_seconds / len(images):.3g} s an image")
+          f"{watch.decoding_seconds / len(images):.3g} s per image")
     print(f"Wrote {', '.join(map(str, written))}: {len(images)} images of {', '.join(names)} in "
           f"{watch.sampling_seconds + watch.decoding_seconds:.1f} s")
 
@@ -96,13 +96,13 @@ def main(args: Namespace) -> None:
 
 
 def parse_labels(arguments: list[str | int] | None, classes: list[str]) -> list[int]:
-    """Class ids from ids and names, mixed. An argument that is not the whole name of a class is split at spaces and commas.
+    """Class ids from a mix of ids and names. An argument that is not the whole name of a class is split at spaces and commas.
 
-    A whole name counts before a synonym, one of a name's parts between commas, and before an id.
+    A whole name takes precedence over a synonym (one of the parts of a name between commas), and both over an id.
     """
     if arguments is None:
         return default_labels(len(classes))
-    names, synonyms = {}, {}
+    names, synonyms = {}, {}  # normal name -> ids
     for i, name in enumerate(classes):
         names.setdefault(normal_name(name), []).append(i)
         for synonym in {normal_name(part) for part in name.split(",") if not part.strip().isdecimal()}:
@@ -113,14 +113,14 @@ def parse_labels(arguments: list[str | int] | None, classes: list[str]) -> list[
         words = [argument] if normal_name(argument) in ids else re.split(r"[\s,]+", argument)
         labels += [parse_label(word, ids, len(classes)) for word in words if word]
     if not labels:
-        raise UserError("--class-labels is empty; give ids or names, or leave the flag out")
+        raise UserError("--class-labels is empty; expected ids or names")
     return labels
 
 
 def parse_label(word: str, ids: dict[str, list[int]], count: int) -> int:
     found = ids.get(normal_name(word), [])
     if len(found) > 1:
-        raise UserError(f"--class-labels {word} names several classes; their ids are {', '.join(map(str, found))}")
+        raise UserError(f"--class-labels {word} is the name of several classes; their ids are {', '.join(map(str, found))}")
     if found:
         return found[0]
     if re.fullmatch(r"-?\d+", word):
@@ -136,7 +136,7 @@ def parse_label(word: str, ids: dict[str, list[int]], count: int) -> int:
 
 
 class Watch:
-    """Listens to `generate`: shows progress, times sampling and decoding apart, keeps states of the first pictures."""
+    """Watches `generate`: a progress bar, the times of sampling and of decoding, and states of the first pictures."""
 
     def __init__(self, sampling: Sampling, batches: int, device: torch.device, keep_states: bool):
         self.steps, self.device = sampling.process.num_timesteps, device
@@ -146,8 +146,6 @@ class Watch:
         self.sampling_seconds = self.decoding_seconds = 0.0
         self.done = 0  # steps
         self.bar = tqdm(total=self.steps * batches, desc="sampling")
-
-    def begin(self) -> None:
         self.mark = time.perf_counter()
 
     def step(self, state: dict[str, Tensor]) -> None:
@@ -158,10 +156,8 @@ class Watch:
         if self.done % self.steps == 0:
             self.sampling_seconds += self.lap()
 
-    def end(self) -> None:
+    def end_batch(self) -> None:
         self.decoding_seconds += self.lap()
-        if self.done == self.bar.total:
-            self.bar.close()
 
     def lap(self) -> float:
         synchronize(self.device)
@@ -171,14 +167,14 @@ class Watch:
 
 def save_trajectory(states: list[dict[str, Tensor]], autoencoder: nn.Module, sampling: Sampling, out: Path,
                     description: dict) -> list[Path]:
-    """A strip (PNG) and a film (GIF) of the first pictures on their way: x_t above, or left of, the x_0 predicted from it."""
+    """Write the states of the first pictures as a PNG (x_t above the x_0 predicted from it) and a GIF (side by side)."""
     x_t, x_0 = (torch.stack([decode(autoencoder, state[name], sampling).cpu() for state in states])
                 for name in ("sample", "pred_xstart"))
     rows = torch.stack([x_t, x_0]).permute(2, 0, 1, 3, 4, 5)  # (pictures, 2, frames, H, W, C)
-    strip, film = (out.with_name(f"{out.stem}-trajectory.{kind}") for kind in ("png", "gif"))
-    save_grid(rows.flatten(0, 2), strip, len(states), description)
-    save_gif([grid(rows[:, :, frame].flatten(0, 1), 2) for frame in range(len(states))], film)
-    return [strip, film]
+    png, gif = (out.with_name(f"{out.stem}-trajectory.{kind}") for kind in ("png", "gif"))
+    save_grid(rows.flatten(0, 2), png, len(states), description)
+    save_gif([grid(rows[:, :, frame].flatten(0, 1), 2) for frame in range(len(states))], gif)
+    return [png, gif]
 
 
 if __name__ == "__main__":

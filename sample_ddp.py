@@ -1,12 +1,12 @@
-"""Draw many images on any number of processes and write them as one `.npz` for evaluation.
+"""Draw many images on any number of processes, into one `.npz` for evaluation.
 
     torchrun --nproc_per_node=8 sample_ddp.py --ckpt results/X --num-fid-samples 50000
 
-Image i and its label depend only on (seed, i), not on the number of processes and, up to rounding, not on the batch size.
-After a kill, the same command continues on any number of processes: each batch is a file in NAME.parts until all are done.
+Image i and its label depend only on (seed, i): not on the number of processes nor, up to rounding, on the batch size.
+After a kill, the same command continues, on any number of processes: each batch is a file in NAME.parts until all are done.
 
 - NAME.npz has ADM's format: `arr_0` images (N, H, W, 3) uint8, `arr_1` labels (N,) int64.
-- NAME.json holds the settings. An existing output with other settings is refused, or deleted with --overwrite.
+- NAME.json has the settings. An existing output with other settings is refused, or deleted with --overwrite.
 """
 
 import json
@@ -31,13 +31,7 @@ from tqdm import tqdm
 
 from evaluation.image_sets import NpzImages, save_npz
 from pipeline import checkpoint
-from pipeline.generation import (
-    Sampling,
-    generate,
-    prepare_network,
-    restore_autoencoder,
-    restore_checkpoint,
-)
+from pipeline.generation import Sampling, generate, prepare_network, restore_autoencoder, restore_checkpoint
 from pipeline.settings import SamplingSettings, add_sampling_arguments
 from pipeline.spec import BareWeights
 from runtime import UserError, cli
@@ -52,13 +46,13 @@ PNG_BLOCK = 256  # images in memory at once while PNGs are written
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Draw many images, on any number of processes, into one .npz.")
     add_sampling_arguments(parser)
-    parser.add_argument("--sample-dir", default="samples", help="where the .npz goes")
+    parser.add_argument("--sample-dir", default="samples", help="folder of the .npz")
     parser.add_argument("--per-proc-batch-size", type=int, default=32, help="images that a process draws at once")
-    parser.add_argument("--num-fid-samples", type=int, default=50_000, help="exactly so many images")
-    parser.add_argument("--global-seed", type=int, default=0, help="image i depends on (seed, i) and its label alone")
-    parser.add_argument("--balanced", action="store_true", help="all classes in turn, instead of labels drawn at random")
-    parser.add_argument("--png", action="store_true", help="also NAME/000000.png, …")
-    parser.add_argument("--overwrite", action="store_true", help="delete an output that exists from other settings")
+    parser.add_argument("--num-fid-samples", type=int, default=50_000, help="number of images")
+    parser.add_argument("--global-seed", type=int, default=0, help="image i depends only on (seed, i) and its label")
+    parser.add_argument("--balanced", action="store_true", help="all classes in turn instead of random labels")
+    parser.add_argument("--png", action="store_true", help="also write NAME/000000.png, …")
+    parser.add_argument("--overwrite", action="store_true", help="delete an existing output with other settings")
     parser.add_argument("--tf32", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True,
                         help="TF32 matrix products on CUDA: faster, less exact")
     return parser
@@ -90,13 +84,13 @@ def main(args: Namespace) -> None:
     seconds = time.perf_counter() - start
     world.on_main(lambda: finish(out, sorted(done + todo, key=lambda part: part.start), (height, width), label, args.png))
     if world.is_main:
-        said = "there already" if not drawn else (f"{drawn} drawn now, in {seconds:.1f} s ({drawn / seconds:.3g} images/s); "
-                                                  f"between batches the device waited {waited:.2%} of the time")
-        print(f"Wrote {out}: {count} images, {said}")
+        work = f"{drawn} drawn now, in {seconds:.1f} s ({drawn / seconds:.3g} images/s); between batches the device waited " \
+               f"{waited:.2%} of the time" if drawn else "all of them already drawn"
+        print(f"Wrote {out}: {count} images, {work}")
 
 
 def name_of(restored: checkpoint.Restored, sampling: Sampling, args: Namespace) -> str:
-    """A file name made of the settings. Less common settings appear only if they are not the default."""
+    """The file name, made of the settings. Less common ones appear only if they are not the default."""
     spec = restored.spec
     return "-".join([
         spec.model.name.replace("/", "-"), restored.name, f"size-{spec.image_size[0]}", f"vae-{Path(spec.vae).name}",
@@ -112,9 +106,9 @@ def record_of(restored: checkpoint.Restored, autoencoder: nn.Module, sampling: S
         "image_size": spec.image_size, "vae": spec.vae, "vae_identity": autoencoder.identity(),
         "images": args.num_fid_samples, "seed": args.global_seed, "labels": "balanced" if args.balanced else "random",
         "tf32": args.tf32, "compile": args.compile}
-    if args.objective not in (None, "epsilon"):  # of bare weights, which do not tell it
+    if args.objective not in (None, "epsilon"):  # of bare weights, which do not state it
         record["objective"] = args.objective
-    if spec.statistics:  # of the latents; they may come from another file than the weights
+    if spec.statistics:  # of the latents; not always from the file of the weights
         record["statistics"] = spec.statistics
     return json.loads(json.dumps(record | sampling.record()))  # as JSON will return it
 
@@ -126,7 +120,7 @@ def label_rule(seed: int, balanced: bool, num_classes: int) -> Callable[[int], i
     return lambda i: int(torch.randint(num_classes, (), generator=generator("label", seed, i)))
 
 
-# --- the output, from parts to the whole file -----------------------------------------------------
+# --- the output: parts -> .npz --------------------------------------------------------------------
 
 
 def parts_of(out: Path) -> Path:
@@ -135,27 +129,27 @@ def parts_of(out: Path) -> Path:
 
 def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int, batch_size: int,
                 image_bytes: int) -> tuple[list[range], list[range]]:
-    """Begin or continue an output and lock it for this process. Returns the finished batches and the missing ones.
+    """Start or continue an output and lock it for this process. Returns the finished batches and the missing ones.
 
     Raises:
-        UserError: it exists from other settings, or another process is at work on it.
-        OSError: there is no space for it; nothing was written then.
+        UserError: it exists with other settings, or another process is writing it.
+        OSError: there is no space for it. Nothing was written.
     """
     record, parts, pictures = out.with_suffix(".json"), parts_of(out), out.with_suffix("")
     found = read_record(record)
     stale = found != settings and (record.exists() or out.exists() or pictures.exists() or found_parts(parts))
     if stale and not overwrite:
         differ = [f"{key} was {found.get(key)!r}" for key in settings | found if found.get(key) != settings.get(key)]
-        raise UserError(f"--sample-dir: {out.with_suffix('')} exists from other settings "
-                        f"({', '.join(differ) if found else f'{record.name} does not tell them'}); --overwrite deletes it")
-    if stale or not out.exists():  # the parts that are missing, and the .npz
+        raise UserError(f"--sample-dir: {out.with_suffix('')} exists with other settings "
+                        f"({', '.join(differ) if found else f'{record.name} cannot be read'}); --overwrite deletes it")
+    if stale or not out.exists():  # space for the missing parts and the .npz
         drawn = 0 if stale else sum(map(len, share_out(found_parts(parts), count, batch_size)[0]))
         check_writable(out.parent, (2 * count - drawn) * image_bytes)
     parts.mkdir(exist_ok=True)
     lock_folder(parts, is_restart(), "wait for it to end")
     if stale:
         shutil.rmtree(pictures, ignore_errors=True)
-        for file in (*found_parts(parts).values(), out, record):  # the record last: a kill must not mix two outputs
+        for file in (*found_parts(parts).values(), out, record):  # the record last, so that a kill does not mix two outputs
             file.unlink(missing_ok=True)
     if out.exists():
         return [], []
@@ -176,15 +170,15 @@ def part_path(parts: Path, indices: range) -> Path:
 
 
 def found_parts(parts: Path) -> dict[range, Path]:
-    """The parts that lie in a folder, by the images that they hold. Files of other names are left alone."""
+    """The parts in a folder, by the indices of their images. Files with other names are ignored."""
     names = ((path, re.fullmatch(r"(\d{8})-(\d{8})\.npy", path.name)) for path in parts.glob("*.npy"))
     return {range(int(name[1]), int(name[2])): path for path, name in names if name}
 
 
 def share_out(found: Iterable[range], count: int, batch_size: int) -> tuple[list[range], list[range]]:
-    """Divide 0..count-1 into the existing parts, of any sizes, and the batches missing between them.
+    """Divide 0..count-1 into the existing parts, of any size, and the missing batches between them.
 
-    A process that outlived its launch may have written a part that overlaps others. Such a part is left out.
+    A part that overlaps an earlier one, as a process that outlived its launch may write, is ignored.
     """
     done, todo, start = [], [], 0
     for part in [*sorted(found, key=lambda part: part.start), range(count, count)]:
@@ -196,7 +190,7 @@ def share_out(found: Iterable[range], count: int, batch_size: int) -> tuple[list
 
 
 def finish(out: Path, batches: list[range], size: tuple[int, int], label: Callable[[int], int], png: bool) -> None:
-    """Join the parts to the `.npz` (written completely or not at all), write missing PNGs, and delete the parts."""
+    """Join the parts into the `.npz` (written completely or not at all), write missing PNGs, and delete the parts."""
     parts = parts_of(out)
     if not out.exists():
         count = batches[-1].stop
@@ -211,7 +205,7 @@ def finish(out: Path, batches: list[range], size: tuple[int, int], label: Callab
 
 
 def write_pngs(out: Path) -> None:
-    """Write those of NAME/000000.png, … that are missing."""
+    """Write the missing ones of NAME/000000.png, …"""
     folder = out.with_suffix("")
     folder.mkdir(exist_ok=True)
 
@@ -232,9 +226,9 @@ def write_pngs(out: Path) -> None:
 
 
 def draw(todo: list[range], draw_batch: Callable[[range], Tensor], parts: Path, count: int, world: World) -> float:
-    """Draw all batches of `todo`, each on the next free process. Returns the share of the time between batches.
+    """Draw the batches of `todo`, each on the next free process. Returns the share of time that devices wait between batches.
 
-    While a batch is drawn, earlier ones are copied to the host and written by another thread.
+    While a batch is drawn, another thread copies earlier ones to the host and writes them.
     """
     idle, waiting, before = IdleTime(world), deque(), count - sum(map(len, todo))
     with ThreadPoolExecutor(1) as writer, tqdm(total=count, initial=before, desc="sampling", unit="image",
@@ -251,13 +245,13 @@ def draw(todo: list[range], draw_batch: Callable[[range], Tensor], parts: Path, 
                 written()
         while waiting:
             written()
-        world.barrier()  # until the others have written their batches
+        world.barrier()  # until all processes have written their batches
         bar.update(count - bar.n)
     return idle.share()
 
 
 def fetch(images: Tensor) -> Callable[[], Tensor]:
-    """Start to copy images to the host. Returns a function that waits for the copy and returns it."""
+    """Start copying images to the host. Returns a function that waits for the copy and returns it."""
     if images.device.type != "cuda":
         images = images.cpu()
         return lambda: images
@@ -273,25 +267,25 @@ def fetch(images: Tensor) -> Callable[[], Tensor]:
 
 def write_part(parts: Path, indices: range, arrived: Callable[[], Tensor]) -> int:
     """Write a batch, (B, H, W, 1 or 3) -> (B, H, W, 3), completely or not at all. Returns its number of images."""
-    images, path = arrived(), part_path(parts, indices)
-    own = f".{socket.gethostname()}.{os.getpid()}"  # a lost process may still be writing the same batch
-    with atomic(path, own) as file:
+    images = arrived()
+    suffix = f".{socket.gethostname()}.{os.getpid()}"  # a lost process may still be writing the same batch
+    with atomic(part_path(parts, indices), suffix) as file:
         np.save(file, images.expand(*images.shape[:3], 3).numpy())
     return len(indices)
 
 
 class IdleTime:
-    """The share of time that the device is idle between batches. Call `mark` at the beginning and end of each.
+    """The share of time that the device is idle between batches. Call `mark` at the start and at the end of each.
 
-    Not counted: the host's delay until a batch's first kernel, and gaps between the kernels of a batch, as of a small
-    network that computes faster than it is launched. benchmarks/gpu_report.py measures these with a profiler.
+    Not counted: the delay before the first kernel of a batch, and gaps between its kernels, as with a network so small that
+    it runs faster than it is launched. benchmarks/gpu_report.py measures these with a profiler.
     """
 
     def __init__(self, world: World):
         self.world, self.marks = world, []
 
     def mark(self) -> None:
-        if self.world.device.type == "cuda":  # the device's own clock: it works asynchronously
+        if self.world.device.type == "cuda":  # by the device's clock, as it runs asynchronously
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self.marks.append(event)

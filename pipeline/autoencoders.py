@@ -1,15 +1,15 @@
 """Image <-> latent. Only this file handles scale factors of latents.
 
 Every autoencoder has
-    spec                           plain dict, what a checkpoint's Spec says of it; `load_autoencoder` builds it again
+    spec                           the entries of a checkpoint's Spec that describe it, for `load_autoencoder`
     bounded                        whether latents lie in [-1, 1], as pixels do: a sampler may then clip its predictions
+    stochastic                     whether an image has a posterior to draw latents from, instead of one latent
     latent_shape(image_size, C)    (C, H, W) of the latent of an image of `image_size` (H, W) and C channels
-    stochastic                     whether an image has a posterior of latents to draw from, and not one latent
     encode(images, noise)          (B, C, H, W) in [-1, 1] -> latents; `noise` (of their shape) draws from the posterior
     decode(latents)                -> images (B, C, H, W) in [-1, 1]
-    identity()                     what cached features must have been made with to fit it
+    identity()                     what cached features store, to be compared with it
 
-Autoencoders whose latents can be cached split `encode` in two: `sample(moments(images), noise)`.
+If latents can be cached, `encode` has two halves: `sample(moments(images), noise)`.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from runtime import UserError
 from runtime.cli import WRONG_VALUE, one_line, prefix_errors
 from runtime.pictures import to_unit_range
 
-NO_VARIANCE = -30  # log-variance of what is one latent and not a posterior
+NO_VARIANCE = -30  # the log-variance of a latent without posterior
 HUB_IDS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
 
@@ -55,14 +55,13 @@ class Pixels(nn.Module):
 class SDVAE(nn.Module):
     """Stable Diffusion's autoencoder, or any `AutoencoderKL` or `AutoencoderDC` of diffusers.
 
-    Latents are (z - shift) * scale. By the config, the scale is scaling_factor, and the shift shift_factor; with latents_mean
-    and latents_std, of each channel, they are scaling_factor / latents_std and latents_mean.
+    Latents are (z - shift) * scale. In the config, scale is scaling_factor and shift is shift_factor; if it has latents_mean
+    and latents_std per channel, scale is scaling_factor / latents_std and shift is latents_mean.
 
     Args:
-        source: where it came from.
+        source: its name or path.
         vae: diffusers' network.
-        statistics: mean and standard deviation of z, of each channel, in place of what the config says: then latents are
-            (z - mean) / std.
+        statistics: mean and standard deviation of z per channel, which replace the config's: latents are (z - mean) / std.
     """
 
     bounded = False
@@ -71,7 +70,7 @@ class SDVAE(nn.Module):
         super().__init__()
         self.vae = vae.to(memory_format=torch.channels_last)
         config = vae.config
-        self.stochastic = hasattr(vae, "quant_conv")  # an AutoencoderDC has one latent an image
+        self.stochastic = hasattr(vae, "quant_conv")  # an AutoencoderDC has one latent per image
         self.factor = getattr(vae, "spatial_compression_ratio", 2 ** (len(config.get("block_out_channels") or [0]) - 1))
         self.spec = {"vae": source}
         self.of_config = {"scaling_factor": config.scaling_factor, "shift_factor": config.get("shift_factor") or 0.0}
@@ -87,12 +86,12 @@ class SDVAE(nn.Module):
         self.requires_grad_(False)
 
     def normalise(self, mean: list[float], std: list[float], scaling: float) -> None:
-        """Let latents be (z - mean) * scaling / std. Raises UserError if these are not one number a channel."""
+        """Set latents to (z - mean) * scaling / std. Raises UserError if these do not have one number per channel."""
         channels = self.vae.config.latent_channels
         with prefix_errors(f"{self.spec['vae']}: latents_mean and latents_std:", *WRONG_VALUE):
             shift, divisor = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
             if len(shift) != channels or len(divisor) != channels or not (divisor > 0).all():
-                raise UserError(f"they must be {channels} numbers each, one a channel of its latents, and latents_std positive")
+                raise UserError(f"they must be {channels} numbers each, one per channel, and latents_std positive")
         self.register_buffer("shift", shift, persistent=False)
         self.register_buffer("scale", scaling / divisor, persistent=False)
 
@@ -120,12 +119,12 @@ class SDVAE(nn.Module):
         return self.vae.decode(latents / self.scale + self.shift).sample.clamp(-1, 1)
 
     def identity(self) -> dict:
-        """The scale by its config, and the sha256 of the weights. It does not depend on the file that holds them."""
+        """The scale in its config, and the sha256 of its weights, in whatever file they are."""
         return {"sha256": weights_sha256(self.vae), **self.of_config}
 
 
 class TrainedAutoencoder(nn.Module):
-    """An autoencoder that train.py trained (small_models.Autoencoder). It is deterministic; its latents are standardised."""
+    """An autoencoder trained by train.py (small_models.Autoencoder). It is deterministic and standardises its latents."""
 
     bounded, stochastic = False, False
 
@@ -155,9 +154,9 @@ class TrainedAutoencoder(nn.Module):
 
 def shrunk(image_size: tuple[int, int], channels: int, vae: str, in_channels: int, latent_channels: int,
            factor: int) -> tuple[int, int, int]:
-    """The shape of latents `factor` times smaller than the images. Raises UserError if the autoencoder cannot take these."""
+    """The shape of latents `factor` times smaller than the images. Raises UserError if the autoencoder cannot encode these."""
     if channels != in_channels:
-        raise UserError(f"{vae} takes images of {in_channels} channels, not of {channels}; pixels takes any")
+        raise UserError(f"{vae} takes images of {in_channels} channels, not of {channels}; pixels takes any number")
     if any(size % factor for size in image_size):
         raise UserError(f"{vae}: `image_size` {image_size} is not divisible by {factor}, the factor of this autoencoder")
     return (latent_channels, *(size // factor for size in image_size))
@@ -174,7 +173,7 @@ def weights_sha256(network: nn.Module) -> str:
 
 @torch.no_grad()
 def latents_of(autoencoder: nn.Module, batch: Tensor, kind: str, noise: Tensor) -> Tensor:
-    """The latents (B, C, h, w) of a batch. `kind` says what the data set holds (see training/rows.py)."""
+    """The latents (B, C, h, w) of a batch. `kind` is what the data set has (see training/rows.py)."""
     match kind:
         case "images":
             return autoencoder.encode(to_unit_range(batch), noise)
@@ -185,30 +184,30 @@ def latents_of(autoencoder: nn.Module, batch: Tensor, kind: str, noise: Tensor) 
 
 
 def check_features(autoencoder: nn.Module, *datasets) -> None:
-    """Raises UserError if one of the data sets holds features of another autoencoder. None is skipped."""
+    """Raises UserError if one of the data sets has features of another autoencoder. None is skipped."""
     features = [data for data in datasets if data is not None and data.kind != "images"]
     if features and isinstance(autoencoder, Pixels):
-        raise UserError("pixels: `data_path` holds features, which only the autoencoder that made them can decode")
+        raise UserError("pixels: `data_path` has features, which only the autoencoder that made them can decode")
     identity = autoencoder.identity() if features else {}
     for data in features:
-        own = identity | {"latent_shape": autoencoder.latent_shape(data.image_size, data.channels)}
-        for key, value in (data.made_by | {"latent_shape": data.latent_shape}).items():
-            if key != "vae" and own.get(key) != value:  # the name may differ: a folder may have moved
+        expected = identity | {"latent_shape": autoencoder.latent_shape(data.image_size, data.channels)}
+        for key, found in (data.made_by | {"latent_shape": data.latent_shape}).items():
+            if key != "vae" and found != expected.get(key):  # its path may have changed
                 raise UserError(f"{autoencoder.spec['vae']} is not the autoencoder of the features in `data_path`: "
-                                f"their {key} is {value}, its is {own.get(key)}")
+                                f"their {key} is {found}, expected {expected.get(key)}")
 
 
 def without_variance(latents: Tensor) -> Tensor:
-    """Moments (B, 2C, h, w) of latents (B, C, h, w) that have no posterior: with a log-variance that means none."""
+    """Moments (B, 2C, h, w) of latents (B, C, h, w) without posterior."""
     return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1)
 
 
 def check_autoencoder(autoencoder: nn.Module, spec: Spec) -> None:
-    """Raises UserError if the checkpoint's spec names other weights: the autoencoder's run may have continued since."""
+    """Raises UserError if its weights are not those in the spec: the autoencoder's run may have continued since."""
     expected, found = spec.vae_sha256, autoencoder.spec.get("vae_sha256")
     if expected != found:
         raise UserError(f"{spec.vae} has other weights than the model was trained with: their sha256 is {found}, "
-                        f"expected {expected}; `vae` may name where the right ones lie")
+                        f"expected {expected}; pass the path of the right ones as `vae`")
 
 
 def load_vae(source: str) -> nn.Module:
@@ -220,32 +219,31 @@ def load_vae(source: str) -> nn.Module:
     hub_id = HUB_IDS.get(source, source)
     is_path = hub_id.startswith((".", "/", "~")) or hub_id.count("/") != 1 or Path(hub_id).parent.is_dir()
     if is_path and not Path(hub_id).is_dir():
-        raise FileNotFoundError(f"{source}: no such folder; allowed: ema, mse, pixels, a folder that "
-                                "save_pretrained of an AutoencoderKL or AutoencoderDC wrote, a file of LDM's autoencoder, the "
-                                "run or checkpoint of an autoencoder, or a hub id owner/name")
+        raise FileNotFoundError(f"{source}: no such folder; allowed: ema, mse, pixels, a folder of diffusers' AutoencoderKL or "
+                                "AutoencoderDC, a file of LDM's autoencoder, the run or checkpoint of an autoencoder, or a "
+                                "hub id owner/name")
     try:
-        with warnings.catch_warnings(action="ignore"):  # the hub's client warns of its own deprecations
+        with warnings.catch_warnings(action="ignore"):  # of deprecations in the hub's client
             kind = AutoencoderKL.load_config(hub_id).get("_class_name", "AutoencoderKL")
-            if kind in kinds:
-                vae, found = kinds[kind].from_pretrained(hub_id, low_cpu_mem_usage=False, output_loading_info=True)
-                if not found["missing_keys"]:
-                    return vae.eval()
-                reason = f"its weights lack {found['missing_keys'][0]}"
-            else:
-                reason = f"it holds an {kind}; expected an AutoencoderKL or AutoencoderDC"
+            if kind not in kinds:
+                raise UserError(f"it is an {kind}; expected an AutoencoderKL or AutoencoderDC")
+            vae, found = kinds[kind].from_pretrained(hub_id, low_cpu_mem_usage=False, output_loading_info=True)
+            if found["missing_keys"]:
+                raise UserError(f"its weights lack {found['missing_keys'][0]}")
+            return vae.eval()
     except (OSError, ValueError, RuntimeError) as error:
         reason = one_line(error)[:200]
     if not is_path and not isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
-        reason = "it is not in the cache of the hub's files, and the hub did not give it; a folder with it can be named instead"
+        reason = "it is not in the hub's cache and cannot be downloaded; a local folder may be given instead"
     raise UserError(f"{source}: cannot load an autoencoder from {hub_id}: {reason}")
 
 
 def load_ldm(path: Path) -> nn.Module:
-    """The autoencoder in a file of LDM (VA-VAE's, say), as diffusers' AutoencoderKL. The file does not tell its scale."""
+    """The autoencoder in a file of LDM (for example VA-VAE), as diffusers' AutoencoderKL. The file does not state its scale."""
     from diffusers import AutoencoderKL
 
     state = checkpoint.load(path)
-    with prefix_errors(f"{path} holds no autoencoder of LDM that is known here:", KeyError, AttributeError, *WRONG_VALUE):
+    with prefix_errors(f"{path} is not a supported autoencoder of LDM:", KeyError, AttributeError, *WRONG_VALUE):
         config, weights = from_ldm(state.get("state_dict", state))
         vae = AutoencoderKL(**config)
         checkpoint.load_weights(vae, weights, path)
@@ -258,22 +256,22 @@ def load_autoencoder(vae: str, device: torch.device | str = "cpu", statistics: S
 
     Args:
         vae: "pixels", "ema" or "mse" (Stable Diffusion's), a local folder, a hub id, a file of LDM's autoencoder, or a
-            checkpoint, run or exported folder of an autoencoder that train.py trained.
-        statistics: of its raw latents, by which they are normalised.
-        raw: it need not know a scale of its latents.
+            checkpoint, run or exported folder of an autoencoder trained by train.py.
+        statistics: of its raw latents, to normalise them.
+        raw: whether the scale of its latents may be unknown.
 
     Raises:
-        UserError, OSError: it cannot be loaded, or nothing tells the scale of its latents.
+        UserError, OSError: it cannot be loaded, or the scale of its latents is unknown.
     """
     if vae == "pixels":
         return Pixels()
     path = Path(vae)
     source = str(path.resolve()) if path.exists() else vae
     is_file = path.suffix in (".pt", ".ckpt", ".safetensors")
-    own = (path / "checkpoints").is_dir() or (path / "model.safetensors").is_file()
-    if own or (is_file and "spec" in checkpoint.load(path)):
+    is_trained = (path / "checkpoints").is_dir() or (path / "model.safetensors").is_file()
+    if is_trained or (is_file and "spec" in checkpoint.load(path)):
         return TrainedAutoencoder(source, checkpoint.restore_own_autoencoder(source)).to(device)
     if is_file and statistics is None and not raw:
-        raise UserError(f"{vae} does not tell the scale of its latents; extract_features.py measures it with `normalise`, and "
-                        "training on these features knows it")
+        raise UserError(f"{vae} does not state the scale of its latents; extract_features.py measures it with `normalise`, for "
+                        "training on these features")
     return SDVAE(source, load_ldm(path) if is_file else load_vae(source), statistics).to(device)

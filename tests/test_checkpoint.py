@@ -20,18 +20,8 @@ from runtime import UserError
 def test_a_checkpoint_is_whole_or_absent_when_the_writer_dies(tmp_path):
     """Killed in the middle of writing, the writer leaves the old file readable and nothing under a checkpoint's name."""
     checkpoint.save(tmp_path / "0000001.pt", {"step": 1})
-    code = f"""
-import io, os, signal, sys, torch
-sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path
-from pipeline import checkpoint
-def die_half_way(state, file):
-    file.write(b"PK half a checkpoint"); file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-torch.save = die_half_way
-checkpoint.save(Path({str(tmp_path)!r}) / "0000002.pt", dict(step=2))
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    done = subprocess.run([sys.executable, ROOT / "tests" / "other_process.py", "die_while_saving", tmp_path], check=False)
+    assert done.returncode == -9
     assert any(b"half" in path.read_bytes() for path in tmp_path.iterdir())  # it died where it was meant to
     assert [path.name for path in tmp_path.glob("[0-9]*.pt")] == ["0000001.pt"]
     assert checkpoint.load(tmp_path / "0000001.pt") == {"step": 1}
@@ -60,20 +50,30 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, legacy):
     assert trace.exists()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_a_truncated_file_is_named(tmp_path, share):
+def test_a_truncated_file_and_a_changed_one_are_named(tmp_path):
     path = tmp_path / "cut.pt"
-    torch.save({"w": torch.randn(1000)}, path)
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(ValueError, match=r"cut\.pt is truncated or not a checkpoint"):
+    checkpoint.save(path, {"w": torch.randn(1000)})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:2000] + b"x" + whole[2001:])
+    with pytest.raises(checkpoint.DamagedError, match=r"cut\.pt is damaged: its sha256"):
         checkpoint.load(path)
+    path.with_name("cut.pt.sha256").unlink()
+    for share in (0.0, 0.1, 0.5, 0.99):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(checkpoint.DamagedError, match=r"cut\.pt is truncated or not a checkpoint"):
+            checkpoint.load(path)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_and_one_without_weights_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.pt does not exist"):
         checkpoint.find_model(tmp_path / "nothing.pt")
     with pytest.raises(FileNotFoundError, match="holds no checkpoints"):
         checkpoint.find_model(tmp_path)
+    for content, words in (({"epoch": 3}, r"x\.pt holds no state dict"), ({"ema": 3}, "holds no state dict"),
+                           ([1, 2], "holds a list")):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=words):
+            checkpoint.find_model(tmp_path / "x.pt")
 
 
 def test_safetensors_are_read(tmp_path):
@@ -105,26 +105,21 @@ def test_a_file_of_dits_own_trainer_loads_with_its_flags(tmp_path, tiny_preset):
 
 def test_weights_of_another_architecture_are_refused(tmp_path, tiny_preset):
     torch.save(tiny_preset, tmp_path / "bare.pt")
-    with pytest.raises(ValueError, match=r"another architecture \(143 differences"):
+    with pytest.raises(UserError, match=r"another architecture \(143 differences"):
         checkpoint.restore(tmp_path / "bare.pt", BareWeights(model="DiNext-S/2", image_size=64, num_classes=10))
-    with pytest.raises(ValueError, match=r"y_embedder\.embedding_table\.weight"):
+    with pytest.raises(UserError, match=r"y_embedder\.embedding_table\.weight"):
         checkpoint.restore(tmp_path / "bare.pt", BareWeights(model="DiT-tiny", image_size=64, num_classes=7))
 
 
-def test_a_file_without_weights_is_refused(tmp_path):
-    torch.save({"epoch": 3}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"x\.pt holds no state dict"):
-        checkpoint.find_model(tmp_path / "x.pt")
-    torch.save([1, 2], tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="holds a list"):
-        checkpoint.find_model(tmp_path / "x.pt")
-
-
-def test_only_the_published_sizes_need_no_checkpoint():
-    with pytest.raises(ValueError, match="`ckpt` is needed"):
-        checkpoint.restore(None, BareWeights(image_size=64))
-    with pytest.raises(ValueError, match="`ckpt` is needed"):
-        checkpoint.restore(None, BareWeights(model="DiNext-S/2"))
+def test_flags_must_agree_with_what_a_checkpoint_says_of_itself(gaussian_run):
+    assert checkpoint.restore(gaussian_run, BareWeights("DiT-S/2", 8, 5)).name == "g"
+    for wrong in (dict(model="DiT-B/2"), dict(image_size=256), dict(num_classes=1000)):
+        (name, value), = wrong.items()
+        with pytest.raises(UserError, match=f"`{name}` {value} contradicts"):
+            checkpoint.restore(gaussian_run, BareWeights(**wrong))
+    for wrong in (dict(image_size=64), dict(model="DiNext-S/2")):  # only DiT-XL/2 at the published sizes needs no file
+        with pytest.raises(UserError, match="`ckpt` is needed"):
+            checkpoint.restore(None, BareWeights(**wrong))
 
 
 def test_published_names_are_downloaded_once_to_the_cache(tmp_path, monkeypatch, capsys):

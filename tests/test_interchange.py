@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import pickle
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -104,6 +105,10 @@ def restored(tmp_path, state, **bare):
     return checkpoint.restore(tmp_path / "published.pt", BareWeights("DiT-tiny", 64, 10, **bare))
 
 
+def assert_equal(found, expected, rtol=1e-5):
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-5 * expected.abs().max().item())
+
+
 # --- SiT, REPA -------------------------------------------------------------------------------------
 
 
@@ -111,10 +116,7 @@ def test_sits_network_is_ours_with_time_and_sign_reversed(tmp_path):
     """SiT: x_s = s x_1 + (1 - s) x_0 from noise x_0 to data x_1; u = x_1 - x_0. Ours: noise - data at t = 1 - s."""
     weights, (x, s, y) = random_weights(learn_sigma=True), batch()
     ours = restored(tmp_path, weights, objective="sit")
-    theirs = written_out(weights, x, s, y)[:, :4]
-    out = ours.model(x, 1000 * (1 - s), y)
-    assert out.shape == theirs.shape
-    torch.testing.assert_close(out, -theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+    assert_equal(ours.model(x, 1000 * (1 - s), y), -written_out(weights, x, s, y)[:, :4])
     sampling = ours.spec.sampling
     assert (sampling.sampler, sampling.num_sampling_steps, sampling.cfg_channels) == ("heun", "125", 3)
 
@@ -122,8 +124,7 @@ def test_sits_network_is_ours_with_time_and_sign_reversed(tmp_path):
 def test_repas_network_is_ours(tmp_path):
     weights, (x, t, y) = random_weights(learn_sigma=False), batch()
     ours = restored(tmp_path, {"ema": weights | {"projectors.0.0.weight": torch.ones(3, 3)}})  # nobody says that it is REPA's
-    theirs = written_out(weights, x, t, y)
-    torch.testing.assert_close(ours.model(x, 1000 * t, y), theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+    assert_equal(ours.model(x, 1000 * t, y), written_out(weights, x, t, y))
     sampling = ours.spec.sampling
     assert (sampling.sampler, sampling.cfg_scale, sampling.guidance_interval) == ("euler", 1.8, (0, 700))
     assert sampling.cfg_channels is None
@@ -165,7 +166,7 @@ def test_a_trainers_file_tells_what_it_is(tmp_path):
     assert checkpoint.restore(tmp_path / "repa.pt").spec.sampling.cfg_scale == 1.8  # still not SiT's
 
 
-def test_what_is_assumed_is_said():
+def test_what_is_assumed_is_said_and_what_contradicts_the_file_is_refused():
     weights = random_weights(learn_sigma=True)
     assert "assumed to predict epsilon" in read(weights, BareWeights("DiT-tiny", 64, 10)).remark
     assert read(weights, BareWeights("DiT-tiny", 64, 10, objective="epsilon")).remark == ""
@@ -173,27 +174,33 @@ def test_what_is_assumed_is_said():
         read(weights | {"projectors.0": torch.ones(1)}, BareWeights("DiT-tiny", 64, 10, objective="epsilon"))
 
 
-def test_each_objective_of_bare_weights_has_a_format():
     assert {format.objective for format in interchange.FORMATS} - {None} == set(BARE_OBJECTIVES)
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_a_dit_written_out(qk_norm):
-    weights, (x, t, y) = random_weights(learn_sigma=True, qk_norm=qk_norm), batch()
-    assert ("blocks.0.attn.q_norm.weight" in weights) == qk_norm
-    model = DiT(**TINY, input_size=8, num_classes=10, qk_norm=qk_norm)
+def test_a_dit_with_qk_norm_written_out():
+    weights, (x, t, y) = random_weights(learn_sigma=True, qk_norm=True), batch()
+    assert "blocks.0.attn.q_norm.weight" in weights
+    model = DiT(**TINY, input_size=8, num_classes=10, qk_norm=True)
     model.load_state_dict(weights)
-    theirs = written_out(weights, x, 1000 * t, y)
-    torch.testing.assert_close(model(x, 1000 * t, y), theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+    assert_equal(model(x, 1000 * t, y), written_out(weights, x, 1000 * t, y))
+
+
+def test_presets_are_known_by_their_shapes():
+    """Bare weights need neither model, image size nor number of classes."""
+    with torch.device("meta"):
+        weights = DiT_models["DiT-S/4"](input_size=16, num_classes=7).state_dict()
+    spec = read(weights, BareWeights()).spec
+    assert (spec.model.name, spec.image_size, len(spec.classes)) == ("DiT-S/4", (128, 128), 7)
+    assert interchange.preset_of(dict(depth=28, hidden_size=1152, patch_size=1)) == "DiT-XL/2"  # not a LightningDiT
 
 
 # --- LightningDiT ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[False, True], ids=["", "qk-norm"])
-def lightning(monkeypatch, tmp_path, request):
+@pytest.fixture
+def lightning(monkeypatch, tmp_path):
     """A file as published: the weights, and latents_stats.pt beside it."""
-    args = dict(patch_size=1, lightning=True, qk_norm=request.param)
+    args = dict(patch_size=1, lightning=True, qk_norm=True)
     monkeypatch.setitem(DiT_models, "LightningDiT-tiny", partial(DiT, **TINY | args))
     weights = random_weights(learn_sigma=False, in_channels=3, **args)
     weights = {key.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): value for key, value in weights.items()}
@@ -208,16 +215,11 @@ def test_lightningdits_network_is_ours(lightning):
     ours = checkpoint.restore(path, BareWeights("LightningDiT-tiny"))
     _, s, y = batch()
     x = torch.randn(3, 3, 8, 8)
-    theirs = written_out(weights, x, s, y, p=1)  # SiT's flow: data - noise at s, 1 = data
-    torch.testing.assert_close(ours.model(x, 1000 * (1 - s), y), -theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+    assert_equal(ours.model(x, 1000 * (1 - s), y), -written_out(weights, x, s, y, p=1))  # SiT's flow
     spec, sampling = ours.spec, ours.spec.sampling
     assert (spec.image_size, len(spec.classes), spec.statistics) == ((128, 128), 10, ([1, 2, 3], [4, 5, 6]))
     assert (sampling.sampler, sampling.cfg_scale, sampling.cfg_channels) == ("euler", 6.7, 3)
     assert sampling.guidance_interval == (0, 875)
-
-
-def test_a_dit_of_patch_1_is_not_taken_for_a_lightningdit():
-    assert interchange.preset_of(dict(depth=28, hidden_size=1152, patch_size=1)) == "DiT-XL/2"
 
 
 def test_a_lightningdit_without_what_it_needs_is_refused_in_one_line(lightning):
@@ -277,8 +279,7 @@ def test_a_diffusers_folder_is_the_dit_in_it(folder, pipeline):
         block.norm1.emb.time_proj.downscale_freq_shift = 0
         block.norm3.eps = 1e-6
     expected = theirs(x, 1000 * t, y).sample
-    found = ours.model(x, 1000 * t, y)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    assert_equal(ours.model(x, 1000 * t, y), expected, rtol=1e-4)
     assert (before - expected).norm() > 0.01 * expected.norm()  # what the 127 costs: it is not our mapping that hides it
     spec = ours.spec
     assert spec.classes[3] == "thing 3, whatsit 3"
@@ -304,39 +305,34 @@ def test_a_bin_file_as_published_is_read_and_no_code_in_it(folder):
         checkpoint.restore(folder)
 
 
-@pytest.mark.parametrize(("file", "changes", "words"), [
-    ("model_index.json", dict(_class_name="PixArtAlphaPipeline"), "holds PixArtAlphaPipeline, which only diffusers loads"),
-    ("transformer/config.json", dict(_class_name="SD3Transformer2DModel"), "_class_name is SD3Transformer2DModel; a DiT's is"),
-    ("transformer/config.json", dict(norm_type="ada_norm_single"), "norm_type is ada_norm_single; a DiT's is ada_norm_zero"),
-    ("transformer/config.json", dict(num_layers=4), "lacks transformer_blocks.3.norm1.linear.weight, so it is not a DiT of 4"),
-    ("transformer/config.json", dict(num_layers=2), "has transformer_blocks.2."),
-    ("scheduler/scheduler_config.json", dict(beta_schedule="scaled_linear"), "knows: DDIMScheduler, epsilon, scaled"),
-    ("scheduler/scheduler_config.json", dict(beta_end=0.012), "betas 0.0001 to 0.012"),
-    ("scheduler/scheduler_config.json", dict(prediction_type="flow"), "knows: DDIMScheduler, flow"),
-    ("scheduler/scheduler_config.json", dict(_class_name="FlowMatchEulerDiscreteScheduler"), "knows: FlowMatchEuler"),
-    ("scheduler/scheduler_config.json", dict(rescale_betas_zero_snr=True), "knows: DDIMScheduler, rescale_betas_zero_snr"),
-    ("scheduler/scheduler_config.json", dict(num_train_timesteps="x"), "theirs: "),
-    ("transformer/config.json", dict(num_attention_heads=None), "theirs: "),
-    ("transformer/config.json", dict(patch_size=0), "theirs: "),
-    ("transformer/config.json", dict(sample_size=[8, 8]), "theirs: "),
-    ("model_index.json", dict(id2label=["cat"]), "theirs: "),
-    ("model_index.json", dict(_class_name=["pipeline", "DiNextPipeline"]), "which only diffusers loads"),
-])
-def test_other_folders_are_refused_in_one_line(folder, file, changes, words):
-    edit(folder / file, **changes)
-    with pytest.raises(UserError) as error:
-        checkpoint.restore(folder)
-    assert words in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_blocks_whose_embedders_differ_are_refused(pipeline, tmp_path):
-    other = copy.deepcopy(pipeline.transformer)
-    torch.nn.init.zeros_(other.transformer_blocks[2].norm1.emb.timestep_embedder.linear_2.bias)
-    pipeline.save_pretrained(tmp_path)
-    other.save_pretrained(tmp_path / "transformer")
-    with pytest.raises(UserError, match=r"its blocks 0 and 2 differ in norm1\.emb\.timestep_embedder\.linear_2"):
-        checkpoint.restore(tmp_path)
+def test_other_folders_are_refused_in_one_line(folder, monkeypatch):
+    index, network, scheduler = "model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"
+    source = checkpoint.open_source(folder)
+    bias = "transformer_blocks.2.norm1.emb.timestep_embedder.linear_2.bias"
+    other = replace(source, weights=source.weights | {bias: source.weights[bias] + 1})
+    changed = [(replace(source, configs=source.configs | {part: source.configs[part] | changes}), words)
+               for part, changes, words in (
+        (index, dict(_class_name="PixArtAlphaPipeline"), "holds PixArtAlphaPipeline"),
+        (index, dict(_class_name=["pipeline", "DiNextPipeline"]), "only diffusers loads"),
+        (index, dict(id2label=["cat"]), "theirs: "),
+        (network, dict(_class_name="SD3Transformer2DModel"), "_class_name is SD3Transformer2DModel"),
+        (network, dict(norm_type="ada_norm_single"), "norm_type is ada_norm_single"),
+        (network, dict(num_layers=4), "lacks transformer_blocks.3.norm1.linear.weight"),
+        (network, dict(num_layers=2), "has transformer_blocks.2."),
+        (network, dict(patch_size=0), "theirs: "), (network, dict(sample_size=[8, 8]), "theirs: "),
+        (scheduler, dict(beta_schedule="scaled_linear"), "DDIMScheduler, epsilon, scaled"),
+        (scheduler, dict(beta_end=0.012), "betas 0.0001 to 0.012"),
+        (scheduler, dict(prediction_type="flow"), "DDIMScheduler, flow"),
+        (scheduler, dict(_class_name="FlowMatchEulerDiscreteScheduler"), "FlowMatchEuler"),
+        (scheduler, dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
+        (scheduler, dict(num_train_timesteps="x"), "theirs: "))]
+    for found, words in [*changed, (other, "blocks 0 and 2 differ in norm1.emb.timestep_embedder.linear_2")]:
+        monkeypatch.setattr(checkpoint, "open_source", lambda path, found=found: found)
+        with pytest.raises(UserError, match=words) as error:
+            checkpoint.restore(folder)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="`objective` sit contradicts the file, whose format is diffusers"):
+        interpret(source, BareWeights(objective="sit"))
 
 
 def test_folders_that_lack_something_are_refused_in_one_line(folder):
@@ -351,11 +347,6 @@ def test_folders_that_lack_something_are_refused_in_one_line(folder):
         checkpoint.restore(folder)
 
 
-def test_what_describes_itself_takes_no_objective(folder):
-    with pytest.raises(UserError, match="`objective` sit contradicts the file, whose format is diffusers"):
-        checkpoint.restore(folder, BareWeights(objective="sit"))
-
-
 def test_schedulers_and_predictions():
     base = SCHEDULER | dict(prediction_type="v_prediction")
     assert interchange.diffusion_of(base, False)["objective"] == "v"
@@ -368,13 +359,12 @@ def test_sampling_from_a_diffusers_folder(folder, tmp_path, run_here):
     done = run_here(sample, "--ckpt", folder, "--class-labels", "thing 3", "--num-sampling-steps", "4",
                     "--device", "cpu", "--out", tmp_path / "x.png")
     assert "1 images of thing 3, whatsit 3" in done.stdout
-    wrong = run_here(sample, "--ckpt", folder / "vae", "--device", "cpu")
-    assert_one_line(wrong, f"{folder / 'vae'}: its description lacks")
+    assert_one_line(run_here(sample, "--ckpt", folder / "vae", "--device", "cpu"), f"{folder / 'vae'}: its description lacks")
 
 
 def test_sits_weights_sample_with_every_switch_by_their_name_alone(tmp_path, folder, run_here):
     """Preset, size and classes are told by the shapes."""
-    torch.save(random_weights(learn_sigma=True, hidden_size=384, depth=12, num_heads=6), tmp_path / "sit.pt")
+    torch.save(random_weights(learn_sigma=True), tmp_path / "sit.pt")
     done = run_here(sample, "--ckpt", tmp_path / "sit.pt", "--objective", "sit", "--vae", folder / "vae", "--sampler", "dpm++",
                     "--num-sampling-steps", "6", "--reuse", "forecast", "--guidance-interval", "100", "900",
                     "--cfg-scale", "2", "--class-labels", "3", "--device", "cpu", "--out", tmp_path / "x.png")

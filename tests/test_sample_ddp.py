@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from pipeline.generation import Sampling
 from runtime.processes import World
 
 FLAGS = ["--num-fid-samples", "11", "--num-sampling-steps", "3", "--device", "cpu"]
+OTHER = ROOT / "tests" / "other_process.py"
 
 
 @pytest.fixture
@@ -60,7 +62,9 @@ def assert_same(a, b):
 @pytest.fixture(scope="module")
 def one_process(tiny_run, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("one")
-    run_script("sample_ddp.py", "--ckpt", tiny_run, *FLAGS, "--per-proc-batch-size", 11, cwd=cwd)
+    flags = ["--ckpt", str(tiny_run), *FLAGS, "--per-proc-batch-size", "11"]
+    with contextlib.chdir(cwd), torch.enable_grad():  # main sets it for its process
+        sample_ddp.main(sample_ddp.build_parser().parse_args(flags))
     return cwd
 
 
@@ -81,30 +85,29 @@ def test_the_npz_is_adms_and_the_json_beside_it_tells_the_settings(one_process):
                   "images": 11, "reuse": "none"}
 
 
-@pytest.mark.parametrize(("nproc", "batch"), [(2, 3), pytest.param(3, 2, marks=pytest.mark.slow)])
-def test_images_do_not_depend_on_processes_nor_batches(one_process, tiny_run, tmp_path, nproc, batch):
-    run_script("sample_ddp.py", "--ckpt", tiny_run, *FLAGS, "--per-proc-batch-size", batch, cwd=tmp_path, nproc=nproc)
+def test_images_do_not_depend_on_processes_nor_batches(one_process, tiny_run, tmp_path):
+    run_script("sample_ddp.py", "--ckpt", tiny_run, *FLAGS, "--per-proc-batch-size", 3, cwd=tmp_path, nproc=2)
     assert_same(arrays(one_process), arrays(tmp_path))
 
 
 def test_labels_are_uniform_and_addressed_or_all_in_turn():
-    rule = sample_ddp.label_rule(0, False, 4)
-    labels = [rule(i) for i in range(2000)]
-    assert np.abs(np.bincount(labels) / 500 - 1).max() < 0.2
+    """A chi-square test with 9 degrees of freedom; 33.7 is its quantile of 0.9999."""
+    rule, other, balanced = (sample_ddp.label_rule(*key, 10) for key in ((0, False), (1, False), (0, True)))
+    labels = [rule(i) for i in range(5000)]
+    assert ((np.bincount(labels, minlength=10) - 500) ** 2 / 500).sum() < 33.7
     assert rule(1234) == labels[1234]
-    other = sample_ddp.label_rule(1, False, 4)
-    assert [other(i) for i in range(50)] != labels[:50]
-    balanced = sample_ddp.label_rule(0, True, 4)
-    assert [balanced(i) for i in range(6)] == [0, 1, 2, 3, 0, 1]
+    assert [other(i) for i in range(20)] != labels[:20]
+    assert [balanced(i) for i in range(12)] == [*range(10), 0, 1]
 
 
-def test_balanced_labels_and_pngs(draw, tmp_path):
-    result, drawn = draw("--balanced", "--per-proc-batch-size", 4)
-    assert result.returncode == 0
+def test_a_finished_output_is_left_alone_and_pngs_are_made_of_it(draw, tmp_path):
+    assert draw("--balanced", "--per-proc-batch-size", 4)[1] == list(range(11))
     images, labels = arrays(tmp_path)
     assert labels.tolist() == [*range(10), 0]
-    result, drawn = draw("--balanced", "--per-proc-batch-size", 4, "--png")  # of what is finished, drawing nothing
-    assert (result.returncode, drawn) == (0, [])
+    before = output(tmp_path).stat().st_mtime_ns
+    result, drawn = draw("--balanced", "--per-proc-batch-size", 5, "--png")
+    assert (result.returncode, drawn, output(tmp_path).stat().st_mtime_ns) == (0, [], before)
+    assert "already drawn" in result.stdout
     pictures = sorted(output(tmp_path).with_suffix("").iterdir())
     assert [path.name for path in pictures] == [f"{i:06d}.png" for i in range(11)]
     for path, image in zip(pictures, images):
@@ -121,27 +124,18 @@ def test_pngs_beyond_one_block(tmp_path):
             assert np.array_equal(np.asarray(picture), images[i])
 
 
-def test_a_finished_output_is_left_alone(draw, tmp_path):
-    assert draw()[1] == list(range(11))
-    before = output(tmp_path).stat().st_mtime_ns
-    result, drawn = draw("--per-proc-batch-size", 5)
-    assert (result.returncode, drawn, output(tmp_path).stat().st_mtime_ns) == (0, [], before)
-    assert "there already" in result.stdout
-
-
-def test_every_switch_has_its_own_name(draw, tmp_path):
-    for flags in ([], ["--guidance-interval", 100, 900], ["--reuse", "encoder"], ["--sampler", "dpm++"], ["--balanced"],
-                  ["--sampler", "ddim", "--eta", 0.5], ["--precision", "bf16"], ["--dynamic-thresholding", "true"],
-                  ["--cfg-scale", 2], ["--balanced", "--global-seed", 1], ["--sampler", "ddim"]):
+def test_names_tell_the_settings_apart_and_settings_change_the_images(draw, tmp_path):
+    names = {"1.0-1-heun-3-fp32-seed-0-balanced-2": ["--balanced"],
+             "1.0-1-heun-3-fp32-seed-1-balanced-2": ["--balanced", "--global-seed", 1],
+             "2.0-1-heun-3-fp32-seed-0-2": ["--cfg-scale", 2],
+             "1.0-1-thresholded-heun-3-fp32-seed-0-2": ["--dynamic-thresholding", "true"],
+             "1.0-1-ddim-3-fp32-seed-0-2": ["--sampler", "ddim"],
+             "1.0-1-ddim-3-eta-0.5-fp32-seed-0-2": ["--sampler", "ddim", "--eta", 0.5]}
+    for flags in names.values():
         assert draw(*flags, "--num-fid-samples", 2)[0].returncode == 0
-    outputs = list((tmp_path / "samples").glob("*.npz"))
-    assert len(outputs) == 11
-    images = {path.name.split("cfg-")[1]: np.load(path)["arr_0"].tobytes() for path in outputs}
-    plain = "1.0-1-heun-3-fp32-seed-0-balanced-2.npz"
-    for other in ("1.0-1-heun-3-fp32-seed-1-balanced-2.npz", "2.0-1-heun-3-fp32-seed-0-2.npz",
-                  "1.0-1-thresholded-heun-3-fp32-seed-0-2.npz", "1.0-1-ddim-3-fp32-seed-0-2.npz"):
-        assert images[other] != images[plain], other  # the other switches change little in a network of six steps
-    assert images["1.0-1-ddim-3-eta-0.5-fp32-seed-0-2.npz"] != images["1.0-1-ddim-3-fp32-seed-0-2.npz"]
+    images = {path.stem.split("cfg-")[1]: np.load(path)["arr_0"].tobytes() for path in (tmp_path / "samples").glob("*.npz")}
+    assert images.keys() == names.keys()
+    assert len(set(images.values())) == len(images)
 
 
 def test_tf32_is_the_flags(draw, monkeypatch):
@@ -196,29 +190,15 @@ def test_strangers_among_the_parts_are_left_alone(draw, tmp_path):
     assert len(list(parts.iterdir())) == 3
 
 
-def test_random_labels_are_uniform():
-    """A chi-square test with 9 degrees of freedom; 33.7 is its quantile of 0.9999."""
-    label = sample_ddp.label_rule(0, False, 10)
-    counts = np.bincount([label(i) for i in range(5000)], minlength=10)
-    assert len(counts) == 10
-    assert ((counts - 500) ** 2 / 500).sum() < 33.7
-    assert [label(i) for i in range(20)] != [sample_ddp.label_rule(1, False, 10)(i) for i in range(20)]
-
-
 def output_parts(cwd):
     return sorted((cwd / "samples").glob("*.parts/*.npy"))
 
 
-@pytest.mark.parametrize(("owner", "name"), [(np.lib.format, "write_array_header_1_0"), (os, "replace")])
-def test_stopped_while_it_joins_the_parts_it_draws_nothing_again(draw, tmp_path, monkeypatch, owner, name):
-    original = getattr(owner, name)
-
+def test_stopped_while_it_joins_the_parts_it_draws_nothing_again(draw, tmp_path, monkeypatch):
     def fail(*args):
-        if name == "replace" and args[1].suffix != ".npz":  # of a part
-            return original(*args)
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, fail)
+        patch.setattr(np.lib.format, "write_array_header_1_0", fail)
         result, drawn = draw()
         assert (result.returncode, drawn) == (130, list(range(11)))
     assert not list((tmp_path / "samples").glob("*.npz"))
@@ -231,15 +211,11 @@ def test_a_full_disk_is_one_line(draw, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(sample_ddp.np, "save", fail)
-    assert_one_line_last(draw()[0], "No space left on device")
-    assert output_parts(tmp_path) == []
-
-
-def assert_one_line_last(result, words):
-    """Exit 2, and one line after the progress bar's."""
+    result = draw()[0]
     assert result.returncode == 2
-    assert words in result.stderr.splitlines()[-1]
+    assert "No space left on device" in result.stderr.splitlines()[-1]  # one line after the progress bar's
     assert "Traceback" not in result.stderr
+    assert output_parts(tmp_path) == []
 
 
 def test_other_settings_are_refused_unless_overwritten(draw, tiny_run, tmp_path):
@@ -251,34 +227,46 @@ def test_other_settings_are_refused_unless_overwritten(draw, tiny_run, tmp_path)
     state["ema"] = {name: 1.1 * weight for name, weight in state["ema"].items()}
     checkpoint.save(tmp_path / "a" / "c.pt", state)
     result, drawn = draw(ckpt="a/c.pt")
-    assert_one_line(result, "exists from other settings (checkpoint_sha256 was", "--overwrite")
+    assert_one_line(result, "other settings (checkpoint_sha256 was", "--overwrite")
     assert np.array_equal(arrays(tmp_path)[0], before[0])
     result, drawn = draw("--overwrite", ckpt="a/c.pt")
     assert (result.returncode, drawn) == (0, list(range(11)))
     assert not np.array_equal(arrays(tmp_path)[0], before[0])
     assert draw("--overwrite", ckpt="a/c.pt")[1] == []  # from these settings: the same command would draw the same
     output(tmp_path).with_suffix(".json").write_text("{")
-    assert_one_line(draw(ckpt="a/c.pt")[0], "exists from other settings", "does not tell them")
+    assert_one_line(draw(ckpt="a/c.pt")[0], "other settings", ".json cannot be read")
 
 
-@pytest.mark.parametrize(("first", "second", "words"), [
-    (["--reuse-args", '{"prior_noise": 0.0}'], ["--reuse-args", '{"prior_noise": 0.003}'], "prior noise 0.0"),
-    (["--reuse-args", '{"split": 1}'], ["--reuse-args", '{"split": 2}'], "the first 1 of 2 blocks"),
-    (["--key-steps", "0,1,2"], ["--key-steps", "0,2,3"], "0 1 2"),
-    (["--tf32"], ["--no-tf32"], "tf32 was True"),
-])
-def test_settings_that_the_name_does_not_tell_are_not_mixed(draw, first, second, words):
-    assert draw("--reuse", "encoder", *first)[0].returncode == 0
-    assert_one_line(draw("--reuse", "encoder", *second)[0], "exists from other settings", words)
+def test_what_a_name_does_not_tell_is_in_the_record(tiny_run):
+    """Details of reuse, TF32, the objective given for bare weights, statistics of latents from a file beside them."""
+    restored, autoencoder = checkpoint.restore(tiny_run), SimpleNamespace(identity=dict)
+
+    def describe(*flags, reuse="encoder", **changes):
+        args = sample_ddp.build_parser().parse_args(flags)
+        changed, given = replace(restored, spec=replace(restored.spec, **changes)), dict(vars(args), reuse=reuse)
+        sampling = Sampling.of(changed.spec, sample_ddp.SamplingSettings.given(given), restored.model)
+        return sample_ddp.name_of(changed, sampling, args), sample_ddp.record_of(changed, autoencoder, sampling, args)
+
+    for first, second, words in (
+            (["--reuse-args", '{"prior_noise": 0.0}'], ["--reuse-args", '{"prior_noise": 0.003}'], "prior noise 0.0)"),
+            (["--reuse-args", '{"split": 1}'], ["--reuse-args", '{"split": 2}'], "the first 1 of 2 blocks"),
+            (["--key-steps", "0,1,2"], ["--key-steps", "0,2,3"], ": 0 1 2"), (["--tf32"], ["--no-tf32"], True)):
+        (name, record), (other_name, other) = describe(*first), describe(*second)
+        assert name == other_name
+        (changed,) = (record[key] for key in record if record[key] != other[key])
+        assert words in changed if isinstance(words, str) else changed is words
+    record = describe(reuse="none")[1]
+    assert describe("--objective", "epsilon", reuse="none")[1] == record  # what is assumed
+    assert describe("--objective", "sit", reuse="none")[1] == record | {"objective": "sit"}
+    assert describe(reuse="none", latents_mean=[0.5], latents_std=[2.0])[1] == record | {"statistics": [[0.5], [2.0]]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(("owner", "name"), [
     (os, "replace"), (Path, "unlink"), (shutil, "rmtree"), (np, "save"), (sample_ddp, "write_json"), (os, "fsync")],
     ids=lambda value: value if isinstance(value, str) else "")
-def test_stopped_at_any_write_the_same_command_ends_the_same(draw, tiny_run, tmp_path, monkeypatch, owner, name, when):
-    """An output of older weights is overwritten, with pictures, and stopped at each call in turn until there is none left."""
+def test_stopped_at_any_write_the_same_command_ends_the_same(draw, tiny_run, tmp_path, monkeypatch, owner, name):
+    """An output of older weights is overwritten, with pictures, and stopped before each call in turn until none is left."""
     state = checkpoint.load(checkpoint.resolve(tiny_run))
     older = state | {"ema": {key: 1.1 * weight for key, weight in state["ema"].items()}}
     flags = ["--overwrite", "--png", "--per-proc-batch-size", 4]
@@ -297,14 +285,11 @@ def test_stopped_at_any_write_the_same_command_ends_the_same(draw, tiny_run, tmp
         shutil.copytree(tmp_path / "older", tmp_path / "samples")
         calls = []
 
-        def stopping(*args, **kwargs):
-            calls.append(1)  # noqa: B023
-            if len(calls) == stop and when == "before":  # noqa: B023
+        def stopping(*args, calls=calls, stop=stop, **kwargs):
+            calls.append(1)
+            if len(calls) == stop:
                 raise KeyboardInterrupt
-            result = original(*args, **kwargs)
-            if len(calls) == stop:  # noqa: B023
-                raise KeyboardInterrupt
-            return result
+            return original(*args, **kwargs)
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, stopping)
             code = draw(*flags, ckpt="c.pt")[0].returncode
@@ -327,41 +312,19 @@ def test_a_second_writer_is_refused(draw, tmp_path):
     parts = sample_ddp.parts_of(output(tmp_path))
     output(tmp_path).unlink()
     parts.mkdir()
-    code = f"import pathlib, sys, time; sys.path.insert(0, {str(ROOT)!r}); from runtime.files import lock_folder\n" \
-           f"lock_folder(pathlib.Path({str(parts)!r}), False, ''); print('held', flush=True); time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen([sys.executable, OTHER, "hold_lock", parts], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        assert_one_line(draw()[0], "another process is at work in", "wait for it to end")
+        assert_one_line(draw()[0], "another process", parts.name, "wait for it to end")
     finally:
         holder.kill()
         holder.communicate()
     assert draw()[1] == list(range(11))
 
 
-PATCHED = """
-import os, signal, sys, time
-sys.path.insert(0, {root!r})
-import sample_ddp
-from runtime import cli
-rank, original, turns = os.environ["RANK"], sample_ddp.generate, []
-def generate(*args):
-    turns.append(1)
-    {action}
-    return original(*args)
-sample_ddp.generate = generate
-if __name__ == "__main__":
-    sys.argv[0] = "sample_ddp.py"
-    cli.run(sample_ddp.main, sample_ddp.build_parser())
-    open(f"drew-{{rank}}", "w").write(str(len(turns)))
-"""
-
-
 @pytest.mark.slow
 def test_a_slow_process_draws_less_and_delays_none(one_process, tiny_run, tmp_path):
-    script = tmp_path / "slow.py"
-    script.write_text(PATCHED.format(root=str(ROOT), action="time.sleep(2.0 if rank == '1' else 0.1)"))
-    run_script(script, "--ckpt", tiny_run, *FLAGS, "--per-proc-batch-size", 1, cwd=tmp_path, nproc=2)
+    run_script(OTHER, "sample_slowly_on_rank_1", "--ckpt", tiny_run, *FLAGS, "--per-proc-batch-size", 1, cwd=tmp_path, nproc=2)
     drew = {path.name[-1]: int(path.read_text()) for path in tmp_path.glob("drew-*")}
     assert sum(drew.values()) == 11
     assert drew["1"] < drew["0"]
@@ -371,16 +334,12 @@ def test_a_slow_process_draws_less_and_delays_none(one_process, tiny_run, tmp_pa
 @pytest.mark.slow
 def test_killed_at_any_moment_the_same_command_ends_the_same(one_process, tiny_run, tmp_path):
     """SIGKILL to one process of two, then to the launcher and all, then an unbroken end on one."""
-    script = tmp_path / "killed.py"
-    script.write_text(PATCHED.format(root=str(ROOT), action="time.sleep(0.3); "
-                                     "rank == '1' and len(turns) == 2 and os.kill(os.getpid(), signal.SIGKILL)"))
     flags = ["--ckpt", tiny_run, *FLAGS, "--per-proc-batch-size", 1]
-    assert run_script(script, *flags, cwd=tmp_path, nproc=2, check=False).returncode != 0
+    assert run_script(OTHER, "sample_and_lose_rank_1", *flags, cwd=tmp_path, nproc=2, check=False).returncode != 0
     done = len(output_parts(tmp_path))
     assert 1 <= done < 11
-    script.write_text(PATCHED.format(root=str(ROOT), action="time.sleep(0.5)"))
     launched = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                                 str(script), *map(str, flags)], cwd=tmp_path, start_new_session=True,
+                                 OTHER, "sample_slowly", *map(str, flags)], cwd=tmp_path, start_new_session=True,
                                 stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while len(output_parts(tmp_path)) <= done and time.time() < deadline:
@@ -404,14 +363,13 @@ def test_the_time_that_the_device_waits(monkeypatch):
     assert idle.share() == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(("found", "done", "todo"), [
-    ([], [], [(0, 4), (4, 8), (8, 10)]), ([(0, 10)], [(0, 10)], []), ([(4, 6)], [(4, 6)], [(0, 4), (6, 10)]),
-    ([(8, 10), (0, 3)], [(0, 3), (8, 10)], [(3, 7), (7, 8)]),
-    ([(0, 4), (2, 6), (3, 5), (6, 10)], [(0, 4), (6, 10)], [(4, 6)]),  # two launches with other batch sizes
-])
-def test_what_is_there_and_what_is_missing(found, done, todo):
-    expected = [range(*part) for part in done], [range(*part) for part in todo]
-    assert sample_ddp.share_out([range(*part) for part in found], 10, 4) == expected
+def test_what_is_there_and_what_is_missing():
+    for found, done, todo in (
+            ([], [], [(0, 4), (4, 8), (8, 10)]), ([(0, 10)], [(0, 10)], []),
+            ([(8, 10), (0, 3)], [(0, 3), (8, 10)], [(3, 7), (7, 8)]),
+            ([(0, 4), (2, 6), (3, 5), (6, 10)], [(0, 4), (6, 10)], [(4, 6)])):  # two launches with other batch sizes
+        expected = [range(*part) for part in done], [range(*part) for part in todo]
+        assert sample_ddp.share_out([range(*part) for part in found], 10, 4) == expected
 
 
 def test_images_of_a_process_that_outlived_its_launch_are_not_joined_twice(draw, one_process, tmp_path, monkeypatch):
@@ -426,7 +384,11 @@ def test_images_of_a_process_that_outlived_its_launch_are_not_joined_twice(draw,
     assert_same(arrays(one_process), arrays(tmp_path))
 
 
-def test_space_is_asked_for_what_is_still_to_be_written(draw, tmp_path, monkeypatch):
+def test_space_is_asked_for_what_is_still_to_be_written_and_before_anything_is(draw, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2000))
+        assert_one_line(draw()[0], "no space", "samples")
+    assert list((tmp_path / "samples").iterdir()) == []
     asked = []
     monkeypatch.setattr(sample_ddp, "check_writable", lambda folder, size=0: asked.append(size) or folder.mkdir(
         exist_ok=True))
@@ -434,12 +396,6 @@ def test_space_is_asked_for_what_is_still_to_be_written(draw, tmp_path, monkeypa
     assert asked == [0, 2 * 11 * 8 * 8 * 3]
     assert draw()[0].returncode == 0
     assert asked[2:] == [0]
-
-
-def test_a_full_disk_is_told_before_anything_is_written(draw, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2000))
-    assert_one_line(draw()[0], "no space in the folder samples")
-    assert list((tmp_path / "samples").iterdir()) == []
 
 
 @pytest.mark.slow
@@ -450,41 +406,19 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
             "channels": 3, "classes": ["a", "b", "c"],
             "sampling": {"sampler": "ddim", "num_sampling_steps": "1", "cfg_scale": 1.0, "cfg_channels": None}}
     checkpoint.save(tmp_path / "c.pt", {"ema": DiT_models["DiT-S/8"](**kwargs).state_dict(), "spec": spec})
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport sample_ddp, torch\n" \
-           "from runtime import cli\nfrom runtime.log import peak_memory\n" \
-           "cli.run(sample_ddp.main, sample_ddp.build_parser())\nprint('GiB', peak_memory(torch.device('cpu')))"
     peaks = []
     for count in (2000, 20_000):
-        out = subprocess.run([sys.executable, "-c", code, "--ckpt", "c.pt", "--num-fid-samples", str(count), "--device", "cpu",
-                              "--per-proc-batch-size", "100"], cwd=tmp_path, check=True, text=True, capture_output=True).stdout
+        out = run_script(OTHER, "sample_and_measure_memory", "--ckpt", "c.pt", "--num-fid-samples", count, "--device", "cpu",
+                         "--per-proc-batch-size", 100, cwd=tmp_path).stdout
         peaks.append(float(out.split("GiB ")[1]))
     print("peak GiB of 2,000 and 20,000 images:", peaks)
     assert peaks[1] - peaks[0] < 0.05  # 20,000 images are 0.23 GiB
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--num-fid-samples", "0"], ["--num-fid-samples 0"]),
-    (["--per-proc-batch-size", "-1"], ["--per-proc-batch-size -1"]),
-    (["--sample-dir", "/proc/x"], ["/proc/x"]),
-    (["--cfg-scale", "-2"], ["--cfg-scale -2"]),
-    (["--ckpt", "nowhere.pt"], ["nowhere.pt"]),
-])
+    (["--num-fid-samples", "0"], "--num-fid-samples 0"), (["--per-proc-batch-size", "-1"], "--per-proc-batch-size -1"),
+    (["--sample-dir", "/proc/x"], "/proc/x")])
 def test_wrong_input_is_one_line_and_leaves_nothing(tiny_run, tmp_path, monkeypatch, run_here, flags, words):
     monkeypatch.chdir(tmp_path)
-    assert_one_line(run_here(sample_ddp, "--ckpt", tiny_run, *FLAGS, *flags), *words)
+    assert_one_line(run_here(sample_ddp, "--ckpt", tiny_run, *FLAGS, *flags), words)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_bare_weights_do_not_tell_is_a_setting(tiny_run):
-    """The objective that was given for them, and statistics of latents from a file beside them."""
-    restored = checkpoint.restore(tiny_run)
-    sampling, autoencoder = Sampling.of(restored.spec, {}), SimpleNamespace(identity=dict)
-
-    def record(objective, **changes):
-        args = sample_ddp.build_parser().parse_args(["--objective", objective] if objective else [])
-        return sample_ddp.record_of(replace(restored, spec=replace(restored.spec, **changes)), autoencoder, sampling, args)
-
-    assert record("epsilon") == record(None)  # what is assumed
-    assert {**record("sit")} == record(None) | {"objective": "sit"}
-    changed = record(None, latents_mean=[0.5], latents_std=[2.0])
-    assert changed == record(None) | {"statistics": [[0.5], [2.0]]}
