@@ -43,7 +43,7 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--ckpt", required=True, help="see sample.py")
     parser.add_argument("--out", required=True, help="the folder to create")
     parser.add_argument("--format", default="dinext", choices=list(FORMATS), help="who loads it")
-    parser.add_argument("--objective", type=str | None, choices=[*BARE_OBJECTIVES, None], help="of bare weights")
+    parser.add_argument("--objective", choices=BARE_OBJECTIVES, help="of bare weights")
     parser.add_argument("--push", type=str | None, help="also upload it to the hub, as user/repo")
     parser.add_argument("--revision", type=str | None, help="the branch to push to; default: main")
     return parser
