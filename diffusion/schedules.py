@@ -83,7 +83,7 @@ def space_timesteps(num_timesteps: int, respacing: str | int) -> list[int]:
     for section, count in enumerate(counts):
         length = size + (section < extra)
         if count > length:
-            raise UserError(f"respacing {respacing!r}: cannot keep {count} timesteps of a section that has {length}")
+            raise UserError(f"respacing {respacing!r}: a section has only {length} timesteps, fewer than {count}")
         stride = (length - 1) / (count - 1) if count > 1 else 1
         positions = accumulate(repeat(stride, count - 1), initial=0.0)  # added up as DiT does: products round otherwise
         timesteps += [start + round(position) for position in positions]
