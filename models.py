@@ -442,7 +442,7 @@ class Backbone(nn.Module):
         return split
 
 
-def initialize(network: nn.Module, label_std: float) -> None:
+def initialize(network: nn.Module, label_std: float = 0.02) -> None:
     """Initialise as DiT does, in place: matrices by Xavier, embedders with std 0.02; biases, modulations and output are 0.
 
     A zero gate makes every block the identity at first (adaLN-Zero, adaLN-single). Depthwise kernels keep PyTorch's default.

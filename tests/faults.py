@@ -38,7 +38,7 @@ FAULTS = [
           "state.step += 1\n        state.update_ema(args.ema_decay)", "test_compatibility.py"),
     Fault("order of t's columns", "models.py", "[angles.cos(), angles.sin()]", "[angles.sin(), angles.cos()]",
           "test_models.py"),
-    Fault("label drop", "training/objective.py", "draws.drop_uniform < self.label_drop", "draws.drop_uniform >= self.label_drop",
+    Fault("label drop", "training/objective.py", "drop_uniform < self.label_drop", "drop_uniform >= self.label_drop",
           "test_objective.py"),
     Fault("slice of noise on rank 1", "train.py", "draws.rows(rows)", "draws.rows(slice(len(labels)))",
           "test_train.py::test_one_process_and_two_with_accumulation_agree_to_rounding"),

@@ -38,11 +38,11 @@ def test_diffusion_args_are_checked_against_the_objective_s_factory(monkeypatch)
     for wrong, words in (
             (dict(objective="huber", delt=1), r"unknown key 'delt'; allowed: time_sampling, delta, objective, diffusion_steps, "
                                               r"learn_sigma, label_drop, sampling; did you mean delta\?"),
-            (dict(objective="huber", delta="wide"), "delta: Expected a float. Got value: wide"),
+            (dict(objective="huber", delta="wide"), "Parser key \"delta\": Expected a <class 'float'>. Got value: wide"),
             (dict(objective="huber", time_sampling="late"), "'late' is unknown; allowed: uniform, logit-normal"),
             (dict(objective="huber", sigma_small=True), "sigma_small.* is not supported with objective 'huber'"),
             (dict(delta=0.5), "objective 'epsilon': unknown key 'delta'"),
-            (dict(use_kl="perhaps"), "use_kl: Expected a bool. Got value: perhaps"),
+            (dict(use_kl="perhaps"), "\"use_kl\": Expected a <class 'bool'>. Got value: perhaps"),
             (dict(timestep_respacing="10"), "unknown key 'timestep_respacing'"),
             (dict(objective="hubert"), "'hubert' is unknown; allowed: epsilon, x0, v, flow, huber")):
         with pytest.raises(UserError, match=f"^`diffusion_args`: .*{words}"):
@@ -155,7 +155,7 @@ def test_init_from_takes_what_the_sampling_scripts_take(tmp_path):
     flags = argparse.Namespace(model="SiT-S/2", num_classes=kwargs["num_classes"])
     torch.save({"ema": weights, "args": flags}, tmp_path / "sit.pt")
     training = begun(DiT(**kwargs | {"learn_sigma": False}))
-    assert "(bare weights of sit's flow)" in init_from(training, str(tmp_path / "sit.pt"), restored.spec.classes)
+    assert "(weights of sit's flow)" in init_from(training, str(tmp_path / "sit.pt"), restored.spec.classes)
     key = "final_layer.linear.bias"
     expected = -weights[key].unflatten(0, (-1, 2 * kwargs["in_channels"]))[:, : kwargs["in_channels"]].flatten()
     assert torch.equal(training.model.state_dict()[key], expected)

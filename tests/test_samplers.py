@@ -232,7 +232,7 @@ def test_dpmpp_extrapolates():
 
 
 def test_wrong_samplers_and_etas_are_refused():
-    for name, eta, words in (("ddpm", 0.0, r"ddpm .*'flow'; allowed: ddim, dpm\+\+, euler, heun"),
+    for name, eta, words in (("ddpm", 0.0, r"ddpm .*FlowMatching.*allowed: ddim, dpm\+\+, euler, heun"),
                              ("plms", 0.0, "'plms' .*allowed: ddpm"), ("euler", 0.5, "`eta` .*ddim.*euler.*0.5"),
                              ("ddim", 1.5, r"1.5 .*0\.\.1"), ("ddim", float("nan"), r"nan .*0\.\.1")):
         with pytest.raises(ValueError, match=words):

@@ -12,11 +12,12 @@ runtime/__init__ runtime/files runtime/randomness runtime/pictures runtime/proce
 diffusion/process diffusion/schedules diffusion/samplers diffusion/gaussian_diffusion diffusion/flow diffusion/guidance
 diffusion/reuse diffusion/__init__
 models small_models
-pipeline/__init__ pipeline/spec pipeline/interchange pipeline/checkpoint pipeline/autoencoders pipeline/generation
-pipeline/exported
+pipeline/__init__ pipeline/settings pipeline/spec pipeline/interchange pipeline/checkpoint pipeline/autoencoders
+pipeline/generation
 training/__init__ training/rows training/features training/parquet training/datasets training/order training/objective
 training/state training/runs training/previews
 evaluation/__init__ evaluation/metrics evaluation/image_sets evaluation/extractors evaluation/survey evaluation/figures
+exported
 """.split()  # a file imports those that stand before it
 SCRIPTS = ["train", "sample", "sample_ddp", "extract_features", "evaluate", "export"]
 BENCHMARKS = [f"benchmarks/{path.stem}" for path in (ROOT / "benchmarks").glob("*.py")]
@@ -78,6 +79,6 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     before = settings()
     for module in [*ORDER, *SCRIPTS]:
-        if module != "pipeline/exported":  # a pipeline of diffusers, whose source export.py copies
+        if module != "exported":  # a pipeline of diffusers, whose source export.py copies
             importlib.import_module(module.removesuffix("/__init__").replace("/", "."))
     assert settings() == before
