@@ -1,12 +1,10 @@
-import contextlib
 import json
 import shutil
-import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, assert_one_line, read_metrics, run_script
+from conftest import TINY_RUN, assert_one_line, read_metrics, run_script, train_here
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -86,11 +84,7 @@ STEPS_30 = [*AUTOENCODER, "--max-steps", "30", "--val-every", "15"]
 @pytest.fixture(scope="module")
 def trained_once(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("trained")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with contextlib.chdir(cwd):
-        train.main(train.build_parser().parse_args([*STEPS_30, "--ckpt-every", "10", "--run-name", "ae"]))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    train_here(cwd, *STEPS_30, "--ckpt-every", 10, "--run-name", "ae")
     return cwd / "results"
 
 
