@@ -137,7 +137,7 @@ def test_settings_that_a_network_does_not_allow_are_refused(gaussian_run, tiny_r
             (gaussian, dict(num_sampling_steps="5000"), "`num_sampling_steps` 5000.* 1000"),
             (gaussian, dict(cfg_channels=0), "0 is not in 1"),
             (gaussian, dict(cfg_channels=4), r"`cfg_channels` 4 is not in 1\.\.3"),
-            (flow, dict(sampler="ddpm"), "Gaussian process"), (flow, dict(eta=0.5), "`eta`.*ddim"),
+            (flow, dict(sampler="ddpm"), "`sampler` ddpm .*flow"), (flow, dict(eta=0.5), "`eta`.*ddim"),
             (flow, dict(reuse="encoder", reuse_args={"split": 3}), r"split 3 is not in 0\.\.2"),
             (flow, dict(reuse="encoder", reuse_args={"prior_noise": float("nan")}), "prior_noise nan"),
             (flow, dict(num_sampling_steps=12, reuse="encoder", key_steps="0,50"), "`key_steps` 0,50: .*below 23")):

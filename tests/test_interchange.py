@@ -96,8 +96,8 @@ def batch():
     return torch.randn(3, 4, 8, 8), torch.tensor([0.0, 0.37, 0.99]), torch.tensor([1, 9, 10])
 
 
-def read(weights, bare):
-    return interpret(Source("published.pt", weights, {}), bare)
+def read(weights, bare=BareWeights(), **flags):
+    return interpret(Source("published.pt", weights, {"args": argparse.Namespace(**flags)} if flags else {}), bare)
 
 
 def restored(tmp_path, state, **bare):
@@ -141,29 +141,20 @@ def test_sits_euler_is_ours(tmp_path):
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
 
 
-def test_a_trainers_file_tells_what_it_is(tmp_path):
+def test_the_flags_of_a_trainer_tell_what_it_trained():
     weights = random_weights(learn_sigma=True)
-    flags = dict(model="SiT-tiny", image_size=64, num_classes=10, path_type="Linear", prediction="velocity", vae="ema")
-    torch.save({"ema": weights, "args": argparse.Namespace(**flags)}, tmp_path / "sit.pt")
-    spec = checkpoint.restore(tmp_path / "sit.pt").spec
+    sit = dict(model="SiT-tiny", image_size=64, num_classes=10, path_type="Linear", prediction="velocity", vae="ema")
+    spec = read(weights, **sit).spec
     assert (spec.model.name, spec.model.args["time_scale"], spec.vae) == ("DiT-tiny", 1e-3, "ema")
     assert spec.diffusion == {"objective": "flow"}
     with pytest.raises(UserError, match="`objective` repa contradicts the file, whose format is SiT"):
-        checkpoint.restore(tmp_path / "sit.pt", BareWeights(objective="repa"))
-    with pytest.raises(UserError, match="`model` MLP is not a DiT"):
-        read(weights, BareWeights("MLP", 64, 10, objective="sit"))
-    flags |= dict(path_type="GVP")
-    torch.save({"ema": weights, "args": argparse.Namespace(**flags)}, tmp_path / "gvp.pt")
-    with pytest.raises(ValueError, match=r"gvp\.pt: its path_type is GVP; only linear is known here"):
-        checkpoint.restore(tmp_path / "gvp.pt")
-    weights["projectors.0.0.weight"] = torch.ones(2, 2)
+        read(weights, BareWeights(objective="repa"), **sit)
+    with pytest.raises(UserError, match="path_type is GVP; only linear"):
+        read(weights, **sit | dict(path_type="GVP"))
     repa = dict(model="SiT-tiny", resolution=64, num_classes=10, path_type="linear", prediction="v", qk_norm=False)
-    torch.save({"ema": weights, "args": argparse.Namespace(**repa)}, tmp_path / "repa.pt")
-    spec = checkpoint.restore(tmp_path / "repa.pt").spec
-    assert (spec.image_size, spec.sampling.cfg_scale) == ((64, 64), 1.8)
-    del weights["projectors.0.0.weight"]
-    torch.save({"ema": weights, "args": argparse.Namespace(**repa)}, tmp_path / "repa.pt")
-    assert checkpoint.restore(tmp_path / "repa.pt").spec.sampling.cfg_scale == 1.8  # still not SiT's
+    for found in (weights, weights | {"projectors.0.0.weight": torch.ones(2, 2)}):
+        spec = read(found, **repa).spec
+        assert (spec.image_size, spec.sampling.cfg_scale) == ((64, 64), 1.8)  # not SiT's
 
 
 def test_what_is_assumed_is_said_and_what_contradicts_the_file_is_refused():
@@ -172,6 +163,8 @@ def test_what_is_assumed_is_said_and_what_contradicts_the_file_is_refused():
     assert read(weights, BareWeights("DiT-tiny", 64, 10, objective="epsilon")).remark == ""
     with pytest.raises(UserError, match="`objective` epsilon contradicts the file, whose format is REPA"):
         read(weights | {"projectors.0": torch.ones(1)}, BareWeights("DiT-tiny", 64, 10, objective="epsilon"))
+    with pytest.raises(UserError, match="`model` MLP is not a DiT"):
+        read(weights, BareWeights("MLP", 64, 10, objective="sit"))
 
 
     assert {format.objective for format in interchange.FORMATS} - {None} == set(BARE_OBJECTIVES)
