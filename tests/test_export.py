@@ -323,7 +323,7 @@ def test_a_repository_of_the_hub_is_read_from_its_cache(tmp_path, vae, monkeypat
         restored = checkpoint.restore(name)
         assert restored.name == "someone--animals-0123456"
         assert all(torch.equal(value, expected[key]) for key, value in restored.model.state_dict().items())
-    with pytest.raises(OSError, match="someone/others .*hub's cache"):
+    with pytest.raises(OSError, match=r"someone/others .*hub's cache"):
         checkpoint.restore("someone/others")
 
 
