@@ -154,8 +154,8 @@ def test_it_is_resumed_exactly_and_serves_as_vae_everywhere(trained, tmp_path, r
 @pytest.mark.slow
 def test_two_processes_train_an_autoencoder_as_one_does(trained, tmp_path):
     run_script("train.py", *STEPS_30, "--run-name", "two", cwd=tmp_path, nproc=2)
-    one, two = (read_metrics(folder) for folder in (trained, tmp_path / "results" / "two"))
-    for a, b in zip(one, two, strict=True):
+    first, second = (read_metrics(folder) for folder in (trained, tmp_path / "results" / "two"))
+    for a, b in zip(first, second, strict=True):
         for key in a.keys() & {"loss", "val_loss", "val_psnr_ema", "val_ssim_ema", "grad_norm"}:
             assert a[key] == pytest.approx(b[key], rel=1e-3), (key, a, b)
     pictures = [np.asarray(Image.open(folder / "previews" / "0000030.png")).astype(int)

@@ -253,8 +253,8 @@ def test_the_guidance_in_the_folder_is_ours():
     def functions(text):
         return {node.name: ast.unparse(node) for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
 
-    ours, theirs = functions(inspect.getsource(guidance)), functions(export.pipeline_source())
-    assert ours == theirs
+    ours, copied = functions(inspect.getsource(guidance)), functions(export.pipeline_source())
+    assert ours == copied
     assert {"guide", "in_interval", "dynamic_threshold"} <= set(ours)
 
 
@@ -279,11 +279,11 @@ def test_models_need_torch_alone():
     """models.py and small_models.py, so that a network's one file is enough."""
     import ast
 
-    for name, own in (("models", set()), ("small_models", {"models"})):
+    for name, project in (("models", set()), ("small_models", {"models"})):
         tree = ast.parse((ROOT / f"{name}.py").read_text())
         found = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         found |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert found - set(sys.stdlib_module_names) - own == {"torch"}
+        assert found - set(sys.stdlib_module_names) - project == {"torch"}
 
 
 # --- the hub ---------------------------------------------------------------------------------------
