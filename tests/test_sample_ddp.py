@@ -382,7 +382,7 @@ def test_space_is_asked_for_what_is_still_to_be_written_and_before_anything_is(d
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
-    kwargs = dict(input_size=64, in_channels=3, num_classes=3, hidden_size=8, depth=1, num_heads=1)
+    kwargs = dict(input_size=64, in_channels=3, num_classes=3, patch_size=8, hidden_size=8, depth=1, num_heads=1)
     spec = {"model": {"name": "DiT-S/8", "class": "DiT", "args": kwargs}, "diffusion": {}, "vae": "pixels",
             "image_size": (64, 64), "channels": 3, "classes": ["a", "b", "c"],
             "sampling": {"sampler": "ddim", "num_sampling_steps": "1"}}
