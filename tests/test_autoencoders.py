@@ -1,12 +1,10 @@
-import contextlib
 import json
 import shutil
-import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, assert_one_line, read_metrics, run_script
+from conftest import TINY_RUN, assert_one_line, read_metrics, run_script, train_here
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -86,11 +84,7 @@ STEPS_30 = [*AUTOENCODER, "--max-steps", "30", "--val-every", "15"]
 @pytest.fixture(scope="module")
 def trained_once(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("trained")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with contextlib.chdir(cwd):
-        train.main(train.build_parser().parse_args([*STEPS_30, "--ckpt-every", "10", "--run-name", "ae"]))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    train_here(cwd, *STEPS_30, "--ckpt-every", 10, "--run-name", "ae")
     return cwd / "results"
 
 
@@ -160,8 +154,8 @@ def test_it_is_resumed_exactly_and_serves_as_vae_everywhere(trained, tmp_path, r
 @pytest.mark.slow
 def test_two_processes_train_an_autoencoder_as_one_does(trained, tmp_path):
     run_script("train.py", *STEPS_30, "--run-name", "two", cwd=tmp_path, nproc=2)
-    one, two = (read_metrics(folder) for folder in (trained, tmp_path / "results" / "two"))
-    for a, b in zip(one, two, strict=True):
+    first, second = (read_metrics(folder) for folder in (trained, tmp_path / "results" / "two"))
+    for a, b in zip(first, second, strict=True):
         for key in a.keys() & {"loss", "val_loss", "val_psnr_ema", "val_ssim_ema", "grad_norm"}:
             assert a[key] == pytest.approx(b[key], rel=1e-3), (key, a, b)
     pictures = [np.asarray(Image.open(folder / "previews" / "0000030.png")).astype(int)

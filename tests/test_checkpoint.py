@@ -146,9 +146,9 @@ def test_a_broken_download_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_wrong_sizes_and_arguments_of_bare_weights_are_a_user_s_errors(tmp_path, tiny_preset):
-    """models.py needs only torch, and so raises ValueError; who builds from a file makes a UserError of it."""
+    """models.py knows no UserError; whoever builds a network from a file makes one of its ValueError."""
     torch.save(tiny_preset, tmp_path / "bare.pt")
-    with pytest.raises(UserError, match=r"bare\.pt: input_size \(9, 9\) \(H, W\) must be two positive multiples of 8"):
+    with pytest.raises(UserError, match=r"bare\.pt: input_size \(9, 9\) .*multiples of 8"):
         checkpoint.restore(tmp_path / "bare.pt", BareWeights("DiT-S/8", image_size=72, num_classes=4))
     spec = BareWeights("DiT-S/2", 64, 4).spec({}).to_dict()
     for change, words in ((dict(model=spec["model"] | {"args": {"gone": 3}}), "gone"), (dict(model={"args": {}}), "name"),

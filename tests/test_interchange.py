@@ -96,8 +96,8 @@ def batch():
     return torch.randn(3, 4, 8, 8), torch.tensor([0.0, 0.37, 0.99]), torch.tensor([1, 9, 10])
 
 
-def read(weights, bare):
-    return interpret(Source("published.pt", weights, {}), bare)
+def read(weights, bare=BareWeights(), **flags):
+    return interpret(Source("published.pt", weights, {"args": argparse.Namespace(**flags)} if flags else {}), bare)
 
 
 def restored(tmp_path, state, **bare):
@@ -141,29 +141,20 @@ def test_sits_euler_is_ours(tmp_path):
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
 
 
-def test_a_trainers_file_tells_what_it_is(tmp_path):
+def test_the_flags_of_a_trainer_tell_what_it_trained():
     weights = random_weights(learn_sigma=True)
-    flags = dict(model="SiT-tiny", image_size=64, num_classes=10, path_type="Linear", prediction="velocity", vae="ema")
-    torch.save({"ema": weights, "args": argparse.Namespace(**flags)}, tmp_path / "sit.pt")
-    spec = checkpoint.restore(tmp_path / "sit.pt").spec
+    sit = dict(model="SiT-tiny", image_size=64, num_classes=10, path_type="Linear", prediction="velocity", vae="ema")
+    spec = read(weights, **sit).spec
     assert (spec.model.name, spec.model.args["time_scale"], spec.vae) == ("DiT-tiny", 1e-3, "ema")
     assert spec.diffusion == {"objective": "flow"}
     with pytest.raises(UserError, match="`objective` repa contradicts the file, whose format is SiT"):
-        checkpoint.restore(tmp_path / "sit.pt", BareWeights(objective="repa"))
-    with pytest.raises(UserError, match="`model` MLP is not a DiT"):
-        read(weights, BareWeights("MLP", 64, 10, objective="sit"))
-    flags |= dict(path_type="GVP")
-    torch.save({"ema": weights, "args": argparse.Namespace(**flags)}, tmp_path / "gvp.pt")
-    with pytest.raises(ValueError, match=r"gvp\.pt: its path_type is GVP; only linear is known here"):
-        checkpoint.restore(tmp_path / "gvp.pt")
-    weights["projectors.0.0.weight"] = torch.ones(2, 2)
+        read(weights, BareWeights(objective="repa"), **sit)
+    with pytest.raises(UserError, match="path_type is GVP; only linear"):
+        read(weights, **sit | dict(path_type="GVP"))
     repa = dict(model="SiT-tiny", resolution=64, num_classes=10, path_type="linear", prediction="v", qk_norm=False)
-    torch.save({"ema": weights, "args": argparse.Namespace(**repa)}, tmp_path / "repa.pt")
-    spec = checkpoint.restore(tmp_path / "repa.pt").spec
-    assert (spec.image_size, spec.sampling.cfg_scale) == ((64, 64), 1.8)
-    del weights["projectors.0.0.weight"]
-    torch.save({"ema": weights, "args": argparse.Namespace(**repa)}, tmp_path / "repa.pt")
-    assert checkpoint.restore(tmp_path / "repa.pt").spec.sampling.cfg_scale == 1.8  # still not SiT's
+    for found in (weights, weights | {"projectors.0.0.weight": torch.ones(2, 2)}):
+        spec = read(found, **repa).spec
+        assert (spec.image_size, spec.sampling.cfg_scale) == ((64, 64), 1.8)  # not SiT's
 
 
 def test_what_is_assumed_is_said_and_what_contradicts_the_file_is_refused():
@@ -172,6 +163,8 @@ def test_what_is_assumed_is_said_and_what_contradicts_the_file_is_refused():
     assert read(weights, BareWeights("DiT-tiny", 64, 10, objective="epsilon")).remark == ""
     with pytest.raises(UserError, match="`objective` epsilon contradicts the file, whose format is REPA"):
         read(weights | {"projectors.0": torch.ones(1)}, BareWeights("DiT-tiny", 64, 10, objective="epsilon"))
+    with pytest.raises(UserError, match="`model` MLP is not a DiT"):
+        read(weights, BareWeights("MLP", 64, 10, objective="sit"))
 
 
     assert {format.objective for format in interchange.FORMATS} - {None} == set(BARE_OBJECTIVES)
@@ -260,9 +253,10 @@ def pipeline():
 
 @pytest.fixture
 def folder(pipeline, tmp_path):
-    pipeline.save_pretrained(tmp_path / "theirs")
-    edit(tmp_path / "theirs" / "model_index.json", id2label={i: f"thing {i}, whatsit {i}" for i in range(10)})  # as published
-    return tmp_path / "theirs"
+    path = tmp_path / "published"
+    pipeline.save_pretrained(path)
+    edit(path / "model_index.json", id2label={i: f"thing {i}, whatsit {i}" for i in range(10)})  # as published
+    return path
 
 
 def edit(path, **changes):
@@ -272,13 +266,13 @@ def edit(path, **changes):
 def test_a_diffusers_folder_is_the_dit_in_it(folder, pipeline):
     """Equal outputs, where diffusers' frequencies and one epsilon are set to DiT's."""
     ours = checkpoint.restore(folder)
-    theirs = copy.deepcopy(pipeline.transformer)
+    transformer = copy.deepcopy(pipeline.transformer)
     x, t, y = batch()
-    before = theirs(x, 1000 * t, y).sample
-    for block in theirs.transformer_blocks:
+    before = transformer(x, 1000 * t, y).sample
+    for block in transformer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
         block.norm3.eps = 1e-6
-    expected = theirs(x, 1000 * t, y).sample
+    expected = transformer(x, 1000 * t, y).sample
     assert_equal(ours.model(x, 1000 * t, y), expected, rtol=1e-4)
     assert (before - expected).norm() > 0.01 * expected.norm()  # what the 127 costs: it is not our mapping that hides it
     spec = ours.spec
@@ -286,7 +280,7 @@ def test_a_diffusers_folder_is_the_dit_in_it(folder, pipeline):
     assert (spec.image_size, spec.vae) == ((64, 64), str(folder / "vae"))
     assert (spec.sampling.sampler, spec.sampling.cfg_channels) == ("ddpm", 3)
     assert spec.diffusion == dict(noise_schedule="linear", diffusion_steps=1000, objective="epsilon", learn_sigma=True)
-    assert ours.name == "theirs"
+    assert ours.name == "published"
 
 
 def test_a_bin_file_as_published_is_read_and_no_code_in_it(folder):
@@ -314,18 +308,18 @@ def test_other_folders_are_refused_in_one_line(folder, monkeypatch):
                for part, changes, words in (
         (index, dict(_class_name="PixArtAlphaPipeline"), "holds PixArtAlphaPipeline"),
         (index, dict(_class_name=["pipeline", "DiNextPipeline"]), "only diffusers loads"),
-        (index, dict(id2label=["cat"]), "theirs: "),
+        (index, dict(id2label=["cat"]), "published: "),
         (network, dict(_class_name="SD3Transformer2DModel"), "_class_name is SD3Transformer2DModel"),
         (network, dict(norm_type="ada_norm_single"), "norm_type is ada_norm_single"),
         (network, dict(num_layers=4), "lacks transformer_blocks.3.norm1.linear.weight"),
         (network, dict(num_layers=2), "has transformer_blocks.2."),
-        (network, dict(patch_size=0), "theirs: "), (network, dict(sample_size=[8, 8]), "theirs: "),
+        (network, dict(patch_size=0), "published: "), (network, dict(sample_size=[8, 8]), "published: "),
         (scheduler, dict(beta_schedule="scaled_linear"), "DDIMScheduler, epsilon, scaled"),
         (scheduler, dict(beta_end=0.012), "betas 0.0001 to 0.012"),
         (scheduler, dict(prediction_type="flow"), "DDIMScheduler, flow"),
         (scheduler, dict(_class_name="FlowMatchEulerDiscreteScheduler"), "FlowMatchEuler"),
         (scheduler, dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
-        (scheduler, dict(num_train_timesteps="x"), "theirs: "))]
+        (scheduler, dict(num_train_timesteps="x"), "published: "))]
     for found, words in [*changed, (other, "blocks 0 and 2 differ in norm1.emb.timestep_embedder.linear_2")]:
         monkeypatch.setattr(checkpoint, "open_source", lambda path, found=found: found)
         with pytest.raises(UserError, match=words) as error:
@@ -355,18 +349,14 @@ def test_schedulers_and_predictions():
         noise_schedule="squaredcos_cap_v2", diffusion_steps=400, objective="epsilon", learn_sigma=True)
 
 
-def test_sampling_from_a_diffusers_folder(folder, tmp_path, run_here):
-    done = run_here(sample, "--ckpt", folder, "--class-labels", "thing 3", "--num-sampling-steps", "4",
-                    "--device", "cpu", "--out", tmp_path / "x.png")
+def test_a_diffusers_folder_and_sits_weights_sample_with_every_switch(tmp_path, folder, run_here):
+    """SiT's preset, size and classes are told by the shapes."""
+    torch.save(random_weights(learn_sigma=True), tmp_path / "sit.pt")
+    flags = ["--num-sampling-steps", "6", "--device", "cpu", "--out", tmp_path / "x.png", "--class-labels"]
+    done = run_here(sample, "--ckpt", folder, *flags, "thing 3")
     assert "1 images of thing 3, whatsit 3" in done.stdout
     assert_one_line(run_here(sample, "--ckpt", folder / "vae", "--device", "cpu"), f"{folder / 'vae'}: its description lacks")
-
-
-def test_sits_weights_sample_with_every_switch_by_their_name_alone(tmp_path, folder, run_here):
-    """Preset, size and classes are told by the shapes."""
-    torch.save(random_weights(learn_sigma=True), tmp_path / "sit.pt")
-    done = run_here(sample, "--ckpt", tmp_path / "sit.pt", "--objective", "sit", "--vae", folder / "vae", "--sampler", "dpm++",
-                    "--num-sampling-steps", "6", "--reuse", "forecast", "--guidance-interval", "100", "900",
-                    "--cfg-scale", "2", "--class-labels", "3", "--device", "cpu", "--out", tmp_path / "x.png")
+    done = run_here(sample, "--ckpt", tmp_path / "sit.pt", "--objective", "sit", "--vae", folder / "vae", *flags, "3",
+                    "--sampler", "dpm++", "--reuse", "forecast", "--guidance-interval", "100", "900", "--cfg-scale", "2")
     assert "weights of sit's flow" in done.stdout
     assert "1 images of 3 in" in done.stdout

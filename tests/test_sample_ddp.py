@@ -37,9 +37,9 @@ def draw(tiny_run, tmp_path, monkeypatch, run_here):
         return original(model, autoencoder, labels, indices, *rest)
 
     def run(*flags, ckpt=tiny_run):
-        monkeypatch.setattr(sample_ddp, "generate", counting)
         drawn.clear()
         return run_here(sample_ddp, "--ckpt", ckpt, *FLAGS, *flags), sorted(drawn)
+    monkeypatch.setattr(sample_ddp, "generate", counting)
     return run
 
 
@@ -149,26 +149,27 @@ def test_tf32_is_the_flags(draw, monkeypatch):
 # --- killed and started again --------------------------------------------------------------------
 
 
-def stop_after(monkeypatch, batches, error):
-    """Let `generate` fail after so many batches."""
-    original, left = sample_ddp.generate, [batches]
+@pytest.fixture
+def draw_failing(draw, monkeypatch):
+    """(owner, name, call, error, flags) -> what `draw` returns, when that call of owner.name raises the error instead."""
+    def run(owner, name, call, error, *flags, **options):
+        original, calls = getattr(owner, name), []
 
-    def generate(*args):
-        left[0] -= 1
-        if left[0] < 0:
-            raise error
-        return original(*args)
-    monkeypatch.setattr(sample_ddp, "generate", generate)
+        def function(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call:
+                raise error
+            return original(*args, **kwargs)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, function)
+            return draw(*flags, **options)
+    return run
 
 
-def test_a_stopped_output_is_continued_with_other_batches_no_image_lost_or_twice(
-        draw, one_process, tiny_run, tmp_path, monkeypatch, run_here):
-    monkeypatch.chdir(tmp_path)
-    for batches, size in ((2, 2), (1, 3)):
-        stop_after(monkeypatch, batches, KeyboardInterrupt())
-        assert run_here(sample_ddp, "--ckpt", tiny_run, *FLAGS, "--per-proc-batch-size", size).returncode == 130
-        monkeypatch.undo()
-        monkeypatch.chdir(tmp_path)
+def test_a_stopped_output_is_continued_with_other_batches_no_image_lost_or_twice(draw, draw_failing, one_process, tmp_path):
+    for call, size in ((3, 2), (2, 3)):
+        result, _ = draw_failing(sample_ddp, "generate", call, KeyboardInterrupt, "--per-proc-batch-size", size)
+        assert result.returncode == 130
     parts = output_parts(tmp_path)
     assert [path.name for path in parts] == ["00000000-00000002.npy", "00000002-00000004.npy", "00000004-00000007.npy"]
     parts[1].unlink()  # as if another process had been drawing it
@@ -178,15 +179,13 @@ def test_a_stopped_output_is_continued_with_other_batches_no_image_lost_or_twice
     assert not list((tmp_path / "samples").glob("*.parts"))
 
 
-def test_strangers_among_the_parts_are_left_alone(draw, tmp_path):
-    draw("--num-fid-samples", 4)
-    expected, parts = arrays(tmp_path), sample_ddp.parts_of(output(tmp_path))
-    shutil.rmtree(tmp_path / "samples")
+def test_strangers_among_the_parts_are_left_alone(draw, one_process, tmp_path):
+    parts = tmp_path / "samples" / f"{output(one_process).stem}.parts"
     parts.mkdir(parents=True)
     for name in ("notes.npy", "00000000-00000002-good.npy", "0000000_0-00000002.npy"):
         (parts / name).write_bytes(b"not a part")
-    draw("--num-fid-samples", 4)
-    assert_same(arrays(tmp_path), expected)
+    draw()
+    assert_same(arrays(tmp_path), arrays(one_process))
     assert len(list(parts.iterdir())) == 3
 
 
@@ -194,24 +193,17 @@ def output_parts(cwd):
     return sorted((cwd / "samples").glob("*.parts/*.npy"))
 
 
-def test_stopped_while_it_joins_the_parts_it_draws_nothing_again(draw, tmp_path, monkeypatch):
-    def fail(*args):
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(np.lib.format, "write_array_header_1_0", fail)
-        result, drawn = draw()
-        assert (result.returncode, drawn) == (130, list(range(11)))
+def test_stopped_while_it_joins_the_parts_it_draws_nothing_again(draw, draw_failing, tmp_path):
+    result, drawn = draw_failing(np.lib.format, "write_array_header_1_0", 1, KeyboardInterrupt)
+    assert (result.returncode, drawn) == (130, list(range(11)))
     assert not list((tmp_path / "samples").glob("*.npz"))
     result, drawn = draw()
     assert (result.returncode, drawn) == (0, [])
     assert arrays(tmp_path)[0].shape == (11, 8, 8, 3)
 
 
-def test_a_full_disk_is_one_line(draw, tmp_path, monkeypatch):
-    def fail(*args):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(sample_ddp.np, "save", fail)
-    result = draw()[0]
+def test_a_full_disk_is_one_line(draw_failing, tmp_path):
+    result, _ = draw_failing(np, "save", 1, OSError(28, "No space left on device"))
     assert result.returncode == 2
     assert "No space left on device" in result.stderr.splitlines()[-1]  # one line after the progress bar's
     assert "Traceback" not in result.stderr
@@ -265,7 +257,7 @@ def test_what_a_name_does_not_tell_is_in_the_record(tiny_run):
 @pytest.mark.parametrize(("owner", "name"), [
     (os, "replace"), (Path, "unlink"), (shutil, "rmtree"), (np, "save"), (sample_ddp, "write_json"), (os, "fsync")],
     ids=lambda value: value if isinstance(value, str) else "")
-def test_stopped_at_any_write_the_same_command_ends_the_same(draw, tiny_run, tmp_path, monkeypatch, owner, name):
+def test_stopped_at_any_write_the_same_command_ends_the_same(draw, draw_failing, tiny_run, tmp_path, owner, name):
     """An output of older weights is overwritten, with pictures, and stopped before each call in turn until none is left."""
     state = checkpoint.load(checkpoint.resolve(tiny_run))
     older = state | {"ema": {key: 1.1 * weight for key, weight in state["ema"].items()}}
@@ -279,20 +271,10 @@ def test_stopped_at_any_write_the_same_command_ends_the_same(draw, tiny_run, tmp
     shutil.copytree(tmp_path / "samples", tmp_path / "older")
     checkpoint.save(tmp_path / "c.pt", state)
 
-    original = getattr(owner, name)
     for stop in range(1, 100):
         shutil.rmtree(tmp_path / "samples")
         shutil.copytree(tmp_path / "older", tmp_path / "samples")
-        calls = []
-
-        def stopping(*args, calls=calls, stop=stop, **kwargs):
-            calls.append(1)
-            if len(calls) == stop:
-                raise KeyboardInterrupt
-            return original(*args, **kwargs)
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, stopping)
-            code = draw(*flags, ckpt="c.pt")[0].returncode
+        code = draw_failing(owner, name, stop, KeyboardInterrupt, *flags, ckpt="c.pt")[0].returncode
         assert draw(*flags, ckpt="c.pt")[0].returncode == 0
         images, labels = arrays(tmp_path)
         assert np.array_equal(images, expected[0])
@@ -400,11 +382,10 @@ def test_space_is_asked_for_what_is_still_to_be_written_and_before_anything_is(d
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
-    kwargs = dict(input_size=64, in_channels=3, num_classes=3, hidden_size=8, depth=1, num_heads=1)
-    spec = {"model": {"name": "DiT-S/8", "class": "DiT",
-              "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (64, 64),
-            "channels": 3, "classes": ["a", "b", "c"],
-            "sampling": {"sampler": "ddim", "num_sampling_steps": "1", "cfg_scale": 1.0, "cfg_channels": None}}
+    kwargs = dict(input_size=64, in_channels=3, num_classes=3, patch_size=8, hidden_size=8, depth=1, num_heads=1)
+    spec = {"model": {"name": "DiT-S/8", "class": "DiT", "args": kwargs}, "diffusion": {}, "vae": "pixels",
+            "image_size": (64, 64), "channels": 3, "classes": ["a", "b", "c"],
+            "sampling": {"sampler": "ddim", "num_sampling_steps": "1"}}
     checkpoint.save(tmp_path / "c.pt", {"ema": DiT_models["DiT-S/8"](**kwargs).state_dict(), "spec": spec})
     peaks = []
     for count in (2000, 20_000):
