@@ -4,9 +4,9 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
-export PIP_NO_CACHE_DIR = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONDONTWRITEBYTECODE = 1
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup --basetemp=.pytest_tmp
 
 .PHONY: demo test test-slow lint clean
 
@@ -26,10 +26,10 @@ demo: .venv/installed
 	@echo "The run:     $(CURDIR)/results/digits"
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -m "not slow" --basetemp=.pytest_tmp
+	$(PYTEST) -m "not slow"
 
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -q --basetemp=.pytest_tmp
+	$(PYTEST)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
