@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, assert_close, family, random_network
+from conftest import GOLDEN, ROOT, assert_close, family, golden_dit, random_network
 from timm import layers as timm_layers
 from timm.layers.grn import GlobalResponseNorm as TimmGlobalResponseNorm
 from timm.models.vision_transformer import Attention as TimmAttention
@@ -55,9 +55,8 @@ def test_dit_has_the_published_keys_and_shapes():
 
 @pytest.mark.parametrize("file", ["dit_tiny_latent.npz", "dit_tiny_gray.npz"])
 def test_dit_outputs_are_the_original_ones(file):
-    golden = np.load(GOLDEN / file)
-    model = DiT(**json.loads(str(golden["kwargs"]))).eval()
-    state = {key.removeprefix("param/"): torch.from_numpy(golden[key]) for key in golden.files if key.startswith("param/")}
+    golden, (kwargs, state) = np.load(GOLDEN / file), golden_dit(file)
+    model = DiT(**kwargs).eval()
     assert_close(model.pos_embed, state["pos_embed"])
     model.load_state_dict(state, strict=True)
     x, t, y, cfg_y = (torch.from_numpy(golden[key]) for key in ("x", "t", "y", "cfg_y"))
@@ -178,15 +177,6 @@ def test_a_layer_is_timms(name):
     assert (rounded - timms).norm() < 0.01 * timms.norm()
 
 
-def test_rotary_tables_are_timms_and_built_once_in_each_half(monkeypatch):
-    assert all(map(torch.equal, ROTARY, timm_layers.build_rotary_pos_embed([3, 5], dim=12, in_pixels=False)))
-    model, calls = tiny("LightningDiT-XL/1"), []
-    build = models.rotary_tables
-    monkeypatch.setattr(models, "rotary_tables", lambda *args: calls.append(args) or build(*args))
-    model(*inputs(model))
-    assert calls == [((8, 8), 12, torch.device("cpu"))] * 2
-
-
 # --- every backbone ------------------------------------------------------------------------------
 
 
@@ -269,18 +259,6 @@ def test_a_dinext_block_is_the_written_formula(name):
         h = h + block.mlp.grn.weight * (h * norm / (norm.mean(-1, keepdim=True) + 1e-6)) + block.mlp.grn.bias
     expected = x + gate * (h @ block.mlp.fc2.weight.T + block.mlp.fc2.bias)
     assert_close(block(x, c), expected)
-
-
-def test_label_std_scales_the_label_embeddings_alone():
-    """From the same random numbers. DiNextV2 has 1 by itself."""
-    def weights(**kwargs):
-        torch.manual_seed(0)
-        return DIFFUSION_NETWORKS["DiNextV2-S/2"](input_size=8, **TINY["DiNextV2"], **kwargs).state_dict()
-
-    small, large = weights(label_std=0.02), weights()
-    for key in small:
-        assert_close(large[key], small[key] * (50 if "embedding_table" in key else 1))
-    assert abs(large["y_embedder.embedding_table.weight"].std() - 1) < 0.05
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)])
