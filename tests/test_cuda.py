@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, TINY_RUN, golden_dit, read_metrics, run_script
+from conftest import TINY_RUN, read_metrics, run_script
 from test_models import SEAMED, TINY, family, inputs
 from test_models import tiny as tiny_network
 from torch.nn import functional as F
@@ -16,7 +16,6 @@ from diffusion.guidance import guide, in_interval
 from diffusion.reuse import Reuse, plan
 from diffusion.samplers import SAMPLERS, evaluation_times
 from evaluation.extractors import Inception
-from models import DiT
 from pipeline import checkpoint
 from pipeline.generation import prepare_network
 from runtime.processes import autocast
@@ -99,20 +98,9 @@ def test_depthwise_convolution_and_its_gradients_are_right_in_bf16():
         out = F.conv2d(*leaves, padding=3, groups=1152)
         return out, *torch.autograd.grad(out, leaves, g.to(dtype))
 
-    rounded = [tensor.bfloat16().double() for tensor in (x, w, g)]
-    x, w, g = rounded
+    x, w, g = (tensor.bfloat16().double() for tensor in (x, w, g))
     for found, expected in zip(passes(torch.bfloat16), passes(torch.float64)):
         assert error(found, expected) < 5e-3
-
-
-@cuda
-def test_dits_outputs_are_the_golden_ones():
-    golden, (kwargs, weights) = np.load(GOLDEN / "dit_tiny_latent.npz"), golden_dit()
-    model = DiT(**kwargs).eval()
-    model.load_state_dict(weights)
-    x, t, y = (torch.from_numpy(golden[key]).cuda() for key in ("x", "t", "y"))
-    with torch.no_grad():
-        assert error(model.cuda()(x, t, y), torch.from_numpy(golden["forward"])) < 1e-5  # TF32 is off unless asked for
 
 
 @cuda
@@ -171,7 +159,6 @@ def test_a_step_of_training_and_of_sampling_does_not_wait_for_the_device():
     model = tiny_network("DiNext-S/2").train().cuda()
     state = Training.begin(model, 1e-4, OptimizerArgs())
     x, t, y = (part.cuda() for part in inputs(model))
-
     process = create_diffusion("")  # its tables are copied to the device once
 
     def step():
