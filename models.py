@@ -10,9 +10,8 @@
 Legend: B batch, C channels of the image or latent, H W its size, h w the size in tokens, N = h*w tokens, D width,
 p patch size, L number of classes. Inside a block the channels come last: (B, N, D) in DiT, (B, h, w, D) in DiNext.
 
-The residual stream, to which the blocks add, has the dtype of the input x. So under autocast it is fp32 in all backbones. In
-bf16 an eager DiNext block would move 94 bytes an element instead of 104, but outputs would be further from those in fp32:
-with random weights DiT-S by 1.1 % instead of 0.4 %, DiNext-S by 0.7 % instead of 0.5 %. DiT's published outputs count more.
+The residual stream, to which the blocks add, has the dtype of the input x: under autocast it is fp32 in all backbones. In
+bf16 it would save a tenth of the bytes that move, and make DiT-S with random weights differ from fp32 by 1.1 %, not by 0.4 %.
 
 Every backbone is called as `model(x, t, y)`. `forward` has two halves. Features can be reused at the seam between them:
 
@@ -322,10 +321,7 @@ class DiNextBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm, then a projection of each token to its p*p pixels: (B, ..., D) -> (B, ..., p*p*C).
-
-    projection: called with the numbers of channels, D and p*p*C.
-    """
+    """Modulated LayerNorm, then `projection(D, p*p*C)` of each token to its p*p pixels: (B, ..., D) -> (B, ..., p*p*C)."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int, adaln: str = "zero",
                  projection: Callable[[int, int], nn.Module] = nn.Linear):
@@ -379,21 +375,9 @@ def check_size(input_size: int | tuple[int, int], multiple: int) -> tuple[int, i
 class Backbone(nn.Module):
     """What the networks here share: sizes, `forward` from its two halves, DiT's guidance, gradient checkpointing.
 
-    A network is `model(x, t, y)` with `in_channels`, `input_size` and `num_classes`. This is enough to train and to sample:
-    a network need not be a Backbone. Only `--reuse` needs the seam, which each subclass defines:
-
-    - `blocks`: the blocks, in the order in which they run. `default_split`: how many run before the seam by default.
-    - `condition(t, y)` returns c, in any form that the two halves take.
-    - `encode(x, c, split)` returns a tuple of tensors, batch first: the features, then the skips still open.
-    - `decode(state, c, split)` takes that tuple and returns what `forward` returns.
-
-    Args:
-        input_size: H = W, or (H, W), of the image or latent, in its pixels.
-        in_channels: C, the channels of the image or latent.
-        num_classes: L; label L is the null label. With 1 the network is in effect unconditional.
-        learn_sigma: the output has 2C channels; the second half is for the variance.
-        gradient_checkpointing: recompute each block in the backward pass. This saves memory and costs time.
-        size_multiple: H and W must be multiples of this.
+    A network need not be a Backbone: diffusion/process.py says what training, sampling and `reuse` need. Each subclass
+    defines the seam: `blocks`, `default_split`, `condition`, `encode` and `decode`. For the arguments see DiT; H and W must
+    be multiples of `size_multiple`.
     """
 
     def __init__(self, input_size: int | tuple[int, int], in_channels: int, num_classes: int, learn_sigma: bool,
@@ -470,11 +454,7 @@ class Isotropic(Backbone):
     With adaln="single" all blocks share one projection of the sum of the timestep's and the label's vectors. With a class
     token it is a projection of the timestep's vector alone, and the label reaches the blocks through attention.
 
-    Args (the others are Backbone's):
-        blocks: the blocks, called as `block(x, c, *block_tables)`, in the order in which they run.
-        patch_size: p; H and W must be multiples of it.
-        hidden_size: D, the width of the tokens.
-        adaln, class_token, time_scale: see DiT.
+    `blocks` run in their order, each as `block(x, c, *block_tables)`. For the other arguments see DiT.
     """
 
     def __init__(self, blocks: list[nn.Module], input_size: int | tuple[int, int], patch_size: int, in_channels: int,
@@ -515,9 +495,8 @@ class Isotropic(Backbone):
 
     def decode(self, state: tuple[Tensor], c: Tensor, split: int | None = None) -> Tensor:
         """What encode returned for the same split -> (B, C or 2C, H, W)."""
-        blocks, (x,) = self.blocks[self.resolve_split(split) :], state
-        x = self.run_blocks(blocks, x, c, *self.block_tables(x.device))  # (B, N, D) or (B, h, w, D)
-        return self.unpatchify(self.final_layer(x, c))                   # (B, C or 2C, H, W)
+        x = self.run_blocks(self.blocks[self.resolve_split(split) :], *state, c, *self.block_tables(c.device))
+        return self.unpatchify(self.final_layer(x, c))  # (B, C or 2C, H, W)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(B, N, p*p*C) or (B, h, w, p*p*C) -> (B, C, H, W); C counts the channels of the output."""

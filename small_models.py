@@ -19,13 +19,9 @@ class MLP(Backbone):
     The null label's embedding is zero before its LayerNorm.
 
     Args: the defaults are those for MNIST's digits.
-        input_size: H = W, or (H, W), of the image.
-        in_channels: C.
         hidden_size: width of the hidden layer.
         label_features: width of the label's embedding.
-        num_classes: L; label L is the null label.
-        learn_sigma: the output has 2C channels; the second half is for the variance.
-        gradient_checkpointing: recompute the hidden layer in the backward pass, which saves memory.
+        input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing: see DiT.
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 28, in_channels: int = 1, hidden_size: int = 4096,
@@ -75,13 +71,8 @@ class ConvAdaLN(Backbone):
     """MinDiff's denoiser of small latents: 3x3 convolutions at one resolution, modulated by t and label.
 
     Args: the defaults are those for the latents of Autoencoder on 32 x 32 images.
-        input_size: H = W, or (H, W), of the latent.
-        in_channels: C.
         hidden_size: D, the width of the blocks; a multiple of 8.
-        depth: number of blocks.
-        num_classes: L; label L is the null label.
-        learn_sigma: the output has 2C channels; the second half is for the variance.
-        gradient_checkpointing: recompute each block in the backward pass, which saves memory.
+        input_size, in_channels, depth, num_classes, learn_sigma, gradient_checkpointing: see DiT.
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 8, in_channels: int = 8, hidden_size: int = 256, depth: int = 8,

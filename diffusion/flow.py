@@ -23,9 +23,7 @@ LOSSES = ("velocity", "velocity+epsilon+x0")
 
 
 class FlowMatching(SamplingLoops):
-    """The straight path, sampled in `num_timesteps` equal steps.
-
-    A comment or docstring that begins with "Every process" says what any process must offer (see process.py).
+    """The straight path, sampled in `num_timesteps` equal steps: a Process (see process.py).
 
     Args:
         num_timesteps: steps of a sampler. Training does not use it.
@@ -36,9 +34,7 @@ class FlowMatching(SamplingLoops):
 
     validation_terms = ("loss",)
     input_scale = 1.0  # x_0 is the data, unscaled
-    # Every process: whether the network must return 2C channels, the second half for the variance. This path has none.
     learn_sigma = False
-    # Every process: the sampler, number of steps and guidance scale that a new checkpoint recommends.
     recommended = {"sampler": "heun", "num_sampling_steps": 50, "cfg_scale": 1.0}
 
     def __init__(self, num_timesteps: int = 1000, time_sampling: str = "uniform", loss: str = "velocity"):
@@ -49,8 +45,7 @@ class FlowMatching(SamplingLoops):
         self.loss = loss
         self.num_timesteps = num_timesteps
         self.time_sampling = time_sampling
-        # Every process: the num_timesteps + 1 times that a sampler visits, from noise (here 1) to data (here 0).
-        self.grid = tuple(1 - step / num_timesteps for step in range(num_timesteps + 1))
+        self.grid = tuple(1 - step / num_timesteps for step in range(num_timesteps + 1))  # from noise, 1, to data, 0
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_t = (1 - t) x_0 + t eps at t (B,): (B, C, H, W)."""
@@ -59,12 +54,10 @@ class FlowMatching(SamplingLoops):
         return (1 - t) * x_start + t * noise
 
     def alpha_sigma(self, t: float) -> tuple[float, float]:
-        """Every process: (alpha, sigma) of x_t = alpha x_0 + sigma eps, at any time t of `grid`."""
         return 1 - t, t
 
     def predict(self, model: Callable, x: Tensor, t: float,
                 denoised_fn: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Every process: the predicted x_0 and epsilon, (B, C, H, W) each, at any time t of `grid` except the data's."""
         velocity = model(x, torch.full((len(x),), MODEL_TIME * t, device=x.device)).to(x.dtype)  # (B, C, H, W)
         check_channels(velocity, x, learn_sigma=False)
         x_start = x - t * velocity
@@ -74,17 +67,14 @@ class FlowMatching(SamplingLoops):
         return x_start, (x - (1 - t) * x_start) / t
 
     def sample_times(self, count: int, generator: torch.Generator) -> Tensor:
-        """Every process: draw t for `count` training samples, (count,), on the generator's device. In [0, 1]."""
+        """In [0, 1], by `time_sampling`."""
         if self.time_sampling == "logit-normal":
             return torch.randn(count, generator=generator, device=generator.device).sigmoid()
         return torch.rand(count, generator=generator, device=generator.device)
 
     def training_losses(self, model: Callable, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None,
                         noise: Tensor | None = None) -> dict[str, Tensor]:
-        """Every process: "loss" and its terms, (B,) each, for data x_start (B, C, H, W) at t (B,).
-
-        Here "mse" is the squared error of the velocity, the mean over C, H and W, and "loss" a multiple of it.
-        """
+        """"mse" is the squared error of the velocity, the mean over C, H and W, and "loss" a multiple of it."""
         noise = torch.randn_like(x_start) if noise is None else noise
         velocity = model(self.q_sample(x_start, t, noise), MODEL_TIME * t, **(model_kwargs or {})).float()
         check_channels(velocity, x_start, learn_sigma=False)

@@ -29,9 +29,7 @@ LOSSES = ("mse", "rescaled_mse", "rescaled_kl")
 
 
 class GaussianDiffusion(SamplingLoops):
-    """A Gaussian process with one step per beta, or with one step per timestep that `timesteps` keeps.
-
-    A comment or docstring that begins with "Every process" says what any process must offer (see process.py).
+    """A Process (see process.py) with one step per beta, or with one step per timestep that `timesteps` keeps.
 
     Args:
         betas: one per timestep, float64, between 0 and 1.
@@ -45,7 +43,6 @@ class GaussianDiffusion(SamplingLoops):
     """
 
     validation_terms = ("loss",)
-    # Every process: the sampler, number of steps and guidance scale that a new checkpoint recommends.
     recommended = {"sampler": "ddpm", "num_sampling_steps": 250, "cfg_scale": 4.0}
 
     def __init__(self, betas: np.ndarray, timesteps: list[int] | None = None, prediction: str = "epsilon",
@@ -62,7 +59,6 @@ class GaussianDiffusion(SamplingLoops):
                             "that of pixels in [-1, 1]")
         self.input_scale = input_scale
         self.prediction, self.variance, self.loss = prediction, variance, loss
-        # Every process: whether the network must return 2C channels, the second half for the variance.
         self.learn_sigma = variance == "learned_range"
         self.timestep_map = list(range(len(betas)) if timesteps is None else timesteps)
 
@@ -70,23 +66,21 @@ class GaussianDiffusion(SamplingLoops):
         abar = np.cumprod(1 - np.asarray(betas, dtype=np.float64))[self.timestep_map]
         abar_prev = np.append(1.0, abar[:-1])
         betas = 1 - abar / abar_prev
-        self.betas, self.alphas_cumprod, self.alphas_cumprod_prev = betas, abar, abar_prev
+        self.betas, self.alphas_cumprod = betas, abar
         self.num_timesteps = len(betas)
-        # Every process: the num_timesteps + 1 times that a sampler visits, from noise to data. Here -1 is the data.
-        self.grid = tuple(range(self.num_timesteps - 1, -2, -1))
+        self.grid = tuple(range(self.num_timesteps - 1, -2, -1))  # -1 is the data
 
         # q(x_{t-1} | x_t, x_0), DDPM Eq. 6-7. Its variance is 0 at t = 0, so the log uses that of t = 1 there.
-        self.posterior_variance = betas * (1 - abar_prev) / (1 - abar)
-        first = self.posterior_variance[1] if len(betas) > 1 else betas[0]
-        self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
-        self.posterior_mean_coef1 = betas * np.sqrt(abar_prev) / (1 - abar)
-        self.posterior_mean_coef2 = (1 - abar_prev) * np.sqrt(1 - betas) / (1 - abar)
+        posterior_variance = betas * (1 - abar_prev) / (1 - abar)
+        first = posterior_variance[1] if len(betas) > 1 else betas[0]
         self._tables = {
             "alpha": np.sqrt(abar), "sigma": np.sqrt(1 - abar),
             "recip_alpha": np.sqrt(1 / abar), "recip_snr": np.sqrt(1 / abar - 1), "log_beta": np.log(betas),
             "large_log_variance": np.log(np.append(first, betas[1:])),
-            "small_log_variance": self.posterior_log_variance_clipped, "posterior_variance": self.posterior_variance,
-            "mean_coef1": self.posterior_mean_coef1, "mean_coef2": self.posterior_mean_coef2,
+            "posterior_log_variance_clipped": np.log(np.append(first, posterior_variance[1:])),
+            "posterior_variance": posterior_variance,
+            "posterior_mean_coef1": betas * np.sqrt(abar_prev) / (1 - abar),
+            "posterior_mean_coef2": (1 - abar_prev) * np.sqrt(1 - betas) / (1 - abar),
             "model_times": model_times,
         }
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
@@ -94,9 +88,8 @@ class GaussianDiffusion(SamplingLoops):
     def _at(self, name: str, t: Tensor, like: Tensor | None = None) -> Tensor:
         """Entries t (B,) of a table, in fp32, shaped to broadcast with `like`. Tables are copied to each device once."""
         if t.device not in self._on_device:
-            self._on_device[t.device] = {
-                key: torch.as_tensor(table, dtype=torch.float32).to(t.device)
-                for key, table in self._tables.items()}
+            self._on_device[t.device] = {key: torch.as_tensor(table, dtype=torch.float32).to(t.device)
+                                         for key, table in self._tables.items()}
         rows = self._on_device[t.device][name][t]
         return rows if like is None else rows.view(-1, *[1] * (like.dim() - 1))
 
@@ -109,8 +102,8 @@ class GaussianDiffusion(SamplingLoops):
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (B, C, H, W) and log-variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0), DDPM Eq. 6-7."""
-        mean = self._at("mean_coef1", t, x_t) * x_start + self._at("mean_coef2", t, x_t) * x_t
-        return mean, self._at("small_log_variance", t, x_t)
+        mean = self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
+        return mean, self._at("posterior_log_variance_clipped", t, x_t)
 
     def _xstart_from(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The x_0 (B, C, H, W) that follows from the network's prediction at x = x_t."""
@@ -161,13 +154,11 @@ class GaussianDiffusion(SamplingLoops):
                 "pred_xstart": pred_xstart}
 
     def alpha_sigma(self, t: int) -> tuple[float, float]:
-        """Every process: (alpha, sigma) of x_t = alpha x_0 + sigma eps, at any time t of `grid`."""
         abar = 1.0 if t == -1 else float(self.alphas_cumprod[t])
         return math.sqrt(abar), math.sqrt(1 - abar)
 
     def predict(self, model: Model, x: Tensor, t: int,
                 denoised_fn: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Every process: the predicted x_0 and epsilon, (B, C, H, W) each, at any time t of `grid` except the data's."""
         times = torch.full((len(x),), t, device=x.device)
         x_start = self.p_mean_variance(model, x, times, clip_denoised=False, denoised_fn=denoised_fn)["pred_xstart"]
         alpha, sigma = self.alpha_sigma(t)
@@ -176,15 +167,12 @@ class GaussianDiffusion(SamplingLoops):
     # --- losses ----------------------------------------------------------------------------------
 
     def sample_times(self, count: int, generator: torch.Generator) -> Tensor:
-        """Every process: draw t for `count` training samples, (count,), on the generator's device. Uniform over 0..T-1."""
+        """Uniform over 0..T-1."""
         return torch.randint(self.num_timesteps, (count,), generator=generator, device=generator.device)
 
     def training_losses(self, model: Model, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None,
                         noise: Tensor | None = None) -> dict[str, Tensor]:
-        """Every process: "loss" and its terms, (B,) each, for data x_start (B, C, H, W) at t (B,).
-
-        "loss" is the sum of "mse" and, if the variance is learned, "vb" (bits per dimension); "rescaled_kl" has no terms.
-        """
+        """"loss" is the sum of "mse" and, if the variance is learned, "vb" (bits per dimension); "rescaled_kl" has no terms."""
         noise, x_start = torch.randn_like(x_start) if noise is None else noise, self.input_scale * x_start
         x_t = self.q_sample(x_start, t, noise)
         out = model(x_t, self._at("model_times", t), **(model_kwargs or {})).float()

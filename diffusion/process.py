@@ -24,14 +24,14 @@ class TrainingProcess(Protocol):
 
     def training_losses(self, model: Callable, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None,
                         noise: Tensor | None = None) -> dict[str, Tensor]:
-        """"loss" and its parts, (B,) each. The model is called with t on the scale 0..1000."""
+        """"loss" and its terms, (B,) each, for data x_start (B, C, H, W) at t (B,). The model receives t in 0..1000."""
 
 
 class Process(TrainingProcess, Protocol):
     """What a training loop, the samplers and a checkpoint's description need."""
 
     num_timesteps: int           # steps of a sampler
-    grid: tuple[float, ...]      # the times that a sampler visits, from noise to data; one more than the steps
+    grid: tuple[float, ...]      # the num_timesteps + 1 times that a sampler visits, from noise to data
     input_scale: float           # the factor by which the data is scaled to x_0
     learn_sigma: bool            # whether the network's output has a second half of channels for the variance
     recommended: dict[str, Any]  # the sampler, num_sampling_steps and cfg_scale that a new checkpoint recommends
@@ -40,7 +40,7 @@ class Process(TrainingProcess, Protocol):
         """(alpha, sigma) of x_t = alpha x_0 + sigma eps at a time of `grid`."""
 
     def predict(self, model: Callable, x: Tensor, t: float, denoised_fn: Callable | None = None) -> tuple[Tensor, Tensor]:
-        """The predicted x_0 and epsilon of a batch at time t of `grid`; denoised_fn is applied to x_0 first."""
+        """The predicted x_0, after denoised_fn, and epsilon, (B, C, H, W) each, at any time t of `grid` except the last."""
 
 
 class Network(Protocol):

@@ -148,17 +148,17 @@ class SamplingLoops:
     """DiT's entry points, for any process that inherits them. The generators above do the work."""
 
     def p_sample_loop(self, model: Callable, shape: tuple[int, ...], noise: Tensor | None = None, **options) -> Tensor:
-        """Samples of `shape` (B, C, H, W) after ancestral steps. Options are those of p_sample_loop_progressive."""
+        """The last sample of p_sample_loop_progressive, whose options it takes: (B, C, H, W)."""
         return last(self.p_sample_loop_progressive(model, shape, noise, **options))
 
     def ddim_sample_loop(self, model: Callable, shape: tuple[int, ...], noise: Tensor | None = None, **options) -> Tensor:
-        """Samples of `shape` (B, C, H, W) after DDIM's steps. Options are those of p_sample_loop_progressive."""
+        """p_sample_loop with DDIM's steps."""
         return last(self.ddim_sample_loop_progressive(model, shape, noise, **options))
 
     def ddim_sample_loop_progressive(self, model: Callable, shape: tuple[int, ...], noise: Tensor | None = None,
-                                     eta: float = 0.0, **options) -> Steps:
-        """p_sample_loop_progressive with DDIM's steps. eta 0 is deterministic, eta 1 as noisy as DDPM."""
-        return self.p_sample_loop_progressive(model, shape, noise, sampler="ddim", eta=eta, **options)
+                                     **options) -> Steps:
+        """p_sample_loop_progressive with DDIM's steps. `eta` 0 is deterministic, 1 as noisy as DDPM."""
+        return self.p_sample_loop_progressive(model, shape, noise, sampler="ddim", **options)
 
     @torch.no_grad()
     def p_sample_loop_progressive(

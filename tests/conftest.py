@@ -171,9 +171,9 @@ def gaussian_run(tmp_path_factory):
     return save_random_checkpoint(tmp_path_factory.mktemp("gaussian") / "g.pt", 3, CLASSES)
 
 
-def golden_dit():
+def golden_dit(file="dit_tiny_latent.npz"):
     """DiT's own tiny network: its arguments and state dict."""
-    golden = np.load(GOLDEN / "dit_tiny_latent.npz")
+    golden = np.load(GOLDEN / file)
     weights = {key.removeprefix("param/"): torch.from_numpy(golden[key]) for key in golden.files if key.startswith("param/")}
     return json.loads(str(golden["kwargs"])), weights
 

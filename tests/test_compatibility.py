@@ -4,6 +4,7 @@ On another processor pixels and weights agree up to rounding.
 """
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -13,8 +14,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, family
 from PIL import Image
+from test_models import TINY
 
 import sample
 import train
@@ -34,12 +36,6 @@ FLAGS = {
     "autoencoder": ["--model", "Autoencoder-F4C8", "--model-args", '{"hidden_size": 8}'],
     "mlp": ["--model", "MLP", "--model-args", '{"hidden_size": 16, "label_features": 8}', "--diffusion-args",
             '{"objective": "flow", "flow_loss": "velocity+epsilon+x0"}'],
-}
-SMALL = {
-    "DiT": dict(hidden_size=24, depth=3, num_heads=2), "PixArt": dict(hidden_size=24, depth=3, num_heads=2),
-    "LightningDiT": dict(hidden_size=24, depth=3, num_heads=2), "DiNext": dict(hidden_size=16, depth=3),
-    "DiNextV2": dict(hidden_size=16, depth=3), "DiNext-U": dict(hidden_size=8, depths=(1, 2, 1, 1, 2)),
-    "MLP": dict(hidden_size=16, label_features=5), "ConvAdaLN": dict(hidden_size=16, depth=3),
 }
 
 
@@ -80,15 +76,11 @@ def test_an_autoencoder_reconstructs_the_same():
     assert np.abs(found.numpy() - np.load(GOLDEN / "autoencoder.npz")["reconstruction"]).max() < 1e-5
 
 
-def digest(name):
+def digest(name, settings):
     """The sha256 of a preset's state dict, built small after manual_seed(0): keys, shapes, types and bytes."""
     torch.manual_seed(0)
-    if name == "Autoencoder-F4C8":
-        model = NETWORKS[name](input_size=8, hidden_size=8)
-    else:
-        model = NETWORKS[name](input_size=8, num_classes=5, **SMALL[name.split("/")[0].rsplit("-", 1)[0]])
     found = hashlib.sha256()
-    for key, value in model.state_dict().items():
+    for key, value in NETWORKS[name](input_size=8, **settings).state_dict().items():
         found.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
         found.update(value.contiguous().numpy().tobytes())
     return found.hexdigest()
@@ -97,9 +89,11 @@ def digest(name):
 def test_presets_have_the_same_initial_weights():
     """Bit for bit, in a process with torch's plain kernels, which round the same on all processors."""
     golden = json.loads((GOLDEN / "state_dicts.json").read_text())
-    code = f"import json, sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; import test_compatibility as c; " \
-           f"print(json.dumps({{name: c.digest(name) for name in {list(golden)}}}))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+    settings = {name: dict(num_classes=5, **TINY[family(name)]) for name in golden if name != "Autoencoder-F4C8"}
+    settings["Autoencoder-F4C8"] = dict(hidden_size=8)
+    code = f"import hashlib, json, torch\nfrom small_models import NETWORKS\n\n{inspect.getsource(digest)}\n" \
+           f"print(json.dumps({{name: digest(name, settings) for name, settings in {settings}.items()}}))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
                            env=os.environ | {"ATEN_CPU_CAPABILITY": "default"})
     assert json.loads(found.stdout) == golden
     assert set(golden) <= set(NETWORKS)

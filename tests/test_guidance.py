@@ -15,13 +15,10 @@ def recording(sizes):
     return lambda x, t, y: sizes.append(len(x)) or label_model(x, t, y)
 
 
-@pytest.mark.parametrize("channels", [3, 4])
-def test_guidance_acts_on_the_named_channels_only(channels):
+def test_guidance_acts_on_the_named_channels_only():
     x, t, y = torch.zeros(2, 4, 1, 1), torch.zeros(2), torch.tensor([1, 2])
-    out = guide(label_model, y, null_label=5, scale=4.0, channels=channels)(x, t).flatten(1)
-    expected = torch.tensor([[5 + 4.0 * (1 - 5)] * channels + [1.0] * (4 - channels) + [10.0] * 4,
-                             [5 + 4.0 * (2 - 5)] * channels + [2.0] * (4 - channels) + [20.0] * 4])
-    assert torch.equal(out, expected)
+    out = guide(label_model, y, null_label=5, scale=4.0, channels=3)(x, t).flatten(1)
+    assert out.tolist() == [[5 + 4.0 * (1 - 5)] * 3 + [1] + [10] * 4, [5 + 4.0 * (2 - 5)] * 3 + [2] + [20] * 4]
 
 
 def test_guidance_of_1_is_the_conditional_model_in_one_call():
@@ -49,17 +46,6 @@ def test_outside_its_interval_the_unconditional_half_is_not_computed():
     outs = [predict(x, torch.full((2,), t)) for t in times]
     assert sizes == [2, 4, 4, 4, 2]
     assert [torch.equal(out, label_model(x, None, y)) for out in outs] == [True, False, False, False, True]
-
-
-def test_a_full_interval_is_plain_guidance_and_an_empty_one_none():
-    x, t, y = torch.randn(2, 4, 1, 1, generator=torch.Generator().manual_seed(0)), torch.zeros(2), torch.tensor([1, 2])
-    model = lambda x, t, y: torch.sin(torch.cat([x, x], dim=1) * y.view(-1, 1, 1, 1))  # noqa: E731
-    times = (999.0, 0.0)
-    plain, full = guide(model, y, 5, 1.7, 4), guide(model, y, 5, 1.7, 4, in_interval(times, 1.7, (0, 1000)))
-    empty = guide(model, y, 5, 1.7, 4, in_interval(times, 1.7, (0.5, 0.5)))
-    for _ in times:
-        assert torch.equal(full(x, t), plain(x, t))
-        assert torch.equal(empty(x, t), model(x, t, y))
 
 
 def test_dynamic_thresholding_is_imagens():

@@ -1,18 +1,17 @@
-import itertools
 import json
 import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, assert_close, family, random_network
+from conftest import GOLDEN, ROOT, assert_close, family, golden_dit, random_network
 from timm import layers as timm_layers
 from timm.layers.grn import GlobalResponseNorm as TimmGlobalResponseNorm
 from timm.models.vision_transformer import Attention as TimmAttention
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from models import DiNextBlock, DiT, GlobalResponseNorm, TimestepEmbedder
+from models import DiT, GlobalResponseNorm, TimestepEmbedder
 from pipeline.spec import constructor_of, defaults_of
 from small_models import DIFFUSION_NETWORKS, Autoencoder_models
 
@@ -56,9 +55,8 @@ def test_dit_has_the_published_keys_and_shapes():
 
 @pytest.mark.parametrize("file", ["dit_tiny_latent.npz", "dit_tiny_gray.npz"])
 def test_dit_outputs_are_the_original_ones(file):
-    golden = np.load(GOLDEN / file)
-    model = DiT(**json.loads(str(golden["kwargs"]))).eval()
-    state = {key.removeprefix("param/"): torch.from_numpy(golden[key]) for key in golden.files if key.startswith("param/")}
+    golden, (kwargs, state) = np.load(GOLDEN / file), golden_dit(file)
+    model = DiT(**kwargs).eval()
     assert_close(model.pos_embed, state["pos_embed"])
     model.load_state_dict(state, strict=True)
     x, t, y, cfg_y = (torch.from_numpy(golden[key]) for key in ("x", "t", "y", "cfg_y"))
@@ -80,7 +78,7 @@ def test_dit_initialisation_has_the_original_statistics():
         if std == 0:
             assert value.abs().max() == largest == 0, key
             continue
-        error = std / value.numel() ** 0.5  # of the mean; the standard deviation's is smaller still
+        error = std / value.numel() ** 0.5
         assert abs(value.mean().item() - mean) < 6 * error, key
         assert abs(value.std().item() - std) < 6 * error, key
         assert abs(value.abs().max().item() / largest - 1) < 0.25, key
@@ -88,17 +86,13 @@ def test_dit_initialisation_has_the_original_statistics():
 
 # --- the table of models -------------------------------------------------------------------------
 
-# name: (million parameters, GMAC at 32x32x4, tolerance of each)
+# the papers' figures: million parameters, GMAC at 32x32x4
 TABLE = {
-    "DiT-S/2": (33, 6.1, 0.01, 0.01), "DiT-B/2": (130, 23, 0.01, 0.01), "DiT-L/2": (458, 81, 0.01, 0.01),
-    "DiT-XL/2": (675, 119, 0.01, 0.01),
-    "DiNext-S/2": (17.2, 2.8, 0.03, 0.03), "DiNext-B/2": (67, 11.0, 0.03, 0.03), "DiNext-L/2": (233, 39, 0.03, 0.03),
-    "DiNext-XL/2": (342, 57.6, 0.03, 0.03), "DiNextV2-S/2": (17.1, 2.8, 0.003, 0.03),
-    "DiNext-U-S": (32.7, 3.0, 0.01, 0.06), "DiNext-U-B": (127.7, 11.8, 0.01, 0.06),
-    "DiNext-U-L": (394.4, 35.7, 0.01, 0.06), "DiNext-U-XL": (698.8, 63, 0.01, 0.06),
+    "DiT-S/2": (33, 6.1), "DiT-B/2": (130, 23), "DiT-L/2": (458, 81), "DiT-XL/2": (675, 119),
+    "DiNext-S/2": (17.2, 2.8), "DiNext-B/2": (67, 11.0), "DiNext-L/2": (233, 39), "DiNext-XL/2": (342, 57.6),
+    "DiNextV2-S/2": (17.1, 2.8), "DiNext-U-S": (32.7, 3.0), "DiNext-U-B": (127.7, 11.8), "DiNext-U-L": (394.4, 35.7),
+    "DiNext-U-XL": (698.8, 63),
 }
-
-
 README_TABLE = {f"{kind}{size}{patch}": cell.strip() for kind, patch, cells in re.findall(
     r"^\| `(\S+)\*(\S*)` \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     for size, cell in zip(("S", "B", "L", "XL"), cells.split("|"), strict=True)}
@@ -111,19 +105,10 @@ def test_parameters_and_multiply_accumulates(name):
         model = DIFFUSION_NETWORKS[name]()
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, 4, 32, 32), torch.empty(1), torch.empty(1, dtype=torch.long))
-    parameters, gmac, parameter_tolerance, gmac_tolerance = TABLE[name]
     found = sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 2e9
-    assert found[0] == pytest.approx(parameters, rel=parameter_tolerance)
-    assert found[1] == pytest.approx(gmac, rel=gmac_tolerance)
+    assert found == pytest.approx(TABLE[name], rel=0.06)
     assert set(README_TABLE) == set(TABLE) - {"DiNextV2-S/2"}
     assert README_TABLE.get(name, f"{found[0]:.1f} M, {found[1]:.1f} G") == f"{found[0]:.1f} M, {found[1]:.1f} G"
-
-
-def test_the_registry_holds_every_family_and_size():
-    sizes = ("S", "B", "L", "XL")
-    isotropic = {f"{kind}-{size}/{patch}" for kind in ("DiT", "DiNext") for size in sizes for patch in (2, 4, 8)}
-    assert set(DIFFUSION_NETWORKS) >= isotropic | {f"DiNext-U-{size}" for size in sizes} | {
-        "DiNextV2-S/2", "PixArt-B/2", "MLP", "ConvAdaLN"}
 
 
 # --- layers --------------------------------------------------------------------------------------
@@ -192,29 +177,18 @@ def test_a_layer_is_timms(name):
     assert (rounded - timms).norm() < 0.01 * timms.norm()
 
 
-def test_rotary_tables_are_timms_and_built_once_in_each_half(monkeypatch):
-    assert all(map(torch.equal, ROTARY, timm_layers.build_rotary_pos_embed([3, 5], dim=12, in_pixels=False)))
-    model, calls = tiny("LightningDiT-XL/1"), []
-    build = models.rotary_tables
-    monkeypatch.setattr(models, "rotary_tables", lambda *args: calls.append(args) or build(*args))
-    model(*inputs(model))
-    assert calls == [((8, 8), 12, torch.device("cpu"))] * 2
-
-
 # --- every backbone ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DIFFUSION_NETWORKS)
 def test_every_entry_takes_any_channels_sizes_and_classes(name):
-    for in_channels in (1, 4, 16) if name in SEAMED else (3,):
+    for in_channels in (1, 16) if name in SEAMED else (3,):
         model = tiny(name, input_size=(8, 16), in_channels=in_channels, num_classes=1, learn_sigma=in_channels != 16)
         x, t, y = inputs(model)
-        y = y.clamp(max=1)  # the null class of one class is 1, not 1000
-        out = model(x, t, y)
+        out = model(x, t, y.clamp(max=1))
         assert out.shape == (3, model.out_channels, 8, 16)
         assert model.out_channels == in_channels * (1 if in_channels == 16 else 2)
-        assert out.isfinite().all()
-        assert out.std() > 0
+        assert 0 < out.std() < float("inf")
 
 
 @pytest.mark.parametrize("name", SEAMED)
@@ -251,7 +225,7 @@ def test_the_default_splits_are_those_of_faster_diffusion():
         assert DIFFUSION_NETWORKS["MLP"]().default_split == 1  # 0 would compute everything and reuse the noisy pixels
 
 
-@pytest.mark.parametrize("name", ["LightningDiT-XL/1", "PixArt-B/2", "DiNext-U-S", "ConvAdaLN"])
+@pytest.mark.parametrize("name", ["LightningDiT-XL/1", "DiNext-U-S"])
 def test_gradient_checkpointing_changes_memory_and_not_gradients(name):
     def gradients(**kwargs):
         model = tiny(name, **kwargs).train()
@@ -265,16 +239,6 @@ def test_gradient_checkpointing_changes_memory_and_not_gradients(name):
     checkpointed, memory = gradients(gradient_checkpointing=True)
     assert all(torch.equal(plain[key], checkpointed[key]) for key in plain)
     assert memory < 0.7 * plain_memory
-
-
-@pytest.mark.parametrize("name", ["DiT-S/2", "DiNext-S/2", "DiNext-U-S"])
-def test_an_untrained_network_answers_zero_and_its_blocks_are_identities(name):
-    model = DIFFUSION_NETWORKS[name](input_size=8, num_classes=5, **TINY[family(name)])
-    x, t, y = inputs(model)
-    assert model(x, t, y).abs().max() == 0
-    block, c = model.blocks[0], model.condition(t, y)
-    h = torch.randn(3, 16, 24) if name.startswith("DiT") else torch.randn(3, 8, 8, block.dwconv.in_channels)
-    assert torch.equal(block(h, c[0] if isinstance(c, tuple) else c), h)
 
 
 @pytest.mark.parametrize("name", ["DiNext-S/2", "DiNextV2-S/2"])
@@ -297,28 +261,6 @@ def test_a_dinext_block_is_the_written_formula(name):
     assert_close(block(x, c), expected)
 
 
-def test_every_block_has_grn_or_none_has():
-    for name, grn in itertools.product(["DiNext-S/2", "DiNext-U-S"], [True, False]):
-        model = DIFFUSION_NETWORKS[name](grn=grn, **TINY[family(name)])
-        norms = [module for module in model.modules() if isinstance(module, GlobalResponseNorm)]
-        assert len(norms) == (len(model.blocks) if grn else 0)
-
-
-@pytest.mark.parametrize("name", ["DiT-S/2", "DiNextV2-S/2"])
-def test_label_std_scales_the_label_embeddings_alone(name):
-    """50 times 0.02 is 1, from the same random numbers. DiNextV2 has 1 by itself."""
-    def weights(**kwargs):
-        torch.manual_seed(0)
-        return DIFFUSION_NETWORKS[name](input_size=8, **TINY[family(name)], **kwargs).state_dict()
-
-    small, large = weights(label_std=0.02), weights(label_std=1.0)
-    default = large if name == "DiNextV2-S/2" else small
-    for key, value in weights().items():
-        assert torch.equal(value, default[key])
-        assert_close(large[key], small[key] * (50 if "embedding_table" in key else 1))
-        assert "embedding_table" not in key or abs(large[key].std() - 1) < 0.05
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)])
 def test_global_response_norm_is_timms(dtype, tolerance):
     """timm's in float64 is the oracle. Its own error in bf16 is 1.7e-3, with twice the passes over x."""
@@ -337,9 +279,6 @@ def test_global_response_norm_is_timms(dtype, tolerance):
     (out * weight).sum().backward()
     (expected * weight).sum().backward()
     assert (x.grad - exact.grad).norm() / exact.grad.norm() < 2 * tolerance
-    block, whole = DiNextBlock(4), timm_layers.GlobalResponseNormMlp(4, 12)
-    assert {name: value.shape for name, value in block.mlp.state_dict().items()} == {
-        name: value.shape for name, value in whole.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", SEAMED)
@@ -356,34 +295,30 @@ def test_the_residual_stream_has_the_dtype_of_the_input(name):
     assert {features.dtype for features in state} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", [name for name in SEAMED if name != "DiT-S/2"])  # LightningDiT has all of its parts
-def test_a_backbone_can_be_exported_with_a_dynamic_batch(name):
-    model = tiny(name)
+@pytest.mark.parametrize(("name", "depth"), [("LightningDiT-XL/1", dict(depth=1)), ("DiNext-U-S", dict(depths=(1,) * 5))])
+def test_a_backbone_can_be_exported_with_a_dynamic_batch(name, depth):
+    model = tiny(name, **depth)
     x, t, y = inputs(model)
     exported = torch.export.export(model, (x[:2], t[:2], y[:2]), dynamic_shapes=3 * [{0: torch.export.Dim.DYNAMIC}])
     assert torch.allclose(exported.module()(x, t, y), model(x, t, y), atol=1e-5)
 
 
-SMALL_SYSTEMS = [
-    ("MLP", {}, 7_421_508),                                                             # MinDiff
-    ("ConvAdaLN", {}, 10_606_984),                                                      # MinDiff says 10.6 M
-    ("PixArt-B/2", dict(input_size=8, in_channels=16, num_classes=10, learn_sigma=False), 89_525_824),  # nano: 88.7 M
-    ("PixArt-B/2", dict(input_size=8, in_channels=8, num_classes=10, learn_sigma=False, hidden_size=384, num_heads=6),
-     22_472_480),                                                                       # nano's debug variant: 22 M
-    ("DiT-S/8", dict(in_channels=1, num_classes=10, learn_sigma=False), 32_521_792),    # xdiffusion's lesson: 32.5 M
-]
-
-
 def test_parameters_of_small_systems():
-    for name, kwargs, parameters in SMALL_SYSTEMS:
+    for name, kwargs, parameters in (
+            ("MLP", {}, 7_421_508),         # MinDiff
+            ("ConvAdaLN", {}, 10_606_984),  # MinDiff says 10.6 M
+            ("PixArt-B/2", dict(input_size=8, in_channels=16, num_classes=10, learn_sigma=False), 89_525_824),  # nano: 88.7 M
+            ("DiT-S/8", dict(in_channels=1, num_classes=10, learn_sigma=False), 32_521_792)):  # xdiffusion's lesson: 32.5 M
         with torch.device("meta"):
             assert sum(p.numel() for p in DIFFUSION_NETWORKS[name](**kwargs).parameters()) == parameters, name
 
 
-@pytest.mark.parametrize("name", ["DiNext-S/2", "PixArt-B/2"])
-def test_adaln_single_begins_with_identities_and_every_parameter_learns(name):
-    model = DIFFUSION_NETWORKS[name](input_size=8, num_classes=5, **TINY[family(name)], adaln="single")
+@pytest.mark.parametrize(("name", "adaln"), [("DiT-S/2", "zero"), ("DiNext-S/2", "zero"), ("DiNext-S/2", "single"),
+                                             ("PixArt-B/2", "single")])
+def test_an_untrained_network_answers_zero_its_blocks_are_identities_and_every_parameter_learns(name, adaln):
+    model = DIFFUSION_NETWORKS[name](input_size=8, num_classes=5, **TINY[family(name)], adaln=adaln)
     x, t, y = inputs(model)
+    assert model(x, t, y).abs().max() == 0
     h = torch.randn(3, 4, 4, 16) if "DiNext" in name else torch.randn(3, 16, 24)
     assert torch.equal(model.blocks[0](h, model.condition(t, y)), h)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -404,10 +339,6 @@ def test_adaln_single_shares_one_projection_and_adds_a_table():
     assert_close(c, torch.nn.functional.silu(model.t_embedder(t) + model.y_embedder(y)) @ shared.weight.T + shared.bias)
     for block in model.blocks:
         assert torch.equal(block.adaLN_modulation(c), c + block.adaLN_modulation.table)
-    with torch.device("meta"):
-        single, zero = (sum(p.numel() for p in DIFFUSION_NETWORKS["DiT-S/2"](adaln=adaln).blocks.parameters())
-                        for adaln in ("single", "zero"))
-    assert zero - single == 12 * (6 * 384**2)  # a table has as many numbers as a bias
 
 
 def test_the_class_token_is_one_more_key_and_value_of_attention():
@@ -424,9 +355,7 @@ def test_the_class_token_is_one_more_key_and_value_of_attention():
 def test_the_mlp_is_the_written_formula():
     model = tiny("MLP", input_size=4, in_channels=1)
     x, t, y = torch.randn(1, 1, 4, 4), torch.tensor([250.0]), torch.tensor([3])
-    label, c = model.norm(model.embedding_table.weight[3]), model.condition(t, y)
-    linear = model.blocks[0].linear
-    assert torch.equal(model.decode(model.encode(x, c, 0), model.condition(t + 9, y), 0), model(x, t + 9, y))
+    label, linear = model.norm(model.embedding_table.weight[3]), model.blocks[0].linear
     hidden = torch.cat([x.flatten(), torch.tensor([0.25]), label]) @ linear.weight.T + linear.bias
     hidden = hidden * torch.tanh(torch.log(1 + hidden.exp()))
     hidden = (hidden - hidden.mean()) / (hidden.var(unbiased=False) + 1e-5).sqrt()
@@ -435,7 +364,6 @@ def test_the_mlp_is_the_written_formula():
     assert_close(model(x, t, y), expected)
     null = model.condition(t, torch.tensor([5]))  # its embedding is zero
     assert torch.equal(null, torch.cat([torch.tensor([[0.25]]), model.norm.bias[None]], dim=1))
-    assert DIFFUSION_NETWORKS["MLP"]()(torch.randn(2, 1, 28, 28), t.repeat(2), y.repeat(2)).abs().max() == 0
 
 
 def test_a_conv_adaln_block_is_the_written_formula():
@@ -459,60 +387,27 @@ def test_a_conv_adaln_block_is_the_written_formula():
     linear, label = model.embedder[0], model.embedding_table(y)
     embedded = torch.cat([TimestepEmbedder.timestep_embedding(t, 8), label], dim=1) @ linear.weight.T + linear.bias
     assert_close(model.condition(t, y), embedded * torch.tanh(torch.log(1 + embedded.exp())))
-    fresh = DIFFUSION_NETWORKS["ConvAdaLN"](hidden_size=16, depth=2)
-    assert fresh(torch.randn(2, 8, 8, 8), torch.zeros(2), torch.tensor([0, 10])).abs().max() == 0
-    scale, shift = fresh.blocks[0].modulation.bias.chunk(2)
-    assert (scale.unique().tolist(), shift.unique().tolist()) == ([1], [0])
 
 
-def test_the_autoencoder_has_the_written_layers_and_standardised_latents():
-    size = (64, 48)
-    model = Autoencoder_models["Autoencoder-F4C8"](input_size=size)
+def test_the_autoencoder_has_standardised_latents():
+    """test_compatibility.py holds its layers: initial weights and a golden reconstruction."""
+    model = Autoencoder_models["Autoencoder-F4C8"](input_size=(64, 48))
     assert sum(p.numel() for p in model.parameters()) == 575_627
-    images = torch.rand(2, 3, *size) * 2 - 1
+    images = torch.rand(2, 3, 64, 48) * 2 - 1
     latents = model.encode(images)
-    assert latents.shape == (2, 8, size[0] // 4, size[1] // 4)
+    assert latents.shape == (2, 8, 16, 12)
     assert latents.flatten(1).mean(dim=1).abs().max() < 1e-5
     assert latents.detach().flatten(1).var(dim=1, unbiased=False) == pytest.approx(1, abs=1e-2)
     assert model(images).shape == images.shape
-    assert torch.equal(model(images), model.decode(latents))
-    names = [type(layer).__name__ for layer in model.encoder]
-    stage = ["GroupNorm", "Conv2d", "Mish", "AvgPool2d", "GroupNorm", "Conv2d", "Mish"]
-    assert names == ["Conv2d", "Mish", *stage, *stage, "GroupNorm", "Conv2d"]
-    widths = [layer.out_channels for layer in model.encoder if isinstance(layer, torch.nn.Conv2d)]
-    assert widths == [32, 64, 64, 128, 128, 8]
-    names = [type(layer).__name__ for layer in model.decoder]
-    stage[3] = "Upsample"
-    assert names == ["Conv2d", "Mish", *stage, *stage, "GroupNorm", "Conv2d"]
-    widths = [layer.in_channels for layer in model.decoder if isinstance(layer, torch.nn.Conv2d)]
-    assert widths == [8, 128, 128, 64, 64, 32]
-    assert [layer.mode for layer in model.decoder if isinstance(layer, torch.nn.Upsample)] == ["nearest"] * 2
-    norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.GroupNorm)]
-    assert {norm.num_groups for norm in norms} == {8}
     with pytest.raises(ValueError, match="multiples of 4"):
         Autoencoder_models["Autoencoder-F4C8"](input_size=30)
 
 
 def test_wrong_arguments_are_named():
     for name in ("DiT-S/2", "DiNext-U-S"):
-        with torch.device("meta"):
-            with pytest.raises(TypeError, match="hidden_sise"):
-                DIFFUSION_NETWORKS[name](hidden_sise=8)
-            for size in (9, (8, 0), (8, 8, 8)):
-                with pytest.raises(ValueError, match=r"input_size \(.*multiples of [24]"):
-                    DIFFUSION_NETWORKS[name](input_size=size)
-            with pytest.raises(ValueError, match="at least 1"):
-                DIFFUSION_NETWORKS[name](num_classes=0)
+        for wrong, words in ((dict(input_size=9), r"input_size \(.*multiples of [24]"), (dict(input_size=(8, 0)), "multiples"),
+                             (dict(input_size=(8, 8, 8)), "multiples"), (dict(num_classes=0), "at least 1")):
+            with pytest.raises(ValueError, match=words), torch.device("meta"):
+                DIFFUSION_NETWORKS[name](**wrong)
     with pytest.raises(ValueError, match=r"\(8, 10\).*input_size is \(8, 8\)"):
         tiny("DiNext-S/2")(torch.zeros(1, 4, 8, 10), torch.zeros(1), torch.zeros(1, dtype=torch.long))
-
-
-@pytest.mark.parametrize("lightning", [False, True])
-def test_normed_queries_and_keys_under_autocast_warn_of_nothing(lightning):
-    model = random_network(DiT, 0.1, input_size=8, in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=5,
-                           qk_norm=True, lightning=lightning)
-    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 900.0]), torch.tensor([1, 5])
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = model(x, t, y)
-    exact = model(x, t, y)
-    assert (rounded - exact).norm() < 0.05 * exact.norm()

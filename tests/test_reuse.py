@@ -43,32 +43,22 @@ def sample(model, process, chosen=None, sampler="ddim", scale=1.5, interval=None
     return last["sample"]
 
 
-def process_of(steps, objective="epsilon"):
-    return create_diffusion(steps, objective=objective)
-
-
 # --- which evaluations are keys ------------------------------------------------------------------
 
 
-def test_the_papers_rule_at_250_steps():
+def test_the_papers_rule():
+    """28 blocks on 113 evaluations, the last 10 of them on the other 137. Other numbers of steps have about its share."""
     keys = key_evaluations("paper", 250)
-    assert sum(keys) == 113
     assert [k for k, key in enumerate(keys) if key][:10] == [0, 6, 7, 8, 9, 16, 17, 18, 19, 26]
     assert all(keys[230:])
-
-
-def test_the_papers_rule_keeps_its_share_at_other_numbers_of_steps():
-    for count, share in ((250, 0.452), (100, 0.45), (50, 0.42), (37, 0.43), (10, 0.5)):
-        keys = key_evaluations("paper", count)
-        assert keys[0]
-        assert keys[-1]
-        assert sum(keys) / count == pytest.approx(share, abs=0.005)
+    made = plan("encoder", range(250, 0, -1), [False] * 250, 28, default_split=18)
+    assert made.block_calls() == 28 * 113 + 10 * 137 == 4534
+    assert [sum(key_evaluations("paper", count)) for count in (250, 100, 50, 37, 10)] == [113, 45, 21, 16, 5]
 
 
 def test_other_rules():
     assert key_evaluations("every:3", 7) == [True, False, False, True, False, False, True]
     assert key_evaluations("0,2 5", 6) == [True, False, True, False, False, True]
-    assert all(key_evaluations("every:1", 5))
 
 
 def test_warm_up_and_a_branch_that_comes_back_make_keys():
@@ -80,15 +70,12 @@ def test_warm_up_and_a_branch_that_comes_back_make_keys():
 
 
 def test_wrong_key_steps_and_plans_are_refused():
-    for rule in ("papers", "every:0", "every:x", "", "0,-3"):
-        with pytest.raises(ValueError, match=f"`key_steps` '{rule}'.*paper, every:N"):
-            key_evaluations(rule, 50)
-    for rule in ("1,2", "0,50"):
-        with pytest.raises(ValueError, match=f"`key_steps` {rule}: .*include 0 .*below 50"):
+    for rule, words in (("papers", "paper, every:N"), ("every:0", "every:N"), ("", "every:N"), ("0,-3", "every:N"),
+                        ("1,2", "include 0"), ("0,50", "below 50")):
+        with pytest.raises(ValueError, match=f"`key_steps` .*{rule}.*{words}"):
             key_evaluations(rule, 50)
     good = dict(kind="encoder", times=(999.0, 0.0), guided=(True, True), depth=4, default_split=2)
-    for options, words in ((dict(split=5), r"split 5 is not in 0\.\.4"), (dict(split=-2), "split -2"),
-                           (dict(order=-1), "order -1"), (dict(kind="forecast", order=3, warm_up=2), "order 3 and warm_up 2"),
+    for options, words in ((dict(split=5), r"split 5 is not in 0\.\.4"), (dict(order=3, warm_up=2), "order 3 and warm_up 2"),
                            (dict(parallel=0), "parallel 0"), (dict(prior_noise=-1), "prior_noise -1"),
                            (dict(kind="other"), "allowed: none, encoder, forecast")):
         with pytest.raises(ValueError, match=words):
@@ -98,42 +85,27 @@ def test_wrong_key_steps_and_plans_are_refused():
 # --- what is computed ----------------------------------------------------------------------------
 
 
-def count_blocks(model, calls):
-    for i, block in enumerate(model.blocks):
-        block.register_forward_pre_hook(lambda module, inputs, i=i: calls.update({i: len(inputs[0])}))
-
-
-def test_block_calls_of_the_paper():
-    """28 blocks on 113 evaluations, the last 10 of them on the other 137."""
-    model, process, calls = tiny(dtype=torch.float32, depth=28, hidden_size=8), process_of("250"), Counter()
-    chosen = plan_for(model, process, scale=1.0)
-    count_blocks(model, calls)
-    sample(model, process, chosen, scale=1.0, y=LABELS[:1])
-    assert model.default_split == 18
-    assert sum(calls.values()) == chosen.block_calls() == 28 * 113 + 10 * 137 == 4534
-
-
 @pytest.mark.parametrize(("name", "sampler", "kind"), [("DiT-S/2", "heun", "encoder"), ("DiNext-U-S", "dpm++", "forecast")])
 def test_block_calls_are_counted_under_guidance_in_an_interval(name, sampler, kind):
-    model, process, calls = tiny(name), process_of("20"), Counter()
+    model, process, calls = tiny(name), create_diffusion("20"), Counter()
     chosen = plan_for(model, process, sampler, interval=(200, 700), kind=kind)
-    count_blocks(model, calls)
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, inputs: calls.update(rows=len(inputs[0])))
     sample(model, process, chosen, sampler, interval=(200, 700))
-    assert sum(calls.values()) == 3 * chosen.block_calls()
+    assert calls["rows"] == 3 * chosen.block_calls()
     assert chosen.block_calls() < len(model.blocks) * sum(chosen.branches)
 
 
-@pytest.mark.parametrize("kind", ["encoder", "forecast"])
 @pytest.mark.parametrize("name", MODELS)
-def test_with_all_keys_it_is_the_plain_path_bit_for_bit(name, kind):
-    model, process = tiny(name, torch.float32), process_of("6")
-    chosen = plan_for(model, process, kind=kind, key_steps="every:1")
-    assert torch.equal(sample(model, process, chosen), sample(model, process))
+def test_with_all_keys_it_is_the_plain_path_bit_for_bit(name):
+    model, process = tiny(name, torch.float32), create_diffusion("4")
+    for kind in ("encoder", "forecast"):
+        chosen = plan_for(model, process, kind=kind, key_steps="every:1")
+        assert torch.equal(sample(model, process, chosen), sample(model, process))
 
 
-@pytest.mark.parametrize("name", ["PixArt-B/2", "DiNext-U-S"])
-def test_between_keys_nothing_depends_on_x(name):
-    model, process = tiny(name), process_of("10")
+def test_between_keys_nothing_depends_on_x():
+    model, process = tiny("DiNext-U-S"), create_diffusion("10")
     outs = []
     for elsewhere in (0.0, float("nan")):
         chosen = plan_for(model, process, scale=1.0, kind="forecast", key_steps="every:4")
@@ -145,10 +117,10 @@ def test_between_keys_nothing_depends_on_x(name):
         assert a.isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "group"), list(zip(MODELS, (2, 3, 7, 3, 2))))
+@pytest.mark.parametrize(("name", "group"), [("DiT-S/2", 2), ("PixArt-B/2", 3), ("DiNext-U-S", 7)])
 def test_a_group_decoded_at_once_is_each_image_alone(name, group):
     """Against the definition, an image and a branch at a time: the last key's features, and the step's own t and label."""
-    model, process, x = tiny(name), process_of("16"), start_noise()
+    model, process, x = tiny(name), create_diffusion("16"), start_noise()
     chosen = plan_for(model, process, key_steps="every:8", parallel=6 * group)
     assert len(chosen.group(1, 6)) == group
     network, both = Reuse(model, chosen, 3), torch.cat([LABELS, torch.full_like(LABELS, 5)])
@@ -162,14 +134,6 @@ def test_a_group_decoded_at_once_is_each_image_alone(name, group):
             state = model.encode(source, model.condition(torch.tensor([key_t]), y), model.default_split)
             expected = model.decode(state, model.condition(torch.tensor([time]), y), model.default_split)
             assert (out[row : row + 1] - expected).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize(("sampler", "kind"), [("heun", "encoder"), ("ddim", "forecast")])
-def test_parallel_equals_serial(kind, sampler):
-    model, process = tiny(), process_of("37")
-    serial, parallel = (sample(model, process, plan_for(model, process, sampler, kind=kind, interval=(100, 800), parallel=rows),
-                               sampler, interval=(100, 800)) for rows in (1, 64))
-    assert (serial - parallel).abs().max() < 1e-10
 
 
 class Recorder:
@@ -201,7 +165,7 @@ def test_each_branch_has_a_history_and_both_are_extrapolated_alike():
 
 
 def test_heun_counts_its_evaluations_and_may_ask_twice_at_one_t():
-    process = process_of("4", "flow")
+    process = create_diffusion("4", objective="flow")
     times = evaluation_times(SAMPLERS["heun"], process)
     assert times == (1000, 750, 750, 500, 500, 250, 250)
     network = Reuse(Recorder(), plan("forecast", times, [False] * 7, 4, 2, "0,1,2,5", order=1, warm_up=1), 1)
@@ -233,25 +197,7 @@ def test_forecasts_of_bf16_are_computed_in_fp32():
 # --- on the way to an image ----------------------------------------------------------------------
 
 
-def test_the_second_batch_is_a_fresh_start():
-    model, process = tiny(), process_of("20")
-    chosen = plan_for(model, process)
-    first = sample(model, process, chosen, x=10 * start_noise())
-    second = sample(model, process, chosen)
-    assert torch.equal(second, sample(tiny(), process, plan_for(model, process)))
-    assert not torch.equal(first, second)
-
-
-@pytest.mark.parametrize(("kind", "steps"), [("encoder", "37"), ("encoder", "10"), ("forecast", "37"), ("forecast", "10")])
-def test_any_number_of_steps(kind, steps):
-    model, process = tiny(dtype=torch.float32, hidden_size=8), process_of(steps)
-    chosen = plan_for(model, process, "ddpm", kind=kind)
-    out, plain = sample(model, process, chosen, "ddpm"), sample(model, process, None, "ddpm")
-    assert out.isfinite().all()
-    assert not torch.equal(out, plain)
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "heun", "ddpm"])
+@pytest.mark.parametrize("sampler", ["heun", "ddpm"])
 def test_prior_noise_is_added_at_every_step_below_300_and_never_to_the_end(sampler):
     """Against steps made one at a time, each on a process of two times, with the noise added by hand between them."""
     process = create_diffusion("10", learn_sigma=False, objective="x0")
@@ -275,19 +221,15 @@ def test_prior_noise_is_added_at_every_step_below_300_and_never_to_the_end(sampl
     assert added == 3
 
 
-PAIRS = [(name, sampler, "epsilon" if sampler == "ddpm" or (i + j) % 2 else "flow", ("encoder", "forecast")[j // 2 % 2])
-         for i, name in enumerate(MODELS) for j, sampler in enumerate(SAMPLERS)]  # each network with each sampler
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "sampler", "objective", "kind"), PAIRS)
+@pytest.mark.parametrize(("name", "sampler", "objective", "kind"), [
+    ("DiT-S/2", "ddpm", "epsilon", "encoder"), ("DiNext-S/2", "ddim", "flow", "forecast"),
+    ("DiNext-U-S", "dpm++", "epsilon", "encoder"), ("PixArt-B/2", "euler", "flow", "forecast"),
+    ("ConvAdaLN", "heun", "epsilon", "encoder")])
 def test_all_parts_work_together(name, sampler, objective, kind):
-    """Off is plain to the last bit, on is another picture; bf16 is near fp32; a batch is its images alone."""
+    """On is another picture than off; bf16 is near fp32; a batch is its images alone."""
     model = tiny(name, torch.float32, learn_sigma=objective != "flow")
-    process, interval = process_of("12", objective), (150, 850)
+    process, interval = create_diffusion("12", objective=objective), (150, 850)
     plain = sample(model, process, None, sampler, interval=interval)
-    off = plan_for(model, process, sampler, interval=interval, kind=kind, key_steps="every:1")
-    assert torch.equal(sample(model, process, off, sampler, interval=interval), plain)
     on = plan_for(model, process, sampler, interval=interval, kind=kind)
     out = sample(model, process, on, sampler, interval=interval)
     assert out.isfinite().all()
