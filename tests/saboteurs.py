@@ -62,9 +62,9 @@ def signal_in_validation(patch, rank=0):
     before(patch, train.Trainer, "validate", lambda run: run.state.step == 6 and rank == RANK and kill(signal.SIGTERM))
 
 
-def signal_in_preview(patch, rank=0):
-    """Ctrl-C when the preview of step 3 begins."""
-    before(patch, train, "preview", lambda *args: args[3].stem == "0000003" and rank == RANK and kill(signal.SIGINT))
+def signal_in_preview(patch, rank=0, step=3):
+    """Ctrl-C when the preview of a step begins."""
+    before(patch, train, "preview", lambda *args: int(args[3].stem) == step and rank == RANK and kill(signal.SIGINT))
 
 
 def signal_in_checkpoint(patch):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import saboteurs
@@ -92,9 +93,10 @@ def copied(unbroken, tmp_path):
 
 
 def test_a_signal_saves_exits_0_and_the_same_command_goes_on_exactly(unbroken, tmp_path, run_sabotaged):
-    """Four signals, one after the other."""
+    """Five signals, one after the other. After the fourth one step 6 is validated, after the fifth not again."""
     for saboteur, step in ((saboteurs.signal_in_preview, 3), (saboteurs.signal_in_checkpoint, 4),
-                           (saboteurs.signal_in_step, 5), (saboteurs.signal_in_validation, 6)):
+                           (saboteurs.signal_in_step, 5), (saboteurs.signal_in_validation, 6),
+                           (partial(saboteurs.signal_in_preview, step=6), 6)):
         result = run_sabotaged(saboteur, *FLAGS, *STOPPABLE)
         assert result.returncode == 0, result.stderr
         assert f"the same command with --run-name r goes on. Step {step} of 9" in result.stdout

@@ -94,7 +94,7 @@ class Training:
 
     def validated_at(self, loss: float) -> bool:
         """Record a validation loss. Returns whether it is the lowest so far."""
-        self.validated = self.step
+        self.validated, self.saved = self.step, 0  # a checkpoint of this step, if it exists, lacks the validation
         better = loss < self.best
         self.validations_since_best = 0 if better else self.validations_since_best + 1
         self.best = loss if better else self.best
