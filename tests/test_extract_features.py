@@ -73,12 +73,6 @@ def test_training_finds_features_by_itself_and_samples_of_it_decode(features, tm
     assert run_here(sample, "--ckpt", "results/f", "--out", "f.png").returncode == 0
 
 
-def test_a_finished_extraction_says_so_and_writes_nothing(features, photographs, tiny_vae, tmp_path, run_here):
-    before = (features / "moments.npy").stat().st_mtime_ns
-    assert "complete" in run_here(extract_features, *flags(photographs, tiny_vae, features)).stdout
-    assert (features / "moments.npy").stat().st_mtime_ns == before
-
-
 def test_an_interrupted_extraction_is_refused_by_training_and_goes_on(
         features, photographs, tiny_vae, tmp_path, monkeypatch, run_here):
     """Stopped between the moments and the labels of a batch; what was complete is not encoded again."""
@@ -165,12 +159,10 @@ def test_features_sent_to_a_worker_process_are_mapped_there(features):
 
 
 def test_wrong_input_is_one_line(features, photographs, tiny_vae, tmp_path, run_here):
-    assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, tmp_path), "--vae", "pixels"), "--vae pixels")
-    assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, tmp_path), "--data-path", features),
-                    "holds features already")
-    assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, features), "--image-size", 64),
-                    "latent_shape", "[4, 4, 4]")
-    assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, "/proc/x")), "/proc/x")
+    for more, *words in ((["--vae", "pixels"], "--vae pixels"), (["--data-path", features], "holds features already"),
+                         (["--features-path", features, "--image-size", 64], "latent_shape", "[4, 4, 4]"),
+                         (["--features-path", "/proc/x"], "/proc/x")):
+        assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, tmp_path / "new", *more)), *words)
 
 
 def test_measured_latents_are_normalised_in_training_and_decoded_by_what_the_checkpoint_says(
@@ -201,7 +193,6 @@ def test_measured_latents_are_normalised_in_training_and_decoded_by_what_the_che
     meta = json.loads((tmp_path / "g" / "meta.json").read_text())
     (tmp_path / "g" / "meta.json").write_text(json.dumps(meta | {"latents_std": [1.0] * 4}))
     assert_one_line(run_here(train, *tiny, "--data-path", "g", "--max-steps", 3), "was trained with latents_std")
-    assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, "h", "--normalise", "--vae", "pixels")), "pixels")
     (tmp_path / "both").mkdir()
     shutil.copytree("f", "both/train")
     shutil.copytree("g", "both/val")  # its own statistics do not count: those of the training features normalise it

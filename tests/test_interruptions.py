@@ -85,13 +85,6 @@ def unbroken(tmp_path_factory):
     return cwd
 
 
-@pytest.fixture
-def copied(unbroken, tmp_path):
-    """A copy of the unbroken run in tmp_path."""
-    shutil.copytree(unbroken / "results", tmp_path / "results")
-    return tmp_path
-
-
 def test_a_signal_saves_exits_0_and_the_same_command_goes_on_exactly(unbroken, tmp_path, run_sabotaged):
     """Five signals, one after the other. After the fourth one step 6 is validated, after the fifth not again."""
     for saboteur, step in ((saboteurs.signal_in_preview, 3), (saboteurs.signal_in_checkpoint, 4),
@@ -213,14 +206,9 @@ def test_what_fails_on_one_process_alone_is_told(tmp_path):
     assert errors(result) == ["train.py: error: only machine 2 lacks the data (rank 1)"]
 
 
-@pytest.mark.parametrize("nproc", [None, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_dead_data_worker_ends_the_run_with_one_line(tmp_path, run_sabotaged, nproc):
-    flags = ["--max-steps", 9, "--num-workers", 1]
-    if nproc:
-        result = start(tmp_path, "data_worker_killed", *flags, nproc=nproc, check=False)
-    else:
-        result = run_sabotaged(saboteurs.data_worker_killed, *FLAGS, *flags)
-    assert result.returncode != 0
+def test_a_dead_data_worker_ends_the_run_with_one_line(run_sabotaged):
+    result = run_sabotaged(saboteurs.data_worker_killed, *FLAGS, "--max-steps", 9, "--num-workers", 1)
+    assert result.returncode == 2
     (line,) = errors(result)
     assert "a data worker died" in line
     assert "--num-workers" in line
@@ -230,27 +218,29 @@ def test_a_dead_data_worker_ends_the_run_with_one_line(tmp_path, run_sabotaged, 
 
 
 @pytest.mark.parametrize("damage", ["bit-flipped", "empty"])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(unbroken, copied, run_sabotaged, run_here, damage):
-    path = checkpoint.latest(folder(copied))
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+        unbroken, tmp_path, run_sabotaged, run_here, damage):
+    shutil.copytree(unbroken / "results", tmp_path / "results")
+    path = checkpoint.latest(folder(tmp_path))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 16
     path.write_bytes(content if damage == "bit-flipped" else b"")
-    assert_one_line(run_here(sample, "--ckpt", folder(copied)), "0000009.pt is damaged", "sha256")
+    assert_one_line(run_here(sample, "--ckpt", folder(tmp_path)), "0000009.pt is damaged", "sha256")
     assert run_sabotaged(saboteurs.nothing, *FLAGS, *STOPPABLE).returncode == 0
-    written = (folder(copied) / "log.txt").read_text()
+    written = (folder(tmp_path) / "log.txt").read_text()
     assert "0000009.pt is damaged" in written
     assert "Continuing results/r/checkpoints/0000008.pt" in written
-    assert_as_unbroken(copied, unbroken)
+    assert_as_unbroken(tmp_path, unbroken)
 
-
-def test_a_run_whose_checkpoints_cannot_be_used_does_not_begin_anew(unbroken, copied, run_sabotaged):
+    # A run of which no checkpoint can be used does not begin anew.
+    kept = checkpoints(tmp_path)
     assert_one_line(run_sabotaged(saboteurs.disk_that_cannot_be_read, *FLAGS, *STOPPABLE), "Input/output error")
-    assert checkpoints(copied) == checkpoints(unbroken)  # none is called damaged
-    for path in checkpoint.steps_of(folder(copied)):
+    assert checkpoints(tmp_path) == kept  # none is called damaged
+    for path in checkpoint.steps_of(folder(tmp_path)):
         path.write_bytes(b"no checkpoint")
     for _ in range(2):
         assert_one_line(run_sabotaged(saboteurs.nothing, *FLAGS, *STOPPABLE), "only damaged checkpoints")
-    assert log(copied) == log(unbroken)
+    assert log(tmp_path) == log(unbroken)
 
 
 def test_a_checkpoint_carries_the_sha256_that_sha256sum_checks(unbroken):
@@ -296,20 +286,6 @@ def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
 
 
 # --- numbers that are not finite -----------------------------------------------------------------
-
-
-def test_nan_on_one_process_skips_the_step_on_all_and_is_counted(tmp_path):
-    result = start(tmp_path, "nan_loss:1,3,4,6", "--max-steps", 7, "--ckpt-every", 1, nproc=2)
-    assert errors(result) == []
-    states = {int(path.stem): checkpoint.load(path) for path in checkpoint.steps_of(folder(tmp_path))}
-    for step in range(2, 8):
-        skipped = step in (3, 4, 6)
-        assert same(states[step]["model"], states[step - 1]["model"]) == skipped
-        assert same(states[step]["opt"]["state"], states[step - 1]["opt"]["state"]) == skipped
-        assert all(value.isfinite().all() for part in ("model", "ema") for value in states[step][part].values())
-    lines = read_metrics(folder(tmp_path))
-    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 2, 2, 3, 3]
-    assert [line["loss"] is None for line in lines] == [False, False, True, True, False, True, False]
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run_which_a_restart_continues(tmp_path, run_sabotaged):
