@@ -71,10 +71,6 @@ class Training:
         """The weights of the EMA, and the model's weights that they average."""
         return list(self.ema.parameters()), list(self.model.parameters())
 
-    def set_lr(self, lr: float) -> float:
-        self.opt.param_groups[0]["lr"] = lr
-        return lr
-
     def clip_gradients(self, clip_norm: float) -> Tensor:
         """Scale the gradients down to a norm of at most `clip_norm`. Returns their norm before."""
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
