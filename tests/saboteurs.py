@@ -114,14 +114,6 @@ def aot_eager(patch):
 # --- files ---------------------------------------------------------------------------------------
 
 
-def data_missing_on_rank_1(patch):
-    def fail(*args, **kwargs):
-        raise FileNotFoundError("only machine 2 lacks the data")
-
-    if RANK == 1:
-        patch.setattr(train, "load_dataset", fail)
-
-
 def disk_that_cannot_be_read(patch):
     def fail(*args, **kwargs):
         raise OSError(5, "Input/output error")

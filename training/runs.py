@@ -194,7 +194,7 @@ def save_run(folder: Path, training: Training, spec: Spec, flags: dict[str, Any]
 
 
 def save_step(folder: Path, state: dict[str, Any], keep_last: int, every: int) -> None:
-    """Write `checkpoints/{step:07d}.pt`. Delete all but the newest `keep_last` (0: keep all) and multiples of `every` (0: none)."""
+    """Write `checkpoints/{step:07d}.pt`. Delete all but the newest `keep_last` (0: all) and multiples of `every` (0: none)."""
     checkpoint.save(folder / "checkpoints" / f"{state['step']:07d}.pt", state)
     for path in checkpoint.steps_of(folder)[: -keep_last if keep_last else 0]:
         if not every or int(path.stem) % every:
