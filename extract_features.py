@@ -156,8 +156,8 @@ def encode(autoencoder: nn.Module, images: Tensor, precision: str) -> Tensor:
 class RowFile:
     """A `.npy` file in which any number of processes write rows.
 
-    Over NFS, a memory map, a file that is also open for reading and a write that returns before it is on the disk may all write
-    whole pages, with outdated rows of other machines. So this file is opened for writing only, with O_DSYNC.
+    Over NFS, a memory map, a file open for reading too, or a write that returns early may write whole pages, with outdated rows
+    of other machines. So this file is opened for writing only, with O_DSYNC.
     """
 
     def __init__(self, path: Path):

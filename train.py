@@ -3,7 +3,6 @@
     python train.py --config configs/digits.yaml
     torchrun --nproc_per_node=8 train.py --model DiT-XL/2 --data-path features/train
 
-The file reads in the order in which training happens: flags, `main`, what a run is made of, one step, what follows a step.
 The order of the data and all random numbers of step k are functions of (seed, k). They are drawn for the global batch, and each
 process takes its rows. So interruptions do not change a run, nor, up to rounding and on one model of GPU, does the number of
 processes (CUDA's generator draws a large tensor differently on another model).
@@ -139,8 +138,7 @@ class Trainer:
         args, state = self.args, self.state
         self.stopwatch.start()
         # The learning rate is a function of the step alone, so that a continued run has the same one.
-        lr = state.set_lr(args.lr * self.optim.factor(state.step, self.max_steps))
-        # Noise -> x_t -> model -> loss -> gradients, summed over micro-batches and averaged over processes.
+        lr = state.opt.param_groups[0]["lr"] = args.lr * self.optim.factor(state.step, self.max_steps)
         losses = self.accumulate_gradients()
         grad_norm = state.clip_gradients(self.optim.clip_norm)
         # The fused AdamW reads `found_inf` on the device: where the loss or the gradient norm is not finite on any process,
@@ -148,10 +146,8 @@ class Trainer:
         state.opt.found_inf = state.meter.update(losses, grad_norm)
         state.opt.step()
         state.opt.zero_grad(set_to_none=True)
-        # The averaged weights are sampled and validated.
         state.update_ema(args.ema_decay)
         state.step += 1
-        # Only a line of the log reads numbers from the device.
         means = state.meter.read(self.optim.max_skipped_steps) if self.due(args.log_every) else None
         self.stopwatch.stop()
         if means:

@@ -62,9 +62,9 @@ def signal_in_validation(patch, rank=0):
     before(patch, train.Trainer, "validate", lambda run: run.state.step == 6 and rank == RANK and kill(signal.SIGTERM))
 
 
-def signal_in_preview(patch, rank=0):
-    """Ctrl-C when the preview of step 3 begins."""
-    before(patch, train, "preview", lambda *args: args[3].stem == "0000003" and rank == RANK and kill(signal.SIGINT))
+def signal_in_preview(patch, rank=0, step=3):
+    """Ctrl-C when the preview of a step begins."""
+    before(patch, train, "preview", lambda *args: int(args[3].stem) == step and rank == RANK and kill(signal.SIGINT))
 
 
 def signal_in_checkpoint(patch):
@@ -112,14 +112,6 @@ def aot_eager(patch):
 
 
 # --- files ---------------------------------------------------------------------------------------
-
-
-def data_missing_on_rank_1(patch):
-    def fail(*args, **kwargs):
-        raise FileNotFoundError("only machine 2 lacks the data")
-
-    if RANK == 1:
-        patch.setattr(train, "load_dataset", fail)
 
 
 def disk_that_cannot_be_read(patch):

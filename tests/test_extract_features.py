@@ -12,12 +12,15 @@ import sample
 import train
 from extract_features import RowFile
 from pipeline import checkpoint
-from pipeline.autoencoders import check_features, load_autoencoder
+from pipeline.autoencoders import load_autoencoder
 from pipeline.generation import Sampling, restore_autoencoder
 from runtime.pictures import to_unit_range
 from runtime.processes import World
 from training.datasets import load_dataset
 from training.rows import Rows
+
+TINY_DIT = ["--model", "DiT-S/2", "--model-args", '{"hidden_size": 32, "depth": 1, "num_heads": 2}', "--device", "cpu",
+            "--diffusion-args", '{"sampling": {"num_sampling_steps": "2"}}']
 
 
 def flags(photographs, tiny_vae, features, *more):
@@ -46,37 +49,26 @@ def test_features_are_the_moments_of_each_image_and_its_mirror_image(features, p
     meta = json.loads((features / "meta.json").read_text())
     assert (meta["rows"], meta["images"], meta["skipped"], meta["image_size"]) == (6, 6, [], [32, 32])
     assert (meta["autoencoder"]["scaling_factor"], meta["dtype"]) == (0.18215, "float16")
-    assert len(meta["autoencoder"]["sha256"]) == 64
     images, labels = load_dataset(str(photographs / "train"), 32).__getitems__(Rows.plain(range(6)))
-    cached, vae = load_dataset(str(features)), load_autoencoder(str(tiny_vae))
     mirrored = np.array([False, True, False, True, True, False])
-    moments, cached_labels = cached.__getitems__(Rows(np.arange(6), mirrored))
-    for i, flip in enumerate(mirrored):
-        x = to_unit_range(images[i : i + 1].flip(-1) if flip else images[i : i + 1])
-        posterior = vae.vae.encode(x).latent_dist
-        assert torch.allclose(moments[i].float(), torch.cat([posterior.mean, posterior.logvar], 1)[0], atol=2e-3, rtol=2e-3)
-        noise = torch.randn(1, 4, 4, 4)
-        assert torch.allclose(vae.sample(moments[i : i + 1].float(), noise), vae.encode(x, noise), atol=2e-3)
+    moments, cached_labels = load_dataset(str(features)).__getitems__(Rows(np.arange(6), mirrored))
     assert torch.equal(cached_labels, labels)
-    assert not torch.allclose(moments[1].float().flip(-1), cached.__getitems__(Rows.plain([1]))[0][0].float(), atol=1e-3)
+    vae, noise = load_autoencoder(str(tiny_vae)), torch.randn(6, 4, 4, 4)
+    x = torch.stack([image.flip(-1) if flip else image for image, flip in zip(to_unit_range(images), mirrored)])
+    posterior = vae.vae.encode(x).latent_dist
+    assert torch.allclose(moments.float(), torch.cat([posterior.mean, posterior.logvar], 1), atol=2e-3, rtol=2e-3)
+    assert torch.allclose(vae.sample(moments.float(), noise), vae.encode(x, noise), atol=2e-3)
 
 
 def test_training_finds_features_by_itself_and_samples_of_it_decode(features, tmp_path, monkeypatch, run_here):
     monkeypatch.chdir(tmp_path)
-    result = run_here(train, "--data-path", features, "--model", "DiT-S/2", "--model-args",
-                      '{"hidden_size": 32, "depth": 1, "num_heads": 2}', "--global-batch-size", 4, "--max-steps", 3,
-                      "--run-name", "f", "--num-workers", 1, "--diffusion-args", '{"sampling": {"num_sampling_steps": "2"}}')
+    result = run_here(train, "--data-path", features, *TINY_DIT, "--global-batch-size", 4, "--max-steps", 3,
+                      "--run-name", "f", "--num-workers", 1)
     assert result.returncode == 0, result.stderr
     spec = checkpoint.load(checkpoint.latest(tmp_path / "results" / "f"))["spec"]
     assert spec["image_size"] == (32, 32)
     assert spec["classes"] == ["golden retriever", "tabby cat"]
     assert run_here(sample, "--ckpt", "results/f", "--out", "f.png").returncode == 0
-
-
-def test_a_finished_extraction_says_so_and_writes_nothing(features, photographs, tiny_vae, tmp_path, run_here):
-    before = (features / "moments.npy").stat().st_mtime_ns
-    assert "complete" in run_here(extract_features, *flags(photographs, tiny_vae, features)).stdout
-    assert (features / "moments.npy").stat().st_mtime_ns == before
 
 
 def test_an_interrupted_extraction_is_refused_by_training_and_goes_on(
@@ -92,8 +84,10 @@ def test_an_interrupted_extraction_is_refused_by_training_and_goes_on(
     monkeypatch.setattr(RowFile, "write", stop_at_row_2)
     assert run_here(extract_features, *flags(photographs, tiny_vae, out, "--num-workers", 0)).returncode == 130
     monkeypatch.setattr(RowFile, "write", write)
-    assert (np.load(out / "labels.npy") >= 0).tolist() == [True] * 2 + [False] * 4
-    assert_one_line(run_here(train, "--data-path", out, *TINY_RUN[2:]), "not finished")
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        load_dataset(str(out))
+    with pytest.raises(ValueError, match="lacks 4 images"):
+        extract_features.finish(out, None, {}, 0)
     moments = np.load(out / "moments.npy", mmap_mode="r+")
     moments[:2] += 1  # shows whether these rows are left alone
     moments.flush()
@@ -147,16 +141,6 @@ def test_rows_of_a_file_are_written_where_they_belong(tmp_path):
     assert np.array_equal(np.load(tmp_path / "x.npy"), expected)
 
 
-def test_rows_that_nobody_wrote_are_missed(features, photographs, tiny_vae, tmp_path):
-    shutil.copytree(features, tmp_path / "f")
-    (tmp_path / "f" / "meta.json").unlink()
-    labels = np.load(tmp_path / "f" / "labels.npy", mmap_mode="r+")
-    labels[2] = extract_features.PENDING
-    labels.flush()
-    with pytest.raises(ValueError, match="lacks 1 images"):
-        extract_features.finish(tmp_path / "f", None, {}, 0)
-
-
 def test_features_sent_to_a_worker_process_are_mapped_there(features):
     data = load_dataset(str(features))
     sent = pickle.dumps(data)
@@ -165,60 +149,35 @@ def test_features_sent_to_a_worker_process_are_mapped_there(features):
 
 
 def test_wrong_input_is_one_line(features, photographs, tiny_vae, tmp_path, run_here):
-    assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, tmp_path), "--vae", "pixels"), "--vae pixels")
-    assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, tmp_path), "--data-path", features),
-                    "holds features already")
-    assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, features), "--image-size", 64),
-                    "latent_shape", "[4, 4, 4]")
-    assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, "/proc/x")), "/proc/x")
+    for more, *words in ((["--vae", "pixels"], "--vae pixels"), (["--data-path", features], "holds features already"),
+                         (["--features-path", features, "--image-size", 64], "latent_shape", "[4, 4, 4]"),
+                         (["--features-path", "/proc/x"], "/proc/x")):
+        assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, tmp_path / "new", *more)), *words)
 
 
 def test_measured_latents_are_normalised_in_training_and_decoded_by_what_the_checkpoint_says(
         photographs, tiny_vae, tmp_path, monkeypatch, run_here):
     monkeypatch.chdir(tmp_path)
-    assert run_here(extract_features, *flags(photographs, tiny_vae, "f", "--normalise")).returncode == 0
-    data = load_dataset("f")
+    assert run_here(extract_features, *flags(photographs, tiny_vae, "f/train", "--normalise")).returncode == 0
+    data = load_dataset("f/train")
     autoencoder = load_autoencoder(str(tiny_vae), statistics=data.statistics)
     both = torch.cat([data.__getitems__(Rows(np.arange(6), np.full(6, flip)))[0] for flip in (False, True)]).float()
     draws = torch.stack([autoencoder.sample(both, torch.randn(12, 4, 4, 4)) for _ in range(200)])
     assert draws.std(dim=(0, 1, 3, 4)).sub(1).abs().max() < 0.02
     assert draws.mean(dim=(0, 1, 3, 4)).abs().max() < 0.02
 
-    tiny = ["--data-path", "f", "--model", "DiT-S/2", "--model-args", '{"hidden_size": 32, "depth": 1, "num_heads": 2}',
-            "--global-batch-size", 4, "--max-steps", 2, "--run-name", "r", "--num-workers", 0, "--device", "cpu",
-            "--diffusion-args", '{"sampling": {"num_sampling_steps": "2"}}']
-    assert run_here(train, *tiny).returncode == 0
+    shutil.copytree("f/train", "f/val")  # its own statistics do not count: those of the training features normalise it
+    meta = json.loads((tmp_path / "f/val/meta.json").read_text())
+    (tmp_path / "f/val/meta.json").write_text(json.dumps(meta | {"latents_std": [1.0] * 4}))
+    tiny = [*TINY_DIT, "--global-batch-size", 4, "--max-steps", 2, "--run-name", "r", "--num-workers", 0, "--val-every", 1]
+    assert run_here(train, "--data-path", "f/train", *tiny).returncode == 0
     spec = checkpoint.restore("results/r").spec
     assert (spec.latents_mean, spec.latents_std) == data.statistics
     restored = restore_autoencoder(World(0, 1, torch.device("cpu")), checkpoint.restore("results/r"), Sampling.of(spec))
     assert torch.equal(restored.encode(torch.ones(1, 3, 32, 32)), autoencoder.encode(torch.ones(1, 3, 32, 32)))
+    assert_one_line(run_here(train, "--data-path", "f/val", *tiny, "--val-every", 0), "was trained with latents_std")
 
-    again = run_here(extract_features, *flags(photographs, tiny_vae, "f", "--normalise"))
+    again = run_here(extract_features, *flags(photographs, tiny_vae, "f/train", "--normalise"))
     assert "0 of 6 images encoded now" in again.stdout
-    plain = run_here(extract_features, *flags(photographs, tiny_vae, "f"))
+    plain = run_here(extract_features, *flags(photographs, tiny_vae, "f/train"))
     assert_one_line(plain, "holds other features: their normalise is True, not False")
-    shutil.copytree("f", "g")
-    meta = json.loads((tmp_path / "g" / "meta.json").read_text())
-    (tmp_path / "g" / "meta.json").write_text(json.dumps(meta | {"latents_std": [1.0] * 4}))
-    assert_one_line(run_here(train, *tiny, "--data-path", "g", "--max-steps", 3), "was trained with latents_std")
-    assert_one_line(run_here(extract_features, *flags(photographs, tiny_vae, "h", "--normalise", "--vae", "pixels")), "pixels")
-    (tmp_path / "both").mkdir()
-    shutil.copytree("f", "both/train")
-    shutil.copytree("g", "both/val")  # its own statistics do not count: those of the training features normalise it
-    done = run_here(train, *tiny, "--data-path", "both/train", "--run-name", "both", "--val-every", 1)
-    assert done.returncode == 0, done.stderr
-
-
-def test_features_of_a_vae_whose_config_has_statistics_are_scaled_as_it_says(
-        photographs, tiny_vae, tmp_path, monkeypatch, run_here):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_vae, "vae")
-    config = json.loads((tmp_path / "vae" / "config.json").read_text())
-    config |= {"scaling_factor": 0.5, "latents_mean": [1.0] * 4, "latents_std": [2.0] * 4}
-    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
-    assert run_here(extract_features, *flags(photographs, "vae", "f")).returncode == 0
-    data = load_dataset("f")
-    autoencoder = load_autoencoder("vae", statistics=data.statistics)
-    check_features(autoencoder, data)
-    moments = data.__getitems__(Rows.plain([0]))[0].float()
-    torch.testing.assert_close(autoencoder.sample(moments), (moments[:, :4] - 1) * 0.25)

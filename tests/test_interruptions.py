@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import saboteurs
@@ -21,7 +22,6 @@ import sample
 import train
 from pipeline import checkpoint
 from pipeline.spec import ModelSpec
-from runtime.files import check_writable
 from training.state import OptimizerArgs, Training
 
 FLAGS = [*TINY_RUN, "--diffusion-args", '{"objective": "flow", "sampling": {"num_sampling_steps": "2"}}', "--run-name", "r"]
@@ -84,17 +84,11 @@ def unbroken(tmp_path_factory):
     return cwd
 
 
-@pytest.fixture
-def copied(unbroken, tmp_path):
-    """A copy of the unbroken run in tmp_path."""
-    shutil.copytree(unbroken / "results", tmp_path / "results")
-    return tmp_path
-
-
 def test_a_signal_saves_exits_0_and_the_same_command_goes_on_exactly(unbroken, tmp_path, run_sabotaged):
-    """Four signals, one after the other."""
+    """Five signals, one after the other. After the fourth one step 6 is validated, after the fifth not again."""
     for saboteur, step in ((saboteurs.signal_in_preview, 3), (saboteurs.signal_in_checkpoint, 4),
-                           (saboteurs.signal_in_step, 5), (saboteurs.signal_in_validation, 6)):
+                           (saboteurs.signal_in_step, 5), (saboteurs.signal_in_validation, 6),
+                           (partial(saboteurs.signal_in_preview, step=6), 6)):
         result = run_sabotaged(saboteur, *FLAGS, *STOPPABLE)
         assert result.returncode == 0, result.stderr
         assert f"the same command with --run-name r goes on. Step {step} of 9" in result.stdout
@@ -193,32 +187,26 @@ def test_a_killed_rank_is_one_line_and_torchrun_restarts_the_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_three_processes_with_all_switches_resume_bit_for_bit(tmp_path):
+def test_three_processes_with_all_switches_resume_bit_for_bit_and_train_to_the_losses_of_one(tmp_path):
     """Of three, sums depend on their order: DDP must keep the same over an interruption."""
-    flags = ["--max-steps", 6, "--ckpt-every", 3, "--grad-accum", 2, "--compile", "--precision", "bf16", "--num-workers", 1,
+    steps = ["--max-steps", 6, "--ckpt-every", 3]
+    flags = [*steps, "--grad-accum", 2, "--compile", "--precision", "bf16", "--num-workers", 1,
              "--model-args", '{"hidden_size": 32, "depth": 2, "gradient_checkpointing": true}']
-    (tmp_path / "unbroken").mkdir()
+    for name in ("unbroken", "plain"):
+        (tmp_path / name).mkdir()
     start(tmp_path / "unbroken", "aot_eager", *flags, nproc=3)
     shutil.copytree(tmp_path / "unbroken" / "results", tmp_path / "results")
     checkpoint.latest(folder(tmp_path)).unlink()
     start(tmp_path, "aot_eager", *flags, nproc=3)
     assert_as_unbroken(tmp_path, tmp_path / "unbroken")
+    train_here(tmp_path / "plain", *FLAGS, *steps)
+    assert [line["loss"] for line in log(tmp_path)] == pytest.approx(
+        [line["loss"] for line in log(tmp_path / "plain")], rel=2**-8)
 
 
-@pytest.mark.slow
-def test_what_fails_on_one_process_alone_is_told(tmp_path):
-    result = start(tmp_path, "data_missing_on_rank_1", "--max-steps", 2, nproc=2, check=False)
-    assert errors(result) == ["train.py: error: only machine 2 lacks the data (rank 1)"]
-
-
-@pytest.mark.parametrize("nproc", [None, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_dead_data_worker_ends_the_run_with_one_line(tmp_path, run_sabotaged, nproc):
-    flags = ["--max-steps", 9, "--num-workers", 1]
-    if nproc:
-        result = start(tmp_path, "data_worker_killed", *flags, nproc=nproc, check=False)
-    else:
-        result = run_sabotaged(saboteurs.data_worker_killed, *FLAGS, *flags)
-    assert result.returncode != 0
+def test_a_dead_data_worker_ends_the_run_with_one_line(run_sabotaged):
+    result = run_sabotaged(saboteurs.data_worker_killed, *FLAGS, "--max-steps", 9, "--num-workers", 1)
+    assert result.returncode == 2
     (line,) = errors(result)
     assert "a data worker died" in line
     assert "--num-workers" in line
@@ -228,27 +216,29 @@ def test_a_dead_data_worker_ends_the_run_with_one_line(tmp_path, run_sabotaged, 
 
 
 @pytest.mark.parametrize("damage", ["bit-flipped", "empty"])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(unbroken, copied, run_sabotaged, run_here, damage):
-    path = checkpoint.latest(folder(copied))
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+        unbroken, tmp_path, run_sabotaged, run_here, damage):
+    shutil.copytree(unbroken / "results", tmp_path / "results")
+    path = checkpoint.latest(folder(tmp_path))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 16
     path.write_bytes(content if damage == "bit-flipped" else b"")
-    assert_one_line(run_here(sample, "--ckpt", folder(copied)), "0000009.pt is damaged", "sha256")
+    assert_one_line(run_here(sample, "--ckpt", folder(tmp_path)), "0000009.pt is damaged", "sha256")
     assert run_sabotaged(saboteurs.nothing, *FLAGS, *STOPPABLE).returncode == 0
-    written = (folder(copied) / "log.txt").read_text()
+    written = (folder(tmp_path) / "log.txt").read_text()
     assert "0000009.pt is damaged" in written
     assert "Continuing results/r/checkpoints/0000008.pt" in written
-    assert_as_unbroken(copied, unbroken)
+    assert_as_unbroken(tmp_path, unbroken)
 
-
-def test_a_run_whose_checkpoints_cannot_be_used_does_not_begin_anew(unbroken, copied, run_sabotaged):
+    # A run of which no checkpoint can be used does not begin anew.
+    kept = checkpoints(tmp_path)
     assert_one_line(run_sabotaged(saboteurs.disk_that_cannot_be_read, *FLAGS, *STOPPABLE), "Input/output error")
-    assert checkpoints(copied) == checkpoints(unbroken)  # none is called damaged
-    for path in checkpoint.steps_of(folder(copied)):
+    assert checkpoints(tmp_path) == kept  # none is called damaged
+    for path in checkpoint.steps_of(folder(tmp_path)):
         path.write_bytes(b"no checkpoint")
     for _ in range(2):
         assert_one_line(run_sabotaged(saboteurs.nothing, *FLAGS, *STOPPABLE), "only damaged checkpoints")
-    assert log(copied) == log(unbroken)
+    assert log(tmp_path) == log(unbroken)
 
 
 def test_a_checkpoint_carries_the_sha256_that_sha256sum_checks(unbroken):
@@ -267,7 +257,6 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(tm
     assert "cannot write the checkpoint results/r/checkpoints/0000008.pt: File too large" in line
     assert checkpoints(tmp_path) == [4]
     assert list((folder(tmp_path) / "checkpoints").glob(".*")) == []
-    assert newest(tmp_path)["step"] == 4
 
 
 def test_space_for_a_checkpoint_is_asked_for_before_training(unbroken, tmp_path, monkeypatch, run_here):
@@ -281,33 +270,7 @@ def test_space_for_a_checkpoint_is_asked_for_before_training(unbroken, tmp_path,
     assert list(tmp_path.glob("results/*")) == []
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become nobody")
-def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tmp_path.chmod(0o755)
-    os.seteuid(65534)
-    try:
-        with pytest.raises(OSError, match="the folder results: Permission denied"):
-            check_writable("results")
-    finally:
-        os.seteuid(0)
-
-
 # --- numbers that are not finite -----------------------------------------------------------------
-
-
-def test_nan_on_one_process_skips_the_step_on_all_and_is_counted(tmp_path):
-    result = start(tmp_path, "nan_loss:1,3,4,6", "--max-steps", 7, "--ckpt-every", 1, nproc=2)
-    assert errors(result) == []
-    states = {int(path.stem): checkpoint.load(path) for path in checkpoint.steps_of(folder(tmp_path))}
-    for step in range(2, 8):
-        skipped = step in (3, 4, 6)
-        assert same(states[step]["model"], states[step - 1]["model"]) == skipped
-        assert same(states[step]["opt"]["state"], states[step - 1]["opt"]["state"]) == skipped
-        assert all(value.isfinite().all() for part in ("model", "ema") for value in states[step][part].values())
-    lines = read_metrics(folder(tmp_path))
-    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 2, 2, 3, 3]
-    assert [line["loss"] is None for line in lines] == [False, False, True, True, False, True, False]
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run_which_a_restart_continues(tmp_path, run_sabotaged):
@@ -327,7 +290,7 @@ def test_patience_ends_a_run_that_no_longer_improves_and_best_is_its_best(tmp_pa
     assert checkpoints(tmp_path) == [4]
     best = checkpoint.load(folder(tmp_path) / "checkpoints" / "best.pt")
     assert (best["step"], best["best"], newest(tmp_path)["best"]) == (2, 2.0, 2.0)
-    assert "Finished: results/r. Step 4 of 9; 0 steps" in run_sabotaged(saboteurs.worse_validations, *flags).stdout
+    assert "Step 4 of 9; 0 steps" in run_sabotaged(saboteurs.nothing, *flags).stdout
 
 
 # --- several machines ----------------------------------------------------------------------------

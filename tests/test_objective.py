@@ -10,13 +10,13 @@ from training.objective import Objective, Reconstruction, ssim
 # --- the draws of a step -------------------------------------------------------------------------
 
 
-def draws(process, shape, count, step):
+def draws(process, shape, count, step, stochastic=True, kind="images"):
     model = SimpleNamespace(in_channels=shape[0], input_size=shape[1:])
-    objective = Objective(process, SimpleNamespace(stochastic=True), SimpleNamespace(kind="images"), 0.1, "fp32")
+    objective = Objective(process, SimpleNamespace(stochastic=stochastic), SimpleNamespace(kind=kind), 0.1, "fp32")
     return objective.draw(("train", 0, step), count, model, torch.device("cpu"))
 
 
-def test_draws_of_a_batch_are_divided_among_its_parts_and_depend_on_the_step():
+def test_draws_are_divided_among_the_parts_of_a_batch_depend_on_the_step_and_not_on_the_posterior():
     process = create_diffusion("")
     whole, again, other = (draws(process, (1, 2, 2), 6, step) for step in (3, 3, 4))
     for a, b, c, part in zip(whole, again, other, whole.rows(slice(2, 4))):
@@ -24,15 +24,10 @@ def test_draws_of_a_batch_are_divided_among_its_parts_and_depend_on_the_step():
         assert not torch.equal(a, c)
         assert torch.equal(a[2:4], part)
     assert not torch.equal(whole.noise, whole.posterior)
-
-
-def test_the_posterior_is_drawn_only_where_it_is_used_and_changes_nothing_else():
-    process, model = create_diffusion(""), SimpleNamespace(in_channels=1, input_size=(2, 2))
     for stochastic, kind, drawn in ((True, "moments", True), (True, "latents", False), (False, "images", False)):
-        objective = Objective(process, SimpleNamespace(stochastic=stochastic), SimpleNamespace(kind=kind), 0.1, "fp32")
-        found = objective.draw(("train", 0, 3), 6, model, torch.device("cpu"))
+        found = draws(process, (1, 2, 2), 6, 3, stochastic, kind)
         assert (found.posterior is not None) == (found.rows(slice(2)).posterior is not None) == drawn
-        for a, b in zip(found[:3], draws(process, (1, 2, 2), 6, 3)):
+        for a, b in zip(found[:3], whole):
             assert torch.equal(a, b)
 
 

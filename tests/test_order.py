@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, run_script
+from conftest import ROOT, TINY_RUN
 
 import train
 from pipeline import checkpoint
@@ -112,43 +112,25 @@ def damaged_photographs(photographs, tmp_path):
     return folder
 
 
-def start_training(folder, cwd, nproc, *flags):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "train.py"), "--data-path", str(folder), *map(str, PHOTOS),
-                             "--num-workers", "2", *map(str, flags)], cwd=cwd, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, start_new_session=True)
-
-
-def assert_all_ended(process):
-    """No process of the session is left."""
-    found = subprocess.run(["pgrep", "--session", str(process.pid)], capture_output=True, text=True).stdout
-    assert not found, found
-
-
-@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_an_unreadable_picture_ends_a_run_at_once(damaged_photographs, tmp_path, nproc):
-    """Without waiting for data workers, which ignore the signal that Python would end them with."""
-    process = start_training(damaged_photographs, tmp_path, nproc, "--max-steps", 500, "--max-skipped", 0)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == (2 if nproc == 1 else 1)  # torchrun has its own
-    assert "train.py: error: cannot read the image" in err
-    assert "--max-skipped allows 0" in err
-    assert nproc > 1 or "Traceback" not in err
-    assert_all_ended(process)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("nproc", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
-def test_a_signal_ends_a_run_with_an_unreadable_picture(damaged_photographs, tmp_path, nproc, number):
-    process = start_training(damaged_photographs, tmp_path, nproc, "--max-steps", 100_000, "--run-name", "x")
+@pytest.mark.parametrize("stopped", [False, True])
+def test_no_data_worker_outlives_a_run_with_an_unreadable_picture(damaged_photographs, tmp_path, stopped):
+    """One that ends at once, and one that a signal stops. Workers ignore the signal by which Python would end them."""
+    command = [sys.executable, str(ROOT / "train.py"), "--data-path", str(damaged_photographs), *map(str, PHOTOS),
+               "--num-workers", "2", "--max-steps", "100000", "--run-name", "x", *([] if stopped else ["--max-skipped", "0"])]
     log = tmp_path / "results" / "x" / "log.txt"
-    while not (log.exists() and "Skipped" in log.read_text() and "step 5," in log.read_text()):
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert f"Stopped by {number.name}" in log.read_text() or "Stopped by a signal" in log.read_text()
-    assert_all_ended(process)
+    with subprocess.Popen(command, cwd=tmp_path, text=True, stderr=subprocess.PIPE, start_new_session=True) as process:
+        while stopped and not (log.exists() and "Skipped" in log.read_text() and "step 5," in log.read_text()):
+            assert process.poll() is None
+            time.sleep(0.1)
+        if stopped:
+            process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == (0 if stopped else 2)
+    assert stopped or "train.py: error: cannot read the image" in err
+    assert "Traceback" not in err
+    left = subprocess.run(["pgrep", "--session", str(process.pid)], capture_output=True, text=True, check=False).stdout
+    assert not left
 
 
 def train_on(folder, run_here, *flags):
@@ -163,17 +145,6 @@ def test_a_continued_run_skips_the_same_unreadable_picture(damaged_photographs, 
         assert "tabby cat/0.jpg" in line
     whole, parts = (checkpoint.load(checkpoint.latest(Path("results", name)))["model"] for name in ("whole", "parts"))
     assert all(torch.equal(weight, parts[key]) for key, weight in whole.items())
-
-
-@pytest.mark.slow
-def test_two_processes_skip_what_one_skips(damaged_photographs, tmp_path, monkeypatch, run_here):
-    monkeypatch.chdir(tmp_path)
-    flags = ["--max-steps", 6, "--run-name"]
-    assert train_on(damaged_photographs, run_here, *flags, "one").returncode == 0
-    run_script("train.py", "--data-path", damaged_photographs, *PHOTOS, *flags, "two", cwd=tmp_path, nproc=2)
-    one, two = (checkpoint.load(checkpoint.latest(Path("results", name)))["model"] for name in ("one", "two"))
-    assert all(torch.allclose(weight, two[key], atol=2e-5) for key, weight in one.items())
-    assert Path("results/one/skipped.txt").read_text() == Path("results/two/skipped.txt").read_text()
 
 
 def test_the_next_readable_sample_stands_in_for_an_unreadable_one(damaged_photographs):

@@ -49,9 +49,7 @@ class ArrayImages(Dataset):
 class FolderImages(Dataset):
     """A folder with one sub-folder of pictures per class. Pictures are read, converted to RGB and cropped on access."""
 
-    kind, made_by, statistics = "images", {}, None
-    channels = 3
-    flip = True
+    kind, channels, flip, made_by, statistics = "images", 3, True, {}, None
 
     def __init__(self, path: Path, image_size: int | None):
         folders = sorted(name for name in os.listdir(path) if (path / name).is_dir() and not name.startswith("."))
@@ -139,7 +137,6 @@ def cifar10(split: str, image_size: int | None, data_root: str) -> ArrayImages:
 
 
 def torchvision_dataset(kind: str, root: str, split: str) -> Dataset:
-    """MNIST or CIFAR10 under `root`, downloaded if it is missing."""
     import torchvision
 
     try:

@@ -110,7 +110,7 @@ def read_ahead(dataset: Dataset, batches: Iterable, num_workers: int, pin_memory
     """
     atexit.register(end_workers)
     try:
-        yield from DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=as_is, pin_memory=pin_memory,
+        yield from DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=tuple, pin_memory=pin_memory,
                               worker_init_fn=leave_signals_to_the_parent)
     except (OSError, UserError) as error:
         raise type(error)(re.sub(r"^[\w.]+: ", "", str(error).strip().splitlines()[-1])) from None
@@ -131,7 +131,3 @@ def leave_signals_to_the_parent(worker: int) -> None:
     """Ignore Ctrl-C and torchrun's SIGTERM. They reach the whole process group, but the parent still needs its batches."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return batch

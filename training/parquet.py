@@ -30,15 +30,9 @@ class ParquetImages(Dataset):
     The column `image` holds the bytes of a picture's file, alone or as the member `bytes` of a struct; `label` holds integers.
     Pictures are read, converted to RGB and cropped on access.
 
-    pyarrow reads at least a row group, 100 pictures as the hub writes them. A batch reads each of its row groups once, and the
-    last ones stay in memory, up to CACHE_BYTES. Reading in the order of the files is therefore as fast as a folder of pictures.
-    Training reads in random order: nearly a row group for each picture. Measured on files in the page cache, pictures of 85 KB
-    cropped to 256: 107 images/s on a core, 250 in order or from a folder. A disk or a network must deliver 100 times the
-    bytes, so cached latents (which are made in order) or a folder of pictures are better there.
-
-    Raises:
-        UserError: pyarrow is missing, or the columns or labels are not as described.
-        OSError: a file is damaged.
+    pyarrow reads at least a row group, 100 pictures as the hub writes them. The last ones stay in memory, up to CACHE_BYTES, so
+    reading in order is as fast as a folder of pictures (250 images/s of 85 KB on a core). Training reads in random order, and
+    nearly a row group for each picture: 107 images/s from the page cache. For a disk or a network, cache latents instead.
     """
 
     kind, made_by, statistics = "images", {}, None
@@ -79,7 +73,7 @@ class ParquetImages(Dataset):
 
     def picture(self, group: int, index: int) -> np.ndarray:
         """The picture `index` of the data set, which lies in this row group: (H, W, 3) uint8."""
-        file, _ = self.groups[group]
+        file = self.groups[group][0]
         name = f"{self.files[file]} row {index - self.file_starts[file]}"
         content = self.row_group(group)[int(index - self.starts[group])].as_py()
         if content is None:
@@ -100,7 +94,7 @@ class ParquetImages(Dataset):
 
 
 def parquet_parts(folder: Path) -> dict[str, list[Path]]:
-    """The parquet files below a folder, sorted, as "train" and, if there are held-out files, "val"; {} if there are no files.
+    """The parquet files below a folder, sorted, as "train" and, if any are held out, "val"; {} without parquet files.
 
     The hub's names decide: `train-00000-of-00294.parquet`, `validation-…`, `val-…` or `test-…`, or folders of these names.
     Held-out files are those of validation, else of test. Without files of `train`, all are "train".

@@ -48,12 +48,9 @@ class TrainingData(Protocol):
 
 
 class Readable(Dataset):
-    """A data set for training, in which the next readable sample stands in for an unreadable one.
+    """A data set for training, in which the next readable sample stands in for an unreadable one; `limit` may be unreadable.
 
     Which one that is depends on the files alone, so it is the same after a restart and on any number of processes.
-
-    Args:
-        limit: how many samples may be unreadable.
     """
 
     def __init__(self, data: TrainingData, limit: int):
@@ -72,21 +69,16 @@ class Readable(Dataset):
             return torch.cat(batches), torch.cat(labels), unreadable
 
     def nearest(self, row: int, mirrored: bool, unreadable: dict[int, str]) -> tuple[Tensor, Tensor]:
-        """The sample at `row`, or else the next readable one."""
+        """The sample at `row`, or else the next readable one. Raises UserError if more than `limit` are unreadable."""
         while True:
             try:
                 return self.data.__getitems__(Rows(np.array([row]), np.array([mirrored])))
             except OSError as error:
                 unreadable[int(row)] = one_line(error)
-                check_unreadable(unreadable, len(self.data), self.limit)
-            row = (row + 1) % len(self.data)
-
-
-def check_unreadable(unreadable: dict[int, str], count: int, limit: int) -> None:
-    """Raises UserError if more than `limit` of the `count` samples of a data set could not be read."""
-    if len(unreadable) > min(limit, count - 1):  # at least one must be readable
-        raise UserError(f"{next(iter(unreadable.values()))}; {len(unreadable)} or more of {count:,} samples cannot be read, "
-                        f"and `max_skipped` allows {limit}. Repair or remove them")
+            if len(unreadable) > min(self.limit, len(self) - 1):  # at least one must be readable
+                raise UserError(f"{next(iter(unreadable.values()))}; {len(unreadable)} or more of {len(self):,} samples cannot "
+                                f"be read, and `max_skipped` allows {self.limit}. Repair or remove them")
+            row = (row + 1) % len(self)
 
 
 def mirror(images: Tensor, mirrored: np.ndarray) -> Tensor:

@@ -113,9 +113,6 @@ def assemble_spec(model: str, model_args: dict[str, Any], from_data: dict[str, A
 def begin_or_continue(training: Training, spec: Spec, flags: dict[str, Any], world: World) -> tuple[Path, list[str]]:
     """Open the run's folder. `training` continues its newest checkpoint, else `resume`, else takes `init_from`'s weights.
 
-    Args:
-        flags: those of the run, as its checkpoints hold them.
-
     Returns: the folder, and remarks for the log.
     """
     results, run_name, remarks = Path(flags["results_dir"]), flags["run_name"], ["Fresh weights"]
@@ -197,12 +194,7 @@ def save_run(folder: Path, training: Training, spec: Spec, flags: dict[str, Any]
 
 
 def save_step(folder: Path, state: dict[str, Any], keep_last: int, every: int) -> None:
-    """Write `checkpoints/{step:07d}.pt`, then delete the numbered checkpoints that are not to be kept.
-
-    Args:
-        keep_last: how many of the newest to keep, 0 for all.
-        every: multiples of this step are kept too; 0 for none.
-    """
+    """Write `checkpoints/{step:07d}.pt`. Delete all but the newest `keep_last` (0: all) and multiples of `every` (0: none)."""
     checkpoint.save(folder / "checkpoints" / f"{state['step']:07d}.pt", state)
     for path in checkpoint.steps_of(folder)[: -keep_last if keep_last else 0]:
         if not every or int(path.stem) % every:
@@ -265,10 +257,7 @@ def continue_from(training: Training, path: Path, spec: Spec, flags: dict[str, A
 
 
 def init_from(training: Training, source: str, classes: list[str]) -> str:
-    """Load the weights of a checkpoint that match in name and shape, and the embeddings of classes that have the same name.
-
-    Args:
-        classes: the names of the network's classes.
+    """Load the weights of a checkpoint that match in name and shape, and the embeddings of `classes` that have the same name.
 
     Returns: a remark that says which weights matched and which did not.
 

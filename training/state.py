@@ -71,10 +71,6 @@ class Training:
         """The weights of the EMA, and the model's weights that they average."""
         return list(self.ema.parameters()), list(self.model.parameters())
 
-    def set_lr(self, lr: float) -> float:
-        self.opt.param_groups[0]["lr"] = lr
-        return lr
-
     def clip_gradients(self, clip_norm: float) -> Tensor:
         """Scale the gradients down to a norm of at most `clip_norm`. Returns their norm before."""
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -94,7 +90,7 @@ class Training:
 
     def validated_at(self, loss: float) -> bool:
         """Record a validation loss. Returns whether it is the lowest so far."""
-        self.validated = self.step
+        self.validated, self.saved = self.step, 0  # a checkpoint of this step, if it exists, lacks the validation
         better = loss < self.best
         self.validations_since_best = 0 if better else self.validations_since_best + 1
         self.best = loss if better else self.best
