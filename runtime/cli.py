@@ -104,6 +104,14 @@ class ArgumentParser(jsonargparse.ArgumentParser):
                 self.error(f"{self.flags[name].option_strings[0]} {value} is unknown{nearest(value, registry, 3, 0.0)}")
         return parsed
 
+    def parse_path(self, path, **options) -> jsonargparse.Namespace:
+        """Read a config. An unknown key is an error here, where its file is known."""
+        parsed = super().parse_path(path, **options)
+        for key in vars(parsed):
+            if key not in self.flags:
+                self.error(f"unknown key {key!r} in {path}{nearest(key, self.flags)}")
+        return parsed
+
     def dump(self, *args, **options) -> str:
         """The flags as YAML, each below its help. --print_config prints this."""
         text = super().dump(*args, **options)
@@ -113,8 +121,6 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         message = short_message(message)
         if flag := re.search(r"[Uu]nrecognized arguments: (--[\w-]+)", message):
             message += nearest(flag[1], [option for action in self.flags.values() for option in action.option_strings])
-        elif key := re.search(r"(?:Option|Key) '([\w-]+)\S*' is not", message):
-            message += nearest(key[1], self.flags)
         fail(message)
 
 

@@ -5,7 +5,7 @@ from PIL import Image
 
 import evaluate
 from evaluation import image_sets
-from evaluation.image_sets import open_images
+from evaluation.image_sets import open_set
 from training.datasets import load_dataset
 from training.rows import Rows
 
@@ -21,7 +21,7 @@ def test_an_npz_a_compressed_one_and_folders_hold_the_same_images(tmp_path):
     (tmp_path / "folder" / "notes.txt").write_text("no image")
     (tmp_path / "folder" / "class 1" / "circle").symlink_to(tmp_path / "folder")
     (tmp_path / "folder" / "class 1" / "twice.png").symlink_to(tmp_path / "folder" / "class 0" / "02.PNG")
-    sets = [open_images(str(tmp_path / name), "REF") for name in ("a.npz", "b.npz", "folder")]
+    sets = [open_set(str(tmp_path / name), "REF") for name in ("a.npz", "b.npz", "folder")]
     for image_set in sets:
         assert (len(image_set), image_set.size) == (11, (8, 8))
         batches = [np.array(rows) for rows in ([0, 1, 5], [10], [3, 2])]
@@ -32,14 +32,14 @@ def test_an_npz_a_compressed_one_and_folders_hold_the_same_images(tmp_path):
 
 
 def test_a_named_set_is_its_held_out_part_in_colour_and_of_the_size_asked_for():
-    digits = open_images("digits", "REF")
+    digits = open_set("digits", "REF")
     held_out = load_dataset("digits", split="val")
     assert (len(digits), digits.size) == (450, (8, 8))
     (found,) = digits.read([np.array([4, 2])])
     assert np.array_equal(found[..., 1], held_out.images[[4, 2], 0].numpy())
     assert digits.labels.tolist() == held_out.labels.tolist()
-    assert len(open_images("digits", "REF", split="train")) == 1347
-    assert open_images("digits", "REF", size=(16, 16)).size == (16, 16)
+    assert len(open_set("digits", "REF", split="train")) == 1347
+    assert open_set("digits", "REF", size=(16, 16)).size == (16, 16)
 
 
 def test_saved_statistics_give_the_same_figures_and_hold_images_evenly_spaced(sets, figures, run_here, monkeypatch):
@@ -68,16 +68,16 @@ def test_saved_statistics_give_the_same_figures_and_hold_images_evenly_spaced(se
 
 def test_a_folder_of_several_sizes_is_cropped_as_training_does(photographs, tmp_path):
     folder = photographs / "val"
-    found = open_images(str(folder), "REF", (24, 24))
+    found = open_set(str(folder), "REF", (24, 24))
     assert (found.size, found.cropped) == ((24, 24), True)
     (images,) = found.read([np.arange(len(found))])
     trained = load_dataset(str(folder), 24).__getitems__(Rows.plain(range(6)))[0].permute(0, 2, 3, 1).numpy()
     assert np.array_equal(images, trained)
     Image.fromarray(images[0]).save(tmp_path / "0.png")
-    same = open_images(str(tmp_path), "REF", (24, 24))
+    same = open_set(str(tmp_path), "REF", (24, 24))
     assert not same.cropped
     assert np.array_equal(next(same.read([np.arange(1)]))[0], images[0])
     with pytest.raises(ValueError, match="must be of one size, or be cropped to a square by `image_size`; expected 36x40"):
-        open_images(str(folder), "REF")
+        open_set(str(folder), "REF")
     with pytest.raises(ValueError, match="cropped to a square by `image_size`; expected 16x24"):
-        open_images(str(folder), "REF", (24, 16))
+        open_set(str(folder), "REF", (24, 16))
