@@ -46,6 +46,18 @@ def run_script(script, *flags, cwd, nproc=None, check=True, **env):
     return result
 
 
+def run_processes(count, name, *words, cwd):
+    """Start a function of other_process.py in several processes that find each other, without torchrun's agent."""
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+                        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    command = [sys.executable, str(ROOT / "tests" / "other_process.py"), name, *map(str, words)]
+    started = [subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
+    for process in started:
+        printed, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, printed
+
+
 @pytest.fixture
 def run_sabotaged(run_here, monkeypatch, tmp_path):
     """train.py in this process, in tmp_path, broken by a function of saboteurs.py: (function, flags) -> finished process."""
@@ -71,15 +83,22 @@ def train_here(cwd, *flags):
 
 
 @pytest.fixture
-def run_here(monkeypatch, capfd):
+def run_here(call_here):
     """Run a script's main in this process, as its `__main__` does: (main module, flags) -> finished process."""
-    def run(script, *flags):
-        monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, flags)])
+    return lambda script, *flags: call_here(
+        lambda: cli.run(script.main, script.build_parser()), f"{script.__name__}.py", *flags)
+
+
+@pytest.fixture
+def call_here(monkeypatch, capfd):
+    """Call a function in this process as if it were a script: (function, words of the command) -> finished process."""
+    def call(function, *words):
+        monkeypatch.setattr("sys.argv", list(map(str, words)))
         grad, code = torch.is_grad_enabled(), 0
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         capfd.readouterr()
         try:
-            cli.run(script.main, script.build_parser())
+            function()
         except SystemExit as exit:
             code = exit.code
         finally:
@@ -87,8 +106,8 @@ def run_here(monkeypatch, capfd):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         out, err = capfd.readouterr()
-        return subprocess.CompletedProcess(script.__name__, code, out, err)
-    return run
+        return subprocess.CompletedProcess(words, code, out, err)
+    return call
 
 
 def free_port():

@@ -54,8 +54,9 @@ def test_label_accuracy_and_fd_classifier_are_of_the_networks_answers(digits_cla
         fake, labels = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2), file["arr_1"]
         real, fake = (network.eval().features(images / 127.5 - 1) for images in (real, fake))
         expected = (network.head(fake).argmax(dim=1).numpy() == labels).mean()
+        distance = numpys_distance(real.double().numpy(), fake.double().numpy())
     assert value(found, "Label accuracy") == expected < accuracy - 0.1
-    assert value(found, "FD-classifier") == pytest.approx(numpys_distance(real.double().numpy(), fake.double().numpy()), rel=1e-4)
+    assert value(found, "FD-classifier") == pytest.approx(distance, rel=1e-4)
     assert value(found, "FD-classifier") > 10 * found[0]["FD-classifier"]["floor"]
 
     np.savez("unlabelled.npz", arr_0=draw_images(20, 0))
@@ -183,7 +184,8 @@ def test_wrong_labels_and_other_classifiers_are_refused(digits_classifier, tiny_
         with pytest.raises(ValueError, match=f"SAMPLES x.npz.*{words}"):
             extractors(digits_classifier, arr_0=IMAGES, arr_1=labels)
         assert list(extractors(None, arr_0=IMAGES, arr_1=labels)) == ["pixels"]  # nothing else reads labels
-    for path, size, words in ((digits_classifier, 16, "8x8.*16x16"), (checkpoint.latest(tiny_run), 8, "benchmarks/classifier.py"),
+    other = checkpoint.latest(tiny_run)
+    for path, size, words in ((digits_classifier, 16, "8x8.*16x16"), (other, 8, "benchmarks/classifier.py"),
                               ("nowhere.pt", 8, "nowhere.pt does not exist")):
         with pytest.raises((ValueError, OSError), match=f"`classifier`.*{words}"):
             extractors(path, arr_0=draw_images(5, 0, size=size))
