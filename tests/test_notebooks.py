@@ -16,11 +16,12 @@ def cells(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_every_cell_runs_and_draws(path, tiny_run, monkeypatch):
+def test_every_cell_runs_and_draws(path, tiny_run, photographs, monkeypatch):
     matplotlib.use("Agg")
     monkeypatch.chdir(path.parent)
     monkeypatch.setenv("DINEXT_CKPT", str(tiny_run))
-    monkeypatch.setenv("DINEXT_STEPS", "8")
+    monkeypatch.setenv("DINEXT_PHOTOS", str(photographs))
+    monkeypatch.setenv("DINEXT_STEPS", "4")
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # a run would keep Ctrl-C from pytest
     names, drawn = {}, []
     for cell in cells(path):
