@@ -32,8 +32,6 @@ TINY_RUN = ["--data-path", "digits", "--vae", "pixels", "--model", "DiNext-S/2",
             '{"hidden_size": 32, "depth": 2}', "--global-batch-size", "12", "--num-workers", "0", "--log-every", "1",
             "--preview-every", "0", "--lr", "0.002", "--ema-decay", "0.5", "--device", "cpu"]
 
-# --- scripts, in this process and as others ------------------------------------------------------
-
 
 def run_script(script, *flags, cwd, nproc=None, check=True, **env):
     """Start a script as its users do, as plain python or under torchrun; returns the finished process."""
@@ -118,11 +116,7 @@ def free_port():
 
 
 def read_metrics(folder):
-    """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-# --- what is found is what is expected -----------------------------------------------------------
 
 
 def assert_close(a, b, tolerance=1e-5):
@@ -146,11 +140,8 @@ def assert_one_line(result, *words):
         assert word in result.stderr, result.stderr
 
 
-# --- networks, checkpoints and runs --------------------------------------------------------------
-
-
 def family(name):
-    """The family that a network's name begins with: DiNext-U of DiNext-U-S."""
+    """DiNext-U of DiNext-U-S."""
     return name.split("/")[0].rsplit("-", 1)[0]
 
 
@@ -213,22 +204,17 @@ def tiny_run(tmp_path_factory):
     return cwd / "results" / "tiny"
 
 
-# --- pictures and their autoencoder --------------------------------------------------------------
-
-
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
     """A folder of classes of small JPEGs: train and val, two classes of three files; one greyscale, one CMYK."""
     root = tmp_path_factory.mktemp("photographs")
     rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for c, name in enumerate(("n02099601", "tabby cat")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i, mode in enumerate(("RGB", "L", "CMYK")):
-                y, x = np.mgrid[:40, : 36 + 7 * i] / 40
-                pixels = np.stack([x, y, np.full_like(x, c)], -1) * 200 + rng.uniform(0, 30, (*x.shape, 3))
-                Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(folder / f"{i}.jpg", quality=95)
+    for c, name in enumerate(("train/n02099601", "train/tabby cat", "val/n02099601", "val/tabby cat")):
+        (root / name).mkdir(parents=True)
+        for i, mode in enumerate(("RGB", "L", "CMYK")):
+            y, x = np.mgrid[:40, : 36 + 7 * i] / 40
+            pixels = np.stack([x, y, np.full_like(x, c % 2)], -1) * 200 + rng.uniform(0, 30, (*x.shape, 3))
+            Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(root / name / f"{i}.jpg", quality=95)
     return root
 
 
@@ -244,9 +230,6 @@ def tiny_vae(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     vae.save_pretrained(folder)
     return folder
-
-
-# --- evaluation ----------------------------------------------------------------------------------
 
 
 SMALL = {"pool": ("mu", "sigma", 20), "spatial": ("mu_s", "sigma_s", 15)}

@@ -8,6 +8,8 @@ import matplotlib.pyplot as plt
 import pytest
 from conftest import ROOT
 
+from training import previews
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -22,6 +24,7 @@ def test_every_cell_runs_and_draws(path, tiny_run, photographs, monkeypatch):
     monkeypatch.setenv("DINEXT_CKPT", str(tiny_run))
     monkeypatch.setenv("DINEXT_PHOTOS", str(photographs))
     monkeypatch.setenv("DINEXT_STEPS", "4")
+    monkeypatch.setattr(previews, "PREVIEW_ROWS", 1)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # a run would keep Ctrl-C from pytest
     names, drawn = {}, []
     for cell in cells(path):
