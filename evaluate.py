@@ -11,12 +11,11 @@ A set is an `.npz` of images (`arr_0` uint8 NHWC, as sample_ddp.py writes), a fo
 - FID, sFID, Inception Score, Precision, Recall: as ADM's TensorFlow suite defines them (Dhariwal & Nichol,
   arXiv:2105.05233), on torch-fidelity's port of its Inception.
 - FD-pixel32 and FD-classifier: the same Fréchet distance, of pixels averaged to at most 32x32 and of a small classifier's
-  features. They need no download. They are not FID: each is printed with the distance between two sets of real images.
+  features, without a download. They are not FID: each is printed with the distance between two sets of real images.
 - Memorisation: how far samples are from the nearest training image, and how far held-out images are.
 """
 
 import time
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,16 +24,7 @@ from jsonargparse import Namespace
 
 from evaluation.extractors import INCEPTION, INCEPTION_SHA256, open_extractors
 from evaluation.figures import Figure, inception_figures, memorisation_figures, stand_in_figures
-from evaluation.image_sets import (
-    REFERENCE_IMAGES,
-    STATISTICS,
-    ImageSet,
-    array_names,
-    damage_as_oserror,
-    open_images,
-    read_statistics,
-    save_statistics,
-)
+from evaluation.image_sets import REFERENCE_IMAGES, STATISTICS, ImageSet, open_set, save_statistics
 from evaluation.survey import survey, survey_floor, survey_nearest
 from runtime import UserError, cli
 from runtime.files import write_json
@@ -98,12 +88,9 @@ def main(args: Namespace) -> None:
             print(f"Wrote {args.json}")
 
 
-# --- the sets ------------------------------------------------------------------------------------
-
-
 def open_sets(args: Namespace) -> tuple[ImageSet, ImageSet | None, ImageSet | None]:
     """Open REF, SAMPLES and --training-images, and check them and their flags."""
-    if args.samples is None and (not args.save_stats or args.classifier or args.training_images or args.json):
+    if not args.samples and (not args.save_stats or args.classifier or args.training_images or args.json):
         raise UserError("SAMPLES is missing; REF alone is enough only for --save-stats, with nothing else to measure")
     if args.save_stats and args.weights == "none":
         raise UserError("--save-stats writes statistics of Inception's features; --weights none leaves them out")
@@ -120,9 +107,7 @@ def open_sets(args: Namespace) -> tuple[ImageSet, ImageSet | None, ImageSet | No
     samples = open_set(args.samples, "SAMPLES", args.data_root, size) if args.samples else None
     size = samples.images.size if samples and samples.images else size
     ref = open_set(args.ref, "REF", args.data_root, size)
-    training = None
-    if args.training_images:
-        training = open_set(args.training_images, "--training-images", args.data_root, size, "train")
+    training = args.training_images and open_set(args.training_images, "--training-images", args.data_root, size, "train")
     if args.save_stats:
         if ref.statistics:
             raise UserError(f"--save-stats: REF {ref.source} already holds statistics")
@@ -149,31 +134,16 @@ def check_images(side: ImageSet, args: Namespace, size: tuple[int, int] | None) 
                         "expected one size")
 
 
-def open_set(source: str, title: str, data_root: str, size: tuple[int, int] | None = None, split: str = "val") -> ImageSet:
-    statistics, count, path = {}, None, Path(source)
-    if path.is_file() and zipfile.is_zipfile(path):
-        with damage_as_oserror(f"{title} {source}"), zipfile.ZipFile(path) as file:
-            names = set(array_names(file))
-        if names & {"mu", "sigma", "mu_s", "sigma_s"}:
-            statistics, count = read_statistics(path, title, names)
-            if "arr_0" not in names:
-                return ImageSet(title, source, None, statistics, count)
-    images = open_images(source, title, size, data_root, split)
-    if len(images) < 4:
-        raise UserError(f"{title} {source} has {len(images)} images; expected at least 4, so that each has a third neighbour")
-    return ImageSet(title, source, images, statistics, count)
-
-
 def say(figures: list[Figure]) -> list[str]:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{round(value, 4) + 0.0:.4f}"  # + 0.0: no "-0.0000"
 
-    width = max(len(figure.name) for figure in figures)
-    lines = []
-    for figure in figures:
+    def line(figure: Figure) -> str:
         floor = "" if figure.floor is None else f"   real images: {number(figure.floor)} ({figure.floor_of})"
-        lines.append(f"{figure.name:<{width}}  {number(figure.value):>9}{floor}   {figure.remark}".rstrip())
-    return lines
+        return f"{figure.name:<{width}}  {number(figure.value):>9}{floor}   {figure.remark}".rstrip()
+
+    width = max(len(figure.name) for figure in figures)
+    return list(map(line, figures))
 
 
 if __name__ == "__main__":

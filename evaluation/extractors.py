@@ -72,14 +72,9 @@ def pixel_features(images: Tensor) -> Tensor:
     return adaptive_avg_pool2d(to_unit_range(images), [min(PIXELS, side) for side in images.shape[2:]])
 
 
-def rgb_pixels(images: Tensor) -> Tensor:
-    """-> (B, 3, h, w)"""
-    return pixel_features(images.permute(0, 3, 1, 2))
-
-
 def flat_pixels(images: Tensor) -> dict[str, Tensor]:
-    """Each image's pixels as one vector, channel after channel."""
-    return {"pixels": rgb_pixels(images).flatten(1)}
+    """Images (B, H, W, 3) uint8 -> each image's pixels as one vector, channel after channel."""
+    return {"pixels": pixel_features(images.permute(0, 3, 1, 2)).flatten(1)}
 
 
 class Classifier(nn.Module):
@@ -109,11 +104,9 @@ class ClassifierFeatures:
             state = checkpoint.load(path)
         if "classifier" not in state:
             raise UserError(f"`classifier` {path} was not written by benchmarks/classifier.py")
-        spec = state["spec"]
-        trained, given = tuple(spec["size"]), tuple(rgb_pixels(torch.zeros(1, *size, 3, dtype=torch.uint8)).shape[2:])
-        if trained != given:
-            raise UserError(f"`classifier` {path} was trained on images of {trained[0]}x{trained[1]}; "
-                            f"these are {given[0]}x{given[1]}")
+        spec, given = state["spec"], [min(PIXELS, side) for side in size]
+        if spec["size"] != given:
+            raise UserError("`classifier` {} was trained on images of {}x{}, not {}x{}".format(path, *spec["size"], *given))
         self.network = Classifier(**spec["network"])
         checkpoint.load_weights(self.network, state["classifier"], Path(path))
         self.network.to(device).eval()
@@ -128,7 +121,7 @@ class ClassifierFeatures:
                             f"classifier has {count} classes, 0..{count - 1}")
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        features = self.network.features(rgb_pixels(images))
+        features = self.network.features(pixel_features(images.permute(0, 3, 1, 2)))
         return {"classifier": features, "predictions": self.network.head(features).argmax(dim=1)}
 
 

@@ -46,10 +46,9 @@ def inception_figures(ref: ImageSet, samples: ImageSet, seen: Survey, drawn: Sur
     skipped = f"skipped: statistics without images in {without}"
     if samples.images:
         figures.append(Figure("Inception Score", drawn.inception_score.value(), f"of {len(samples.images):,} images"))
-    else:
-        figures.append(Figure("Inception Score", None, skipped))
     if without:
-        return [*figures, Figure("Precision", None, skipped), Figure("Recall", None, skipped)]
+        titles = ("Precision", "Recall") if samples.images else ("Inception Score", "Precision", "Recall")
+        return [*figures, *(Figure(title, None, skipped) for title in titles)]
     near = precision_and_recall(seen.features("pool").to(device), drawn.features("pool").to(device), pr_precision)
     remark = f"of {len(ref.images):,} real images and {len(samples.images):,} samples, {pr_precision} distances"
     return [*figures, *(Figure(title, share, remark) for title, share in zip(("Precision", "Recall"), near))]
@@ -57,6 +56,7 @@ def inception_figures(ref: ImageSet, samples: ImageSet, seen: Survey, drawn: Sur
 
 def stand_in_figures(seen: Survey, drawn: Survey, floor: tuple[Survey, Survey, str] | None,
                      extractors: dict[str, Callable]) -> list[Figure]:
+    """FD-pixel32, FD-classifier and label accuracy, as far as `extractors` has what they need."""
     figures = []
     about = extractors["classifier"].about if "classifier" in extractors else {}
     remark = about and f"{about['path']}, sha256 {about['sha256']}, test accuracy {about['test_accuracy']:.4f}"

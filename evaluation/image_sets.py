@@ -26,9 +26,9 @@ REFERENCE_IMAGES = 10_000  # in a reference file, for precision and recall
 class ImageSet:
     """One side of a comparison: images, or statistics of Inception's features, or both."""
 
-    title: str                # what the user calls the set
+    title: str  # what the user calls the set
     source: str
-    images: object | None  # see open_images
+    images: object | None  # NpzImages, PictureFolder or NamedImages
     statistics: dict[str, Gaussian] = field(default_factory=dict)
     statistics_of: int | None = None  # number of images, if the file holds it
 
@@ -45,13 +45,15 @@ class ImageSet:
     def describe(self) -> dict:
         count, size = (len(self.images), list(self.images.size)) if self.images else (None, None)
         return {"source": self.source, "images": count, "size": size, "cropped": self.cropped,
-                "statistics": bool(self.statistics),
-                "statistics_of": self.statistics_of}
+                "statistics": bool(self.statistics), "statistics_of": self.statistics_of}
 
     def say(self) -> str:
         """One line: how many images the figures are based on."""
-        parts = ["N = {:,} of {}x{} (height x width{})".format(
-            len(self.images), *self.images.size, ", cropped to it" if self.cropped else "")] if self.images else []
+        parts = []
+        if self.images:
+            height, width = self.images.size
+            cropped = ", cropped to it" if self.cropped else ""
+            parts.append(f"N = {len(self.images):,} of {height}x{width} (height x width{cropped})")
         if self.statistics:
             count = "an unknown number of" if self.statistics_of is None else f"{self.statistics_of:,}"
             parts.append(f"statistics of {count} images")
@@ -60,7 +62,7 @@ class ImageSet:
 
 def read_statistics(path: Path, title: str, names: set[str]) -> tuple[dict[str, Gaussian], int | None]:
     """ADM's statistics in an `.npz`, and the number of images behind them, if the file holds `n`."""
-    statistics = {}
+    statistics, count = {}, None
     with damage_as_oserror(f"{title} {path}"), np.load(path, allow_pickle=False) as file:
         for name, (mu, sigma, dimensions) in STATISTICS.items():
             if not {mu, sigma} & names:
@@ -68,7 +70,7 @@ def read_statistics(path: Path, title: str, names: set[str]) -> tuple[dict[str, 
             try:
                 mean, covariance = (np.asarray(file[key], dtype=np.float64) for key in (mu, sigma))
                 count = int(file["n"]) if "n" in names else None
-            except (KeyError, ValueError, TypeError) as error:  # missing, or pickled objects, which are refused
+            except (KeyError, ValueError, TypeError) as error:  # missing, or a pickle
                 raise UserError(f"{title} {path}: {mu}, {sigma} and n cannot be read as numbers: {error}") from None
             if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
                 raise UserError(f"{title} {path}: {mu} is {mean.shape} and {sigma} {covariance.shape}; expected "
@@ -87,36 +89,40 @@ def save_statistics(path: Path, ref: ImageSet, gaussians: dict[str, Gaussian]) -
     chosen = np.arange(count) * ref.count // count
     statistics = {}
     for name, (mu, sigma, _) in STATISTICS.items():
-        gaussian = gaussians[name]
-        statistics |= {mu: gaussian.mean, sigma: gaussian.covariance}
+        statistics |= {mu: gaussians[name].mean, sigma: gaussians[name].covariance}
     images = ref.images.read(chosen[batch] for batch in in_batches(count, BATCH))
     save_npz(path, (count, *ref.images.size, 3), images, **statistics, n=np.array(ref.count))
     print(f"Wrote {path}: statistics of {ref.count:,} images, and {count:,} of them")
 
 
-def open_images(source: str, title: str, size: tuple[int, int] | None = None, data_root: str = "data", split: str = "val"):
-    """Open a set of images: an `.npz` like ADM's, a folder of pictures, or the part `split` of a named data set.
+def open_set(source: str, title: str, data_root: str = "data", size: tuple[int, int] | None = None,
+             split: str = "val") -> ImageSet:
+    """Open an `.npz` like ADM's, a folder of pictures, or the part `split` of a named data set.
 
     Args:
         title: what the user calls the set, for errors.
         size: (H, W) to resize a named set to, and to crop a folder of pictures to. An `.npz` is left as it is.
     """
-    path = Path(source)
+    path, statistics, count = Path(source), {}, None
     if source in NAMED:
-        return NamedImages(load_dataset(source, size and size[0], data_root, split))
-    if path.is_dir():
-        return PictureFolder(path, title, size)
-    if not path.is_file():
+        images = NamedImages(load_dataset(source, size and size[0], data_root, split))
+    elif path.is_dir():
+        images = PictureFolder(path, title, size)
+    elif path.is_file():
+        with damage_as_oserror(f"{title} {source}"), zipfile.ZipFile(path) as file:
+            names = set(array_names(file))
+        statistics, count = read_statistics(path, title, names)
+        images = None if statistics and "arr_0" not in names else NpzImages(path, title)
+    else:
         raise FileNotFoundError(f"{title} {source} does not exist; expected an .npz, a folder of images, or one of "
                                 f"{', '.join(NAMED)}")
-    return NpzImages(path, title)
+    if images and len(images) < 4:
+        raise UserError(f"{title} {source} has {len(images)} images; expected at least 4, so that each has a third neighbour")
+    return ImageSet(title, source, images, statistics, count)
 
 
 class NpzImages:
-    """`arr_0` (N, H, W, 3) uint8 of an `.npz`, read on demand. `arr_1`, if present, holds the labels (N,).
-
-    Nothing in it is unpickled.
-    """
+    """`arr_0` (N, H, W, 3) uint8 of an `.npz`, read on demand, and the labels `arr_1` (N,), if any. No pickle is read."""
 
     def __init__(self, path: Path, title: str = "the file"):
         self.path, self.name = path, f"{title} {path}"
@@ -129,9 +135,8 @@ class NpzImages:
                 shape, fortran_order, dtype = npy_header(array, self.name)
                 self.start = array.tell()
         if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran_order:
-            raise UserError(f"{self.name}: arr_0 is {'object' if dtype.hasobject else dtype} {shape}"
-                            f"{' in Fortran order' if fortran_order else ''}; expected uint8 (N, H, W, 3)"
-                            f"{', as np.ascontiguousarray makes it' if fortran_order else ''}")
+            raise UserError(f"{self.name}: arr_0 is {dtype} {shape}{' in Fortran order' if fortran_order else ''}; expected "
+                            f"uint8 (N, H, W, 3){', as np.ascontiguousarray makes it' if fortran_order else ''}")
         self.count, self.size = shape[0], shape[1:3]
 
     def __len__(self) -> int:
@@ -145,8 +150,7 @@ class NpzImages:
         with damage_as_oserror(self.name), zipfile.ZipFile(self.path) as file, file.open("arr_1.npy") as array:
             shape, _, dtype = npy_header(array, self.name)
             if shape != (self.count,) or dtype.kind not in "iu":
-                raise UserError(f"{self.name}: arr_1 is {'object' if dtype.hasobject else dtype} {shape}; expected labels, "
-                                f"integers ({self.count},)")
+                raise UserError(f"{self.name}: arr_1 is {dtype} {shape}; expected labels, integers ({self.count},)")
             content = array.read()
             if len(content) != self.count * dtype.itemsize:
                 raise EOFError("arr_1 ends early")
@@ -178,14 +182,15 @@ class PictureFolder:
         if not self.paths:
             raise FileNotFoundError(f"{title} {path}: the folder holds no images ({' '.join(EXTENSIONS)})")
         self.threads = ThreadPoolExecutor()  # decoding pictures releases Python's lock
-        sizes = list(self.threads.map(picture_size, self.paths))
-        self.size = size or sizes[0]
-        different = next((i for i, other in enumerate(sizes) if other != self.size), None)
-        self.cropped = different is not None
-        if self.cropped and (size is None or size[0] != size[1]):
-            (height, width), other = sizes[different], self.paths[different].relative_to(path)
+        sizes = dict(zip(self.paths, self.threads.map(picture_size, self.paths)))
+        self.size = size or sizes[self.paths[0]]
+        different = [picture for picture in self.paths if sizes[picture] != self.size]
+        self.cropped = bool(different)
+        if different and (size is None or size[0] != size[1]):
+            height, width = sizes[different[0]]
             raise UserError(f"{title} {path}: the images must be of one size, or be cropped to a square by `image_size`; "
-                            f"expected {self.size[1]}x{self.size[0]}, {other} is {width}x{height} (width x height)")
+                            f"expected {self.size[1]}x{self.size[0]}, {different[0].relative_to(path)} is {width}x{height} "
+                            "(width x height)")
 
     def __len__(self) -> int:
         return len(self.paths)

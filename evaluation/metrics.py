@@ -1,12 +1,7 @@
 """Distances between two sets of images, from their features: ADM's suite, and figures without Inception. No files.
 
-Legend: B images of a batch, N and M images of a set, D width of their features. Features arrive in batches. Their sums are
-kept, and merged over processes. Only precision and recall need all features at once.
-
-- Fréchet distance (Heusel et al., arXiv:1706.08500); on Inception's features it is FID and sFID
-- Inception Score (Salimans et al., arXiv:1606.03498)
-- improved precision and recall (Kynkäänniemi et al., arXiv:1904.06991)
-- distance to the nearest training image
+Legend: B images of a batch, N and M images of a set, D width of their features. Features arrive in batches, and their sums
+are merged over processes. Only precision and recall need all features at once.
 """
 
 from collections import defaultdict
@@ -24,9 +19,6 @@ from runtime import UserError
 SPLIT = 5000  # images of one split of the Inception Score
 NEIGHBOUR = 3  # a feature's radius is the distance to this neighbour
 BLOCK = 10_000  # rows and columns of a block of distances, as in ADM: fp16 or fp32 is chosen per block
-
-# --- Fréchet distance ------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -98,7 +90,7 @@ class RunningCovariance:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al., arXiv:1706.08500): FID, on Inception's features.
 
     With S = F F^T, the trace of the root is the nuclear norm of F_a^T F_b. This needs no matrix square root, gives no
     complex parts, and takes singular covariances without an epsilon.
@@ -107,11 +99,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * root)
 
 
-# --- Inception Score -------------------------------------------------------------------------------
-
-
 class InceptionScore:
-    """exp E[KL(p(y|x) || p(y))], the mean over consecutive splits of SPLIT images.
+    """exp E[KL(p(y|x) || p(y))], the mean over consecutive splits of SPLIT images (Salimans et al., arXiv:1606.03498).
 
     As in ADM, images are not shuffled, and a shorter last split counts as much as the others.
     """
@@ -141,14 +130,12 @@ class InceptionScore:
         return float(np.mean(scores))
 
 
-# --- precision and recall --------------------------------------------------------------------------
-
-
 def precision_and_recall(real: Tensor, fake: Tensor, precision: str = "adm") -> tuple[float, float]:
     """Precision: the share of fake features (N, D) near a real one. Recall: the share of real ones (M, D) near a fake one.
 
-    A feature is near b, one of the other set, if it lies within b's radius: b's distance to the third neighbour in b's set.
-    `precision` is the arithmetic of the squared distances (see `distance_blocks`). Up to 2 GB are in use for a block.
+    The improved ones of Kynkäänniemi et al., arXiv:1904.06991: a feature is near b, one of the other set, if it lies within b's
+    radius, which is b's distance to the third neighbour in b's set. `precision` is the arithmetic of the squared distances
+    (see `distance_blocks`). Up to 2 GB are in use for a block.
 
     Raises:
         UserError: a set has fewer than four images, so that no image has a third neighbour.
@@ -180,18 +167,14 @@ def distance_blocks(a: Tensor, b: Tensor, precision: str) -> Iterator[tuple[slic
     squared norms are summed in fp32 and rounded once. A GPU sums products in the same way. How ADM's TensorFlow sums norms,
     in order and precision, depends on TensorFlow and the GPU: this moves a norm by up to two units of fp16.
     """
-    for rows, columns in product(blocks(len(a)), blocks(len(b))):
+    for row, column in product(range(0, len(a), BLOCK), range(0, len(b), BLOCK)):
+        rows, columns = slice(row, row + BLOCK), slice(column, column + BLOCK)
         distances = None
         if precision == "adm":
             distances = squared_distances(a[rows].half(), b[columns].half())
         if distances is None or not distances.isfinite().all():
             distances = squared_distances(a[rows], b[columns])
         yield rows, columns, distances.float()
-
-
-def blocks(count: int) -> list[slice]:
-    """Slices of BLOCK numbers that cover 0..count-1; the last may be shorter."""
-    return [slice(start, start + BLOCK) for start in range(0, count, BLOCK)]
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -201,9 +184,6 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
     products = (a.float() @ b.float().T).to(a.dtype)
     return products.mul_(-2).add_(norms(a)[:, None]).add_(norms(b)).clamp_(min=0)
-
-
-# --- nearest images --------------------------------------------------------------------------------
 
 
 class Nearest:

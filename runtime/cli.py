@@ -104,6 +104,14 @@ class ArgumentParser(jsonargparse.ArgumentParser):
                 self.error(f"{self.flags[name].option_strings[0]} {value} is unknown{nearest(value, registry, 3, 0.0)}")
         return parsed
 
+    def parse_path(self, path, **options) -> jsonargparse.Namespace:
+        """Read a config. An unknown key is an error here, where its file is known."""
+        parsed = super().parse_path(path, **options)
+        for key in vars(parsed):
+            if key not in self.flags:
+                self.error(f"unknown key {key!r} in {path}{nearest(key, self.flags)}")
+        return parsed
+
     def dump(self, *args, **options) -> str:
         """The flags as YAML, each below its help. --print_config prints this."""
         text = super().dump(*args, **options)
@@ -113,8 +121,6 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         message = short_message(message)
         if flag := re.search(r"[Uu]nrecognized arguments: (--[\w-]+)", message):
             message += nearest(flag[1], [option for action in self.flags.values() for option in action.option_strings])
-        elif key := re.search(r"(?:Option|Key) '([\w-]+)\S*' is not", message):
-            message += nearest(key[1], self.flags)
         fail(message)
 
 
@@ -133,8 +139,8 @@ def short_message(message: object) -> str:
 def check_arguments(function: Callable, arguments: dict, skip: set[str] = frozenset(), beside: tuple[str, ...] = ()) -> dict:
     """Check names and types of `arguments` against the signature of `function`, and return them converted.
 
-    Parameters in `skip` must not be given. Raises UserError if a key is unknown or a value has the wrong type; the error
-    names the keys in `beside` too, which other functions accept.
+    Parameters in `skip` must not be given. Raises UserError for an unknown key or a wrong type; the error also names the keys
+    in `beside`, which other functions accept.
     """
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     add = parser.add_class_arguments if inspect.isclass(function) else parser.add_function_arguments
@@ -191,17 +197,10 @@ def prefix_errors(prefix: str, *also: type[Exception]) -> Iterator[None]:
         raise kind(f"{prefix} {error}") from None
 
 
-def as_flags(message: object, parser: ArgumentParser) -> str:
-    """The message, with each parameter in backticks replaced by the flag of that name if the script has one."""
-    flags = {name: action.option_strings[0] for name, action in parser.flags.items() if action.option_strings}
-    return re.sub(r"`(\w+)`", lambda name: flags.get(name[1], name[1]), one_line(message))
-
-
 def run(main: Callable[[jsonargparse.Namespace], None], parser: ArgumentParser) -> None:
     """Run a script's main on the command line's flags. An error that a user can fix is one line on stderr and exit code 2.
 
-    Such errors are UserError, OSError, and the loss of another process. After an error the process group is not destroyed,
-    because that would wait for the other processes.
+    Such errors are UserError, OSError, and the loss of another process.
     """
     args = parser.parse_args()
     try:
@@ -212,7 +211,9 @@ def run(main: Callable[[jsonargparse.Namespace], None], parser: ArgumentParser) 
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError) as error:
-        fail(as_flags(error, parser), common=isinstance(error, CommonError))
+        flags = {name: action.option_strings[0] for name, action in parser.flags.items() if action.option_strings}
+        message = re.sub(r"`(\w+)`", lambda name: flags.get(name[1], name[1]), str(error))  # parameters are in backticks
+        fail(message, common=isinstance(error, CommonError))
     except RuntimeError as error:
         if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)):
             reason = str(error).split(". ")[0]

@@ -29,8 +29,8 @@ LOCK_PATIENCE = 180  # seconds that a restart waits for a lock
 def atomic(path: Path, unique: str = "") -> Iterator[BinaryIO]:
     """Write a file completely or not at all: a reader of `path` finds the old file or the new one, even after a power cut.
 
-    A link is followed. Raises OSError if something other than a file has this name, for example a device. `unique` is added
-    to the temporary file's name; it must differ between processes that may write the same file.
+    A link is followed. Raises OSError if something other than a file has this name. `unique` is added to the temporary
+    file's name; it must differ between processes that may write the same file.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -188,10 +188,9 @@ def lock_folder(folder: Path, restart: bool, advice: str) -> None:
 
 
 def is_restart(launch: str = "") -> bool:
-    """Whether torchrun restarted this process.
+    """Whether torchrun restarted this process, or started it under the run id of this `launch` (`--rdzv-id` sets that id).
 
-    torchrun does not count restarts after a machine joined or left. So every start with the run id of this `launch` counts as
-    a restart (`--rdzv-id` sets that id).
+    The id is needed because torchrun does not count restarts after a machine joined or left.
     """
     chosen = launch != "" and launch == os.environ.get("TORCHELASTIC_RUN_ID")
     return chosen or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -200,8 +199,8 @@ def is_restart(launch: str = "") -> bool:
 def find_files(folder: str | Path, extensions: tuple[str, ...], apart_from: str | Path | None = None) -> list[Path]:
     """The files below a folder whose names end in one of `extensions`, in the order of folders, then of names.
 
-    Links are followed. Of several paths to one file or folder the first one counts, so circular links end. Extensions are
-    given in lower case, with their dots, and match upper case too. The folder `apart_from` is not entered.
+    Links are followed. Of several paths to one file or folder the first one counts, so circular links end. Extensions, in
+    lower case, match upper case too. The folder `apart_from` is not entered.
     """
     seen, found = set(), []
 

@@ -19,10 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from runtime import UserError
 
 TIMEOUT = timedelta(hours=2)  # how long processes wait while the main one downloads or counts a folder's images
-# DDP exchanges gradients in buckets while it computes others. Its default, 25 MB, suits one machine. Between machines each
-# message has a higher latency, and with 100 MB there are still 27 buckets of DiT-XL's gradients.
-BUCKET_MB = 100
-MALLOPT = {-1: 2**31 - 1, -3: 2**25}  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, each at its maximum
+BUCKET_MB = 100  # of gradients in one message of DDP: its default, 25, suits one machine, where latency is lower
 
 
 class CommonError(UserError):
@@ -91,8 +88,7 @@ def start_world(device: str | None, tf32: bool = True) -> World:
 
     Args:
         device: "cpu", "cuda" or "mps"; None takes CUDA if available, else the CPU.
-        tf32: CUDA may round the factors of fp32 products and convolutions to TF32, which is faster. Nothing else sets this:
-            PyTorch's newer `fp32_precision` must not be used beside these flags.
+        tf32: CUDA may round the factors of fp32 products and convolutions to TF32. Only this function sets it.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     backends = {"cpu": torch.cpu, "cuda": torch.cuda, "mps": torch.backends.mps}
@@ -122,19 +118,19 @@ def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors for the next ones. Peak memory does not change.
 
     By default it returns large blocks to Linux, and each page of a new block costs a page fault: 15 % of a training step of
-    DiNext/1 128x3, 9 % of DiT/1 96x3 (medians of 5 quiet steps of benchmarks/compare.py's `training_step`).
+    DiNext/1 128x3, 9 % of DiT/1 96x3 (benchmarks/compare.py's `training_step`).
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        for parameter, value in MALLOPT.items():
-            mallopt(parameter, value)
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, each at its maximum
+        mallopt(-3, 2**25)
 
 
 def fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:
     """A part of torchrun's store that only the processes of this start use.
 
-    torchrun keeps one store over restarts. It still holds addresses of dead processes, and new processes would connect to
-    them. Restart counts can differ between machines (pytorch issue 135712), so they do not identify a start. Instead rank 0
-    draws a random name and sends it to every process that asks; each asks under its own random name.
+    torchrun keeps one store over restarts, with addresses of dead processes. Restart counts can differ between machines
+    (pytorch issue 135712), so they do not identify a start. Instead rank 0 draws a random name and sends it to every process
+    that asks; each asks under its own random name.
     """
     name = uuid.uuid4().hex
     if rank > 0:

@@ -32,8 +32,6 @@ TINY_RUN = ["--data-path", "digits", "--vae", "pixels", "--model", "DiNext-S/2",
             '{"hidden_size": 32, "depth": 2}', "--global-batch-size", "12", "--num-workers", "0", "--log-every", "1",
             "--preview-every", "0", "--lr", "0.002", "--ema-decay", "0.5", "--device", "cpu"]
 
-# --- scripts, in this process and as others ------------------------------------------------------
-
 
 def run_script(script, *flags, cwd, nproc=None, check=True, **env):
     """Start a script as its users do, as plain python or under torchrun; returns the finished process."""
@@ -44,6 +42,18 @@ def run_script(script, *flags, cwd, nproc=None, check=True, **env):
     if check and result.returncode:
         raise AssertionError(f"{script} exited {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
     return result
+
+
+def run_processes(count, name, *words, cwd):
+    """Start a function of other_process.py in several processes that find each other, without torchrun's agent."""
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+                        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    command = [sys.executable, str(ROOT / "tests" / "other_process.py"), name, *map(str, words)]
+    started = [subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
+    for process in started:
+        printed, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, printed
 
 
 @pytest.fixture
@@ -71,15 +81,22 @@ def train_here(cwd, *flags):
 
 
 @pytest.fixture
-def run_here(monkeypatch, capfd):
+def run_here(call_here):
     """Run a script's main in this process, as its `__main__` does: (main module, flags) -> finished process."""
-    def run(script, *flags):
-        monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, flags)])
+    return lambda script, *flags: call_here(
+        lambda: cli.run(script.main, script.build_parser()), f"{script.__name__}.py", *flags)
+
+
+@pytest.fixture
+def call_here(monkeypatch, capfd):
+    """Call a function in this process as if it were a script: (function, words of the command) -> finished process."""
+    def call(function, *words):
+        monkeypatch.setattr("sys.argv", list(map(str, words)))
         grad, code = torch.is_grad_enabled(), 0
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         capfd.readouterr()
         try:
-            cli.run(script.main, script.build_parser())
+            function()
         except SystemExit as exit:
             code = exit.code
         finally:
@@ -87,8 +104,8 @@ def run_here(monkeypatch, capfd):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         out, err = capfd.readouterr()
-        return subprocess.CompletedProcess(script.__name__, code, out, err)
-    return run
+        return subprocess.CompletedProcess(words, code, out, err)
+    return call
 
 
 def free_port():
@@ -99,11 +116,7 @@ def free_port():
 
 
 def read_metrics(folder):
-    """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-# --- what is found is what is expected -----------------------------------------------------------
 
 
 def assert_close(a, b, tolerance=1e-5):
@@ -127,11 +140,8 @@ def assert_one_line(result, *words):
         assert word in result.stderr, result.stderr
 
 
-# --- networks, checkpoints and runs --------------------------------------------------------------
-
-
 def family(name):
-    """The family that a network's name begins with: DiNext-U of DiNext-U-S."""
+    """DiNext-U of DiNext-U-S."""
     return name.split("/")[0].rsplit("-", 1)[0]
 
 
@@ -194,22 +204,17 @@ def tiny_run(tmp_path_factory):
     return cwd / "results" / "tiny"
 
 
-# --- pictures and their autoencoder --------------------------------------------------------------
-
-
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
     """A folder of classes of small JPEGs: train and val, two classes of three files; one greyscale, one CMYK."""
     root = tmp_path_factory.mktemp("photographs")
     rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for c, name in enumerate(("n02099601", "tabby cat")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i, mode in enumerate(("RGB", "L", "CMYK")):
-                y, x = np.mgrid[:40, : 36 + 7 * i] / 40
-                pixels = np.stack([x, y, np.full_like(x, c)], -1) * 200 + rng.uniform(0, 30, (*x.shape, 3))
-                Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(folder / f"{i}.jpg", quality=95)
+    for c, name in enumerate(("train/n02099601", "train/tabby cat", "val/n02099601", "val/tabby cat")):
+        (root / name).mkdir(parents=True)
+        for i, mode in enumerate(("RGB", "L", "CMYK")):
+            y, x = np.mgrid[:40, : 36 + 7 * i] / 40
+            pixels = np.stack([x, y, np.full_like(x, c % 2)], -1) * 200 + rng.uniform(0, 30, (*x.shape, 3))
+            Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(root / name / f"{i}.jpg", quality=95)
     return root
 
 
@@ -225,9 +230,6 @@ def tiny_vae(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     vae.save_pretrained(folder)
     return folder
-
-
-# --- evaluation ----------------------------------------------------------------------------------
 
 
 SMALL = {"pool": ("mu", "sigma", 20), "spatial": ("mu_s", "sigma_s", 15)}

@@ -4,6 +4,7 @@
 """
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from runtime import cli, files, log
+from runtime import cli, files, log, processes
 
 RANK = os.environ.get("RANK", "0")
 
@@ -35,6 +36,32 @@ def hold_lock(folder):
     files.lock_folder(Path(folder), False, "")
     print("held", flush=True)
     time.sleep(60)
+
+
+def measure_memory():
+    """Print the page faults of tensors of 108 MiB that come and go 12 times, and how many denormal numbers are not 0."""
+    torch.set_num_threads(2)
+    processes.start_world("cpu")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for r in range(12):
+        tensors = [torch.ones(2**18 * (1 + (3 * i + r) % 8)) for i in range(24)]
+        del tensors
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    print(torch.full((2**22,), 2e-39).mul(0.5).count_nonzero().item())
+
+
+def evaluate_small(*flags):
+    """Run evaluate.py with small features, in small batches."""
+    from conftest import SMALL, SmallInception
+
+    import evaluate
+    from evaluation import extractors, figures, image_sets, metrics, survey
+
+    extractors.Inception, extractors.inception_weights = SmallInception, lambda path: path
+    figures.STATISTICS = image_sets.STATISTICS = SMALL
+    survey.BATCH, metrics.SPLIT = 16, 20
+    sys.argv = ["evaluate.py", *flags]
+    cli.run(evaluate.main, evaluate.build_parser())
 
 
 # --- sample_ddp.py -------------------------------------------------------------------------------

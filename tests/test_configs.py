@@ -15,12 +15,11 @@ from pipeline import checkpoint
 from small_models import NETWORKS, Autoencoder_models
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
-SHALLOW = {"DiNext-U": dict(depths=(1, 1, 1, 1, 1)), "MLP": {}, "Autoencoder": {}}  # or depth 1
-NARROW = {
-    "DiT": dict(hidden_size=24, num_heads=2), "PixArt": dict(hidden_size=24, num_heads=2), "DiNext": dict(hidden_size=16),
-    "DiNext-U": dict(hidden_size=16), "MLP": dict(hidden_size=32), "ConvAdaLN": dict(hidden_size=16),
-    "Autoencoder": dict(hidden_size=8),
-}
+SMALL = {
+    "DiT": dict(depth=1, hidden_size=24, num_heads=2), "PixArt": dict(depth=1, hidden_size=24, num_heads=2),
+    "DiNext": dict(depth=1, hidden_size=16),
+    "DiNext-U": dict(depths=(1, 1, 1, 1, 1), hidden_size=16), "MLP": dict(hidden_size=32),
+    "ConvAdaLN": dict(depth=1, hidden_size=16), "Autoencoder": dict(hidden_size=8)}
 
 
 def load(name):
@@ -40,20 +39,17 @@ def features(photographs, tiny_vae, tmp_path_factory):
 
 @pytest.fixture
 def small(photographs, tiny_vae, features):
-    """The config on small data, with a shallow network: digits for digits, cached features for such ones, else photographs."""
-    def small(name, narrow=True):
+    """The config on small data, with a small network: digits for digits, cached features for such ones, else photographs."""
+    def small(name):
         config = load(name)
         kind = family(config["model"])
         config |= dict(max_steps=2, global_batch_size=4, num_workers=0, log_every=1, ckpt_every=2, device="cpu",
                        precision="fp32", compile=False,  # a CPU may have to emulate bf16
-                       model_args=config.get("model_args", {}) | SHALLOW.get(kind, dict(depth=1)))
-        if narrow:
-            config["model_args"] |= NARROW[kind]
+                       model_args=config.get("model_args", {}) | SMALL[kind])
         if config["data_path"].startswith("features/"):
             config |= dict(data_path=str(features), vae=str(tiny_vae))
         elif config["data_path"] in ("digits", "mnist"):
-            size = config.get("image_size", {"digits": 8, "mnist": 28}[config["data_path"]])
-            config |= dict(data_path="digits", image_size=size)
+            config |= dict(data_path="digits", image_size=config.get("image_size", 8))
         else:
             config |= dict(data_path=str(photographs / "train"), image_size=32)
         if config.get("diffusion_args"):
@@ -65,7 +61,7 @@ def small(photographs, tiny_vae, features):
 
 @pytest.fixture
 def trains(tmp_path, monkeypatch, run_here):
-    """Train with a config, and check that the run is what the config says."""
+    """Train with a config; returns what the run's checkpoint says of itself."""
     def trains(name, config):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -88,31 +84,22 @@ def test_every_config_trains_two_steps(name, small, trains, tmp_path):
     spec = trains(name, config)
     assert spec.model.name == load(name)["model"]
     assert spec.model.args | config["model_args"] == spec.model.args
-    given = dict(config.get("diffusion_args", {}))
-    given.pop("label_drop", None)
-    if (sampling := given.pop("sampling", None)) is not None:
-        assert vars(spec.sampling) | sampling == vars(spec.sampling)
+    given = {key: value for key, value in config.get("diffusion_args", {}).items() if key not in ("label_drop", "sampling")}
     assert spec.diffusion == given
-    assert spec.is_autoencoder == ("Autoencoder" in load(name)["model"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("imagenet256")])
-def test_imagenet_configs_train_two_steps_at_full_width(name, small, trains):
-    trains(name, small(name, narrow=False))
+    if spec.sampling is not None:
+        assert vars(spec.sampling).items() >= config.get("diffusion_args", {}).get("sampling", {}).items()
 
 
 def test_the_first_sampling_step_of_nano_does_not_amplify():
     """What an error of the predicted epsilon is multiplied by: sigma (alpha' / alpha) - sigma'."""
-    def amplified(schedule, steps):
-        process = create_diffusion(steps, noise_schedule=schedule)
+    def amplified(steps):
+        process = create_diffusion(steps, noise_schedule=nano["noise_schedule"])
         (alpha, sigma), (alpha_next, sigma_next) = (process.alpha_sigma(t) for t in process.grid[:2])
         return sigma * alpha_next / alpha - sigma_next
 
-    steps = load("cifar_nano")["diffusion_args"]["sampling"]["num_sampling_steps"]
-    for schedule, bound in (("gamma_linear", 0.5), ("gamma_sigmoid", 0.5), ("gamma_cosine", 3.5)):
-        assert amplified(schedule, steps) < bound
-        assert amplified(schedule, "250") > 60  # which visits t = 999
+    nano = load("cifar_nano")["diffusion_args"]
+    assert amplified(nano["sampling"]["num_sampling_steps"]) < 0.5
+    assert amplified("250") > 60  # which visits t = 999
 
 
 def test_a_dotted_flag_changes_one_entry_of_a_config_s_dictionary():

@@ -1,19 +1,19 @@
+import re
 import zipfile
 
 import classifier as classifier_script
 import numpy as np
 import pytest
 import torch
-from conftest import all_features, assert_one_line, draw_images, numpys_distance, value
+from conftest import assert_one_line, draw_images, numpys_distance, value
 from PIL import Image
 
 import evaluate
-from evaluation import extractors
-from evaluation.extractors import INCEPTION, INCEPTION_SHA256, Classifier
+from evaluation.extractors import Classifier, open_extractors
+from evaluation.image_sets import open_set
 from pipeline import checkpoint
 from runtime.files import sha256
 from training.datasets import load_dataset
-from training.rows import Rows
 
 # --- whole runs on digits ------------------------------------------------------------------------
 
@@ -33,69 +33,66 @@ def save_digits(name, split, change=lambda images, labels: (images, labels)):
     np.savez(name, arr_0=images, arr_1=labels)
 
 
-def load_network(path):
-    network = Classifier(num_classes=10)
-    network.load_state_dict(checkpoint.load(path)["classifier"])
-    return network.eval()
-
-
-def test_the_classifier_reads_real_digits_and_tells_wrong_labels(digits_classifier, figures, tmp_path, monkeypatch):
+def test_label_accuracy_and_fd_classifier_are_of_the_networks_answers(digits_classifier, figures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--weights", "none", "--classifier", digits_classifier]
     save_digits("right.npz", "val")
-    save_digits("wrong.npz", "val", lambda images, labels: (images, (labels + (np.arange(len(labels)) < 90)) % 10))
     found = figures("digits", "right.npz", *flags)
     accuracy = value(found, "Label accuracy")
     assert 0.9 < accuracy < 1
     assert found[0]["Label accuracy"]["floor"] == pytest.approx(accuracy)  # measured by the script that trained it
-    assert (found[0]["FD-classifier"]["value"], found[0]["FD-pixel32"]["value"]) == pytest.approx((0, 0), abs=1e-6)
+    assert (value(found, "FD-classifier"), value(found, "FD-pixel32")) == pytest.approx((0, 0), abs=1e-6)
     for name in ("FD-classifier", "Label accuracy"):
-        assert sha256(digits_classifier) in found[0][name]["remark"]
-        assert f"test accuracy {accuracy:.4f}" in found[0][name]["remark"]
-    with torch.no_grad(), np.load("wrong.npz") as file:
-        logits = load_network(digits_classifier)(torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1)
-        expected = (logits.argmax(dim=1).numpy() == file["arr_1"]).mean()
-    assert value(figures("digits", "wrong.npz", *flags), "Label accuracy") == expected
-    assert expected < accuracy - 0.1
-    noise = draw_images(450, 0)
-    np.savez("noise.npz", arr_0=noise)
-    found = figures("digits", "noise.npz", *flags)
-    assert found[0]["FD-classifier"]["value"] > 10 * found[0]["FD-classifier"]["floor"]
-    assert found[0]["Label accuracy"] | {"floor": 0} == {
-        "name": "Label accuracy", "value": None, "remark": "skipped: no labels (arr_1) in SAMPLES", "floor": 0,
-        "floor_of": "the classifier's test part, N = 450"}
+        assert f"sha256 {sha256(digits_classifier)}, test accuracy {accuracy:.4f}" in found[0][name]["remark"]
 
-
-def test_fd_classifier_is_of_its_features(digits_classifier, figures, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_digits("samples.npz", "train", lambda images, labels: (images[:300] // 2, labels[:300]))
-    found = figures("digits", "samples.npz", "--weights", "none", "--classifier", digits_classifier)
-    network = load_network(digits_classifier)
+    save_digits("wrong.npz", "train", lambda images, labels: (images[:300] // 2, (labels[:300] + (np.arange(300) < 90)) % 10))
+    found = figures("digits", "wrong.npz", *flags)
+    network = Classifier(num_classes=10)
+    network.load_state_dict(checkpoint.load(digits_classifier)["classifier"])
     real = load_dataset("digits", split="val").images.expand(-1, 3, -1, -1)
-    fake = torch.from_numpy(np.load("samples.npz")["arr_0"]).permute(0, 3, 1, 2)
-    with torch.no_grad():
-        features = [network.features(images / 127.5 - 1).double().numpy() for images in (real, fake)]
-    assert value(found, "FD-classifier") == pytest.approx(numpys_distance(*features), rel=1e-4)
+    with torch.no_grad(), np.load("wrong.npz") as file:
+        fake, labels = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2), file["arr_1"]
+        real, fake = (network.eval().features(images / 127.5 - 1) for images in (real, fake))
+        expected = (network.head(fake).argmax(dim=1).numpy() == labels).mean()
+        distance = numpys_distance(real.double().numpy(), fake.double().numpy())
+    assert value(found, "Label accuracy") == expected < accuracy - 0.1
+    assert value(found, "FD-classifier") == pytest.approx(distance, rel=1e-4)
+    assert value(found, "FD-classifier") > 10 * found[0]["FD-classifier"]["floor"]
+
+    np.savez("unlabelled.npz", arr_0=draw_images(20, 0))
+    found = figures("digits", "unlabelled.npz", *flags)[0]["Label accuracy"]
+    assert (found["value"], found["remark"]) == (None, "skipped: no labels (arr_1) in SAMPLES")
 
 
 def test_copies_of_training_images_are_found(figures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_digits("copies.npz", "train", lambda images, labels: (images[5::7], labels[5::7]))
-    found = figures("digits", "copies.npz", "--weights", "none", "--training-images", "digits")[0]
+    flags = ["--weights", "none", "--training-images", "digits"]
+    found = figures("digits", "copies.npz", *flags)[0]
     train, held_out = (load_dataset("digits", split=split).images.flatten(1).double() / 127.5 - 1 for split in ("train", "val"))
     brute = (torch.cdist(held_out, train).amin(dim=1) / 8).median()
-    median = found["Nearest training image, median"]
+    median, share = found["Nearest training image, median"], found["Nearer than 99 % of held-out"]
     assert median["value"] == pytest.approx(0, abs=1e-6)
     assert median["floor"] == pytest.approx(brute.item(), rel=1e-5)
-    assert found["Nearer than 99 % of held-out"]["value"] == 1
-    assert found["Nearer than 99 % of held-out"]["floor"] == pytest.approx(0.01, abs=0.005)
+    assert (share["value"], share["floor"]) == (1, pytest.approx(0.01, abs=0.005))
     save_digits("fair.npz", "val")
-    fair = figures("digits", "fair.npz", "--weights", "none", "--training-images", "digits")[0]
-    assert fair["Nearer than 99 % of held-out"]["value"] == pytest.approx(0.01, abs=0.005)
     save_digits("train.npz", "train")
-    unfair = figures("train.npz", "fair.npz", "--weights", "none", "--training-images", "digits")[0]
-    assert unfair["Nearer than 99 % of held-out"]["value"] is None
-    assert "not held out" in unfair["Nearer than 99 % of held-out"]["remark"]
+    unfair = figures("train.npz", "fair.npz", *flags)[0]["Nearer than 99 % of held-out"]
+    assert unfair["value"] is None
+    assert "not held out" in unfair["remark"]
+
+
+def test_photographs_are_cropped_to_the_samples_size_which_is_reported(sets, photographs, figures):
+    np.savez("small.npz", arr_0=draw_images(20, 0, size=16))
+    folder, flags = photographs / "val", ["--weights", "none", "--training-images", photographs / "train"]
+    found, report = figures(folder, "small.npz", *flags)
+    assert [report[side]["cropped"] for side in ("ref", "samples", "training_images")] == [True, False, True]
+    assert report["ref"]["size"] == [16, 16]
+    assert "N = 6 of 16x16 (height x width, cropped to it)" in report["said"]
+    assert figures(folder, "small.npz", *flags, "--image-size", 16)[0]["FD-pixel32"] == found["FD-pixel32"]
+    with pytest.raises(ValueError, match=r"--image-size 8: SAMPLES small.npz"):
+        sets_of(folder, "small.npz", *flags, "--image-size", 8)
+    assert sets_of(folder, "--save-stats", "r.npz", "--image-size", 8)[0].images.size == (8, 8)
 
 
 # --- wrong input: the checks -----------------------------------------------------------------------
@@ -109,139 +106,86 @@ EYE, IMAGES = np.eye(20), draw_images(9, 0)
 BARE = dict(mu=np.zeros(20), sigma=EYE, mu_s=np.zeros(15), sigma_s=np.eye(15))
 
 
-@pytest.mark.parametrize(("arrays", "words"), [
-    (dict(images=IMAGES, labels=np.arange(9)), r"no arr_0 among its arrays \(images, labels\)"),
-    (dict(arr_0=IMAGES / 255), r"arr_0 is float64 \(9, 8, 8, 3\); expected uint8 \(N, H, W, 3\)"),
-    (dict(arr_0=np.asfortranarray(IMAGES)), "Fortran order.*ascontiguousarray"),
-    (dict(arr_0=np.array([IMAGES, None], dtype=object)), r"arr_0 is object \(2,\)"),
-    (dict(arr_0=IMAGES[:3]), "has 3 images; expected at least 4"),
-    (dict(mu=np.zeros(20), sigma=np.eye(19), mu_s=np.zeros(15), sigma_s=np.eye(15)), r"sigma \(19, 19\); .*\(20, 20\)"),
-    (dict(mu=np.zeros(20)), "mu, sigma and n cannot be read"),
-    (dict(mu=np.zeros(20), sigma=EYE * np.nan), "not finite"),
-    (dict(mu=np.zeros(20), sigma=np.triu(np.ones((20, 20)))), "sigma is not symmetric"),
-    (dict(mu=np.zeros(20), sigma=np.array([EYE, None], dtype=object)), "mu, sigma and n cannot be read"),
-])
-def test_a_wrong_npz_is_refused_on_either_side(sets, arrays, words):
-    np.savez("bad.npz", **arrays)
-    for side, pair in (("REF", ["bad.npz", "samples.npz"]), ("SAMPLES", ["ref.npz", "bad.npz"])):
-        with pytest.raises(ValueError, match=f"^{side} bad.npz.*{words}"):
-            sets_of(*pair)
+def test_a_wrong_npz_is_refused_on_either_side(sets):
+    for arrays, words in (
+            (dict(images=IMAGES, labels=np.arange(9)), r"no arr_0 among its arrays \(images, labels\)"),
+            (dict(arr_0=IMAGES / 255), r"arr_0 is float64 \(9, 8, 8, 3\); expected uint8 \(N, H, W, 3\)"),
+            (dict(arr_0=np.asfortranarray(IMAGES)), "Fortran order.*ascontiguousarray"),
+            (dict(arr_0=np.array([IMAGES, None], dtype=object)), r"arr_0 is object \(2,\)"),
+            (dict(arr_0=IMAGES[:3]), "has 3 images; expected at least 4"),
+            (BARE | dict(sigma=np.eye(19)), r"sigma \(19, 19\); .*\(20, 20\)"),
+            (dict(mu=np.zeros(20)), "mu, sigma and n cannot be read"),
+            (dict(mu=np.zeros(20), sigma=EYE * np.nan), "not finite"),
+            (dict(mu=np.zeros(20), sigma=np.triu(np.ones((20, 20)))), "sigma is not symmetric"),
+            (dict(mu=np.zeros(20), sigma=np.array([EYE, None], dtype=object)), "mu, sigma and n cannot be read")):
+        np.savez("bad.npz", **arrays)
+        for side, pair in (("REF", ["bad.npz", "samples.npz"]), ("SAMPLES", ["ref.npz", "bad.npz"])):
+            with pytest.raises(ValueError, match=f"^{side} bad.npz.*{words}"):
+                sets_of(*pair)
 
 
-def test_a_damaged_npz_is_refused(sets, run_here, tmp_path):
-    content = (tmp_path / "samples.npz").read_bytes()
+def test_a_damaged_npz_is_refused(sets, tmp_path):
+    content = bytearray((tmp_path / "samples.npz").read_bytes())
     (tmp_path / "half.npz").write_bytes(content[: len(content) // 2])
-    locked = bytearray(content)
-    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # of each array: here, and in the list of contents
-        start = -1
-        while (start := locked.find(signature, start + 1)) >= 0:
-            locked[start + flags] |= 1
-    (tmp_path / "locked.npz").write_bytes(locked)
-    for name, words in (("half", "truncated"), ("locked", "encrypted")):
-        with pytest.raises(OSError, match=f"SAMPLES {name}.npz.*{words}"):
-            sets_of("ref.npz", f"{name}.npz")
     with zipfile.ZipFile("short.npz", "w") as file:  # a header that promises more than there is
         np.save("whole.npy", sets[1])
         file.writestr("arr_0.npy", (tmp_path / "whole.npy").read_bytes()[:-50])
-    flipped = bytearray(content)
-    flipped[len(content) // 2] ^= 1
-    (tmp_path / "flipped.npz").write_bytes(flipped)
-    for name, words in (("short", "arr_0 ends early"), ("flipped", "Bad CRC-32")):  # seen when the images are read
-        result = run_here(evaluate, "ref.npz", f"{name}.npz", "--device", "cpu")
-        assert result.returncode == 2
-        assert f"SAMPLES {name}.npz" in result.stderr.splitlines()[-1]
-        assert words in result.stderr.splitlines()[-1]
+    content[len(content) // 2] ^= 1
+    (tmp_path / "flipped.npz").write_bytes(content)
+    for name, words in (("half", "truncated"), ("short", "arr_0 ends early"), ("flipped", "Bad CRC-32")):
+        with pytest.raises(OSError, match=f"SAMPLES {name}.npz.*{words}"):
+            list(open_set(f"{name}.npz", "SAMPLES").images.read([np.arange(70)]))
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    ("ref.npz", "SAMPLES is missing.*--save-stats"),
-    ("ref.npz samples.npz --save-stats ./samples.npz", "--save-stats ./samples.npz would overwrite"),
-    ("ref.npz samples.npz --training-images ./ref.npz", "--training-images ./ref.npz is REF.*held-out"),
-    ("nowhere.npz samples.npz", "REF nowhere.npz does not exist.*digits"),
-    ("ref.npz samples.npz --json figures.txt", "`json`:? figures.txt"),
-    ("ref.npz samples.npz --json ./samples.json", "--json ./samples.json is where sample_ddp.py"),
-    ("ref.npz --save-stats stats.npy", "`save_stats`:? stats.npy"),
-    ("ref.npz --save-stats s.npz --weights none", "--save-stats.*--weights none"),
-    ("bare.npz --save-stats s.npz", "REF bare.npz already holds statistics"),
-    ("bare.npz samples.npz --weights none", "REF bare.npz.*--weights none needs images"),
-    ("bare.npz samples.npz --training-images ref.npz", "REF bare.npz.*--training-images needs images"),
-    ("ref.npz large.npz", "SAMPLES are 16x16.*REF 8x8; expected one size"),
-    ("empty samples.npz", "REF empty.*no images"),
-    ("ref.npz mixed", "SAMPLES mixed.*expected 8x8, b.png is 9x8"),
-])
-def test_wrong_flags_are_refused(sets, tmp_path, flags, words):
+def test_wrong_flags_are_refused(sets, tmp_path):
     np.savez("bare.npz", **BARE)
     np.savez("large.npz", arr_0=draw_images(9, 0, size=16))
     for folder in ("empty", "mixed"):
         (tmp_path / folder).mkdir()
     for name, width in (("a", 8), ("b", 9)):
         Image.new("RGB", (width, 8)).save(tmp_path / "mixed" / f"{name}.png")
-    with pytest.raises((ValueError, OSError), match=words):
-        sets_of(*flags.split())
+    for flags, words in (
+            ("ref.npz", "SAMPLES is missing.*--save-stats"),
+            ("ref.npz samples.npz --save-stats ./samples.npz", "--save-stats ./samples.npz would overwrite"),
+            ("ref.npz samples.npz --training-images ./ref.npz", "--training-images ./ref.npz is REF.*held-out"),
+            ("nowhere.npz samples.npz", "REF nowhere.npz does not exist.*digits"),
+            ("ref.npz samples.npz --json ./samples.json", "--json ./samples.json is where sample_ddp.py"),
+            ("ref.npz --save-stats stats.npy", "`save_stats`:? stats.npy"),
+            ("ref.npz --save-stats s.npz --weights none", "--save-stats.*--weights none"),
+            ("bare.npz --save-stats s.npz", "REF bare.npz already holds statistics"),
+            ("bare.npz samples.npz --weights none", "REF bare.npz.*--weights none needs images"),
+            ("bare.npz samples.npz --training-images ref.npz", "REF bare.npz.*--training-images needs images"),
+            ("ref.npz large.npz", "SAMPLES are 16x16.*REF 8x8; expected one size"),
+            ("empty samples.npz", "REF empty.*no images"),
+            ("ref.npz mixed", "SAMPLES mixed.*expected 8x8, b.png is 9x8")):
+        with pytest.raises((ValueError, OSError)) as error:
+            sets_of(*flags.split())
+        assert re.search(words, str(error.value)), flags
     assert not (tmp_path / "s.npz").exists()
 
 
 def test_a_wrong_input_of_the_script_is_one_line(sets, tiny_run, run_here):
-    assert_one_line(run_here(evaluate, "ref.npz", "samples.npz", "--pr-precision", "fp8"), "--pr-precision")
     assert_one_line(run_here(evaluate, "ref.npz", "samples.npz", "--json", "figures.txt"), "--json", "figures.txt", ".json")
     path = checkpoint.latest(tiny_run)
     assert_one_line(run_here(evaluate, path, "samples.npz"), f"REF {path} is not a set of images", "arr_0")
 
 
-def test_other_weights_are_refused(tmp_path, monkeypatch):
-    (tmp_path / "w.pth").write_bytes(b"other")
-    found = sha256(tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=f"`weights` .*w.pth is not {INCEPTION}.* {found}.*{INCEPTION_SHA256}"):
-        extractors.inception_weights(str(tmp_path / "w.pth"))
-    with pytest.raises(OSError, match=r"`weights` v.pth is not a file"):
-        extractors.inception_weights("v.pth")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
-    monkeypatch.setattr(extractors, "INCEPTION_URL", f"file://{tmp_path}/nowhere.pth")
-    with pytest.raises(OSError, match="cannot download"):
-        extractors.inception_weights(None)
-
-
 def test_wrong_labels_and_other_classifiers_are_refused(digits_classifier, tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def open_extractors(classifier, **arrays):
+    def extractors(classifier, **arrays):
         np.savez("x.npz", **arrays)
-        sides = [evaluate.open_set("x.npz", title, "data") for title in ("REF", "SAMPLES")]
-        return extractors.open_extractors(*sides, torch.device("cpu"), "none", classifier and str(classifier), False)
+        sides = [open_set("x.npz", title) for title in ("REF", "SAMPLES")]
+        return open_extractors(*sides, torch.device("cpu"), "none", classifier and str(classifier), False)
 
     for labels, words in ((np.array([None] * 9), r"arr_1 is object \(9,\)"), (np.arange(8), r"arr_1 is int64 \(8,\)"),
                           (np.arange(9) / 2, r"arr_1 is float64 \(9,\)"), (np.arange(2, 11), r"labels from 2 to 10.*0\.\.9"),
                           (np.arange(-1, 8), "labels from -1 to 7")):
         with pytest.raises(ValueError, match=f"SAMPLES x.npz.*{words}"):
-            open_extractors(digits_classifier, arr_0=IMAGES, arr_1=labels)
-        assert list(open_extractors(None, arr_0=IMAGES, arr_1=labels)) == ["pixels"]  # nothing else reads labels
-    with pytest.raises(ValueError, match=r"`classifier` .*8x8.*16x16"):
-        open_extractors(digits_classifier, arr_0=draw_images(5, 0, size=16))
-    with pytest.raises(ValueError, match=r"`classifier` .*benchmarks/classifier.py"):
-        open_extractors(checkpoint.latest(tiny_run), arr_0=IMAGES)
-    with pytest.raises(OSError, match=r"`classifier`.* nowhere.pt does not exist"):
-        open_extractors("nowhere.pt", arr_0=IMAGES)
-
-
-def test_photographs_are_cropped_to_the_samples_size_which_is_reported(sets, photographs, figures):
-    np.savez("small.npz", arr_0=draw_images(20, 0, size=16))
-    folder, flags = photographs / "val", ["--weights", "none", "--training-images", photographs / "train"]
-    found, report = figures(folder, "small.npz", *flags)
-    assert [report[side]["cropped"] for side in ("ref", "samples", "training_images")] == [True, False, True]
-    assert report["ref"]["size"] == [16, 16]
-    assert "N = 6 of 16x16 (height x width, cropped to it)" in report["said"]
-    assert figures(folder, "small.npz", *flags, "--image-size", 16)[0]["FD-pixel32"] == found["FD-pixel32"]
-    with pytest.raises(ValueError, match=r"--image-size 8: SAMPLES small.npz"):
-        sets_of(folder, "small.npz", *flags, "--image-size", 8)
-
-
-def test_statistics_of_photographs_are_of_the_size_that_is_asked_for(sets, photographs, run_here):
-    folder, flags = photographs / "val", ["--save-stats", "r.npz", "--device", "cpu"]
-    with pytest.raises(ValueError, match="cropped to a square by `image_size`"):
-        sets_of(folder, *flags)
-    assert run_here(evaluate, folder, *flags, "--image-size", 8).returncode == 0
-    with np.load("r.npz") as file:
-        assert file["arr_0"].shape == (6, 8, 8, 3)
-        expected = load_dataset(str(folder), 8).__getitems__(Rows.plain(range(6)))[0].permute(0, 2, 3, 1).numpy()
-        assert np.array_equal(file["arr_0"], expected)
-        assert np.allclose(file["mu"], all_features(expected)["pool"].mean(axis=0))
+            extractors(digits_classifier, arr_0=IMAGES, arr_1=labels)
+        assert list(extractors(None, arr_0=IMAGES, arr_1=labels)) == ["pixels"]  # nothing else reads labels
+    other = checkpoint.latest(tiny_run)
+    for path, size, words in ((digits_classifier, 16, "8x8.*16x16"), (other, 8, "benchmarks/classifier.py"),
+                              ("nowhere.pt", 8, "nowhere.pt does not exist")):
+        with pytest.raises((ValueError, OSError), match=f"`classifier`.*{words}"):
+            extractors(path, arr_0=draw_images(5, 0, size=size))

@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_images
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Library
 
 from evaluation import extractors
-from evaluation.extractors import INCEPTION, Inception, inception_weights, pixel_features
+from evaluation.extractors import INCEPTION, INCEPTION_SHA256, Inception, inception_weights, pixel_features
 from evaluation.image_sets import STATISTICS
 from runtime.files import sha256
-
-# --- Inception -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -33,14 +32,8 @@ def test_pool_and_logits_are_torch_fidelitys_without_bias(inception, theirs):
 
 def test_the_network_is_in_evaluation_mode_where_its_library_leaves_it_in_training(inception_file, monkeypatch):
     """torch-fidelity 0.3 did: then features would depend on the batch."""
-    library = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
-    begin = library.__init__
-
-    def begin_in_training(self, *args, **kwargs):
-        begin(self, *args, **kwargs)
-        self.train()
-
-    monkeypatch.setattr(library, "__init__", begin_in_training)
+    begin = Library.__init__
+    monkeypatch.setattr(Library, "__init__", lambda self, *args, **kwargs: (begin(self, *args, **kwargs), self.train())[0])
     assert not any(module.training for module in Inception(inception_file, torch.device("cpu")).network.modules())
 
 
@@ -79,16 +72,21 @@ def test_the_network_sees_tensorflow_1s_resize(inception):
             assert torch.allclose(seen["x"][0, :, i, j].double(), expected, atol=1e-4)
 
 
-def test_weights_are_found_in_the_cache_or_downloaded_to_it_once(tmp_path, monkeypatch, capsys):
-    (tmp_path / "server.pth").write_bytes(b"weights")
+def test_weights_are_found_in_the_cache_or_downloaded_to_it_once_and_no_others_are_taken(tmp_path, monkeypatch, capsys):
+    server = tmp_path / "server.pth"
+    server.write_bytes(b"weights")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(extractors, "INCEPTION_URL", f"file://{tmp_path}/server.pth")
-    with pytest.raises(OSError, match="incomplete"):
+    monkeypatch.setattr(extractors, "INCEPTION_URL", f"file://{server}")
+    with pytest.raises(OSError, match=r"cannot download .*incomplete"):
         inception_weights(None)
-    monkeypatch.setattr(extractors, "INCEPTION_SHA256", sha256(tmp_path / "server.pth"))
+    with pytest.raises(ValueError, match=f"`weights` .*server.pth is not {INCEPTION}.* {sha256(server)}.*{INCEPTION_SHA256}"):
+        inception_weights(str(server))
+    with pytest.raises(OSError, match=r"`weights` v.pth is not a file"):
+        inception_weights("v.pth")
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256", sha256(server))
     path = inception_weights(None)
     assert path == tmp_path / "checkpoints" / INCEPTION
-    (tmp_path / "server.pth").unlink()
+    server.unlink()
     assert inception_weights(None) == path
     assert capsys.readouterr().out.count("Downloading") == 2
 
@@ -97,9 +95,6 @@ def test_without_torch_fidelity_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     with pytest.raises(ValueError, match=r"pip install '\.\[eval\]'"):
         Inception(None, torch.device("cpu"))
-
-
-# --- without Inception ---------------------------------------------------------------------------
 
 
 def test_pixel_features_are_means_of_blocks():

@@ -10,14 +10,10 @@ from runtime.files import find_files, lock_folder, write_text
 
 
 def test_a_locked_folder_is_refused_to_a_second_process_until_the_first_one_ends(tmp_path):
-    code = f"""
-import sys, time; sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path
-from runtime.files import lock_folder
-lock_folder(Path({str(tmp_path)!r}), False, ""); print("locked", flush=True); time.sleep(60)"""
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(ROOT / "tests" / "other_process.py"), "hold_lock", str(tmp_path)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        assert holder.stdout.readline() == "locked\n"
+        assert holder.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=r"another process is at work in .*; wait for it"):
             lock_folder(tmp_path, False, "wait for it")
     finally:

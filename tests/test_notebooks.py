@@ -8,6 +8,8 @@ import matplotlib.pyplot as plt
 import pytest
 from conftest import ROOT
 
+from training import previews
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -16,11 +18,13 @@ def cells(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_every_cell_runs_and_draws(path, tiny_run, monkeypatch):
+def test_every_cell_runs_and_draws(path, tiny_run, photographs, monkeypatch):
     matplotlib.use("Agg")
     monkeypatch.chdir(path.parent)
     monkeypatch.setenv("DINEXT_CKPT", str(tiny_run))
-    monkeypatch.setenv("DINEXT_STEPS", "8")
+    monkeypatch.setenv("DINEXT_PHOTOS", str(photographs))
+    monkeypatch.setenv("DINEXT_STEPS", "4")
+    monkeypatch.setattr(previews, "PREVIEW_ROWS", 1)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # a run would keep Ctrl-C from pytest
     names, drawn = {}, []
     for cell in cells(path):

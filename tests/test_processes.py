@@ -1,11 +1,10 @@
 import re
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 from runtime.processes import fresh_store, start_world
 
@@ -41,24 +40,9 @@ def test_a_world_of_one_needs_no_torchrun(monkeypatch):
             start_world("cuda")
 
 
-ON_THE_CPU = """
-import resource, torch
-from runtime.processes import start_world
-torch.set_num_threads(2)
-start_world("cpu")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for r in range(12):
-    tensors = [torch.ones(2**18 * (1 + (3 * i + r) % 8)) for i in range(24)]  # 108 MiB
-    del tensors
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(torch.full((2**22,), 2e-39).mul(0.5).count_nonzero().item())
-"""
-
-
-def test_on_the_cpu_memory_is_kept_and_denormal_numbers_are_zero_in_all_threads():
+def test_on_the_cpu_memory_is_kept_and_denormal_numbers_are_zero_in_all_threads(tmp_path):
     """108 MiB are 27,648 pages, each of which is faulted in once. Without mallopt there are 240,000 faults."""
-    done = subprocess.run([sys.executable, "-c", ON_THE_CPU], cwd=ROOT, capture_output=True, text=True, check=True)
-    faults, denormals = map(int, done.stdout.split())
+    faults, denormals = map(int, run_script("tests/other_process.py", "measure_memory", cwd=tmp_path).stdout.split())
     assert faults < 60_000 or sys.platform != "linux"
     assert denormals == 0
 

@@ -1,7 +1,10 @@
-"""Which file may import which (the README's map), and that importing does nothing else."""
+"""Which file may import which (the README's map), and that importing is quick and does nothing else."""
 
 import ast
+import contextlib
 import importlib
+import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +24,10 @@ exported
 """.split()  # a file imports those that stand before it
 SCRIPTS = ["train", "sample", "sample_ddp", "extract_features", "evaluate", "export"]
 BENCHMARKS = [f"benchmarks/{path.stem}" for path in (ROOT / "benchmarks").glob("*.py")]
+PARSERS = sorted(name.replace("/", ".") for name in [*SCRIPTS, *BENCHMARKS]
+                 if "build_parser())" in (ROOT / f"{name}.py").read_text())
+SLOW = {"timm", "torchvision", "diffusers", "transformers", "huggingface_hub", "scipy", "sklearn", "matplotlib", "sympy",
+        "torch._dynamo", "torch._inductor", "torch.onnx", "torch.distributed.fsdp", "torch_fidelity", "wandb", "mlflow"}
 LINES = {"models": 800}  # at most; any other file 350
 
 
@@ -64,21 +71,43 @@ def test_files_are_short():
     assert not {name: count for name, count in lines.items() if count > LINES.get(name, 350)}
 
 
-def test_importing_has_no_global_effects():
-    """Threads, seeds, grad mode and TF32 do not change."""
-    subprocess.run([sys.executable, __file__], cwd=ROOT, check=True)
+def test_importing_has_no_global_effects_and_no_script_imports_what_is_slow_before_it_needs_it():
+    """Threads, seeds, grad mode and TF32 stay. What `import torch` alone imports is not counted."""
+    listed = subprocess.run([sys.executable, __file__], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert json.loads(listed) == {script: [[0, 2], []] for script in PARSERS} | {"changed": []}
+    assert len(PARSERS) >= len(SCRIPTS)
+
+
+# --- in a process of its own -----------------------------------------------------------------------
+
+
+def exit_codes(script):
+    """Of --help and of a wrong flag."""
+    parser, codes = importlib.import_module(script).build_parser(), []
+    for flag in ("--help", "--no-such-flag"):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                parser.parse_args([flag])
+            except SystemExit as exit:
+                codes.append(exit.code)
+    return codes
+
+
+def settings():
+    return {"seed": torch.initial_seed(), "grad": torch.is_grad_enabled(), "threads": torch.get_num_threads(),
+            "dtype": torch.get_default_dtype(), "cudnn": torch.backends.cudnn.allow_tf32,
+            "matmul": torch.backends.cuda.matmul.allow_tf32}
 
 
 if __name__ == "__main__":
     import torch
 
-    def settings():
-        return (torch.initial_seed(), torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype(),
-                torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
-
     sys.path[0] = str(ROOT)
-    before = settings()
-    for module in [*ORDER, *SCRIPTS]:
+    before, already, found = settings(), SLOW & set(sys.modules), {}
+    for script in PARSERS:
+        found[script] = [exit_codes(script), sorted(SLOW & set(sys.modules) - already)]
+    for module in ORDER:
         if module != "exported":  # a pipeline of diffusers, whose source export.py copies
             importlib.import_module(module.removesuffix("/__init__").replace("/", "."))
-    assert settings() == before
+    after = settings()
+    print(json.dumps(found | {"changed": [name for name in before if before[name] != after[name]]}))
