@@ -40,8 +40,10 @@ def create_diffusion(
         diffusion_steps: T of the process before respacing.
         objective: what the network predicts, a key of OBJECTIVES: "epsilon", "x0", "v", or "flow", the velocity of the
             straight path.
-        objective_args: further parameters of the objective's factory, `gaussian` or `straight_path` below. What the factory
-            does not name must have its default.
+        objective_args: further parameters of the objective's factory, `gaussian` or `straight_path` below.
+
+    Raises:
+        UserError: a value is not allowed, or the objective's factory does not take an argument that is not at its default.
     """
     supported = supported_arguments(objective)
     if not isinstance(diffusion_steps, int) or diffusion_steps < 1:
@@ -97,7 +99,8 @@ OBJECTIVES: dict[str, Callable[..., Process]] = {"epsilon": gaussian, "x0": gaus
 def supported_arguments(objective: str) -> list[str]:
     """The names that create_diffusion accepts with an objective: three with any, and those in its factory's signature."""
     if objective not in OBJECTIVES:
-        raise UserError(f"objective {objective!r} is unknown; allowed: {', '.join(OBJECTIVES)}")
+        raise UserError(f"objective {objective!r} is unknown; allowed: {', '.join(OBJECTIVES)}. Register your own first, as "
+                        "docs/extending.md shows")
     names = dict.fromkeys(["objective", "diffusion_steps", "learn_sigma", *inspect.signature(OBJECTIVES[objective]).parameters])
     return [name for name in names if name != "timesteps"]
 

@@ -5,18 +5,20 @@ import socket
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusion import OBJECTIVES, create_diffusion, is_default, supported_arguments
+from diffusion import OBJECTIVES, create_diffusion, supported_arguments
 from diffusion.process import Network, Process, check
 from pipeline import checkpoint
 from pipeline.autoencoders import Pixels
 from pipeline.generation import Sampling, check_thresholding
-from pipeline.spec import BareWeights, ModelSpec, SamplingSettings, Spec, constructor_of, defaults_of, normal_name
+from pipeline.settings import SamplingSettings
+from pipeline.spec import BareWeights, ModelSpec, Spec, constructor_of, defaults_of, normal_name
 from runtime import UserError
 from runtime.cli import WRONG_VALUE, check_arguments, prefix_errors
 from runtime.files import is_restart, lock_folder, sha256_file, write_text
@@ -32,6 +34,14 @@ SHOWN = 10  # names listed in a message
 # --- flags -> Spec -----------------------------------------------------------------------------------
 
 
+@dataclass
+class TrainerArgs:
+    """The entries of --diffusion-args that are not of create_diffusion."""
+
+    label_drop: float = 0.1                                  # share of labels that become the null class in training
+    sampling: dict[str, Any] = field(default_factory=dict)   # over what the process recommends
+
+
 def build_run_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[str, Any], data: TrainingData,
                    autoencoder: nn.Module) -> tuple[Spec, float]:
     """The Spec of a network to be trained, every argument checked, and the share of labels to drop.
@@ -39,17 +49,16 @@ def build_run_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[
     Args:
         model: a name in NETWORKS.
         model_args: of its constructor, over its preset's.
-        diffusion_args: of create_diffusion and of the objective's factory; `label_drop` (0.1); `sampling`, over what the
-            process recommends.
+        diffusion_args: of create_diffusion, of the objective's factory, and of TrainerArgs.
     """
     if model in Autoencoder_models:
         return build_autoencoder_spec(model, model_args, diffusion_args, data, autoencoder), 0.0
-    given = {"label_drop": 0.1, "sampling": {}} | diffusion_args
-    label_drop, sampling = given.pop("label_drop"), given.pop("sampling")
     with prefix_errors("`diffusion_args`:", *WRONG_VALUE):
-        if not isinstance(label_drop, int | float) or not 0 <= label_drop <= 1:
+        given = {name: diffusion_args[name] for name in ("label_drop", "sampling") if name in diffusion_args}
+        label_drop, sampling = astuple(TrainerArgs(**check_arguments(TrainerArgs, given)))
+        if not 0 <= label_drop <= 1:
             raise UserError(f"label_drop {label_drop} is not in 0..1")
-        diffusion = check_objective_arguments(given)
+        diffusion = check_objective_arguments({name: diffusion_args[name] for name in diffusion_args if name not in given})
         process = create_diffusion("", **diffusion)
         check(process, Process, "a process needs")
     with prefix_errors("`vae`"):
@@ -69,17 +78,21 @@ def build_run_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[
 
 
 def check_objective_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Check names and types against create_diffusion and the objective's factory. Returns the arguments, converted."""
+    """Check names and types against create_diffusion and the objective's factory. Returns the arguments, converted.
+
+    A parameter of another objective is left to create_diffusion, which accepts only its default.
+    """
     common = defaults_of(create_diffusion)
     del common["timestep_respacing"]  # the sampler's
     checked = check_arguments(create_diffusion, {name: value for name, value in arguments.items() if name in common})
     objective = checked.get("objective", common["objective"])
     supported = supported_arguments(objective)
-    further = {name: value for name, value in arguments.items()
-               if name not in common and (name in supported or not is_default(name, value))}
+    elsewhere = {name for other in OBJECTIVES for name in supported_arguments(other)} - {*supported, *common}
+    further = {name: value for name, value in arguments.items() if name not in {*common, *elsewhere}}
     with prefix_errors(f"objective {objective!r}:"):
-        return checked | check_arguments(OBJECTIVES[objective], further, {"timesteps", *common},
-                                         (*(name for name in supported if name in common), "label_drop", "sampling"))
+        further = check_arguments(OBJECTIVES[objective], further, {"timesteps", *common},
+                                  (*(name for name in supported if name in common), "label_drop", "sampling"))
+    return checked | further | {name: arguments[name] for name in arguments if name in elsewhere}
 
 
 def build_autoencoder_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[str, Any], data: TrainingData,

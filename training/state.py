@@ -14,6 +14,11 @@ from runtime import UserError
 from runtime.processes import CommonError
 
 
+# What a line of the log holds beside the scalars of training_losses.
+LOGGED = ("step", "time", "epoch", "samples", "loss_moving_mean", "skipped_steps", "lr", "grad_norm", "memory_gib",
+          "images_per_second", "data_wait_share")
+
+
 @dataclass
 class OptimizerArgs:
     """train.py's --optimizer-args: AdamW, the schedule of its learning rate, and when a run ends early."""
@@ -140,7 +145,7 @@ class LossMeter(nn.Module):
         skip = (~(loss.isfinite() & grad_norm.isfinite())).float()
         for name in [name for name in losses if name != "loss"]:
             if name not in self.terms:
-                self.register_buffer(self.TERM + name, loss.new_zeros(2))
+                self.add_term(name, loss)
             self.terms[name].add_(torch.where(skip > 0, 0.0, torch.stack([losses[name], torch.ones_like(loss)])))
         loss = torch.where(skip > 0, 0.0, loss)
         self.total += loss
@@ -152,15 +157,21 @@ class LossMeter(nn.Module):
         self.longest_streak.copy_(torch.maximum(self.longest_streak, self.streak))
         return skip
 
+    def add_term(self, name: str, like: Tensor) -> None:
+        if "." in name or name in LOGGED:
+            raise UserError(f"training_losses returns a scalar named {name!r}; names must have no dot and differ from "
+                            f"{', '.join(LOGGED)}")
+        self.register_buffer(self.TERM + name, like.new_zeros(2))
+
     def reset_streak(self) -> None:
         """Reset the count of consecutive skips: steps skipped before a restart must not end the run after it."""
         self.streak.zero_()
         self.longest_streak.zero_()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Terms that the state lacks, as an older checkpoint's does, start at zero."""
-        for name in [name for name in state if name not in self.state_dict()]:
-            self.register_buffer(name, torch.zeros_like(state[name], device=self.total.device))
+        """Load the state of a checkpoint into a new meter. An older checkpoint has no terms: they start at zero."""
+        for name in state.keys() - self.state_dict().keys():
+            self.add_term(name.removeprefix(self.TERM), self.total)
         super().load_state_dict(state)
 
     def read(self, max_skipped_steps: int) -> dict[str, float]:
