@@ -1,7 +1,4 @@
-"""What tests do in another process, one function each, started by name:
-
-    python tests/other_process.py NAME [arguments]      # also under torchrun
-"""
+"""sample_ddp.py, slowed down, killed or measured: python tests/other_process.py FUNCTION [flags], also under torchrun."""
 
 import os
 import signal
@@ -12,32 +9,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from runtime import cli, files, log
+from runtime import cli, log
 
 RANK = os.environ.get("RANK", "0")
-
-
-def die_while_saving(folder):
-    """Save 0000002.pt and be killed in the middle of writing."""
-    from pipeline import checkpoint
-
-    def die_half_way(state, file):
-        file.write(b"PK half a checkpoint")
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    torch.save = die_half_way
-    checkpoint.save(Path(folder) / "0000002.pt", {"step": 2})
-
-
-def hold_lock(folder):
-    """Lock a folder, print "held" and wait."""
-    files.lock_folder(Path(folder), False, "")
-    print("held", flush=True)
-    time.sleep(60)
-
-
-# --- sample_ddp.py -------------------------------------------------------------------------------
 
 
 def sample_slowly_on_rank_1(*flags):
