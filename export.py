@@ -99,7 +99,9 @@ def write_diffusers(restored: checkpoint.Restored, folder: Path) -> None:
     """A pipeline for diffusers, with the code that it needs."""
     spec, sampling = restored.spec, Sampling.of(restored.spec)
     scheduler, timesteps = scheduler_of(sampling.settings, sampling.process, spec.diffusion)
-    autoencoder, settings, source = in_diffusers(spec), sampling.settings, network_source(spec.model.class_name)
+    autoencoder, settings, source = open_autoencoder(spec), sampling.settings, network_source(spec.model.class_name)
+    if not isinstance(autoencoder, Pixels | SDVAE):
+        raise UserError(f"diffusers has no autoencoder like the model's, {spec.vae}; --format dinext takes it")
     index = {
         "_class_name": ["pipeline", "DiNextPipeline"], "network": ["network", "Network"],
         "scheduler": ["diffusers", scheduler["_class_name"]],
@@ -129,14 +131,6 @@ def open_autoencoder(spec: Spec) -> torch.nn.Module:
     with cli.prefix_errors("the checkpoint's autoencoder:"):
         autoencoder = load_autoencoder(spec.vae, statistics=spec.statistics)
         check_autoencoder(autoencoder, spec)
-    return autoencoder
-
-
-def in_diffusers(spec: Spec) -> Pixels | SDVAE:
-    """The autoencoder. Raises UserError if diffusers has none of its kind."""
-    autoencoder = open_autoencoder(spec)
-    if not isinstance(autoencoder, Pixels | SDVAE):
-        raise UserError(f"diffusers has no autoencoder like the model's, {spec.vae}; --format dinext takes it")
     return autoencoder
 
 

@@ -101,11 +101,10 @@ def name_of(restored: checkpoint.Restored, sampling: Sampling, args: Namespace) 
 def record_of(restored: checkpoint.Restored, autoencoder: nn.Module, sampling: Sampling, args: Namespace) -> dict[str, Any]:
     """All settings that the images depend on, as in NAME.json."""
     spec = restored.spec
-    record = {
-        "checkpoint": restored.name, "checkpoint_sha256": restored.sha256(), "model": spec.model.name,
-        "image_size": spec.image_size, "vae": spec.vae, "vae_identity": autoencoder.identity(),
-        "images": args.num_fid_samples, "seed": args.global_seed, "labels": "balanced" if args.balanced else "random",
-        "tf32": args.tf32, "compile": args.compile}
+    record = {"checkpoint": restored.name, "checkpoint_sha256": restored.sha256(), "model": spec.model.name,
+              "image_size": spec.image_size, "vae": spec.vae, "vae_identity": autoencoder.identity(),
+              "images": args.num_fid_samples, "seed": args.global_seed, "labels": "balanced" if args.balanced else "random",
+              "tf32": args.tf32, "compile": args.compile}
     if args.objective not in (None, "epsilon"):  # of bare weights, which do not state it
         record["objective"] = args.objective
     if spec.statistics:  # of the latents; not always from the file of the weights

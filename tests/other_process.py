@@ -14,10 +14,6 @@ from runtime import cli, log
 RANK = os.environ.get("RANK", "0")
 
 
-def sample_slowly_on_rank_1(*flags):
-    sample_ddp_with(lambda batch: time.sleep(2.0 if RANK == "1" else 0.1), flags)
-
-
 def sample_and_lose_rank_1(*flags):
     """Rank 1 is killed at its second batch."""
     sample_ddp_with(lambda batch: time.sleep(0.3) or (RANK == "1" and batch == 2 and os.kill(os.getpid(), signal.SIGKILL)),
@@ -34,7 +30,7 @@ def sample_and_measure_memory(*flags):
 
 
 def sample_ddp_with(before_batch, flags):
-    """Run sample_ddp.py, with a call before each batch of this process: 1, 2, … The file drew-RANK counts them."""
+    """Run sample_ddp.py, with a call before each batch of this process: 1, 2, …"""
     import sample_ddp
 
     generate, batches = sample_ddp.generate, []
@@ -46,7 +42,6 @@ def sample_ddp_with(before_batch, flags):
 
     sample_ddp.generate, sys.argv = generate_after, ["sample_ddp.py", *flags]
     cli.run(sample_ddp.main, sample_ddp.build_parser())
-    Path(f"drew-{RANK}").write_text(str(len(batches)))
 
 
 if __name__ == "__main__":

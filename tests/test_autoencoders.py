@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, assert_one_line, read_metrics, run_script, train_here
+from conftest import TINY_RUN, assert_close, assert_one_line, read_metrics, run_script, train_here
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -26,10 +26,9 @@ def test_pixels_are_the_image():
     x = torch.rand(2, 1, 8, 6) * 2 - 1
     assert pixels.latent_shape((8, 6), 1) == (1, 8, 6)
     assert torch.equal(pixels.decode(pixels.encode(x, torch.randn_like(x))), x)
-    assert pixels.decode(torch.tensor([2.0])).item() == 1
 
 
-def test_sd_vae_scales_as_its_config_says(tiny_vae, tmp_path, monkeypatch, capfd):
+def test_sd_vae_scales_as_its_config_says(tiny_vae, tmp_path, monkeypatch):
     vae = load_autoencoder(str(tiny_vae)).vae
     vae.register_to_config(scaling_factor=2.0, shift_factor=0.5)
     vae.save_pretrained(tmp_path / "shifted")
@@ -44,18 +43,9 @@ def test_sd_vae_scales_as_its_config_says(tiny_vae, tmp_path, monkeypatch, capfd
         assert torch.allclose(autoencoder.encode(x, noise), (posterior.mean + posterior.std * noise - shift) * scale)
         assert torch.allclose(autoencoder.encode(x), (posterior.mean - shift) * scale)
         assert torch.allclose(autoencoder.decode(noise), autoencoder.vae.decode(noise / scale + shift).sample.clamp(-1, 1))
-    assert capfd.readouterr().err == ""
-
-
-def test_the_vae_computes_in_channels_last_and_its_identity_is_that_of_the_weights(tiny_vae):
-    autoencoder, seen = load_autoencoder(str(tiny_vae)), []
-    for part in (autoencoder.vae.encoder, autoencoder.vae.decoder):
-        part.conv_in.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    autoencoder.decode(autoencoder.encode(torch.zeros(2, 3, 32, 16)))
-    assert [x.is_contiguous(memory_format=torch.channels_last) for x in seen] == [True, True]
     identity = autoencoder.identity()
     autoencoder.vae.to(memory_format=torch.contiguous_format)
-    assert autoencoder.identity() == identity
+    assert autoencoder.identity() == identity  # of the weights, whatever their memory format
 
 
 def test_wrong_autoencoders_and_sizes_are_refused(tiny_vae, tmp_path, monkeypatch):
@@ -151,13 +141,12 @@ def test_it_serves_as_vae_everywhere(trained, tmp_path, run_here):
 @pytest.mark.slow
 def test_two_processes_train_an_autoencoder_as_one_does(trained, tmp_path):
     run_script("train.py", *STEPS_30, "--run-name", "two", cwd=tmp_path, nproc=2)
-    first, second = (read_metrics(folder) for folder in (trained, tmp_path / "results" / "two"))
-    for a, b in zip(first, second, strict=True):
+    two = tmp_path / "results" / "two"
+    for a, b in zip(read_metrics(trained), read_metrics(two), strict=True):
         for key in a.keys() & {"loss", "val_loss", "val_psnr_ema", "val_ssim_ema", "grad_norm"}:
             assert a[key] == pytest.approx(b[key], rel=1e-3), (key, a, b)
-    pictures = [np.asarray(Image.open(folder / "previews" / "0000030.png")).astype(int)
-                for folder in (trained, tmp_path / "results" / "two")]
-    assert np.abs(pictures[0] - pictures[1]).max() <= 2
+    one, other = (np.asarray(Image.open(folder / "previews" / "0000030.png")).astype(int) for folder in (trained, two))
+    assert np.abs(one - other).max() <= 2
 
 
 def test_wrong_uses_of_an_autoencoder_are_one_line(trained, tiny_run, run_here):
@@ -186,16 +175,16 @@ def test_other_weights_of_the_autoencoder_are_noticed_and_another_place_is_not(t
 
 
 def test_features_are_cached_with_it(trained, tmp_path, run_here, photographs):
-    flags = ["--data-path", photographs / "train", "--image-size", 16, "--max-steps", 2, "--global-batch-size", 4]
-    assert run_here(train, *AUTOENCODER, *flags, "--run-name", "colour").returncode == 0
-    vae = ["--vae", "results/colour"]
-    assert run_here(extract_features, "--data-path", photographs / "train", "--image-size", 16, *vae, "--features-path", "f",
-                    "--num-workers", 0, "--device", "cpu").returncode == 0
-    autoencoder = load_autoencoder("results/colour")
+    data = ["--data-path", photographs / "train", "--image-size", 16]
+    assert run_here(train, *AUTOENCODER, *data, "--max-steps", 2, "--global-batch-size", 4, "--run-name", "a").returncode == 0
+    assert run_here(extract_features, *data, "--vae", "results/a", "--features-path", "f", "--num-workers", 0, "--device",
+                    "cpu").returncode == 0
     images = load_dataset(str(photographs / "train"), 16).__getitems__(Rows.plain(np.arange(6)))[0]
+    latents = load_autoencoder("results/a").encode(to_unit_range(images))
     moments = torch.from_numpy(np.load("f/moments.npy"))
-    assert torch.allclose(moments[:, 0].chunk(2, dim=1)[0].float(), autoencoder.encode(to_unit_range(images)), atol=2e-3)
-    assert run_here(train, *LATENTS, "--data-path", "f", *vae, "--max-steps", 2, "--global-batch-size", 4).returncode == 0
+    assert torch.allclose(moments[:, 0].chunk(2, dim=1)[0].float(), latents, atol=2e-3)
+    assert run_here(train, *LATENTS, "--data-path", "f", "--vae", "results/a", "--max-steps", 2, "--global-batch-size",
+                    4).returncode == 0
 
 
 # --- scales, other kinds and files -----------------------------------------------------------------
@@ -217,12 +206,11 @@ def test_statistics_in_a_config_are_honoured(tmp_path):
     vae = kl(tmp_path, latents_mean=mean, latents_std=std, scaling_factor=0.7)
     ours, x = load_autoencoder(str(tmp_path)), torch.rand(2, 3, 8, 8) * 2 - 1
     z = vae.encode(x).latent_dist.mean
-    wide = [torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std)]
-    torch.testing.assert_close(ours.encode(x), (z - wide[0]) * 0.7 / wide[1])
-    torch.testing.assert_close(ours.decode(ours.encode(x)), vae.decode(z).sample.clamp(-1, 1), rtol=1e-4, atol=1e-5)
-    assert ours.identity()["latents_mean"] == mean
+    wide_mean, wide_std = (torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std))
+    assert_close(ours.encode(x), (z - wide_mean) * 0.7 / wide_std)
+    assert_close(ours.decode(ours.encode(x)), vae.decode(z).sample.clamp(-1, 1))
     given = load_autoencoder(str(tmp_path), statistics=([1.0] * 4, [3.0] * 4))  # those of features go before
-    torch.testing.assert_close(given.encode(x), (z - 1) / 3)
+    assert_close(given.encode(x), (z - 1) / 3)
     assert given.spec == {"vae": str(tmp_path), "latents_mean": [1.0] * 4, "latents_std": [3.0] * 4}
     with pytest.raises(UserError, match="must be 4 numbers each"):
         load_autoencoder(str(tmp_path), statistics=([1.0], [3.0]))
@@ -238,12 +226,11 @@ def test_an_autoencoder_dc_has_one_latent_an_image(tmp_path):
                         decoder_qkv_multiscales=((), (), ()), scaling_factor=0.3, downsample_block_type="pixel_unshuffle",
                         upsample_block_type="pixel_shuffle").eval()
     vae.save_pretrained(tmp_path)
-    ours, x = load_autoencoder(str(tmp_path)), torch.rand(2, 3, 16, 16) * 2 - 1
-    assert ours.latent_shape((16, 16), 3) == (8, 4, 4)
+    ours, x, noise = load_autoencoder(str(tmp_path)), torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 8, 4, 4)
+    assert ours.latent_shape((16, 16), 3) == noise.shape[1:]
     z = vae.encode(x).latent
-    torch.testing.assert_close(ours.encode(x, torch.randn(2, 8, 4, 4)), 0.3 * z)
-    torch.testing.assert_close(ours.sample(ours.moments(x), torch.randn(2, 8, 4, 4)), 0.3 * z)
-    torch.testing.assert_close(ours.decode(0.3 * z), vae.decode(z).sample.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+    assert_close(ours.encode(x, noise), 0.3 * z)
+    assert_close(ours.decode(0.3 * z), vae.decode(z).sample.clamp(-1, 1))
     assert not ours.stochastic
 
 
@@ -270,18 +257,15 @@ def test_a_file_of_ldm_is_the_autoencoder_kl_in_it(tmp_path):
     """With attention at its lowest resolution, as VA-VAE has."""
     vae = kl(tmp_path / "kl", down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"], block_out_channels=[32, 64],
              up_block_types=["AttnUpDecoderBlock2D", "UpDecoderBlock2D"])
-    state = ldm_names(vae.state_dict(), 2)
-    assert "decoder.up.0.block.0.norm1.weight" in state
-    assert "encoder.down.1.attn.0.q.weight" in state
-    torch.save({"state_dict": state | {"loss.logvar": torch.zeros(1)}}, tmp_path / "vavae.pt")
-    statistics = ([0.5] * 4, [2.0] * 4)
-    ours, x = load_autoencoder(str(tmp_path / "vavae.pt"), statistics=statistics), torch.rand(2, 3, 8, 8) * 2 - 1
+    path = str(tmp_path / "vavae.pt")
+    torch.save({"state_dict": ldm_names(vae.state_dict(), 2) | {"loss.logvar": torch.zeros(1)}}, path)
+    ours, x = load_autoencoder(path, statistics=([0.5] * 4, [2.0] * 4)), torch.rand(2, 3, 8, 8) * 2 - 1
     z = vae.encode(x).latent_dist.mean
-    torch.testing.assert_close(ours.encode(x), (z - 0.5) / 2, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours.decode(ours.encode(x)), vae.decode(z).sample.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+    assert_close(ours.encode(x), (z - 0.5) / 2)
+    assert_close(ours.decode(ours.encode(x)), vae.decode(z).sample.clamp(-1, 1))
     assert ours.latent_shape((16, 16), 3) == (4, 8, 8)
     with pytest.raises(UserError, match=r"scale of its latents.*`normalise`"):
-        load_autoencoder(str(tmp_path / "vavae.pt"))
+        load_autoencoder(path)
 
 
 def test_other_files_and_folders_are_refused(tmp_path):

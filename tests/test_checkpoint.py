@@ -12,8 +12,6 @@ from pipeline import checkpoint
 from pipeline.spec import BareWeights
 from runtime import UserError
 
-# --- files ---------------------------------------------------------------------------------------
-
 
 def test_a_checkpoint_is_whole_or_absent_when_the_writer_dies(tmp_path, monkeypatch):
     """Killed in the middle of writing, the writer leaves the old file readable and nothing under a checkpoint's name."""
@@ -78,9 +76,6 @@ def test_a_missing_file_and_one_without_weights_are_named(tmp_path):
             checkpoint.find_model(tmp_path / "x.pt")
 
 
-# --- DiT's files ---------------------------------------------------------------------------------
-
-
 def test_bare_published_weights_load_strictly_with_dits_defaults(tmp_path, tiny_preset):
     torch.save(tiny_preset, tmp_path / "bare.pt")
     restored = checkpoint.restore(tmp_path / "bare.pt", BareWeights(model="DiT-tiny", image_size=64, num_classes=10))
@@ -100,23 +95,20 @@ def test_a_file_of_dits_own_trainer_loads_with_its_flags(tmp_path, tiny_preset):
     assert torch.equal(restored.model.state_dict()["pos_embed"], tiny_preset["pos_embed"])
 
 
-def test_weights_of_another_architecture_are_refused(tmp_path, tiny_preset):
-    torch.save(tiny_preset, tmp_path / "bare.pt")
-    with pytest.raises(UserError, match=r"another architecture \(143 differences"):
-        checkpoint.restore(tmp_path / "bare.pt", BareWeights(model="DiNext-S/2", image_size=64, num_classes=10))
-    with pytest.raises(UserError, match=r"y_embedder\.embedding_table\.weight"):
-        checkpoint.restore(tmp_path / "bare.pt", BareWeights(model="DiT-tiny", image_size=64, num_classes=7))
-
-
-def test_flags_must_agree_with_what_a_checkpoint_says_of_itself(gaussian_run):
+def test_other_weights_and_flags_are_refused(tmp_path, tiny_preset, gaussian_run):
+    path = tmp_path / "bare.pt"
+    torch.save(tiny_preset, path)
     assert checkpoint.restore(gaussian_run, BareWeights("DiT-S/2", 8, 5)).name == "g"
-    for wrong in (dict(model="DiT-B/2"), dict(image_size=256), dict(num_classes=1000)):
-        (name, value), = wrong.items()
-        with pytest.raises(UserError, match=f"`{name}` {value} contradicts"):
-            checkpoint.restore(gaussian_run, BareWeights(**wrong))
-    for wrong in (dict(image_size=64), dict(model="DiNext-S/2")):  # only DiT-XL/2 at the published sizes needs no file
-        with pytest.raises(UserError, match="`ckpt` is needed"):
-            checkpoint.restore(None, BareWeights(**wrong))
+    for ckpt, bare, words in (
+            (path, BareWeights("DiNext-S/2", 64, 10), r"another architecture \(143 differences"),
+            (path, BareWeights("DiT-tiny", 64, 7), r"y_embedder\.embedding_table\.weight"),
+            (gaussian_run, BareWeights(model="DiT-B/2"), "`model` DiT-B/2 contradicts"),
+            (gaussian_run, BareWeights(image_size=256), "`image_size` 256 contradicts"),
+            (gaussian_run, BareWeights(num_classes=1000), "`num_classes` 1000 contradicts"),
+            (None, BareWeights(image_size=64), "`ckpt` is needed"),  # only DiT-XL/2 at the published sizes needs no file
+            (None, BareWeights(model="DiNext-S/2"), "`ckpt` is needed")):
+        with pytest.raises(UserError, match=words):
+            checkpoint.restore(ckpt, bare)
 
 
 def test_published_names_are_downloaded_once_to_the_cache(tmp_path, monkeypatch, capsys):

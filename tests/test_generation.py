@@ -96,13 +96,6 @@ def test_thresholding_replaces_clipping(gaussian_run, monkeypatch):
     assert torch.equal(plain, draw(gaussian_run, [1, 2], sampler="ddim", dynamic_thresholding=True))
 
 
-def test_bf16_draws_nearly_the_same(gaussian_run):
-    exact = draw(gaussian_run, [1, 2])
-    rounded = draw(gaussian_run, [1, 2], precision="bf16")
-    assert not torch.equal(exact, rounded)
-    assert (exact.float() - rounded.float()).abs().mean() < 4
-
-
 def test_input_scale_is_undone_before_decoding():
     class Knows(torch.nn.Module):
         """Predicts the x_0 of one picture, at the scale of the process."""
@@ -119,9 +112,6 @@ def test_input_scale_is_undone_before_decoding():
     sampling, model = Sampling(SamplingSettings(sampler="ddim", cfg_channels=1), process, ddim), Knows()
     images = generate(model, Pixels(), [0, 0], range(2), 0, sampling)
     assert torch.equal(images, to_uint8(model.picture.detach()).expand(2, -1, -1, -1))
-
-
-# --- wrong settings ------------------------------------------------------------------------------
 
 
 def test_settings_that_a_network_does_not_allow_are_refused(gaussian_run, tiny_run):

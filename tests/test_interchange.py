@@ -1,10 +1,7 @@
-"""What others publish, against formulas written out here and against diffusers."""
-
 import argparse
 import copy
 import json
 import math
-import pickle
 from dataclasses import replace
 from functools import partial
 
@@ -96,30 +93,26 @@ def read(weights, bare=BareWeights(), **flags):
     return interpret(Source("published.pt", weights, {"args": argparse.Namespace(**flags)} if flags else {}), bare)
 
 
-def restored(tmp_path, state, **bare):
-    torch.save(state, tmp_path / "published.pt")
-    return checkpoint.restore(tmp_path / "published.pt", BareWeights("DiT-tiny", 64, 10, **bare))
-
-
-def assert_equal(found, expected, rtol=1e-5):
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-5 * expected.abs().max().item())
+def assert_equal(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 # --- SiT, REPA -------------------------------------------------------------------------------------
 
 
-def test_sits_network_is_ours_with_time_and_sign_reversed(tmp_path):
+def test_sits_and_repas_networks_are_ours(tmp_path):
     """SiT: x_s = s x_1 + (1 - s) x_0 from noise x_0 to data x_1; u = x_1 - x_0. Ours: noise - data at t = 1 - s."""
-    weights, (x, s, y) = random_weights(learn_sigma=True), batch()
-    ours = restored(tmp_path, weights, objective="sit")
-    assert_equal(ours.model(x, 1000 * (1 - s), y), -written_out(weights, x, s, y)[:, :4])
+    path, (x, t, y) = tmp_path / "published.pt", batch()
+    weights = random_weights(learn_sigma=True)
+    torch.save(weights, path)
+    ours = checkpoint.restore(path, BareWeights("DiT-tiny", 64, 10, objective="sit"))
+    assert_equal(ours.model(x, 1000 * (1 - t), y), -written_out(weights, x, t, y)[:, :4])
     sampling = ours.spec.sampling
     assert (sampling.sampler, sampling.num_sampling_steps, sampling.cfg_channels) == ("heun", "125", 3)
 
-
-def test_repas_network_is_ours(tmp_path):
-    weights, (x, t, y) = random_weights(learn_sigma=False), batch()
-    ours = restored(tmp_path, {"ema": weights | {"projectors.0.0.weight": torch.ones(3, 3)}})  # nobody says that it is REPA's
+    weights = random_weights(learn_sigma=False)
+    torch.save({"ema": weights | {"projectors.0.0.weight": torch.ones(3, 3)}}, path)  # nobody says that it is REPA's
+    ours = checkpoint.restore(path, BareWeights("DiT-tiny", 64, 10))
     assert_equal(ours.model(x, 1000 * t, y), written_out(weights, x, t, y))
     sampling = ours.spec.sampling
     assert (sampling.sampler, sampling.cfg_scale, sampling.guidance_interval) == ("euler", 1.8, (0, 700))
@@ -132,14 +125,11 @@ def test_the_flags_of_a_trainer_tell_what_it_trained():
     spec = read(weights, **sit).spec
     assert (spec.model.name, spec.model.args["time_scale"], spec.vae) == ("DiT-tiny", 1e-3, "ema")
     assert spec.diffusion == {"objective": "flow"}
-    with pytest.raises(UserError, match="`objective` repa contradicts the file, whose format is SiT"):
-        read(weights, BareWeights(objective="repa"), **sit)
     with pytest.raises(UserError, match="path_type is GVP; only linear"):
         read(weights, **sit | dict(path_type="GVP"))
     repa = dict(model="SiT-tiny", resolution=64, num_classes=10, path_type="linear", prediction="v", qk_norm=False)
-    for found in (weights, weights | {"projectors.0.0.weight": torch.ones(2, 2)}):
-        spec = read(found, **repa).spec
-        assert (spec.image_size, spec.sampling.cfg_scale) == ((64, 64), 1.8)  # not SiT's
+    spec = read(weights, **repa).spec
+    assert (spec.image_size, spec.sampling.cfg_scale) == ((64, 64), 1.8)  # not SiT's
 
 
 def test_what_is_assumed_is_said_and_what_contradicts_the_file_is_refused():
@@ -243,7 +233,7 @@ def test_a_diffusers_folder_is_the_dit_in_it(folder, pipeline):
         block.norm1.emb.time_proj.downscale_freq_shift = 0
         block.norm3.eps = 1e-6
     expected = transformer(x, 1000 * t, y).sample
-    assert_equal(ours.model(x, 1000 * t, y), expected, rtol=1e-4)
+    assert_equal(ours.model(x, 1000 * t, y), expected)
     assert (before - expected).norm() > 0.01 * expected.norm()  # what the 127 costs: it is not our mapping that hides it
     spec = ours.spec
     assert spec.classes[3] == "thing 3, whatsit 3"
@@ -253,20 +243,16 @@ def test_a_diffusers_folder_is_the_dit_in_it(folder, pipeline):
     assert ours.name == "published"
 
 
-def test_a_bin_file_as_published_is_read_and_no_code_in_it(folder):
+def test_a_bin_file_as_published_is_read(folder):
     from safetensors.torch import load_file
 
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    state = load_file(weights)
     expected = checkpoint.restore(folder).model.state_dict()
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
-    torch.save(state, weights.with_suffix(".bin"))
     edit(folder / "transformer" / "config.json", _class_name="Transformer2DModel")  # as the published ones say
     found = checkpoint.restore(folder).model.state_dict()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
-    weights.with_suffix(".bin").write_bytes(pickle.dumps({"x": print}, protocol=2))
-    with pytest.raises(ValueError, match="nothing was executed"):
-        checkpoint.restore(folder)
 
 
 def test_other_folders_are_refused(folder):
@@ -303,8 +289,7 @@ def test_folders_that_lack_something_are_refused(folder):
 
 
 def test_schedulers_and_predictions():
-    base = SCHEDULER | dict(prediction_type="v_prediction")
-    assert interchange.diffusion_of(base, False)["objective"] == "v"
+    assert interchange.diffusion_of(SCHEDULER | dict(prediction_type="v_prediction"), False)["objective"] == "v"
     cosine = dict(beta_schedule="squaredcos_cap_v2", num_train_timesteps=400)
     assert interchange.diffusion_of(cosine, True) == dict(
         noise_schedule="squaredcos_cap_v2", diffusion_steps=400, objective="epsilon", learn_sigma=True)
