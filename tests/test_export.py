@@ -179,8 +179,8 @@ CASES = {
                                              dict(sampler="ddpm")),
     "ConvAdaLN, x0, 400 steps": ("ConvAdaLN", {"objective": "x0", "learn_sigma": False, "diffusion_steps": 400},
                                  dict(sampler="dpm++")),
-    "DiNext-U, cosine, thresholded pixels": ("DiNext-U-S", {"learn_sigma": False, "noise_schedule": "squaredcos_cap_v2"},
-                                             dict(sampler="dpm++", dynamic_thresholding=True)),
+    "DiNext-U, thresholded pixels": ("DiNext-U-S", {"learn_sigma": False}, dict(sampler="dpm++", dynamic_thresholding=True)),
+    "DiT, cosine": ("DiT-S/2", {"noise_schedule": "squaredcos_cap_v2"}, dict(sampler="dpm++")),
 }
 
 
