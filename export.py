@@ -241,8 +241,9 @@ def write_card(restored: checkpoint.Restored, args: Namespace, folder: Path) -> 
     lines = ["---", f"license: {licence}", f"library_name: {'dinext' if args.format == 'dinext' else 'diffusers'}",
              *([] if spec.is_autoencoder else ["pipeline_tag: unconditional-image-generation"]),
              "tags:", "- class-conditional", "- diffusion", "- dinext", "---", "", f"# {restored.name}", ""]
-    if preview := newest_preview(run, restored.path):
-        shutil.copyfile(preview, folder / "samples.png")
+    previews = sorted((run / "previews").glob("*.png")) if run else []
+    if shown := [preview for preview in previews if preview.stem <= restored.path.stem]:  # a later one is of other weights
+        shutil.copyfile(shown[-1], folder / "samples.png")
         lines += ["![samples](samples.png)", ""]
     lines += [*(f"- {name}: {value}" for name, value in rows.items() if value is not None), "", restored.remark, ""]
     lines += AUTOENCODER if spec.is_autoencoder else USE[args.format]
@@ -250,12 +251,6 @@ def write_card(restored: checkpoint.Restored, args: Namespace, folder: Path) -> 
         with cli.prefix_errors(f"{run / 'figures.json'} is not a report of evaluate.py:", KeyError, TypeError):
             lines += ["", *figures_table(read_json(run / "figures.json"))]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
-
-
-def newest_preview(run: Path | None, path: Path) -> Path | None:
-    """The newest of a run's previews that is not younger than its checkpoint."""
-    previews = sorted((run / "previews").glob("*.png")) if run else []
-    return next((preview for preview in reversed(previews) if preview.stem <= path.stem), None)
 
 
 USE = {"dinext": ["```", "python sample.py --ckpt THIS_FOLDER   # of DiNext, or the name of this repository", "```"],
@@ -267,12 +262,9 @@ AUTOENCODER = ["```", "python train.py --vae THIS_FOLDER …   # of DiNext", "``
 
 def figures_table(report: dict) -> list[str]:
     """evaluate.py's report as a table; its remarks give the number of samples."""
-    def cell(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4g}"
-
-    rows = [f"| {figure['name']} | {cell(figure['value'])} | {cell(figure['floor'])} | {figure['remark']} |"
-            for figure in report["figures"]]
-    return ["| figure | samples | real images | |", "| --- | --- | --- | --- |", *rows]
+    rows = [[figure["name"], *("-" if figure[key] is None else f"{figure[key]:.4g}" for key in ("value", "floor")),
+             figure["remark"]] for figure in report["figures"]]
+    return ["| figure | samples | real images | |", "| --- | --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 # --- the hub ---------------------------------------------------------------------------------------

@@ -135,7 +135,10 @@ def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int
         OSError: there is no space for it. Nothing was written.
     """
     record, parts, pictures = out.with_suffix(".json"), parts_of(out), out.with_suffix("")
-    found = read_record(record)
+    try:
+        found = read_json(record)
+    except (FileNotFoundError, UserError):  # missing or damaged
+        found = {}
     stale = found != settings and (record.exists() or out.exists() or pictures.exists() or found_parts(parts))
     if stale and not overwrite:
         differ = [f"{key} was {found.get(key)!r}" for key in settings | found if found.get(key) != settings.get(key)]
@@ -154,14 +157,6 @@ def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int
         return [], []
     write_json(record, settings)
     return share_out(found_parts(parts), count, batch_size)
-
-
-def read_record(path: Path) -> dict:
-    """The settings in a NAME.json; empty if it is missing or damaged."""
-    try:
-        return read_json(path)
-    except (FileNotFoundError, UserError):
-        return {}
 
 
 def part_path(parts: Path, indices: range) -> Path:

@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 import sys
 from dataclasses import replace
@@ -129,13 +128,6 @@ def test_an_autoencoder_in_a_file_of_ldm_comes_along(tmp_path, monkeypatch):
     assert torch.equal(draw("out"), expected)
 
 
-def test_pixels_take_no_folder_of_that_name_along(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("pixels").mkdir()
-    run_export("--ckpt", save(tmp_path, "pixels", model="MLP", diffusion={"learn_sigma": False}), "--out", "out")
-    assert checkpoint.restore("out").spec.vae == "pixels"
-
-
 def test_bare_weights_are_told_what_they_predict(tmp_path, monkeypatch):
     monkeypatch.setitem(DiT_models, "DiT-tiny", partial(DiT, patch_size=2, hidden_size=32, depth=2, num_heads=4))
     (tmp_path / "checkpoints").mkdir()
@@ -234,17 +226,17 @@ def test_what_diffusers_cannot_draw_is_refused(tmp_path, vae):
 
 
 def test_a_folder_is_pushed_to_the_branch(tmp_path, vae, monkeypatch, capsys):
-    api = Mock(spec=["create_repo", "create_branch", "upload_folder"])
-    api.upload_folder = lambda repo_id, folder_path, revision: f"URL {repo_id} {revision} {len(os.listdir(folder_path))} files"
+    api = Mock()
+    api.upload_folder.return_value = "URL"
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
-    run = save(tmp_path, vae)
-    run_export("--ckpt", run, "--out", tmp_path / "out", "--push", "someone/animals", "--revision", "v2")
-    api.create_repo.assert_called_once_with("someone/animals", exist_ok=True)
+    flags, out = ["--ckpt", save(tmp_path, vae), "--push", "someone/animals", "--revision", "v2"], tmp_path / "out"
+    run_export(*flags, "--out", out)
     api.create_branch.assert_called_once_with("someone/animals", branch="v2", exist_ok=True)
-    assert "Pushed to URL someone/animals v2 5 files" in capsys.readouterr().out
+    api.upload_folder.assert_called_once_with(repo_id="someone/animals", folder_path=str(out), revision="v2")
+    assert "Pushed to URL" in capsys.readouterr().out
     api.create_repo.side_effect = RuntimeError("401 Client Error: Unauthorized\nlong story")  # of any client
     with pytest.raises(OSError, match=r"refused someone/animals: 401 Client Error: Unauthorized; .*out2 is complete"):
-        run_export("--ckpt", run, "--out", tmp_path / "out2", "--push", "someone/animals")
+        run_export(*flags, "--out", tmp_path / "out2")
 
 
 def test_a_repository_of_the_hub_is_read_from_its_cache(tmp_path, vae, monkeypatch):

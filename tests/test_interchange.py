@@ -180,12 +180,9 @@ def test_lightningdits_network_is_ours(lightning):
 
 
 def test_a_lightningdit_without_what_it_needs_is_refused(lightning):
-    path, weights = lightning
+    path, _ = lightning
     with pytest.raises(UserError, match="is of another architecture"):
         checkpoint.restore(path)  # as LightningDiT-XL/1
-    torch.save({key: value for key, value in weights.items() if "blocks" in key}, path)
-    with pytest.raises(UserError, match=r"final_layer\.\S+ is missing"):
-        checkpoint.restore(path, BareWeights("LightningDiT-tiny", num_classes=10))
     (path.parent / "latents_stats.pt").unlink()
     with pytest.raises(UserError, match=r"latents_stats\.pt is missing beside it"):
         checkpoint.restore(path, BareWeights("LightningDiT-tiny"))
@@ -260,11 +257,9 @@ def test_other_folders_are_refused(folder):
     source = checkpoint.open_source(folder)
     for name, changes, words in (
             (index, dict(_class_name="PixArtAlphaPipeline"), "holds PixArtAlphaPipeline"),
-            (index, dict(_class_name=["pipeline", "DiNextPipeline"]), "only diffusers loads"),
             (network, dict(_class_name="SD3Transformer2DModel"), "_class_name is SD3Transformer2DModel"),
             (network, dict(num_layers=4), "lacks transformer_blocks.3.norm1.linear.weight"),
             (network, dict(num_layers=2), "has transformer_blocks.2."),
-            (scheduler, dict(beta_schedule="scaled_linear"), "DDIMScheduler, epsilon, scaled"),
             (scheduler, dict(beta_end=0.012), "betas 0.0001 to 0.012"),
             (scheduler, dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr")):
         with pytest.raises(UserError, match=words):

@@ -95,15 +95,6 @@ def test_a_trajectory_is_a_strip_and_a_film_that_end_in_the_picture(draw):
         assert (film.n_frames, film.size) == (10, (2 * 72 + 8, 2 * 72 + 8))
 
 
-def test_it_says_how_often_the_model_was_called(draw):
-    """dpm++ at t = 1000, 900, … 100, guided from 700 to 300: 15 calls. Evaluations 5 and 9 reuse one block in 2 + 1 of them."""
-    flags = ["--class-labels", 3, "--sampler", "dpm++", "--num-sampling-steps", 10, "--cfg-scale", 2,
-             "--guidance-interval", 290, 710]
-    assert "for 15 calls of the model and 30 of its blocks" in draw(*flags)
-    assert "for 15 calls of the model and 27 of its blocks" in draw(
-        *flags, "--reuse", "encoder", "--key-steps", "0,1,2,3,4,6,7,8", "--reuse-args", '{"split": 1}')
-
-
 @pytest.mark.parametrize(("flags", "backend"), [
     (["--reuse", "forecast", "--key-steps", "every:3"], "eager"), pytest.param([], "inductor", marks=pytest.mark.slow)])
 def test_compiled_is_eager_but_for_rounding(draw, monkeypatch, flags, backend):

@@ -180,15 +180,6 @@ def test_a_stopped_output_is_continued_with_other_batches_no_image_lost_or_twice
     assert not list((tmp_path / "samples").glob("*.parts"))
 
 
-def test_stopped_while_it_joins_the_parts_it_draws_nothing_again(draw, draw_failing, tmp_path):
-    result, drawn = draw_failing(np.lib.format, "write_array_header_1_0", 1, KeyboardInterrupt)
-    assert (result.returncode, drawn) == (130, list(range(11)))
-    assert not list((tmp_path / "samples").glob("*.npz"))
-    result, drawn = draw()
-    assert (result.returncode, drawn) == (0, [])
-    assert arrays(tmp_path)[0].shape == (11, 8, 8, 3)
-
-
 def test_a_full_disk_is_one_line(draw_failing, tmp_path):
     result, _ = draw_failing(np, "save", 1, OSError(28, "No space left on device"))
     assert result.returncode == 2
