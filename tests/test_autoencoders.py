@@ -1,4 +1,3 @@
-import json
 import shutil
 
 import numpy as np
@@ -19,13 +18,6 @@ from runtime.pictures import to_uint8, to_unit_range
 from runtime.randomness import generator
 from training.datasets import load_dataset
 from training.rows import Rows
-
-
-def test_pixels_are_the_image():
-    pixels = load_autoencoder("pixels")
-    x = torch.rand(2, 1, 8, 6) * 2 - 1
-    assert pixels.latent_shape((8, 6), 1) == (1, 8, 6)
-    assert torch.equal(pixels.decode(pixels.encode(x, torch.randn_like(x))), x)
 
 
 def test_sd_vae_scales_as_its_config_says(tiny_vae, tmp_path, monkeypatch):
@@ -65,8 +57,6 @@ def test_wrong_autoencoders_and_sizes_are_refused(tiny_vae, tmp_path, monkeypatc
         with pytest.raises(UserError, match=words):
             autoencoder.latent_shape(size, channels)
 
-
-# --- trained by train.py -------------------------------------------------------------------------
 
 AUTOENCODER = ["--data-path", "digits", "--model", "Autoencoder-F4C8", "--model-args", '{"hidden_size": 8}',
                "--global-batch-size", "32", "--num-workers", "0", "--log-every", "5", "--preview-every", "0", "--lr", "0.003",
@@ -123,19 +113,12 @@ def test_it_is_resumed_exactly(trained, tmp_path, run_here):
 
 def test_it_serves_as_vae_everywhere(trained, tmp_path, run_here):
     assert run_here(train, *LATENTS, "--max-steps", 3, "--image-size", 8, "--vae", trained).returncode == 0
-    args = checkpoint.restore(tmp_path / "results" / "latents").spec.model.args
-    assert (args["in_channels"], args["input_size"]) == (8, (2, 2))
     flags = ["--ckpt", "results/latents", "--num-sampling-steps", 3]
     assert run_here(sample, *flags, "--class-labels", "3 seven", "--out", "x.png").returncode == 0
     assert (tmp_path / "x-labels.txt").read_text() == "3 three\n7 seven\n"
     assert run_here(sample_ddp, *flags, "--num-fid-samples", 5, "--sample-dir", "drawn").returncode == 0
     (npz,) = (tmp_path / "drawn").glob("*.npz")
     assert np.load(npz)["arr_0"].shape == (5, 8, 8, 3)
-    autoencoder = load_autoencoder(str(trained))
-    images = to_unit_range(load_dataset("digits").images[:4])
-    latents = autoencoder.encode(images)
-    assert torch.equal(autoencoder.sample(autoencoder.moments(images), torch.randn_like(latents)), latents)
-    assert autoencoder.decode(latents).abs().max() <= 1
 
 
 @pytest.mark.slow
@@ -185,9 +168,6 @@ def test_features_are_cached_with_it(trained, tmp_path, run_here, photographs):
     assert torch.allclose(moments[:, 0].chunk(2, dim=1)[0].float(), latents, atol=2e-3)
     assert run_here(train, *LATENTS, "--data-path", "f", "--vae", "results/a", "--max-steps", 2, "--global-batch-size",
                     4).returncode == 0
-
-
-# --- scales, other kinds and files -----------------------------------------------------------------
 
 
 def kl(folder, **config):
@@ -282,8 +262,4 @@ def test_other_files_and_folders_are_refused(tmp_path):
     del weights["decoder.conv_out.bias"]
     save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"its weights lack decoder\.conv_out\.bias"):
-        load_autoencoder(str(folder))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"latent_channels": 7}))
-    with pytest.raises(UserError, match="cannot load an autoencoder from"):
         load_autoencoder(str(folder))

@@ -69,9 +69,6 @@ def draw(ckpt):
     return generate(restored.model, autoencoder, [2, 0], [0, 1], 0, Sampling.of(restored.spec))
 
 
-# --- dinext ----------------------------------------------------------------------------------------
-
-
 def test_an_exported_folder_loads_bit_equal(tmp_path, vae, capsys):
     run, folder = save(tmp_path, vae, "DiNext-U-S", {"objective": "flow"}), tmp_path / "out"
     run_export("--ckpt", run, "--out", folder)
@@ -158,8 +155,6 @@ def test_the_card_tells_data_steps_figures_and_shows_the_picture(tmp_path, vae):
     assert (tmp_path / "out" / "samples.png").read_bytes() == bytes([7])  # 9 is of weights that came later
 
 
-# --- diffusers -------------------------------------------------------------------------------------
-
 CASES = {
     "DiT, DDPM, learned variance, three guided channels": ("DiT-S/2", {}, dict(sampler="ddpm", cfg_channels=3)),
     "DiNext, DDIM, v": ("DiNext-S/2", {"objective": "v", "learn_sigma": False},
@@ -220,9 +215,6 @@ def test_what_diffusers_cannot_draw_is_refused(tmp_path, vae):
     for sampler, steps, words in (("heun", "4", "sampler heun with objective epsilon"), ("ddim", "4", "divides 1000, not 4")):
         with pytest.raises(UserError, match=words):
             export.scheduler_of(SamplingSettings(sampler=sampler, num_sampling_steps=steps), create_diffusion(steps), {})
-
-
-# --- the hub ---------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_pushed_to_the_branch(tmp_path, vae, monkeypatch, capsys):

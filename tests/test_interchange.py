@@ -97,9 +97,6 @@ def assert_equal(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
-# --- SiT, REPA -------------------------------------------------------------------------------------
-
-
 def test_sits_and_repas_networks_are_ours(tmp_path):
     """SiT: x_s = s x_1 + (1 - s) x_0 from noise x_0 to data x_1; u = x_1 - x_0. Ours: noise - data at t = 1 - s."""
     path, (x, t, y) = tmp_path / "published.pt", batch()
@@ -151,9 +148,6 @@ def test_presets_are_known_by_their_shapes():
     assert interchange.preset_of(dict(depth=28, hidden_size=1152, patch_size=1)) == "DiT-XL/2"  # not a LightningDiT
 
 
-# --- LightningDiT ----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def lightning(monkeypatch, tmp_path):
     """A file as published: the weights, and latents_stats.pt beside it."""
@@ -188,8 +182,6 @@ def test_a_lightningdit_without_what_it_needs_is_refused(lightning):
         checkpoint.restore(path, BareWeights("LightningDiT-tiny"))
 
 
-# --- diffusers -------------------------------------------------------------------------------------
-
 SCHEDULER = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False)
 
 
@@ -222,9 +214,7 @@ def edit(path, **changes):
 
 def test_a_diffusers_folder_is_the_dit_in_it(folder, pipeline):
     """Equal outputs, where diffusers' frequencies and one epsilon are set to DiT's."""
-    ours = checkpoint.restore(folder)
-    transformer = copy.deepcopy(pipeline.transformer)
-    x, t, y = batch()
+    ours, transformer, (x, t, y) = checkpoint.restore(folder), copy.deepcopy(pipeline.transformer), batch()
     before = transformer(x, 1000 * t, y).sample
     for block in transformer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
@@ -233,11 +223,10 @@ def test_a_diffusers_folder_is_the_dit_in_it(folder, pipeline):
     assert_equal(ours.model(x, 1000 * t, y), expected)
     assert (before - expected).norm() > 0.01 * expected.norm()  # what the 127 costs: it is not our mapping that hides it
     spec = ours.spec
+    assert (ours.name, spec.image_size, spec.vae) == ("published", (64, 64), str(folder / "vae"))
     assert spec.classes[3] == "thing 3, whatsit 3"
-    assert (spec.image_size, spec.vae) == ((64, 64), str(folder / "vae"))
     assert (spec.sampling.sampler, spec.sampling.cfg_channels) == ("ddpm", 3)
     assert spec.diffusion == dict(noise_schedule="linear", diffusion_steps=1000, objective="epsilon", learn_sigma=True)
-    assert ours.name == "published"
 
 
 def test_a_bin_file_as_published_is_read(folder):

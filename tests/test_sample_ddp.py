@@ -139,9 +139,6 @@ def assert_pictures(cwd, images):
             assert np.array_equal(np.asarray(picture), image)
 
 
-# --- killed and started again --------------------------------------------------------------------
-
-
 @pytest.fixture
 def draw_failing(draw, monkeypatch):
     """(owner, name, call, error, flags) -> what `draw` returns, when that call of owner.name raises the error instead."""
