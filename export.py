@@ -99,7 +99,9 @@ def write_diffusers(restored: checkpoint.Restored, folder: Path) -> None:
     """A pipeline for diffusers, with the code that it needs."""
     spec, sampling = restored.spec, Sampling.of(restored.spec)
     scheduler, timesteps = scheduler_of(sampling.settings, sampling.process, spec.diffusion)
-    autoencoder, settings, source = in_diffusers(spec), sampling.settings, network_source(spec.model.class_name)
+    autoencoder, settings, source = open_autoencoder(spec), sampling.settings, network_source(spec.model.class_name)
+    if not isinstance(autoencoder, Pixels | SDVAE):
+        raise UserError(f"diffusers has no autoencoder like the model's, {spec.vae}; --format dinext takes it")
     index = {
         "_class_name": ["pipeline", "DiNextPipeline"], "network": ["network", "Network"],
         "scheduler": ["diffusers", scheduler["_class_name"]],
@@ -129,14 +131,6 @@ def open_autoencoder(spec: Spec) -> torch.nn.Module:
     with cli.prefix_errors("the checkpoint's autoencoder:"):
         autoencoder = load_autoencoder(spec.vae, statistics=spec.statistics)
         check_autoencoder(autoencoder, spec)
-    return autoencoder
-
-
-def in_diffusers(spec: Spec) -> Pixels | SDVAE:
-    """The autoencoder. Raises UserError if diffusers has none of its kind."""
-    autoencoder = open_autoencoder(spec)
-    if not isinstance(autoencoder, Pixels | SDVAE):
-        raise UserError(f"diffusers has no autoencoder like the model's, {spec.vae}; --format dinext takes it")
     return autoencoder
 
 
@@ -247,8 +241,9 @@ def write_card(restored: checkpoint.Restored, args: Namespace, folder: Path) -> 
     lines = ["---", f"license: {licence}", f"library_name: {'dinext' if args.format == 'dinext' else 'diffusers'}",
              *([] if spec.is_autoencoder else ["pipeline_tag: unconditional-image-generation"]),
              "tags:", "- class-conditional", "- diffusion", "- dinext", "---", "", f"# {restored.name}", ""]
-    if preview := newest_preview(run, restored.path):
-        shutil.copyfile(preview, folder / "samples.png")
+    previews = sorted((run / "previews").glob("*.png")) if run else []
+    if shown := [preview for preview in previews if preview.stem <= restored.path.stem]:  # a later one is of other weights
+        shutil.copyfile(shown[-1], folder / "samples.png")
         lines += ["![samples](samples.png)", ""]
     lines += [*(f"- {name}: {value}" for name, value in rows.items() if value is not None), "", restored.remark, ""]
     lines += AUTOENCODER if spec.is_autoencoder else USE[args.format]
@@ -256,12 +251,6 @@ def write_card(restored: checkpoint.Restored, args: Namespace, folder: Path) -> 
         with cli.prefix_errors(f"{run / 'figures.json'} is not a report of evaluate.py:", KeyError, TypeError):
             lines += ["", *figures_table(read_json(run / "figures.json"))]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
-
-
-def newest_preview(run: Path | None, path: Path) -> Path | None:
-    """The newest of a run's previews that is not younger than its checkpoint."""
-    previews = sorted((run / "previews").glob("*.png")) if run else []
-    return next((preview for preview in reversed(previews) if preview.stem <= path.stem), None)
 
 
 USE = {"dinext": ["```", "python sample.py --ckpt THIS_FOLDER   # of DiNext, or the name of this repository", "```"],
@@ -273,12 +262,9 @@ AUTOENCODER = ["```", "python train.py --vae THIS_FOLDER …   # of DiNext", "``
 
 def figures_table(report: dict) -> list[str]:
     """evaluate.py's report as a table; its remarks give the number of samples."""
-    def cell(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4g}"
-
-    rows = [f"| {figure['name']} | {cell(figure['value'])} | {cell(figure['floor'])} | {figure['remark']} |"
-            for figure in report["figures"]]
-    return ["| figure | samples | real images | |", "| --- | --- | --- | --- |", *rows]
+    rows = [[figure["name"], *("-" if figure[key] is None else f"{figure[key]:.4g}" for key in ("value", "floor")),
+             figure["remark"]] for figure in report["figures"]]
+    return ["| figure | samples | real images | |", "| --- | --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 # --- the hub ---------------------------------------------------------------------------------------

@@ -58,11 +58,10 @@ class DiNextPipeline(DiffusionPipeline):
             raise ValueError(f"class_labels {unknown} are neither in 0..{settings['num_classes'] - 1} nor unique names in "
                              "id2label")
         y = torch.tensor([ids[label] for label in class_labels], device=device)
-        x = latents
-        if x is None:
+        if latents is None:
             source = "cpu" if generator is None else generator.device
-            x = torch.randn(len(y), *settings["shape"], generator=generator, device=source)
-        x = x.to(device, torch.float32)
+            latents = torch.randn(len(y), *settings["shape"], generator=generator, device=source)
+        x = latents.to(device, torch.float32)
         scale = settings["cfg_scale"] if guidance_scale is None else guidance_scale
 
         times = self.prepare_steps(num_inference_steps, device)

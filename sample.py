@@ -16,16 +16,8 @@ from jsonargparse import Namespace
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline.generation import (
-    BATCH,
-    Sampling,
-    decode,
-    default_labels,
-    generate,
-    prepare_network,
-    restore_autoencoder,
-    restore_checkpoint,
-)
+from pipeline import generation
+from pipeline.generation import Sampling, decode, generate
 from pipeline.settings import SamplingSettings, add_sampling_arguments
 from pipeline.spec import BareWeights, normal_name
 from runtime import UserError, cli
@@ -55,17 +47,17 @@ def main(args: Namespace) -> None:
     given = SamplingSettings.given(vars(args))
     bare = BareWeights(args.model, args.image_size, args.num_classes, "mse", 4.0, args.objective)  # as DiT's sample.py
 
-    restored = restore_checkpoint(world, args.ckpt, bare, args.vae)
+    restored = generation.restore_checkpoint(world, args.ckpt, bare, args.vae)
     sampling = Sampling.of(restored.spec, given, restored.model)
-    autoencoder = restore_autoencoder(world, restored, sampling, same=args.vae is None)
+    autoencoder = generation.restore_autoencoder(world, restored, sampling, same=args.vae is None)
     labels = parse_labels(args.class_labels, restored.spec.classes)
     cli.check_output_flag(args, "out", ".png")
-    prepare_network(restored.model, sampling.settings.precision, args.compile)
+    generation.prepare_network(restored.model, sampling.settings.precision, args.compile)
     if sampling.plan:
         print(sampling.plan)
 
     order = torch.tensor(labels * args.num_samples)  # row by row: more rows leave the first ones as they are
-    batches = torch.arange(len(order)).split(BATCH)
+    batches = torch.arange(len(order)).split(generation.BATCH)
     watch, images = Watch(sampling, len(batches), world.device, args.trajectory), []
     for batch in batches:
         images.append(generate(restored.model, autoencoder, order[batch].tolist(), batch.tolist(), args.seed, sampling,
@@ -101,7 +93,7 @@ def parse_labels(arguments: list[str | int] | None, classes: list[str]) -> list[
     A whole name takes precedence over a synonym (one of the parts of a name between commas), and both over an id.
     """
     if arguments is None:
-        return default_labels(len(classes))
+        return generation.default_labels(len(classes))
     names, synonyms = {}, {}  # normal name -> ids
     for i, name in enumerate(classes):
         names.setdefault(normal_name(name), []).append(i)

@@ -101,11 +101,10 @@ def name_of(restored: checkpoint.Restored, sampling: Sampling, args: Namespace) 
 def record_of(restored: checkpoint.Restored, autoencoder: nn.Module, sampling: Sampling, args: Namespace) -> dict[str, Any]:
     """All settings that the images depend on, as in NAME.json."""
     spec = restored.spec
-    record = {
-        "checkpoint": restored.name, "checkpoint_sha256": restored.sha256(), "model": spec.model.name,
-        "image_size": spec.image_size, "vae": spec.vae, "vae_identity": autoencoder.identity(),
-        "images": args.num_fid_samples, "seed": args.global_seed, "labels": "balanced" if args.balanced else "random",
-        "tf32": args.tf32, "compile": args.compile}
+    record = {"checkpoint": restored.name, "checkpoint_sha256": restored.sha256(), "model": spec.model.name,
+              "image_size": spec.image_size, "vae": spec.vae, "vae_identity": autoencoder.identity(),
+              "images": args.num_fid_samples, "seed": args.global_seed, "labels": "balanced" if args.balanced else "random",
+              "tf32": args.tf32, "compile": args.compile}
     if args.objective not in (None, "epsilon"):  # of bare weights, which do not state it
         record["objective"] = args.objective
     if spec.statistics:  # of the latents; not always from the file of the weights
@@ -136,7 +135,10 @@ def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int
         OSError: there is no space for it. Nothing was written.
     """
     record, parts, pictures = out.with_suffix(".json"), parts_of(out), out.with_suffix("")
-    found = read_record(record)
+    try:
+        found = read_json(record)
+    except (FileNotFoundError, UserError):  # missing or damaged
+        found = {}
     stale = found != settings and (record.exists() or out.exists() or pictures.exists() or found_parts(parts))
     if stale and not overwrite:
         differ = [f"{key} was {found.get(key)!r}" for key in settings | found if found.get(key) != settings.get(key)]
@@ -155,14 +157,6 @@ def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int
         return [], []
     write_json(record, settings)
     return share_out(found_parts(parts), count, batch_size)
-
-
-def read_record(path: Path) -> dict:
-    """The settings in a NAME.json; empty if it is missing or damaged."""
-    try:
-        return read_json(path)
-    except (FileNotFoundError, UserError):
-        return {}
 
 
 def part_path(parts: Path, indices: range) -> Path:

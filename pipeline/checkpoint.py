@@ -27,26 +27,14 @@ from torch import Tensor, nn
 
 from pipeline.interchange import interpret
 from pipeline.spec import OWN_VAE, BareWeights, Config, Contents, ModelSpec, Source, Spec, Statistics
-from runtime import UserError
+from runtime import UserError, files
 from runtime.cli import WRONG_VALUE, prefix_errors
-from runtime.files import (
-    HashingFile,
-    atomic,
-    download,
-    download_folder,
-    is_hub_id,
-    read_json,
-    sha256,
-    sha256_file,
-    write_json,
-    write_text,
-)
+from runtime.files import sha256, sha256_file, write_json, write_text
 from small_models import Autoencoder_models
 
 # DiT's published weights; they carry their own non-commercial licence (CC BY-NC 4.0).
-PUBLISHED = {
-    name: f"https://dl.fbaipublicfiles.com/DiT/models/{name}" for name in ("DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt")
-}
+PUBLISHED = {f"DiT-XL-2-{size}.pt": f"https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-{size}.pt"
+             for size in ("256x256", "512x512")}
 
 # The files that are fetched from a repository of the hub. Variants such as .fp16.safetensors are not.
 HUB_FILES = ["*.json", "model.safetensors*", "*/*.json", "*/model.safetensors*",
@@ -63,8 +51,8 @@ def save(path: Path, state: dict) -> None:
     """
     hashing = None
     try:
-        with atomic(path) as file:
-            hashing = HashingFile(file)
+        with files.atomic(path) as file:
+            hashing = files.HashingFile(file)
             torch.save(state, hashing)
             file.flush()
             os.fsync(file.fileno())
@@ -102,10 +90,9 @@ class DamagedError(UserError):
 
 def verify(path: Path) -> None:
     """Raises DamagedError if a checkpoint does not have the sha256 stored beside it. Files without one, such as DiT's, pass."""
-    if not sha256_file(path).is_file():
-        return
-    if sha256_file(path).read_text().split()[:1] != [sha256(path)]:
-        raise DamagedError(f"{path} is damaged: its sha256 differs from the one in {sha256_file(path).name}")
+    beside = sha256_file(path)
+    if beside.is_file() and beside.read_text().split()[:1] != [sha256(path)]:
+        raise DamagedError(f"{path} is damaged: its sha256 differs from the one in {beside.name}")
 
 
 def load(path: str | Path) -> dict:
@@ -125,9 +112,8 @@ def load(path: str | Path) -> dict:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
-            state = torch.load(path, map_location="cpu", weights_only=True,  # DiT's own trainer stores a Namespace
-                               mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):  # DiT's flags
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if "unsupported global" in str(error).lower():
             raise UserError(f"{path} holds objects other than weights and plain values; nothing was executed") from None
@@ -155,14 +141,13 @@ def resolve(name: str | Path) -> Path:
     """
     path = Path(name)
     if str(name) in PUBLISHED and not path.is_file():
-        return download(str(name), PUBLISHED[name], "DiT's weights are licensed CC BY-NC 4.0", zipfile.is_zipfile)
-    if is_hub_id(str(name)):
-        return download_folder(str(name), HUB_FILES)
+        return files.download(str(name), PUBLISHED[name], "DiT's weights are licensed CC BY-NC 4.0", zipfile.is_zipfile)
+    if files.is_hub_id(str(name)):
+        return files.download_folder(str(name), HUB_FILES)
     if path.is_dir() and not (path / "config.json").is_file() and not (path / "model_index.json").is_file():
-        newest = latest(path)
-        if newest is None:
-            raise FileNotFoundError(f"{name}: the folder holds no checkpoints/*.pt, no config.json and no model_index.json")
-        return newest
+        if newest := latest(path):
+            return newest
+        raise FileNotFoundError(f"{name}: the folder holds no checkpoints/*.pt, no config.json and no model_index.json")
     return path
 
 
@@ -195,13 +180,11 @@ def weights_of(state: dict, source: str | Path) -> dict[str, Tensor]:
 
 def open_source(path: Path) -> Source:
     """Read a file, or the files of a folder that belong to a network, whatever their format."""
-    configs = {name: read_json(path / name) for name in CONFIGS if (path / name).is_file()}
+    configs = {name: files.read_json(path / name) for name in CONFIGS if (path / name).is_file()}
     if path.is_dir():
         file = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
         vae = str(path / OWN_VAE) if (path / OWN_VAE).is_dir() else None
-        if file is None:
-            return Source(path, {}, {}, configs, vae)
-        return Source(file, weights_of(load(file), file), {}, configs, vae)
+        return Source(file or path, weights_of(load(file), file) if file else {}, {}, configs, vae)
     state = load(path)
     weights = weights_of(state, path)
     facts = {} if weights is state else {name: value for name, value in state.items() if name not in ("model", "ema", "opt")}
@@ -285,9 +268,10 @@ def restore(ckpt: str | Path | None, bare: BareWeights = BareWeights(), vae: str
             raise UserError(f"`ckpt` is needed: only DiT-XL/2 at `image_size` 256 and 512 is published, not {model} at {size}")
     with prefix_errors("`ckpt`"):
         source, (spec, weights, remark) = read(resolve(ckpt), bare)
-    check_agrees("model", bare.model, spec.model.name, ckpt)
-    check_agrees("image_size", bare.image_size, spec.image_size[0], ckpt)
-    check_agrees("num_classes", bare.num_classes, len(spec.classes), ckpt)
+    stored = {"model": spec.model.name, "image_size": spec.image_size[0], "num_classes": len(spec.classes)}
+    for name, value in stored.items():
+        if (given := getattr(bare, name)) not in (None, value):
+            raise UserError(f"`{name}` {given} contradicts the checkpoint {ckpt}, which was trained with {value}")
     model = rebuild(spec.model, weights, source.path)
     if not spec.is_autoencoder and len(spec.classes) != model.num_classes:
         raise UserError(f"{source.path}: its description names {len(spec.classes)} classes, its network has "
@@ -301,11 +285,6 @@ def restore_own_autoencoder(source: str) -> nn.Module:
     if spec.model.name not in Autoencoder_models:
         raise UserError(f"{found.path} holds a {spec.model.name}, not one of {', '.join(Autoencoder_models)}")
     return rebuild(spec.model, weights, found.path)
-
-
-def check_agrees(name: str, given: object, stored: object, ckpt: str | Path) -> None:
-    if given is not None and given != stored:
-        raise UserError(f"`{name}` {given} contradicts the checkpoint {ckpt}, which was trained with {stored}")
 
 
 def rebuild(model: ModelSpec, weights: dict[str, Tensor], source: Path) -> nn.Module:

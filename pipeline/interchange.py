@@ -75,14 +75,6 @@ def read_dit(source: Source, bare: BareWeights) -> Contents:
     return Contents(bare.spec(source.flags, shape_of(source.weights)), source.weights, remark)
 
 
-def is_sit(source: Source) -> bool:
-    return str(source.flags.get("model", "")).startswith("SiT")
-
-
-def is_repa(source: Source) -> bool:
-    return "resolution" in source.flags or any(key.startswith(PROJECTORS) for key in source.weights)
-
-
 def read_flow(source: Source, bare: BareWeights, kind: str) -> Contents:
     """SiT's or REPA's weights, with the flags of their trainers if the file has them. `kind` is a key of FLOWS."""
     flags = source.flags
@@ -99,10 +91,6 @@ def read_flow(source: Source, bare: BareWeights, kind: str) -> Contents:
     weights = {key: value for key, value in source.weights.items() if not key.startswith(PROJECTORS)}
     weights = first_half(weights, spec.model.args)
     return Contents(spec, reverse_time(weights) if kind == "sit" else weights, f"weights of {kind}'s flow")
-
-
-def is_lightning(source: Source) -> bool:
-    return any(".mlp.w12." in key for key in source.weights)
 
 
 def read_lightning(source: Source, bare: BareWeights) -> Contents:
@@ -170,7 +158,6 @@ def reverse_time(weights: Weights) -> Weights:
 
 # --- diffusers -------------------------------------------------------------------------------------
 
-
 # diffusers' names -> ours
 TOP = {"pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1", "proj_out_2": "final_layer.linear"}
 BLOCK = {"norm1.linear": "adaLN_modulation.1", "attn1.to_out.0": "attn.proj", "ff.net.0.proj": "mlp.fc1", "ff.net.2": "mlp.fc2"}
@@ -200,9 +187,9 @@ def read_diffusers(source: Source, bare: BareWeights) -> Contents:
     args = dict(input_size=config["sample_size"], patch_size=config["patch_size"], in_channels=config["in_channels"],
                 hidden_size=width, depth=config["num_layers"], num_heads=heads, num_classes=classes,
                 learn_sigma=diffusion["learn_sigma"], time_scale=diffusion["diffusion_steps"] / 1000)  # it counts steps
-    size = 8 * config["sample_size"]
     names = {str(i): name for i, name in dict(index.get("id2label") or {}).items()}
-    spec = bare.spec({"model": preset_of(args), "image_size": size, "num_classes": classes, "vae": source.vae or bare.vae})
+    spec = bare.spec({"model": preset_of(args), "image_size": 8 * config["sample_size"], "num_classes": classes,
+                      "vae": source.vae or bare.vae})
     spec = replace(spec, model=ModelSpec(spec.model.name, "DiT", spec.model.args | args), diffusion=diffusion,
                    sampling=replace(spec.sampling, cfg_channels=min(3, args["in_channels"])),
                    classes=[names.get(str(i), name) for i, name in enumerate(spec.classes)])
@@ -331,8 +318,9 @@ def ldm_name(key: str, levels: int) -> str:
 FORMATS = (  # the first that matches is taken
     Format("DiNext", lambda source: source.description is not None, read_own),
     Format("diffusers", lambda source: "model_index.json" in source.configs, read_diffusers),
-    Format("LightningDiT", is_lightning, read_lightning),
-    Format("REPA", is_repa, partial(read_flow, kind="repa"), "repa"),
-    Format("SiT", is_sit, partial(read_flow, kind="sit"), "sit"),
+    Format("LightningDiT", lambda source: any(".mlp.w12." in key for key in source.weights), read_lightning),
+    Format("REPA", lambda source: "resolution" in source.flags or any(key.startswith(PROJECTORS) for key in source.weights),
+           partial(read_flow, kind="repa"), "repa"),
+    Format("SiT", lambda source: str(source.flags.get("model")).startswith("SiT"), partial(read_flow, kind="sit"), "sit"),
     Format("DiT", lambda source: True, read_dit, "epsilon"),
 )

@@ -122,9 +122,8 @@ class SamplingSettings:
 
     def file_name_parts(self, reuse: str | None) -> list[str]:
         """The parts of a file name. Less common settings appear only if they are not the default."""
-        parts = [
-            f"cfg-{self.cfg_scale}", str(self.cfg_channels),
-            "interval-{:g}-{:g}".format(*self.guidance_interval) if self.guidance_interval else None,
-            "thresholded" if self.dynamic_thresholding else None,
-            self.sampler, str(self.num_sampling_steps), f"eta-{self.eta}" if self.eta else None, reuse, self.precision]
+        parts = [f"cfg-{self.cfg_scale}", str(self.cfg_channels),
+                 "interval-{:g}-{:g}".format(*self.guidance_interval) if self.guidance_interval else None,
+                 "thresholded" if self.dynamic_thresholding else None,
+                 self.sampler, str(self.num_sampling_steps), f"eta-{self.eta}" if self.eta else None, reuse, self.precision]
         return [part for part in parts if part is not None]

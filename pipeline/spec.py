@@ -175,15 +175,9 @@ class BareWeights:
         model, image_size, num_classes = args["model"], args["image_size"], args["num_classes"]
         if image_size < 8 or image_size % 8 or num_classes < 1:
             raise UserError(f"`image_size` {image_size} must be a positive multiple of 8, `num_classes` {num_classes} positive")
-        return Spec(
-            model=ModelSpec.of_preset(model, {"input_size": image_size // 8, "num_classes": num_classes}),
-            diffusion={},
-            vae=args["vae"],
-            image_size=(image_size, image_size),
-            channels=3,
-            classes=default_class_names(num_classes),
-            sampling=SamplingSettings(sampler="ddpm", num_sampling_steps="250", cfg_scale=self.cfg_scale, cfg_channels=3),
-        )
+        return Spec(ModelSpec.of_preset(model, {"input_size": image_size // 8, "num_classes": num_classes}), diffusion={},
+                    vae=args["vae"], image_size=(image_size, image_size), channels=3, classes=default_class_names(num_classes),
+                    sampling=SamplingSettings(cfg_scale=self.cfg_scale, cfg_channels=3, num_sampling_steps="250"))
 
 
 # --- what is read from a path ------------------------------------------------------------------------

@@ -161,13 +161,14 @@ def analytic_model(x, t, learned=True):
     return torch.cat([out, torch.tanh(0.5 * x - u)], dim=1) if learned else out
 
 
-def save_random_checkpoint(path, channels, classes):
-    """A DiT of random weights, learned variance and 8x8 pixels, that recommends 4 steps of ddpm and guidance of 2."""
-    kwargs = dict(input_size=(8, 8), in_channels=channels, num_classes=len(classes), hidden_size=24, depth=2, num_heads=2)
+def save_random_checkpoint(path, channels, classes, size=8, **args):
+    """A DiT of random weights, learned variance and pixels, that recommends 4 steps of ddpm and guidance of 2."""
+    kwargs = dict(input_size=(size, size), in_channels=channels, num_classes=len(classes), hidden_size=24, depth=2,
+                  num_heads=2) | args
     model = random_network(DiT_models["DiT-S/2"], 0.15, **kwargs)
     checkpoint.save(path, {"ema": model.state_dict(), "spec": {
-        "model": {"name": "DiT-S/2", "class": "DiT", "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (8, 8),
-        "channels": channels, "classes": classes,
+        "model": {"name": "DiT-S/2", "class": "DiT", "args": kwargs}, "diffusion": {}, "vae": "pixels",
+        "image_size": (size, size), "channels": channels, "classes": classes,
         "sampling": {"sampler": "ddpm", "num_sampling_steps": "4", "cfg_scale": 2.0, "cfg_channels": None}}})
     return path
 

@@ -1,7 +1,4 @@
-"""What tests do in another process, one function each, started by name:
-
-    python tests/other_process.py NAME [arguments]      # also under torchrun
-"""
+"""What tests run in another process: python tests/other_process.py FUNCTION [flags], also under torchrun."""
 
 import os
 import resource
@@ -16,19 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from runtime import cli, files, log, processes
 
 RANK = os.environ.get("RANK", "0")
-
-
-def die_while_saving(folder):
-    """Save 0000002.pt and be killed in the middle of writing."""
-    from pipeline import checkpoint
-
-    def die_half_way(state, file):
-        file.write(b"PK half a checkpoint")
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    torch.save = die_half_way
-    checkpoint.save(Path(folder) / "0000002.pt", {"step": 2})
 
 
 def hold_lock(folder):
@@ -67,10 +51,6 @@ def evaluate_small(*flags):
 # --- sample_ddp.py -------------------------------------------------------------------------------
 
 
-def sample_slowly_on_rank_1(*flags):
-    sample_ddp_with(lambda batch: time.sleep(2.0 if RANK == "1" else 0.1), flags)
-
-
 def sample_and_lose_rank_1(*flags):
     """Rank 1 is killed at its second batch."""
     sample_ddp_with(lambda batch: time.sleep(0.3) or (RANK == "1" and batch == 2 and os.kill(os.getpid(), signal.SIGKILL)),
@@ -87,7 +67,7 @@ def sample_and_measure_memory(*flags):
 
 
 def sample_ddp_with(before_batch, flags):
-    """Run sample_ddp.py, with a call before each batch of this process: 1, 2, … The file drew-RANK counts them."""
+    """Run sample_ddp.py, with a call before each batch of this process: 1, 2, …"""
     import sample_ddp
 
     generate, batches = sample_ddp.generate, []
@@ -99,7 +79,6 @@ def sample_ddp_with(before_batch, flags):
 
     sample_ddp.generate, sys.argv = generate_after, ["sample_ddp.py", *flags]
     cli.run(sample_ddp.main, sample_ddp.build_parser())
-    Path(f"drew-{RANK}").write_text(str(len(batches)))
 
 
 if __name__ == "__main__":

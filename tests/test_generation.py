@@ -16,29 +16,25 @@ from runtime.pictures import to_uint8
 from runtime.processes import World
 
 
-def draw(path, indices, labels=None, reuse=None, eta=0.0, precision="fp32", on_step=lambda step: None, seed=0, **overrides):
+def draw(path, indices, labels=None, seed=0, **given):
     restored = checkpoint.restore(path)
-    given = overrides | dict(eta=eta, precision=precision) | (reuse or {})
     sampling = Sampling.of(restored.spec, given, restored.model)
-    return generate(restored.model, Pixels(), labels or [i % 5 for i in indices], indices, seed, sampling, on_step)
+    return generate(restored.model, Pixels(), labels or [i % 5 for i in indices], indices, seed, sampling)
 
 
-@pytest.mark.parametrize("overrides", [dict(), dict(sampler="heun", cfg_scale=1.0)])
-def test_image_17_is_image_17_whatever_the_batch(gaussian_run, overrides):
-    together = draw(gaussian_run, range(15, 20), **overrides)
-    alone = draw(gaussian_run, [17], **overrides)
-    assert_same_images(together[2:3], alone)
-    assert together.shape == (5, 8, 8, 3)
-    assert together.dtype == torch.uint8
-    assert (together[2].int() - together[3].int()).abs().max() > 20
+def test_image_17_is_image_17_whatever_the_batch(gaussian_run):
+    for overrides in (dict(), dict(sampler="heun", cfg_scale=1.0)):
+        together = draw(gaussian_run, range(15, 20), **overrides)
+        assert_same_images(together[2:3], draw(gaussian_run, [17], **overrides))
+        assert (together.shape, together.dtype) == ((5, 8, 8, 3), torch.uint8)
+        assert (together[2].int() - together[3].int()).abs().max() > 20
 
 
 def test_seed_index_label_and_guidance_change_an_image(gaussian_run):
     base = draw(gaussian_run, [3])
-    for other in (draw(gaussian_run, [4], labels=[3]), draw(gaussian_run, [3], labels=[1]),
-                  draw(gaussian_run, [3], cfg_scale=1.0), draw(gaussian_run, [3], cfg_channels=1),
-                  draw(gaussian_run, [3], seed=1)):
-        assert not torch.equal(base, other)
+    for indices, changes in (([4], dict(labels=[3])), ([3], dict(labels=[1])), ([3], dict(cfg_scale=1.0)),
+                             ([3], dict(cfg_channels=1)), ([3], dict(seed=1))):
+        assert not torch.equal(base, draw(gaussian_run, indices, **changes))
 
 
 def test_later_noise_differs_from_step_to_step(gaussian_run):
@@ -74,10 +70,9 @@ class Casts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["LightningDiT-XL/1", "DiNext-U-S"])
-def test_weights_are_cast_to_bf16_once_and_the_outputs_stay_the_same(name):
+def test_weights_are_cast_to_bf16_once_and_the_outputs_stay_the_same():
     """What is left to cast in a call: the bias of each GRN, which is a vector."""
-    model = tiny(name)
+    model = tiny("DiNext-U-S")
     x, t, y = inputs(model)
 
     def call():
@@ -101,13 +96,6 @@ def test_thresholding_replaces_clipping(gaussian_run, monkeypatch):
     assert torch.equal(plain, draw(gaussian_run, [1, 2], sampler="ddim", dynamic_thresholding=True))
 
 
-def test_bf16_draws_nearly_the_same(gaussian_run):
-    exact = draw(gaussian_run, [1, 2])
-    rounded = draw(gaussian_run, [1, 2], precision="bf16")
-    assert not torch.equal(exact, rounded)
-    assert (exact.float() - rounded.float()).abs().mean() < 4
-
-
 def test_input_scale_is_undone_before_decoding():
     class Knows(torch.nn.Module):
         """Predicts the x_0 of one picture, at the scale of the process."""
@@ -120,26 +108,19 @@ def test_input_scale_is_undone_before_decoding():
         def forward(self, x, t, y):
             return 0.5 * self.picture.expand(len(x), -1, -1, -1)
 
-    model = Knows()
     process = create_diffusion("10", objective="x0", learn_sigma=False, input_scale=0.5)
-    sampling = Sampling(SamplingSettings(sampler="ddim", cfg_channels=1), process, ddim)
+    sampling, model = Sampling(SamplingSettings(sampler="ddim", cfg_channels=1), process, ddim), Knows()
     images = generate(model, Pixels(), [0, 0], range(2), 0, sampling)
     assert torch.equal(images, to_uint8(model.picture.detach()).expand(2, -1, -1, -1))
-
-
-# --- wrong settings ------------------------------------------------------------------------------
 
 
 def test_settings_that_a_network_does_not_allow_are_refused(gaussian_run, tiny_run):
     gaussian, flow = (checkpoint.restore(path) for path in (gaussian_run, tiny_run))
     for restored, given, words in (
-            (gaussian, dict(num_sampling_steps="0"), "`num_sampling_steps` 0"),
             (gaussian, dict(num_sampling_steps="5000"), "`num_sampling_steps` 5000.* 1000"),
-            (gaussian, dict(cfg_channels=0), "0 is not in 1"),
             (gaussian, dict(cfg_channels=4), r"`cfg_channels` 4 is not in 1\.\.3"),
             (flow, dict(sampler="ddpm"), "ddpm.*FlowMatching.*allowed: ddim"), (flow, dict(eta=0.5), "`eta`.*ddim"),
             (flow, dict(reuse="encoder", reuse_args={"split": 3}), r"split 3 is not in 0\.\.2"),
-            (flow, dict(reuse="encoder", reuse_args={"prior_noise": float("nan")}), "prior_noise nan"),
             (flow, dict(num_sampling_steps=12, reuse="encoder", key_steps="0,50"), "`key_steps` 0,50: .*below 23")):
         with pytest.raises(UserError, match=words):
             Sampling.of(restored.spec, given, restored.model)

@@ -33,14 +33,14 @@ def test_diffusion_args_are_checked_against_the_objective_s_factory(monkeypatch)
 
     monkeypatch.setitem(OBJECTIVES, "huber", huber)
     stored = diffusion_of(objective="huber", delta="0.5", label_drop=0.2, input_scale=1.0)
-    assert stored == {"objective": "huber", "delta": 0.5}  # converted; without another objective's argument at its default
+    assert stored == {"objective": "huber", "delta": 0.5, "input_scale": 1.0}  # converted; another objective's default is kept
     assert create_diffusion("10", **stored).delta == 0.5
     for wrong, words in (
             (dict(objective="huber", delt=1), r"unknown key 'delt'; allowed: time_sampling, delta, objective, diffusion_steps, "
                                               r"learn_sigma, label_drop, sampling; did you mean delta\?"),
             (dict(objective="huber", delta="wide"), "Parser key \"delta\": Expected a <class 'float'>. Got value: wide"),
             (dict(objective="huber", sigma_small=True), "sigma_small.* is not supported with objective 'huber'"),
-            (dict(delta=0.5), "objective 'epsilon': unknown key 'delta'"),
+            (dict(delta=0.5), "`delta` is not supported with objective 'epsilon'"), (dict(label_drop="x"), "label_drop"),
             (dict(timestep_respacing="10"), "unknown key 'timestep_respacing'"),
             (dict(objective="hubert"), "'hubert' is unknown; allowed: epsilon, x0, v, flow, huber")):
         with pytest.raises(UserError, match=f"^`diffusion_args`: .*{words}"):

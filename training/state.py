@@ -13,7 +13,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from runtime import UserError
 from runtime.processes import CommonError
 
-
 # What a line of the log holds beside the scalars of training_losses.
 LOGGED = ("step", "time", "epoch", "samples", "loss_moving_mean", "skipped_steps", "lr", "grad_norm", "memory_gib",
           "images_per_second", "data_wait_share")
