@@ -272,7 +272,7 @@ class IdleTime:
     """The share of time that the device is idle between batches. Call `mark` at the start and at the end of each.
 
     Not counted: the delay before the first kernel of a batch, and gaps between its kernels, as with a network so small that
-    it runs faster than it is launched. benchmarks/gpu_report.py measures these with a profiler.
+    it runs faster than it is launched. A profiler sees these.
     """
 
     def __init__(self, world: World):

@@ -5,30 +5,9 @@
     taskset -c 0 python benchmarks/compare.py run     # the missing runs; a second process beside it takes others
     python benchmarks/compare.py plot       # table.md and compare.png, from the results
 
-`run` may be killed at any moment; the same command continues. Each run writes one JSON to --results, also if it fails.
-`cifar` needs DATA, a folder of CIFAR-10's pictures with `train` and `test`, and its latents:
-
-    VAE=benchmarks/results/compare/cifar-autoencoder
-    python extract_features.py --vae $VAE --image-size 32 --data-path DATA/train --features-path features/cifar10/train
-
-All figures depend on the autoencoder and the classifiers in --results; two computers do not train the same ones. The
-autoencoder's command was
-
-    python train.py --config configs/cifar_autoencoder.yaml --max-steps 6000 --image-size 32 --data-path DATA/train
-
-The protocol, written before the first run (its later changes: docs/history.md):
-
-- The budget of a run is compute time: its seconds over the network's seconds a step, measured by `time` on a quiet machine,
-  all networks in turn, on one thread. So it is a number of steps, which other load and interruptions do not change.
-- What all networks of a task share: data, autoencoder, flow with logit-normal t, label drop 0.1, EMA 0.999, batch, AdamW
-  (0.9, 0.95), 5 % of the steps to warm up, a cosine over the run; Euler in 25 steps, 5,000 samples, as many of each class, no
-  guidance. The first seed is also sampled with guidance 1.5.
-- Learning rates: LRS for each network, on a fifth of the steps, seed 0, by 2,000 samples. The range of a network grows by a
-  factor of 2 while its best rate is at an end. The network and rate of each family with the lowest FD-classifier are used
-  for three seeds with the whole budget, and for runs over 1/8, 1/4 and 1/2 of it, each with its own cosine (seed 0).
-- Step times of the networks of a task are within 10 % of their middle; parameters and multiply-accumulates are reported.
-- Figures: FD-classifier (the one that decides), FD-pixel32, label accuracy, nearest training image, each with its floor, the
-  figure of real images. TASK-reconstructions.json, if it is in --results, adds those of encoded and decoded images.
+`run` may be killed at any moment; the same command continues. Each run writes one JSON to --results, also if it fails. All
+figures depend on the autoencoder and the classifiers in --results; two computers do not train the same ones. The protocol,
+written before the first run, and how to get the pictures and latents of `cifar`, are in docs/comparison.md.
 """
 
 import json
@@ -79,9 +58,6 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
-# --- time --------------------------------------------------------------------------------------------
-
-
 def time_steps(args: Namespace) -> None:
     """Write TASK-times.json: the median seconds of a training step of each network.
 
@@ -98,7 +74,7 @@ def time_steps(args: Namespace) -> None:
         stored = report["networks"]
         if networks.keys() <= stored.keys():
             raise UserError(f"{path} has all networks, and budgets depend on it; delete it to measure again")
-        now = time_networks(name, task, networks)
+        now = time_networks(task, networks)
         ratios = [stored[title]["seconds"] / now[title]["seconds"] for title in stored.keys() & now.keys()]
         scale = statistics.median(ratios) if ratios else 1.0
         for title in now.keys() - stored.keys():
@@ -107,14 +83,14 @@ def time_steps(args: Namespace) -> None:
         write_json(path, report)
 
 
-def time_networks(name: str, task: Task, networks: dict[str, Network]) -> dict[str, dict]:
+def time_networks(task: Task, networks: dict[str, Network]) -> dict[str, dict]:
     """Time a training step of each network, all in turn, on one thread."""
     models = {title: build(network, task.shape) for title, network in networks.items()}
     calls = {title: training_step(model, task) for title, model in models.items()}
     return {title: {"seconds": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds),
                     "parameters": sum(p.numel() for p in models[title].parameters() if p.requires_grad),
                     "macs": count_macs(partial(build, networks[title], task.shape), task.shape)}
-            for title, seconds in time_in_turn(calls, ROUNDS, torch.device("cpu"), f"{name}: rounds of steps").items()}
+            for title, seconds in time_in_turn(calls, ROUNDS, torch.device("cpu"), "rounds of steps").items()}
 
 
 def build(network: Network, shape: tuple[int, int, int]) -> torch.nn.Module:
@@ -142,9 +118,6 @@ def training_step(model: torch.nn.Module, task: Task) -> Callable[[], None]:
     return step
 
 
-# --- list, run ---------------------------------------------------------------------------------------
-
-
 def list_runs(args: Namespace) -> None:
     results = read_results(Path(args.results))
     for task in args.tasks:
@@ -161,9 +134,9 @@ def run_all(args: Namespace) -> None:
     folder, claims = Path(args.results), Path(args.work) / "claims"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the script that it has called ends too
     for task in args.tasks:  # refuse missing images before other tasks take hours
-        for flag in ("cifar", "cifar_features"):
-            if f"{{{flag}}}" in " ".join([TASKS[task].data, *TASKS[task].real]) and not Path(args[flag]).is_dir():
-                raise UserError(f"`{flag}` {args[flag]} is not a folder; see the docstring of benchmarks/compare.py")
+        for flag in ("cifar", "cifar_features") if task == "cifar" else ():
+            if not Path(args[flag]).is_dir():
+                raise UserError(f"`{flag}` {args[flag]} is not a folder; see docs/comparison.md")
         load_dataset(expand(TASKS[task].data, args)[1], data_root=args.data_root)
     check_writable(args.work)
     list_runs(args)

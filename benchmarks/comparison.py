@@ -171,35 +171,42 @@ def write_report(folder: Path, tasks: list[str]) -> None:
 
 def main_table(task: str, done: list[Run], results: dict[str, dict]) -> list[str]:
     """A row a family: its network, costs and figures, mean and standard deviation over the seeds; then the floors."""
-    lines = table_head("network", "M parameters", "MMAC", "ms a step", "steps", "lr", "seeds", *FIGURES, f"guided {GUIDANCE}")
-    floors = dict.fromkeys(FIGURES, "-")
+    rows, floors = [], dict.fromkeys(FIGURES, "-")
     for runs in by_family(done, "main").values():
         reports = [results[run.name] for run in runs]
         measured = [report for report in reports if "figures" in report]
         costs = results[f"{task}-times"]["networks"][runs[0].network]
         floors |= {name: f"{figure(report, name)['floor']:.3g}" for report in measured for name in FIGURES}
         guided = [f"{figure(report, FIGURES[0], 'guided')['value']:.3g}" for report in measured if "guided" in report]
-        lines.append(row(runs[0].network, f"{costs['parameters'] / 1e6:.2f}", f"{costs['macs'] / 1e6:.1f}",
-                         f"{costs['seconds'] * 1e3:.0f}", reports[0]["steps"], f"{runs[0].lr:g}", len(runs),
-                         *(spread([figure(report, name)["value"] for report in measured]) for name in FIGURES),
-                         *(guided or ["-"])))
+        rows.append([runs[0].network, f"{costs['parameters'] / 1e6:.2f}", f"{costs['macs'] / 1e6:.1f}",
+                     f"{costs['seconds'] * 1e3:.0f}", reports[0]["steps"], f"{runs[0].lr:g}", len(runs),
+                     *(spread([figure(report, name)["value"] for report in measured]) for name in FIGURES),
+                     *(guided or ["-"])])
     if decoded := results.get(f"{task}-reconstructions"):
-        lines.append(row("real images, encoded and decoded", *6 * ["-"],
-                         *(f"{figure(decoded, name)['value']:.3g}" for name in FIGURES), "-"))
-    return [*lines, row("real images", *6 * ["-"], *floors.values(), "-")]
+        values = [f"{figure(decoded, name)['value']:.3g}" for name in FIGURES]
+        rows.append(["real images, encoded and decoded", *6 * ["-"], *values, "-"])
+    return table(["network", "M parameters", "MMAC", "ms a step", "steps", "lr", "seeds", *FIGURES, f"guided {GUIDANCE}"],
+                 [*rows, ["real images", *6 * ["-"], *floors.values(), "-"]])
 
 
 def search_table(done: list[Run], results: dict[str, dict]) -> list[str]:
     """FD-classifier after a fifth of the steps, by network and learning rate."""
     found = {(run.network, run.lr): f"{distance(results[run.name]):.3g}" for run in done if run.stage == "search"}
     rates = sorted({lr for _, lr in found})
-    return [*table_head("a fifth of the steps, lr", *(f"{lr:g}" for lr in rates)),
-            *(row(network, *(found.get((network, lr), "-") for lr in rates)) for network in dict.fromkeys(n for n, _ in found))]
+    networks = dict.fromkeys(network for network, _ in found)
+    return table(["a fifth of the steps, lr", *(f"{lr:g}" for lr in rates)],
+                 [[network, *(found.get((network, lr), "-") for lr in rates)] for network in networks])
+
+
+def table(head: list, rows: list[list]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(map(str, cells))} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def draw_curves(panel, task: str, done: list[Run], results: dict[str, dict]) -> None:
     """FD-classifier over the seconds of training; bars are standard deviations over the seeds. Floors may be out of sight."""
-    panel.set(title=task, xlabel="seconds of training, one CPU core", ylabel=FIGURES[0])
+    from matplotlib.ticker import LogLocator
+
     drawn, floors = [], {}
     for family, runs in by_family(done, "main").items():
         points = {}  # seconds -> distances
@@ -215,22 +222,17 @@ def draw_curves(panel, task: str, done: list[Run], results: dict[str, dict]) -> 
         floors["encoded, decoded"] = distance(decoded)
     for (title, floor), style in zip(floors.items(), (":", "--")):
         panel.axhline(floor, color="gray", linewidth=1, linestyle=style, label=f"{title}: {floor:.2g}")
+    panel.set(title=task, xlabel="seconds of training, one CPU core", ylabel=FIGURES[0])
     if drawn:
-        use_log_axes(panel, [float(share) * TASKS[task].seconds for share in (*CURVE, 1)], drawn)
+        seconds = [float(share) * TASKS[task].seconds for share in (*CURVE, 1)]
+        # Limits come before the scales: matplotlib may divide by 0 for those of a single point.
+        panel.set(ylim=(min(drawn) / 1.3, max(drawn) * 1.3), xlim=(0.9 * seconds[0], 1.1 * seconds[-1]))
+        panel.set(xscale="log", yscale="log")
+        panel.set_xticks(seconds, [f"{value:g}" for value in seconds])
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.minorticks_off()
         panel.legend(fontsize="x-small")
-
-
-def use_log_axes(panel, seconds: list[float], values: list[float]) -> None:
-    """Log axes around `values`, with ticks at `seconds`."""
-    from matplotlib.ticker import LogLocator
-
-    # Limits come before the scales: matplotlib may divide by 0 for those of a single point.
-    panel.set(ylim=(min(values) / 1.3, max(values) * 1.3), xlim=(0.9 * seconds[0], 1.1 * seconds[-1]))
-    panel.set(xscale="log", yscale="log")
-    panel.set_xticks(seconds, [f"{value:g}" for value in seconds])
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-    panel.yaxis.set_major_formatter("{x:g}")
-    panel.minorticks_off()
 
 
 def by_family(runs: list[Run], stage: str) -> dict[str, list[Run]]:
@@ -245,11 +247,3 @@ def spread(values: list[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.3g}" if values else "failed"
     return f"{statistics.mean(values):.3g} ± {statistics.stdev(values):.2g}"
-
-
-def table_head(*cells: str) -> list[str]:
-    return [row(*cells), row(*["---"] * len(cells))]
-
-
-def row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"

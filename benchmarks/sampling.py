@@ -5,21 +5,18 @@
         --reuse encoder --rows plain flags           # Faster Diffusion's comparison: key steps, s/image without and with
 
 A row is a way to sample, given as a difference from the reference: DDPM with 250 steps, or Heun with 50 for a flow
-checkpoint (which has no DDPM). All rows take guidance, its channels, thresholding and precision from the checkpoint or the
-flags. Only the row `flags` and, without reuse, the row `plain` take sampler, steps, eta and reuse from the flags. Ratios
-and equality compare with the first row.
+checkpoint. All rows take guidance, its channels, thresholding and precision from the checkpoint or the flags. Only the row
+`flags` and, without reuse, the row `plain` take sampler, steps, eta and reuse from the flags.
 
 - calls: of the model and of its blocks, per image, in both branches of guidance together.
 - s/image: sampling and decoding; the median over --repeats rounds after a warm-up round. A round is one batch of each row,
-  so other load on the machine affects all rows alike. A ratio is the median of the rounds' ratios.
+  so other load on the machine affects all rows alike. A ratio, to the first row, is the median of the rounds' ratios.
 - FD-pixel32: the Fréchet distance of raw pixels in [-1, 1], large images averaged to 32x32, between --samples images
-  (classes in turn) and the held-out images; mean and standard deviation over --seeds. Equal: the mean is at most the
-  reference's mean plus its standard deviation.
+  (classes in turn) and the held-out images; mean and standard deviation over --seeds.
 
 With --out each figure is saved in a JSON at once, and the same command continues after an interruption.
 """
 
-import copy
 import itertools
 import json
 import statistics
@@ -27,7 +24,6 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse import Namespace
@@ -35,19 +31,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.instruments import median_ratio, name_of, open_report, time_in_turn
+from benchmarks.instruments import describe, median_ratio, name_of, open_report, time_in_turn
 from diffusion import FlowMatching
 from evaluation.extractors import pixel_features
 from evaluation.metrics import Gaussian, RunningCovariance, frechet_distance
 from pipeline import checkpoint
-from pipeline.generation import (
-    BATCH,
-    Sampling,
-    generate,
-    prepare_network,
-    restore_autoencoder,
-    restore_checkpoint,
-)
+from pipeline.generation import BATCH, Sampling, generate, prepare_network, restore_autoencoder, restore_checkpoint
 from pipeline.settings import SamplingSettings, add_sampling_arguments
 from pipeline.spec import BareWeights, Spec
 from runtime import UserError, cli
@@ -66,7 +55,6 @@ ROWS = {  # differences from the reference
     "interval": dict(guidance_interval=INTERVAL),
     "encoder": dict(reuse="encoder"),
     "forecast": dict(reuse="forecast"),
-    "bf16": dict(precision="bf16"),
     "ddim-50": dict(sampler="ddim", num_sampling_steps=50),
     "euler-50": dict(sampler="euler", num_sampling_steps=50),
     "heun-10": dict(sampler="heun", num_sampling_steps=10),
@@ -101,8 +89,8 @@ def main(args: Namespace) -> None:
     restored = restore_checkpoint(world, args.ckpt, bare, args.vae)
     flags = Sampling.of(restored.spec, SamplingSettings.given(vars(args)), restored.model)
     autoencoder = restore_autoencoder(world, restored, flags, same=args.vae is None)
-    rows = make_rows(args, restored, flags, world.device)
-    settings = report_settings(args.as_dict(), rows, restored, world.device)
+    rows = make_rows(args, restored, flags)
+    settings = report_settings(args, rows, restored, world.device)
     empty = {"times": {}, "distances": {name: {} for name in rows}}
     report = open_report(Path(args.out), settings, empty) if args.out else {"settings": settings, **empty}
     real = real_gaussian(args, restored.spec) if args.samples else None
@@ -110,20 +98,22 @@ def main(args: Namespace) -> None:
         if row.plan:
             print(f"{name}: {row.plan}", flush=True)
 
-    networks = {row.settings.precision: copy.deepcopy(restored.model) for row in rows.values()}
-    for precision, network in networks.items():
-        prepare_network(network, precision, args.compile)
+    model = restored.model
+    prepare_network(model, flags.settings.precision, args.compile)
 
     def draw(row: Sampling, indices: range, seed: int) -> Tensor:
         """Images (B, H, W, C) uint8, with the classes in turn as labels."""
-        network = networks[row.settings.precision]
-        return generate(network, autoencoder, [i % network.num_classes for i in indices], indices, seed, row)
+        return generate(model, autoencoder, [i % model.num_classes for i in indices], indices, seed, row)
 
     def fill(cells: dict, key: object, measure: Callable, *given) -> None:
         """Measure a cell of the report if it is missing."""
         if str(key) not in cells:
             cells[str(key)] = measure(*given)
-            save(report, args.out)
+            save()
+
+    def save() -> None:
+        if args.out:
+            write_json(Path(args.out), report)
 
     for batch_size in args.batch_sizes if args.repeats else []:
         fill(report["times"], batch_size, time_rows, draw, rows, batch_size, args.repeats, world.device)
@@ -131,15 +121,10 @@ def main(args: Namespace) -> None:
         fill(report["distances"][name], seed, distance, draw, row, seed, args.samples, real)
 
     report["summary"] = summarise(report["distances"])
-    save(report, args.out)
-    print(*(line(name, report) for name in rows), sep="\n")
+    save()
+    print(*(f"{name}: {describe(figures_of(name, report))}" for name in rows), sep="\n")
     if args.out:
         print(f"Wrote {args.out}")
-
-
-def save(report: dict, out: str | None) -> None:
-    if out:
-        write_json(Path(out), report)
 
 
 def check_flags(args: Namespace) -> None:
@@ -154,21 +139,17 @@ def check_flags(args: Namespace) -> None:
     cli.check_output_flag(args, "out", ".json")
 
 
-# --- the rows ------------------------------------------------------------------------------------
-
-
-def make_rows(args: Namespace, restored: checkpoint.Restored, flags: Sampling, device: torch.device) -> dict[str, Sampling]:
+def make_rows(args: Namespace, restored: checkpoint.Restored, flags: Sampling) -> dict[str, Sampling]:
     """The requested rows, or all that apply. The first is the reference."""
     reference = "heun-50" if isinstance(flags.process, FlowMatching) else "ddpm-250"
-    useless = {"interval": flags.settings.cfg_scale == 1, "bf16": device.type == "cpu" or args.precision == "bf16"}
-    every = [reference, *(name for name in ROWS if not useless.get(name)),
-             *(["plain", "flags"] if args.reuse != "none" else [])]
+    every = [reference, *(name for name in ROWS if name != "interval" or flags.settings.cfg_scale != 1),
+             *(["plain", "flags"] if flags.plan else [])]
     no_reuse = vars(flags.settings) | dict(reuse="none", key_steps=None, reuse_args={})
 
     def make(name: str) -> Sampling:
         if name in ("plain", "flags"):
             return flags if name == "flags" else Sampling.of(restored.spec, no_reuse)
-        difference = REFERENCES[name] if name in REFERENCES else REFERENCES[reference] | ROWS[name]
+        difference = REFERENCES.get(name) or REFERENCES[reference] | ROWS[name]
         if "guidance_interval" in difference and args.guidance_interval:
             difference = difference | {"guidance_interval": args.guidance_interval}
         with cli.prefix_errors(f"--rows {name}:", *cli.WRONG_VALUE):
@@ -177,27 +158,22 @@ def make_rows(args: Namespace, restored: checkpoint.Restored, flags: Sampling, d
     return {name: make(name) for name in args.rows or every}
 
 
-def report_settings(flags: dict[str, Any], rows: dict[str, Sampling], restored: checkpoint.Restored,
-                    device: torch.device) -> dict[str, Any]:
-    """All settings that the figures depend on, as JSON stores them. Times of other batch sizes may be added later."""
-    other = ("config", "ckpt", "out", "device", "batch_sizes", "repeats")
-    flags = {name: value for name, value in flags.items() if name not in other}
+def report_settings(args: Namespace, rows: dict[str, Sampling], restored: checkpoint.Restored, device: torch.device) -> dict:
+    """All that the figures depend on, as JSON stores it. Times of other batch sizes may be added later."""
     records = {name: dict(model_calls=row.model_calls, block_calls=row.block_calls(restored.model)) | row.record()
                for name, row in rows.items()}
-    about = {"checkpoint": restored.name, "sha256": restored.sha256(), "device": name_of(device), "torch": torch.__version__}
-    return json.loads(json.dumps(about | flags | {"rows": records}))
-
-
-# --- measurements --------------------------------------------------------------------------------
+    flags = {name: args[name] for name in ("vae", "compile", "samples", "data_path")}
+    return json.loads(json.dumps({"checkpoint": restored.name, "sha256": restored.sha256(), "device": name_of(device),
+                                  "torch": torch.__version__, **flags, "rows": records}))
 
 
 def time_rows(draw: Callable, rows: dict[str, Sampling], batch_size: int, repeats: int, device: torch.device) -> dict:
-    """Each row's times at one batch size, or None if it is out of memory. "ratio": its speed relative to the first row."""
+    """Each row's times at one batch size. "ratio": its speed relative to the first row."""
     calls = {name: partial(draw, row, range(batch_size), 0) for name, row in rows.items()}
     laps = time_in_turn(calls, repeats, device, f"batch {batch_size}")
     first = next(iter(laps.values()))
-    return {name: seconds and {
-        "seconds_per_image": statistics.median(seconds) / batch_size, "ratio": first and median_ratio(first, seconds),
+    return {name: {
+        "seconds_per_image": statistics.median(seconds) / batch_size, "ratio": median_ratio(first, seconds),
         "rounds": [lap / batch_size for lap in seconds], "threads": torch.get_num_threads()} for name, seconds in laps.items()}
 
 
@@ -208,12 +184,8 @@ def distance(draw: Callable, sampling: Sampling, seed: int, samples: int, real: 
 
 
 def real_gaussian(args: Namespace, spec: Spec) -> Gaussian:
-    """The Gaussian of the held-out images, or of all images of a folder without a held-out part."""
-    open_split = partial(load_dataset, args.data_path, spec.image_size[0], args.data_root)
-    try:
-        dataset = open_split(split="val")
-    except FileNotFoundError:
-        dataset = open_split(split="train")
+    """The Gaussian of the held-out images."""
+    dataset = load_dataset(args.data_path, spec.image_size[0], args.data_root, "val")
     if dataset.kind != "images" or dataset.channels != spec.channels or list(dataset.classes) != list(spec.classes):
         raise UserError(f"--data-path {args.data_path} does not hold images of the checkpoint's {spec.channels} channels "
                         f"and {len(spec.classes)} classes")
@@ -229,33 +201,19 @@ def gaussian_of(batches: Iterable[Tensor]) -> Gaussian:
     return running.gaussian()
 
 
-# --- conclusions ---------------------------------------------------------------------------------
-
-
-def summarise(distances: dict[str, dict[str, float]]) -> dict:
-    """Each row's distance over the seeds. "equal": the mean is at most the first row's plus its standard deviation."""
+def summarise(distances: dict[str, dict[str, float]]) -> dict[str, dict]:
+    """Each row's distance over the seeds."""
     rows = {name: list(cells.values()) for name, cells in distances.items() if cells}
-    summary = {name: {"distance": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
-               for name, values in rows.items()}
-    first = next(iter(summary.values()), None)
-    for row in summary.values():
-        row["equal"] = None if first["std"] is None else row["distance"] <= first["distance"] + first["std"]
-    return summary
+    return {name: {"FD-pixel32": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+            for name, values in rows.items()}
 
 
-def line(name: str, report: dict) -> str:
+def figures_of(name: str, report: dict) -> dict[str, float]:
     """A row's calls, times at each batch size, and distance."""
-    row, summary = report["settings"]["rows"][name], report["summary"].get(name)
-    cells = [f"{name:14} {row['model_calls']:5} model calls {row['block_calls']:6} block calls"]
+    figures = {key: report["settings"]["rows"][name][key] for key in ("model_calls", "block_calls")}
     for batch, times in report["times"].items():
-        time = times[name] and f"{times[name]['seconds_per_image']:.4g} s/image"
-        cells.append(f"batch {batch}: {time or 'out of memory'}")
-        if time and times[name]["ratio"]:
-            cells[-1] += f", {times[name]['ratio']:.2f}x"
-    if summary:
-        spread = "" if summary["std"] is None else f" ± {summary['std']:.2g}{'' if summary['equal'] else ' (worse)'}"
-        cells.append(f"FD-pixel32 {summary['distance']:.4g}{spread}")
-    return "; ".join(cells)
+        figures |= {f"batch {batch}: {key}": times[name][key] for key in ("seconds_per_image", "ratio")}
+    return figures | report["summary"].get(name, {})
 
 
 if __name__ == "__main__":

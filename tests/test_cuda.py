@@ -1,5 +1,6 @@
 """What runs on a GPU: on fake tensors of CUDA everywhere, and, marked `cuda`, on a real one: pytest -m cuda."""
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -8,9 +9,9 @@ import torch
 from conftest import TINY_RUN, read_metrics, run_script
 from test_models import SEAMED, TINY, family, inputs
 from test_models import tiny as tiny_network
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from benchmarks.instruments import fake_autocast, fake_cuda
 from diffusion import create_diffusion
 from diffusion.guidance import guide, in_interval
 from diffusion.reuse import Reuse, plan
@@ -31,6 +32,35 @@ def cuda(test):
 
 
 # --- fake tensors, on any machine -----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def fake_cuda(model):
+    """In this block every tensor is fake, and the weights of a model on the meta device become fake weights on CUDA.
+
+    A fake tensor has everything but data: operations are dispatched as on CUDA, and tensors of two devices do not mix.
+    (Backward does not work: autograd asks the driver.)
+    """
+    with FakeTensorMode():
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+                        is_parameter = tensors is module._parameters
+                        tensors[name] = torch.nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+        yield
+
+
+@contextlib.contextmanager
+def fake_autocast(precision):
+    """autocast for CUDA on a machine without it, where torch.autocast refuses."""
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", precision == "bf16")
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 KINDS = list(zip(SEAMED, itertools.cycle(["none", "encoder", "forecast"])))  # each network with one kind of reuse
