@@ -225,19 +225,20 @@ def network_source(class_name: str) -> str:
 def write_card(restored: checkpoint.Restored, args: Namespace, folder: Path) -> None:
     """README.md, and the run's newest preview as samples.png."""
     spec, facts = restored.spec, restored.facts
+    flags = facts["args"] if isinstance(facts.get("args"), dict) else {}
     is_run = "spec" in facts and restored.path.parent.name == "checkpoints"  # others' weights may lie in such a folder too
-    run, flags = (restored.path.parent.parent, facts["args"]) if is_run else (None, {})
+    run = restored.path.parent.parent if is_run else None
     licence = "mit" if run and not flags.get("init_from") else "unknown"
     if args.ckpt in checkpoint.PUBLISHED:
         licence = "cc-by-nc-4.0"
     parameters = sum(p.numel() for p in restored.model.parameters())
     rows = {"Network": f"{spec.model.name} ({spec.model.class_name}), {parameters:,} parameters",
-             "Images": f"{spec.image_size[0]}x{spec.image_size[1]} (height x width), {len(spec.classes)} classes",
-             "Autoencoder": "in the folder vae" if (folder / "vae").is_dir() else None if spec.is_autoencoder else spec.vae,
-             "Data": flags.get("data_path"), "Steps": facts.get("step"), "Batch": flags.get("global_batch_size")}
+            "Images": f"{spec.image_size[0]}x{spec.image_size[1]} (height x width), {len(spec.classes)} classes",
+            "Autoencoder": "in the folder vae" if (folder / "vae").is_dir() else None if spec.is_autoencoder else spec.vae,
+            "Data": flags.get("data_path"), "Steps": facts.get("step"), "Batch": flags.get("global_batch_size")}
     if not spec.is_autoencoder:
         rows |= {"Process": json.dumps(spec.diffusion) if spec.diffusion else "DiT's",
-                  "Recommended sampling": json.dumps(spec.sampling.to_dict())}
+                 "Recommended sampling": json.dumps(spec.sampling.to_dict())}
     lines = ["---", f"license: {licence}", f"library_name: {'dinext' if args.format == 'dinext' else 'diffusers'}",
              *([] if spec.is_autoencoder else ["pipeline_tag: unconditional-image-generation"]),
              "tags:", "- class-conditional", "- diffusion", "- dinext", "---", "", f"# {restored.name}", ""]
@@ -245,7 +246,8 @@ def write_card(restored: checkpoint.Restored, args: Namespace, folder: Path) -> 
     if shown := [preview for preview in previews if preview.stem <= restored.path.stem]:  # a later one is of other weights
         shutil.copyfile(shown[-1], folder / "samples.png")
         lines += ["![samples](samples.png)", ""]
-    lines += [*(f"- {name}: {value}" for name, value in rows.items() if value is not None), "", restored.remark, ""]
+    lines += [*(f"- {name}: {value}" for name, value in rows.items() if value is not None), ""]
+    lines += [restored.remark, ""] if restored.remark else []
     lines += AUTOENCODER if spec.is_autoencoder else USE[args.format]
     if run and (run / "figures.json").is_file():
         with cli.prefix_errors(f"{run / 'figures.json'} is not a report of evaluate.py:", KeyError, TypeError):

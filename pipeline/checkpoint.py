@@ -19,6 +19,7 @@ import re
 import warnings
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -167,7 +168,7 @@ def latest(folder: Path) -> Path | None:
 # --- a path -> what lies there ---------------------------------------------------------------------
 
 CONFIGS = ("config.json", "model_index.json", "transformer/config.json", "scheduler/scheduler_config.json")
-WEIGHTS = ("model.safetensors", "transformer/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.bin")
+DIFFUSERS = ("transformer/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.bin")
 
 
 def weights_of(state: dict, source: str | Path) -> dict[str, Tensor]:
@@ -182,13 +183,14 @@ def open_source(path: Path) -> Source:
     """Read a file, or the files of a folder that belong to a network, whatever their format."""
     configs = {name: files.read_json(path / name) for name in CONFIGS if (path / name).is_file()}
     if path.is_dir():
-        file = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+        names = DIFFUSERS if "model_index.json" in configs else ("model.safetensors",)
+        file = next((path / name for name in names if (path / name).is_file()), None)
         vae = str(path / OWN_VAE) if (path / OWN_VAE).is_dir() else None
         return Source(file or path, weights_of(load(file), file) if file else {}, {}, configs, vae)
     state = load(path)
     weights = weights_of(state, path)
     facts = {} if weights is state else {name: value for name, value in state.items() if name not in ("model", "ema", "opt")}
-    return Source(path, weights, facts, statistics=read_latent_statistics(path.parent))
+    return Source(path, weights, facts, read_statistics=partial(read_latent_statistics, path.parent))
 
 
 def read_latent_statistics(folder: Path) -> Statistics | None:

@@ -89,6 +89,8 @@ class Sampling:
             UserError: a setting is not allowed for this network and process, or the network has no seam for `reuse`.
         """
         settings = replace(spec.sampling, **given or {})
+        with prefix_errors("the checkpoint's process:", *WRONG_VALUE):
+            create_diffusion("", **spec.diffusion)
         with prefix_errors(f"`num_sampling_steps` {settings.num_sampling_steps}:", *WRONG_VALUE):
             process = create_diffusion(settings.num_sampling_steps, **spec.diffusion)
         channels = spec.model.args.get("in_channels", 4)

@@ -82,7 +82,7 @@ def read_flow(source: Source, bare: BareWeights, kind: str) -> Contents:
     names = {"image_size": "resolution", "num_classes": "num_classes", "vae": "vae"}  # SiT's flags, like DiT's -> REPA's
     stored = {name: flags.get(name, flags.get(other)) for name, other in names.items() if {name, other} & set(flags)}
     if "model" in flags:
-        stored["model"] = flags["model"].replace("SiT", "DiT")
+        stored["model"] = str(flags["model"]).replace("SiT", "DiT")
     spec = bare.spec(stored, shape_of(source.weights))
     if spec.model.class_name != "DiT":
         raise UserError(f"`model` {spec.model.name} is not a DiT, as the networks of SiT and REPA are")
@@ -95,14 +95,15 @@ def read_flow(source: Source, bare: BareWeights, kind: str) -> Contents:
 
 def read_lightning(source: Source, bare: BareWeights) -> Contents:
     """LightningDiT's weights. Its flow is SiT's, its latents are normalised, and an image is 16 times as large as they."""
-    if source.statistics is None:
+    statistics = source.read_statistics()
+    if statistics is None:
         raise UserError("a LightningDiT needs the mean and std of its latents: latents_stats.pt is missing beside it")
     names = {"mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."}
     weights = {re.sub(r"mlp\.w\d+\.", lambda found: names[found[0]], key): value for key, value in source.weights.items()
                if not key.startswith("feat_rope.")}
     shape = {"image_size": 128} | shape_of(weights)
     spec = bare.spec({}, shape | {"model": "LightningDiT-XL/1", "image_size": 2 * shape["image_size"]})
-    mean, std = source.statistics
+    mean, std = statistics
     args = {"in_channels": len(mean), "input_size": spec.image_size[0] // 16, "learn_sigma": False, "time_scale": 1e-3}
     spec = replace(spec, model=replace(spec.model, args=spec.model.args | args), diffusion={"objective": "flow"},
                    sampling=replace(spec.sampling, **LIGHTNING), latents_mean=mean, latents_std=std)
@@ -122,15 +123,15 @@ def shape_of(weights: Weights) -> Config:
 
 
 def check_published_flow(stored: Config) -> None:
-    """SiT's and REPA's trainers know other paths and predictions than the published ones; these have no form here."""
+    """Raises UserError if SiT's or REPA's trainer was run with a path or prediction that is not supported here."""
     for key, allowed in {"path_type": ("linear",), "prediction": ("velocity", "v"), "qk_norm": (False,)}.items():
         value = stored.get(key, allowed[0])
         if (value.lower() if isinstance(value, str) else value) not in allowed:
-            raise UserError(f"its {key} is {value}; only {' or '.join(map(str, allowed))} is known here")
+            raise UserError(f"its {key} is {value}; only {' or '.join(map(str, allowed))} is supported")
 
 
 def first_half(weights: Weights, args: Config) -> Weights:
-    """Without the second half of the output's channels, which SiT has as DiT, and does not use."""
+    """Drop the second half of the output's channels, which SiT has but does not use."""
     channels, patch = args["in_channels"], args["patch_size"]
     linear = {key: weights[key] for key in ("final_layer.linear.weight", "final_layer.linear.bias") if key in weights}
     for key, value in linear.items():
@@ -177,7 +178,7 @@ def read_diffusers(source: Source, bare: BareWeights) -> Contents:
                         "loads; of diffusers' pipelines only DiTPipeline is read here")
     for name in ("transformer/config.json", "scheduler/scheduler_config.json"):
         if name not in source.configs:
-            raise FileNotFoundError(f"{source.path / name} does not exist")
+            raise FileNotFoundError(f"{name} does not exist")
     if not source.weights:
         raise FileNotFoundError(f"{source.path}/transformer holds no diffusion_pytorch_model.safetensors or .bin")
     config, scheduler = source.configs["transformer/config.json"], source.configs["scheduler/scheduler_config.json"]
@@ -218,7 +219,7 @@ def preset_of(shape: Config) -> str:
 
 
 def diffusion_of(scheduler: Config, learn_sigma: bool) -> Config:
-    """Arguments of create_diffusion for a scheduler's config. UserError where its process has no form here."""
+    """Arguments of create_diffusion for a scheduler's config. Raises UserError if create_diffusion has no such process."""
     scheduler = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02,
                      prediction_type="epsilon", _class_name="DDIMScheduler") | scheduler
     steps, schedule, name = (scheduler[key] for key in ("num_train_timesteps", "beta_schedule", "_class_name"))
@@ -228,7 +229,7 @@ def diffusion_of(scheduler: Config, learn_sigma: bool) -> Config:
         schedule == "linear" and np.allclose(ends, named_betas("linear", steps)[[0, -1]], rtol=1e-5))
     other = [key for key in ("trained_betas", "rescale_betas_zero_snr", "use_flow_sigmas") if scheduler.get(key)]
     if not objective or not known or other or name.startswith("FlowMatch"):
-        raise UserError(f"its scheduler is none that create_diffusion knows: {', '.join([name, *other])}, "
+        raise UserError(f"its scheduler is not supported: {', '.join([name, *other])}, "
                         f"{scheduler['prediction_type']}, {schedule}, {steps} steps, betas {ends[0]} to {ends[1]}")
     return dict(noise_schedule=schedule, diffusion_steps=steps, objective=objective, learn_sigma=learn_sigma)
 
@@ -279,7 +280,7 @@ LDM = [  # LDM's names -> diffusers'
 
 
 def from_ldm(weights: Weights) -> tuple[Config, Weights]:
-    """The config and weights of diffusers' AutoencoderKL for LDM's (Rombach et al., arXiv:2112.10752): VA-VAE's, say.
+    """The config and weights of diffusers' AutoencoderKL for LDM's (Rombach et al., arXiv:2112.10752), such as VA-VAE's.
 
     Raises:
         UserError, KeyError: these are not the weights of such an autoencoder.
@@ -316,8 +317,8 @@ def ldm_name(key: str, levels: int) -> str:
 # --- all formats -----------------------------------------------------------------------------------
 
 FORMATS = (  # the first that matches is taken
-    Format("DiNext", lambda source: source.description is not None, read_own),
     Format("diffusers", lambda source: "model_index.json" in source.configs, read_diffusers),
+    Format("DiNext", lambda source: source.description is not None, read_own),
     Format("LightningDiT", lambda source: any(".mlp.w12." in key for key in source.weights), read_lightning),
     Format("REPA", lambda source: "resolution" in source.flags or any(key.startswith(PROJECTORS) for key in source.weights),
            partial(read_flow, kind="repa"), "repa"),

@@ -192,7 +192,7 @@ class Source:
     facts: Config                          # what else the file holds, without the optimizer: spec, args, step, …
     configs: dict[str, Config] = field(default_factory=dict)  # the JSON files of a folder, by their names in it
     vae: str | None = None                 # the folder of an autoencoder beside the weights
-    statistics: Statistics | None = None   # of LightningDiT's latents_stats.pt beside the weights
+    read_statistics: Callable[[], Statistics | None] = lambda: None  # of LightningDiT's latents_stats.pt beside the weights
 
     @property
     def description(self) -> Config | None:

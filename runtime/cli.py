@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import jsonargparse
 import torch.distributed as dist
@@ -90,6 +91,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         args = list(sys.argv[1:] if args is None else args)
         if deep := [arg for arg in args if re.match(r"--[\w-]+\.\w+\.", arg)]:
             self.error(f"{deep[0]}: a dotted flag changes one entry of a dictionary, not an entry of an entry")
+        # Configs first, so that flags override them wherever they stand.
         is_config = [arg.startswith("--config=") or "--config" in (arg, before) for before, arg in zip(["", *args], args)]
         args = [args[i] for i in sorted(range(len(args)), key=is_config.__getitem__, reverse=True)]
         try:
@@ -100,7 +102,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
             if action.default is not None and getattr(parsed, name, "") is None:
                 self.error(f"{action.option_strings[0]}: null is not allowed")
         for name, registry in self.registries.items():
-            if (value := getattr(parsed, name)) is not None and value not in registry:
+            if (value := getattr(parsed, name)) is not None and value not in list(registry):
                 self.error(f"{self.flags[name].option_strings[0]} {value} is unknown{nearest(value, registry, 3, 0.0)}")
         return parsed
 
@@ -149,6 +151,8 @@ def check_arguments(function: Callable, arguments: dict, skip: set[str] = frozen
         if name not in allowed:
             known = [*allowed, *beside]
             raise UserError(f"unknown key {name!r}; allowed: {', '.join(known)}{nearest(name, known)}")
+        if arguments[name] is None and type(None) not in get_args(inspect.signature(function).parameters[name].annotation):
+            raise UserError(f"{name}: null is not allowed")  # jsonargparse accepts null for any type
     try:
         checked = parser.parse_object(dict(arguments)).as_dict()
     except jsonargparse.ArgumentError as error:
