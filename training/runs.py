@@ -38,8 +38,8 @@ SHOWN = 10  # names listed in a message
 class TrainerArgs:
     """The entries of --diffusion-args that are not of create_diffusion."""
 
-    label_drop: float = 0.1                                  # share of labels that become the null class in training
-    sampling: dict[str, Any] = field(default_factory=dict)   # over what the process recommends
+    label_drop: float = 0.1                       # share of labels that become the null class in training
+    sampling: dict = field(default_factory=dict)  # over what the process recommends
 
 
 def build_run_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[str, Any], data: TrainingData,
