@@ -1,5 +1,7 @@
 """What tests run in another process: python tests/other_process.py FUNCTION [flags], also under torchrun."""
 
+import hashlib
+import json
 import os
 import resource
 import signal
@@ -20,6 +22,28 @@ def hold_lock(folder):
     files.lock_folder(Path(folder), False, "")
     print("held", flush=True)
     time.sleep(60)
+
+
+def open_run(results, *names):
+    """Open a run's folder, as train.py does."""
+    from training import runs
+
+    runs.open_run(Path(results), *names)
+
+
+def print_digests(settings):
+    """For presets built after manual_seed(0) with these settings, the sha256 of keys, shapes, types and bytes, as JSON."""
+    from small_models import NETWORKS
+
+    digests = {}
+    for name, arguments in json.loads(settings).items():
+        torch.manual_seed(0)
+        digest = hashlib.sha256()
+        for key, value in NETWORKS[name](input_size=8, **arguments).state_dict().items():
+            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.contiguous().numpy().tobytes())
+        digests[name] = digest.hexdigest()
+    print(json.dumps(digests))
 
 
 def measure_memory():

@@ -65,12 +65,10 @@ def test_runs_are_numbered_named_locked_and_found_again_by_a_restart(tmp_path, m
         (tmp_path / "003-DiT-XL-2" / "launch").write_text("another")
         restart.setenv("TORCHELASTIC_RESTART_COUNT", "1")
         assert open_run(tmp_path, None, "DiT-XL/2") == third
-    code = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path; from training.runs import open_run; open_run(Path({str(tmp_path)!r}), "mine", "DiT-XL/2")"""
     open_run(tmp_path, "mine", "DiT-XL/2")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # a process of the same launch would wait for the lock
-    second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    second = subprocess.run([sys.executable, ROOT / "tests" / "other_process.py", "open_run", tmp_path, "mine", "DiT-XL/2"],
+                            capture_output=True, text=True, check=False)
     assert "UserError: another process is at work in" in second.stderr
 
 
