@@ -125,6 +125,15 @@ def test_an_autoencoder_in_a_file_of_ldm_comes_along(tmp_path, monkeypatch):
     assert torch.equal(draw("out"), expected)
 
 
+def test_a_folder_named_pixels_does_not_come_along(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pixels").mkdir()
+    Path("pixels/private.png").touch()
+    run_export("--ckpt", save(tmp_path, "pixels", model="MLP", diffusion={"learn_sigma": False}), "--out", "out")
+    assert not Path("out/vae").exists()
+    assert checkpoint.restore("out").spec.vae == "pixels"
+
+
 def test_bare_weights_are_told_what_they_predict(tmp_path, monkeypatch):
     monkeypatch.setitem(DiT_models, "DiT-tiny", partial(DiT, patch_size=2, hidden_size=32, depth=2, num_heads=4))
     (tmp_path / "checkpoints").mkdir()

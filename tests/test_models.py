@@ -218,6 +218,14 @@ def test_any_split_of_the_seam_gives_the_forward_pass(name):
             model.encode(x, c, 99)
 
 
+def test_rotary_tables_are_built_once_for_each_half_of_a_forward_pass(monkeypatch):
+    calls, rotary_tables = [], models.rotary_tables
+    monkeypatch.setattr(models, "rotary_tables", lambda *args: calls.append(args) or rotary_tables(*args))
+    model = tiny("LightningDiT-XL/1")
+    model(*inputs(model))
+    assert (len(model.blocks), len(calls)) == (3, 2)
+
+
 def test_the_default_splits_are_those_of_faster_diffusion():
     with torch.device("meta"):
         assert DIFFUSION_NETWORKS["DiT-XL/2"]().default_split == 18
