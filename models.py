@@ -295,7 +295,7 @@ class LightningDiTBlock(DiTBlock):
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
         super().__init__(hidden_size, num_heads, mlp_ratio)
         self.norm1, self.norm2 = RMSNorm(hidden_size), RMSNorm(hidden_size)
-        self.attn = Attention(hidden_size, num_heads, qk_norm)  # drawn a second time: a seed keeps its initial weights
+        self.attn = Attention(hidden_size, num_heads, qk_norm)  # a second draw, so that a seed keeps its initial weights
         self.mlp = GatedMlp(hidden_size, int(2 / 3 * hidden_size * mlp_ratio))
 
 

@@ -119,7 +119,7 @@ def load(path: str | Path) -> dict:
         if "unsupported global" in str(error).lower():
             raise UserError(f"{path} holds objects other than weights and plain values; nothing was executed") from None
         raise DamagedError(f"{path} is truncated or not a checkpoint") from None
-    except Exception as error:  # a damaged file fails in as many ways as there are bytes
+    except Exception as error:  # a damaged file can raise any error
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
             raise  # the file may be good
         raise DamagedError(f"{path} is truncated or not a checkpoint") from None
@@ -204,7 +204,7 @@ def read_latent_statistics(folder: Path) -> Statistics | None:
     return mean, std
 
 
-# --- a path -> a network in our terms --------------------------------------------------------------
+# --- what lies there -> a network ------------------------------------------------------------------
 
 
 def read(path: Path, bare: BareWeights) -> tuple[Source, Contents]:

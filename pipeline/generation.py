@@ -80,7 +80,7 @@ class Sampling:
 
     @classmethod
     def of(cls, spec: Spec, given: dict[str, Any] | None = None, model: nn.Module | None = None) -> "Sampling":
-        """The settings that a spec recommends, with `given` above them.
+        """The settings that a spec recommends, overridden by `given`.
 
         Args:
             model: the network; needed for `reuse` only.
@@ -199,7 +199,7 @@ def generate(model: nn.Module, autoencoder: nn.Module, labels: list[int], indice
 
     Args:
         labels: class ids, one an image.
-        indices: of the images in the seed's endless sequence.
+        indices: the numbers of the images; a seed defines image 0, 1, 2 and so on without end.
         on_step: called with {"sample", "pred_xstart"} after each step.
     """
     settings, device = sampling.settings, next(model.parameters()).device

@@ -148,7 +148,7 @@ def reverse_time(weights: Weights) -> Weights:
     """
     key = "t_embedder.mlp.0.weight"
     if key not in weights:
-        return weights  # of another architecture, which loading will say
+        return weights  # of another architecture: loading them raises the error
     cos, sin = weights[key].double().chunk(2, dim=1)  # (D, 128) each
     count = cos.shape[1]
     f = torch.exp(-math.log(10_000) * torch.arange(count, dtype=torch.float64) / count)

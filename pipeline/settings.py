@@ -85,7 +85,7 @@ class SamplingSettings:
 
     @classmethod
     def given(cls, flags: dict[str, Any]) -> dict[str, Any]:
-        """Those of a script's flags that are settings and were given, checked as far as no network is needed."""
+        """The settings among a script's flags that were given. Raises UserError for values that no network allows."""
         found = {setting.name: flags[setting.name] for setting in fields(cls) if flags.get(setting.name) is not None}
         cls(**found)
         return found

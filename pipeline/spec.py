@@ -4,8 +4,8 @@ In memory it is a `Spec`; in the file it is a plain dict of numbers, strings, li
 
     model           {"name": the preset, "class": of the network, "args": every argument of its constructor}
     diffusion       arguments of create_diffusion
-    vae             of load_autoencoder;  vae_sha256: of its weights, where train.py trained it
-    latents_mean    and latents_std, of each channel of raw latents, where the features were normalised by them
+    vae             the name that load_autoencoder takes;  vae_sha256: the sha256 of its weights, if train.py trained it
+    latents_mean    and latents_std: of each channel of raw latents, if the features were normalised by them
     image_size      (H, W) of an image;  channels: its number of channels
     classes         names, in the order of their ids
     sampling        the recommended settings of sampling; None for an autoencoder, from which nothing is sampled
@@ -42,7 +42,7 @@ class ModelSpec:
     """How to build a network again, even after its preset has changed."""
 
     name: str             # the preset, as --model names it
-    class_name: str       # of the network
+    class_name: str       # the network's class
     args: dict[str, Any]  # every argument of its constructor
 
     @classmethod
@@ -207,7 +207,7 @@ class Source:
 
 
 class Contents(NamedTuple):
-    """A network in our terms."""
+    """A network as our Spec and weights, whatever the format it was read from."""
 
     spec: Spec
     weights: Weights
