@@ -6,7 +6,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONDONTWRITEBYTECODE = 1
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup --basetemp=.pytest_tmp
+PYTEST := $(BIN)/python -m pytest -q -n 2 --basetemp=.pytest_tmp
 
 .PHONY: demo test test-slow lint clean
 
