@@ -120,8 +120,8 @@ def get_sampler(name: str, process: Process, eta: float = 0.0) -> Callable[..., 
     if name not in SAMPLERS:
         raise UserError(f"`sampler` {name!r} is unknown; allowed: {', '.join(SAMPLERS)}")
     if name == "ddpm" and not hasattr(process, "p_mean_variance"):
-        raise UserError(f"`sampler` ddpm is not supported with a {type(process).__name__}, which has no p_mean_variance; "
-                        f"allowed: {', '.join(list(SAMPLERS)[1:])}")
+        raise UserError(f"`sampler` ddpm needs a Gaussian process, not {type(process).__name__}; allowed: "
+                        f"{', '.join(list(SAMPLERS)[1:])}")
     if not 0 <= eta <= 1:
         raise UserError(f"`eta` {eta} is not in 0..1")
     if eta and name != "ddim":
