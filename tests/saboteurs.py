@@ -48,6 +48,15 @@ def nothing(patch):
     """The run stays whole."""
 
 
+def data_missing_on_rank_1(patch):
+    """Only the second machine lacks the data."""
+    def fail(*args, **kwargs):
+        raise FileNotFoundError("only machine 2 lacks the data")
+
+    if RANK == 1:
+        patch.setattr(train, "load_dataset", fail)
+
+
 # --- signals and kills ---------------------------------------------------------------------------
 
 

@@ -204,6 +204,12 @@ def test_three_processes_with_all_switches_resume_bit_for_bit_and_train_to_the_l
         [line["loss"] for line in log(tmp_path / "plain")], rel=2**-8)
 
 
+@pytest.mark.slow
+def test_a_failure_on_one_process_alone_is_reported(tmp_path):
+    result = start(tmp_path, "data_missing_on_rank_1", "--max-steps", 2, nproc=2, check=False)
+    assert errors(result) == ["train.py: error: only machine 2 lacks the data (rank 1)"]
+
+
 def test_a_dead_data_worker_ends_the_run_with_one_line(run_sabotaged):
     result = run_sabotaged(saboteurs.data_worker_killed, *FLAGS, "--max-steps", 9, "--num-workers", 1)
     assert result.returncode == 2
