@@ -5,7 +5,7 @@ import socket
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ class TrainerArgs:
     sampling: dict = field(default_factory=dict)  # over what the process recommends
 
 
+TRAINER_ARGS = [entry.name for entry in fields(TrainerArgs)]
+
+
 def build_run_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[str, Any], data: TrainingData,
                    autoencoder: nn.Module) -> tuple[Spec, float]:
     """The Spec of a network to be trained, every argument checked, and the share of labels to drop.
@@ -54,7 +57,7 @@ def build_run_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[
     if model in Autoencoder_models:
         return build_autoencoder_spec(model, model_args, diffusion_args, data, autoencoder), 0.0
     with prefix_errors("`diffusion_args`:", *WRONG_VALUE):
-        given = {name: diffusion_args[name] for name in ("label_drop", "sampling") if name in diffusion_args}
+        given = {name: diffusion_args[name] for name in TRAINER_ARGS if name in diffusion_args}
         label_drop, sampling = astuple(TrainerArgs(**check_arguments(TrainerArgs, given)))
         if not 0 <= label_drop <= 1:
             raise UserError(f"label_drop {label_drop} is not in 0..1")
@@ -91,7 +94,7 @@ def check_objective_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     further = {name: value for name, value in arguments.items() if name not in {*common, *elsewhere}}
     with prefix_errors(f"objective {objective!r}:"):
         further = check_arguments(OBJECTIVES[objective], further, {"timesteps", *common},
-                                  (*(name for name in supported if name in common), "label_drop", "sampling"))
+                                  (*(name for name in supported if name in common), *TRAINER_ARGS))
     return checked | further | {name: arguments[name] for name in arguments if name in elsewhere}
 
 
