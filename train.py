@@ -12,13 +12,16 @@ import math
 import time
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 from jsonargparse import Namespace
 from torch import Tensor
 from tqdm import tqdm
 
+from pipeline import checkpoint
 from pipeline.autoencoders import check_features, load_autoencoder
+from pipeline.spec import Spec
 from runtime import UserError, cli
 from runtime.files import check_writable
 from runtime.log import TRACKERS, Log, Stopwatch, check_tracker, peak_memory
@@ -26,6 +29,7 @@ from runtime.processes import CommonError, Stopped, StopSignal, World, distribut
 from runtime.randomness import generator, seed_global
 from small_models import NETWORKS, Autoencoder_models
 from training.datasets import load_dataset
+from training.initial import Initial, changes, check_fit, read_initial, read_own, take_settings
 from training.objective import Objective, process_of
 from training.order import Batches, GlobalOrder
 from training.previews import preview, save_previews_gif
@@ -33,6 +37,7 @@ from training.rows import Readable, Rows
 from training.runs import begin_or_continue, build_run_spec, list_skipped, save_run
 from training.state import OptimizerArgs, Training
 
+DEFAULT_MODEL = "DiT-XL/2"
 VAL_IMAGES, VAL_BATCH = 4096, 64
 
 
@@ -42,7 +47,7 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_shared_arguments()
     parser.add_argument("--results-dir", default="results", help="where the folders of runs lie")
     parser.add_argument("--run-name", type=str | None, help="begin or continue this run; default: a new NNN-model")
-    parser.add_argument("--model", default="DiT-XL/2", registry=NETWORKS, help="a preset of models.py")
+    parser.add_argument("--model", registry=NETWORKS, help=f"a preset; default: that of --init-from, else {DEFAULT_MODEL}")
     parser.add_argument("--model-args", type=dict, default={}, help="arguments of the network, over its preset's")
     parser.add_argument("--diffusion-args", type=dict, default={}, help="of create_diffusion; label_drop (0.1); sampling")
     parser.add_argument("--optimizer-args", type=dict, default={}, help="training/state.py's OptimizerArgs: betas, schedule, …")
@@ -53,7 +58,7 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--global-seed", type=int, default=0, help="of weights, order, noise, timesteps, dropped labels")
     parser.add_argument("--lr", type=float, default=1e-4, help="AdamW's, after its warm-up")
     parser.add_argument("--ema-decay", type=float, default=0.9999, help="of the weights that are sampled; less at first")
-    parser.add_argument("--init-from", type=str | None, help="initialise matching weights from this checkpoint")
+    parser.add_argument("--init-from", type=str | None, help="begin with its weights; without --model with its network too")
     parser.add_argument("--resume", type=str | None, help="resume weights, EMA, optimizer and step from this checkpoint")
     parser.add_argument("--log-every", type=int, default=100, help="steps between lines of the log")
     parser.add_argument("--ckpt-every", type=int, default=50_000, help="steps between checkpoints")
@@ -96,7 +101,7 @@ class Trainer:
     def __init__(self, args: Namespace, world: World):
         """Build data, autoencoder, objective, network and optimizer from the flags. Nothing is written yet."""
         self.args, self.world, self.optim = args, world, check_flags(args)
-        self.flags = {name: value for name, value in args.as_dict().items() if name != "config"}  # as checkpoints hold them
+        self.initial, self.taken = find_initial(args, world)
         load = partial(load_dataset, args.data_path, args.image_size, args.data_root, num_classes=args.num_classes)
         self.data = world.main_first(load)
         with cli.prefix_errors("--val-every:"):
@@ -107,12 +112,18 @@ class Trainer:
         self.order = GlobalOrder(len(self.data), args.global_batch_size, args.global_seed, world.rank, world.size,
                                  args.grad_accum, self.data.flip)
         self.max_steps = args.max_steps or math.ceil(args.epochs * len(self.data) / args.global_batch_size)
-        vae = args.vae or ("pixels" if args.model in Autoencoder_models else self.data.made_by.get("vae", "ema"))
+        usual = "pixels" if args.model in Autoencoder_models else self.taken.vae if self.taken else "ema"
+        args.vae = args.vae or self.data.made_by.get("vae", usual)
+        statistics = self.data.statistics or (self.taken and self.taken.vae == args.vae and self.taken.statistics) or None
         with cli.prefix_errors("--vae"):
-            self.autoencoder = world.main_first(lambda: load_autoencoder(vae, world.device, self.data.statistics))
+            self.autoencoder = world.main_first(lambda: load_autoencoder(args.vae, world.device, statistics))
             check_features(self.autoencoder, self.data, self.held_out)
+        self.flags = {name: value for name, value in args.as_dict().items() if name != "config"}  # as checkpoints hold them
         self.spec, label_drop = build_run_spec(args.model, args.model_args, args.diffusion_args, self.data, self.autoencoder)
         self.objective = Objective(process_of(self.spec), self.autoencoder, self.data, label_drop, args.precision)
+        if self.initial:  # before a large network is built
+            with torch.device("meta"):
+                check_fit(self.spec.model.build().state_dict(), self.initial, self.spec.classes)
         torch.manual_seed(args.global_seed)  # only the initialisation draws from it
         model = self.spec.model.build().to(world.device).train()
         self.state = Training.begin(model, args.lr, self.optim)
@@ -121,7 +132,9 @@ class Trainer:
         """Open the run's folder, continue its newest checkpoint, and start to read."""
         args, world, state = self.args, self.world, self.state
         world.on_main(lambda: check_writable(args.results_dir, state.size))
-        self.folder, remarks = begin_or_continue(state, self.spec, self.flags, world)
+        self.folder, remarks = begin_or_continue(state, self.spec, self.flags, self.initial, world)
+        if self.initial and self.taken:
+            remarks += [f"settings of {args.init_from}", *changes(self.spec, self.taken)]
         self.first = state.step
         self.log = Log(self.folder, world, self.first, args.tracker, self.flags)
         self.log.say(f"{self.folder}: {len(self.data):,} samples, {world.size} x {world.device.type}; {'; '.join(remarks)}; "
@@ -242,6 +255,25 @@ class Trainer:
         return self.over or (every > 0 and self.state.step % every == 0)
 
 
+def find_initial(args: Namespace, world: World) -> tuple[Initial | None, Spec | None]:
+    """Complete --model and, if --init-from says what it is, the other flags of the network.
+
+    Returns: the checkpoint whose weights the run begins with, and the Spec whose settings it took. A run that has a checkpoint
+    of its own takes the settings from that one, so that it continues even when the other is gone.
+    """
+    folder, initial, own = Path(args.results_dir, args.run_name or ""), None, None
+    begun = world.on_main(lambda: bool(args.run_name and checkpoint.latest(folder)))
+    if args.init_from and not (begun and args.model):
+        own = begun and read_own(folder)
+        initial = own or world.main_first(lambda: read_initial(args.init_from))
+    taken = initial if args.model is None else None
+    if taken:
+        for name, value in take_settings(taken, args.as_dict()).items():
+            setattr(args, name, value)
+    args.model = args.model or DEFAULT_MODEL
+    return None if own else initial, taken and taken.spec
+
+
 def check_flags(args: Namespace) -> OptimizerArgs:
     cli.check_data_arguments(args)
     for names, allowed, fine in (
@@ -251,6 +283,8 @@ def check_flags(args: Namespace) -> OptimizerArgs:
             ("max_skipped", "a share, 0..1", lambda share: 0 <= share <= 1),
             ("lr", "a positive number", lambda x: 0 < x < math.inf), ("ema_decay", "in [0, 1)", lambda x: 0 <= x < 1)):
         cli.check_numbers(args, names.split(), allowed, fine)
+    if args.resume and args.init_from:
+        raise UserError("`resume` takes everything of a checkpoint and `init_from` its weights: give one of them")
     with cli.prefix_errors("--optimizer-args:"):
         return OptimizerArgs(**cli.check_arguments(OptimizerArgs, args.optimizer_args))
 

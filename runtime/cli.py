@@ -58,6 +58,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
     def __init__(self, description: str):
         self.flags: dict[str, argparse.Action] = {}  # by its name in the parsed arguments
         self.registries: dict[str, Collection[str]] = {}
+        self.origins: dict[str, str] = {}  # the config of each flag that only a config gives
         super().__init__(description=description, allow_abbrev=False, parser_mode="config")
         self.add_argument("--config", action="config", help="YAML file of flags, written with underscores; flags override it")
 
@@ -88,7 +89,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         self.add_argument("--num-workers", type=int, default=min(4, os.cpu_count()), help="of each process, to read data")
 
     def parse_args(self, args=None, *rest, **options):
-        args = list(sys.argv[1:] if args is None else args)
+        args, self.origins = list(sys.argv[1:] if args is None else args), {}
         if deep := [arg for arg in args if re.match(r"--[\w-]+\.\w+\.", arg)]:
             self.error(f"{deep[0]}: a dotted flag changes one entry of a dictionary, not an entry of an entry")
         # Configs first, so that flags override them wherever they stand.
@@ -98,6 +99,8 @@ class ArgumentParser(jsonargparse.ArgumentParser):
             parsed = super().parse_args(args, *rest, **options)
         except UnicodeDecodeError as error:
             self.error(f"--config is not a text file in UTF-8: {error}")
+        given = {arg.partition("=")[0] for arg in args}
+        self.origins = {name: path for name, path in self.origins.items() if not given & {*self.flags[name].option_strings}}
         for name, action in self.flags.items():  # jsonargparse accepts null for any type
             if action.default is not None and getattr(parsed, name, "") is None:
                 self.error(f"{action.option_strings[0]}: null is not allowed")
@@ -112,7 +115,18 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         for key in vars(parsed):
             if key not in self.flags:
                 self.error(f"unknown key {key!r} in {path}{nearest(key, self.flags)}")
+            self.origins[key] = str(path)
         return parsed
+
+    def origin(self, message: str) -> str:
+        """A sentence about the first flag in an error: which config gives it, if the command line does not; or ""."""
+        flag = re.search(r"--[a-z][\w-]*", message)
+        name = next((name for name, action in self.flags.items() if flag and flag[0] in action.option_strings), None)
+        if name not in self.origins:
+            return ""
+        key = re.search(r"unknown key '(\w+)'", message)
+        path, remedy = self.origins[name], f"; pass {flag[0]} '{{}}'" if self.flags[name].default == {} else ""
+        return f"{' ' if message.endswith('?') else '. '}{repr(key[1]) if key else flag[0]} comes from {path}{remedy}"
 
     def dump(self, *args, **options) -> str:
         """The flags as YAML, each below its help. --print_config prints this."""
@@ -217,7 +231,7 @@ def run(main: Callable[[jsonargparse.Namespace], None], parser: ArgumentParser) 
     except (UserError, OSError) as error:
         flags = {name: action.option_strings[0] for name, action in parser.flags.items() if action.option_strings}
         message = re.sub(r"`(\w+)`", lambda name: flags.get(name[1], name[1]), str(error))  # parameters are in backticks
-        fail(message, common=isinstance(error, CommonError))
+        fail(message + parser.origin(message), common=isinstance(error, CommonError))
     except RuntimeError as error:
         if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)):
             reason = str(error).split(". ")[0]

@@ -10,7 +10,7 @@ import sample_ddp
 import train
 from diffusion import create_diffusion
 from models import DiNextU
-from runtime import cli
+from runtime import UserError, cli
 from runtime.files import check_writable
 
 
@@ -93,6 +93,23 @@ def test_a_value_outside_a_registry_is_answered_with_the_nearest_names(configs, 
         assert "DiNext-U-XL" not in capsys.readouterr().out
     monkeypatch.setitem(train.NETWORKS, "Mine", None)
     assert train.build_parser().parse_args(["--data-path", "digits", "--model", "Mine"]).model == "Mine"
+
+
+def test_an_error_says_which_config_a_value_comes_from(configs, call_here):
+    """The first flag that it names, unless the command line gives it; only `--model-args X`, not `--model-args.x`, does."""
+    def fail(args):
+        if args.run_name == "unknown":
+            raise UserError("`model_args`: unknown key 'depth'; did you mean width?")
+        raise UserError("`lr` 2.0 is too large for `run_name` a")
+
+    for flags, end in (("--config a.yaml", "run-name a. --lr comes from a.yaml\n"),
+                       ("--config a.yaml --config b.yaml", ". --lr comes from b.yaml\n"),
+                       ("--config a.yaml --lr 2", "run-name a\n"), ("--config a.yaml --lr=2", "run-name a\n"),
+                       ("--lr 2", "run-name a\n"),
+                       ("--config a.yaml --run-name unknown --model-args.width 3",
+                        "did you mean width? 'depth' comes from a.yaml; pass --model-args '{}'\n"),
+                       ("--config a.yaml --run-name unknown --model-args {}", "did you mean width?\n")):
+        assert call_here(lambda: cli.run(fail, parser()), "x.py", *flags.split()).stderr.endswith(end), flags
 
 
 def test_print_config_has_every_flag_below_its_help_and_can_be_read_back(configs, capsys):

@@ -1,20 +1,16 @@
-import argparse
 import subprocess
 import sys
 
 import pytest
-import torch
-from conftest import ROOT, golden_dit
+from conftest import ROOT
 
 from diffusion import OBJECTIVES, create_diffusion
 from diffusion.flow import FlowMatching
-from models import DiT
 from pipeline import checkpoint
 from pipeline.autoencoders import Pixels
 from runtime import UserError
 from training.datasets import load_dataset
-from training.runs import build_run_spec, init_from, new_folder, open_run, save_step
-from training.state import OptimizerArgs, Training
+from training.runs import build_run_spec, new_folder, open_run, save_step
 
 # --- flags -> Spec -------------------------------------------------------------------------------
 
@@ -92,75 +88,3 @@ def test_the_newest_and_every_mth_checkpoint_are_kept(tmp_path):
     assert checkpoint.latest(tmp_path).name == "0000025.pt"
     save_step(tmp_path, {"step": 30}, keep_last=0, every=0)
     assert len(names()) == 10
-
-
-# --- init_from -----------------------------------------------------------------------------------
-
-
-def begun(network):
-    return Training.begin(network, 1e-3, OptimizerArgs())
-
-
-def table_of(network):
-    return network.y_embedder.embedding_table.weight
-
-
-@pytest.fixture
-def named(tmp_path):
-    """A checkpoint of the golden network: its file, the names of its classes, its network's arguments, its weights."""
-    kwargs, weights = golden_dit()
-    classes = [f"animal {i}" for i in range(kwargs["num_classes"])]
-    classes[2:4] = ["Mo\u0308we", "crane"]
-    checkpoint.save(tmp_path / "w.pt", {"ema": weights, "spec": {
-        "model": {"name": "DiT-S/2", "class": "DiT", "args": kwargs}, "diffusion": {}, "vae": "pixels", "image_size": (8, 8),
-        "channels": 4, "classes": classes, "sampling": {}}})
-    return tmp_path / "w.pt", classes, kwargs, weights
-
-
-def test_init_from_matches_classes_by_name_and_keeps_the_null_row(named):
-    source, classes, kwargs, weights = named
-    source_table = weights["y_embedder.embedding_table.weight"]
-    for more in ([], map(str, range(len(classes) - 3))):  # the second time as many classes as in the source
-        other = ["crane", "dog", "M\xf6we", *more]
-        training = begun(DiT(**{**kwargs, "num_classes": len(other)}))
-        initial = table_of(training.model).clone()
-        message = init_from(training, source, other)
-        assert "42 of 42 tensors" in message
-        assert f"of 2 of {len(other)} classes" in message
-        assert "fresh classes: dog" in message
-        for network in (training.model, training.ema):
-            found = table_of(network)
-            assert torch.equal(found[[0, 2, -1]], source_table[[3, 2, -1]])
-            assert torch.equal(found[1:-1][[0, *range(2, len(other) - 1)]], initial[1:-1][[0, *range(2, len(other) - 1)]])
-            assert torch.equal(network.blocks[0].attn.qkv.weight, weights["blocks.0.attn.qkv.weight"])
-    same = begun(DiT(**kwargs))
-    init_from(same, source, classes)
-    assert torch.equal(table_of(same.model), source_table)
-
-
-def test_init_from_takes_what_the_sampling_scripts_take(named, tmp_path):
-    """A folder of export.py, and SiT's weights, with their time reversed."""
-    source, _, kwargs, weights = named
-    restored = checkpoint.restore(source)
-    checkpoint.save_folder(tmp_path / "out", restored.spec, restored.model.state_dict())
-    training = begun(DiT(**kwargs))
-    init_from(training, str(tmp_path / "out"), restored.spec.classes)
-    assert all(torch.equal(value, weights[key]) for key, value in training.model.state_dict().items())
-    flags = argparse.Namespace(model="SiT-S/2", num_classes=kwargs["num_classes"])
-    torch.save({"ema": weights, "args": flags}, tmp_path / "sit.pt")
-    training = begun(DiT(**kwargs | {"learn_sigma": False}))
-    assert "(weights of sit's flow)" in init_from(training, str(tmp_path / "sit.pt"), restored.spec.classes)
-    key = "final_layer.linear.bias"
-    expected = -weights[key].unflatten(0, (-1, 2 * kwargs["in_channels"]))[:, : kwargs["in_channels"]].flatten()
-    assert torch.equal(training.model.state_dict()[key], expected)
-
-
-def test_init_from_refuses_a_checkpoint_of_which_little_fits(named):
-    source, _, kwargs, _ = named
-    larger = begun(DiT(**{**kwargs, "hidden_size": 2 * kwargs["hidden_size"]}))
-    before = {key: value.clone() for key, value in larger.model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"`init_from` .*of its weights; pos_embed is .* where the model has .*`model_args`"):
-        init_from(larger, source, ["a"])
-    assert all(torch.equal(before[key], value) for key, value in larger.model.state_dict().items())
-    with pytest.raises(ValueError, match="only 0 of 2 tensors"):
-        init_from(begun(torch.nn.Linear(2, 2)), source, [])

@@ -8,7 +8,7 @@ import train
 from diffusion import create_diffusion
 from runtime.pictures import to_unit_range
 from runtime.processes import start_world
-from training.runs import init_from
+from training.initial import init_from, read_initial
 from training.state import LossMeter, OptimizerArgs, Training
 
 
@@ -81,7 +81,7 @@ def test_logged_losses_are_means_over_steps_and_micro_batches(tmp_path):
     (logged,) = [line for line in read_metrics(tmp_path / "results" / "r") if "loss" in line]
 
     trainer = train.Trainer(train.build_parser().parse_args(list(map(str, flags))), start_world("cpu"))
-    init_from(trainer.state, str(weights), trainer.spec.classes)
+    init_from(trainer.state, read_initial(str(weights)), trainer.spec.classes)
     model, means = trainer.state.model, []
     for step in range(2):
         images, labels = trainer.data.__getitems__(trainer.order.batch(step))

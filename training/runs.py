@@ -2,7 +2,6 @@
 
 import os
 import socket
-from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import astuple, dataclass, field, fields
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffusion import OBJECTIVES, create_diffusion, supported_arguments
 from diffusion.process import Network, Process, check
@@ -18,18 +17,16 @@ from pipeline import checkpoint
 from pipeline.autoencoders import Pixels
 from pipeline.generation import Sampling, check_thresholding
 from pipeline.settings import SamplingSettings
-from pipeline.spec import BareWeights, ModelSpec, Spec, constructor_of, defaults_of, normal_name
+from pipeline.spec import ModelSpec, Spec, constructor_of, defaults_of
 from runtime import UserError
 from runtime.cli import WRONG_VALUE, check_arguments, prefix_errors
 from runtime.files import is_restart, lock_folder, sha256_file, write_text
 from runtime.processes import World
 from small_models import NETWORKS, Autoencoder_models
+from training.initial import Initial, init_from
 from training.objective import SSIM_WINDOW
 from training.rows import TrainingData
 from training.state import Training
-
-CLASS_TABLE = "embedding_table.weight"  # how the names of class embeddings end
-SHOWN = 10  # names listed in a message
 
 # --- flags -> Spec -----------------------------------------------------------------------------------
 
@@ -126,19 +123,19 @@ def assemble_spec(model: str, model_args: dict[str, Any], from_data: dict[str, A
 # --- the folder ------------------------------------------------------------------------------------
 
 
-def begin_or_continue(training: Training, spec: Spec, flags: dict[str, Any], world: World) -> tuple[Path, list[str]]:
-    """Open the run's folder. `training` continues its newest checkpoint, else `resume`, else takes `init_from`'s weights.
+def begin_or_continue(training: Training, spec: Spec, flags: dict[str, Any], initial: Initial | None,
+                      world: World) -> tuple[Path, list[str]]:
+    """Open the run's folder. `training` continues its newest checkpoint, else `resume`, else takes the weights of `initial`.
 
     Returns: the folder, and remarks for the log.
     """
     results, run_name, remarks = Path(flags["results_dir"]), flags["run_name"], ["Fresh weights"]
     begun = world.on_main(lambda: run_name and checkpoint.latest(results / run_name))
-    if not begun:  # a run that has begun needs neither flag
-        if flags["resume"]:
-            with prefix_errors("`resume`"):
-                remarks, _ = continue_from(training, checkpoint.resolve(flags["resume"]), spec, flags)
-        elif flags["init_from"]:
-            remarks = [world.main_first(lambda: init_from(training, flags["init_from"], spec.classes))]
+    if flags["resume"] and not begun:  # a run that has begun does not need the flag
+        with prefix_errors("`resume`"):
+            remarks, _ = continue_from(training, checkpoint.resolve(flags["resume"]), spec, flags)
+    elif initial:
+        remarks = [init_from(training, initial, spec.classes)]
     folder = world.on_main(lambda: open_run(results, run_name, spec.model.name))
     newest, damaged = world.on_main(lambda: newest_undamaged(folder))
     if newest:
@@ -270,62 +267,3 @@ def continue_from(training: Training, path: Path, spec: Spec, flags: dict[str, A
     changed = [f"--{key.replace('_', '-')} was {state['args'][key]}, is now {flags[key]}"
                for key in free if state["args"][key] != flags[key]]
     return [f"Continuing {path}", *changed], stored_spec == spec
-
-
-def init_from(training: Training, source: str, classes: list[str]) -> str:
-    """Load the weights of a checkpoint that match in name and shape, and the embeddings of `classes` that have the same name.
-
-    Returns: a remark that says which weights matched and which did not.
-
-    Raises:
-        UserError: fewer than half of the network's numbers would be loaded.
-    """
-    with prefix_errors("`init_from`"):
-        _, (spec, weights, assumed) = checkpoint.read(checkpoint.resolve(source), BareWeights())
-        initial = training.model.state_dict()
-        taken = {key: value for key, value in weights.items() if key in initial and initial[key].shape == value.shape}
-        drawn, remark = 0, ""  # how many numbers of class embeddings stay as drawn
-        for key in initial:
-            if key.endswith(CLASS_TABLE) and key in weights and initial[key].shape[1:] == weights[key].shape[1:]:
-                rows = len(weights[key])
-                names = spec.classes if rows - len(spec.classes) in (0, 1) else [str(i) for i in range(rows - 1)]
-                taken[key], fresh = match_classes(initial[key], classes, weights[key], names)
-                drawn += len(fresh) * initial[key][0].numel()
-                remark = (f"; embeddings of no label and of {len(classes) - len(fresh)} of {len(classes)} classes, by name; "
-                          f"fresh classes: {shortened(fresh)}")
-        differing = [key for key in initial if key not in taken]
-        found, wanted = (sum(value.numel() for value in tensors.values()) - drawn for tensors in (taken, initial))
-        if found < wanted / 2:
-            first = differing[0]
-            raise UserError(f"{source}: only {len(taken)} of {len(initial)} tensors match this model, {found / wanted:.1%} of "
-                            f"its weights; {first} is {tuple(weights[first].shape) if first in weights else 'missing'} where "
-                            f"the model has {tuple(initial[first].shape)}; use the `model` and `model_args` of its training")
-    for network in (training.model, training.ema):
-        network.load_state_dict(taken, strict=False)
-    unused = [key for key in weights if key not in initial]
-    return (f"Initialised {len(taken)} of {len(initial)} tensors from {source}{assumed and f' ({assumed})'}; "
-            f"fresh: {shortened(differing)}; unused: {shortened(unused)}{remark}")
-
-
-def match_classes(initial: Tensor, classes: list[str], source: Tensor, source_classes: list[str]) -> tuple[Tensor, list[str]]:
-    """A table of class embeddings (L or L + 1, D): the source's rows for classes of the same name, and its null row.
-
-    Returns: the table, and the names of the classes that keep their initial rows.
-    """
-    rows = defaultdict(list)
-    for row, name in enumerate(source_classes):
-        rows[normal_name(name)].append(row)  # two of ImageNet's classes are cranes
-    table, fresh = initial.clone(), []
-    for row, name in enumerate(classes):
-        if found := rows[normal_name(name)]:
-            table[row] = source[found.pop(0)]
-        else:
-            fresh.append(name)
-    if len(initial) > len(classes) and len(source) > len(source_classes):
-        table[-1] = source[-1]
-    return table, fresh
-
-
-def shortened(names: list[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "") if names else "none"

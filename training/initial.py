@@ -1,0 +1,162 @@
+"""What a run takes from another checkpoint, `init_from`: its weights, and without `model` the settings of its network."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from diffusion import create_diffusion
+from pipeline import checkpoint
+from pipeline.spec import BareWeights, Spec, Weights, defaults_of, normal_name
+from runtime import UserError
+from runtime.cli import prefix_errors
+from training.state import Training
+
+FROM_DATA = {"input_size", "in_channels", "num_classes", "learn_sigma"}  # arguments of networks that data and process decide
+CLASS_TABLE = "embedding_table.weight"  # how the names of class embeddings end
+SHOWN = 10  # names listed in a message
+
+
+class Initial(NamedTuple):
+    """A checkpoint from which a run takes settings or weights."""
+
+    source: str               # its name
+    spec: Spec
+    weights: Weights
+    remark: str               # a sentence about what was assumed, or ""
+    label_drop: float | None  # of its training, if it tells
+
+
+def read_initial(source: str) -> Initial:
+    """The checkpoint of that name, see `checkpoint.resolve`."""
+    with prefix_errors("`init_from`"):
+        found, (spec, weights, remark) = checkpoint.read(checkpoint.resolve(source), BareWeights(vae="ema"))
+    flags = found.facts.get("args")
+    drop = flags["diffusion_args"].get("label_drop") if "spec" in found.facts and isinstance(flags, dict) else None
+    return Initial(source, spec, weights, remark, drop)
+
+
+def read_own(folder: Path) -> Initial | None:
+    """The newest readable checkpoint of a run, None if it has none."""
+    for path in reversed(checkpoint.steps_of(folder)):
+        with suppress(checkpoint.DamagedError):
+            return read_initial(str(path))
+    return None
+
+
+# --- settings --------------------------------------------------------------------------------------
+
+
+def take_settings(initial: Initial, given: dict[str, Any]) -> dict[str, Any]:
+    """The flags that describe a network: those of the checkpoint, under those that were given.
+
+    The autoencoder is not among them, because features know theirs.
+
+    Args:
+        given: image_size (None: not given), model_args and diffusion_args, which override entry by entry. (Another objective
+            begins from its own defaults.)
+    """
+    diffusion_args = given["diffusion_args"]
+    spec, (height, width) = initial.spec, initial.spec.image_size
+    stored = {name: value for name, value in spec.model.args.items() if name not in FROM_DATA}
+    objective = spec.diffusion.get("objective", defaults_of(create_diffusion)["objective"])
+    if spec.sampling and diffusion_args.get("objective", objective) == objective:
+        drop = {} if initial.label_drop is None else {"label_drop": initial.label_drop}
+        sampling = diffusion_args.get("sampling", {})
+        if isinstance(sampling, dict):  # what else it is, the check of the arguments will say
+            sampling = spec.sampling.to_dict() | sampling
+        diffusion_args = drop | spec.diffusion | diffusion_args | {"sampling": sampling}
+    return {"model": spec.model.name, "model_args": stored | given["model_args"], "diffusion_args": diffusion_args,
+            "image_size": given["image_size"] or (height if height == width else None)}
+
+
+def changes(spec: Spec, initial: Spec) -> list[str]:
+    """What a run changes of the checkpoint whose settings it took. The log tells classes with the weights."""
+    def facts(spec: Spec) -> dict[str, Any]:
+        sampling = spec.sampling.to_dict() if spec.sampling else {}
+        model = {name: list(value) if isinstance(value, tuple) else value for name, value in spec.model.args.items()
+                 if name not in FROM_DATA}
+        return {**model, **spec.diffusion, **sampling, "image_size": spec.image_size, "vae": spec.vae_sha256 or spec.vae}
+    before, after = facts(initial), facts(spec)
+    return [f"{name} was {before.get(name)}, is now {after.get(name)}" for name in {**before, **after}
+            if before.get(name) != after.get(name)]
+
+
+# --- weights ---------------------------------------------------------------------------------------
+
+
+def init_from(training: Training, initial: Initial, classes: list[str]) -> str:
+    """Load the weights that match in name and shape, and the embeddings of `classes` that have the same name.
+
+    Returns: a remark that says which weights matched and which did not.
+    """
+    state, weights, source = training.model.state_dict(), initial.weights, initial.source
+    taken, fresh = matching(state, initial, classes)
+    for network in (training.model, training.ema):
+        network.load_state_dict(taken, strict=False)
+    differing, unused = [key for key in state if key not in taken], [key for key in weights if key not in state]
+    remark = "" if fresh is None else (f"; embeddings of no label and of {len(classes) - len(fresh)} of {len(classes)} "
+                                       f"classes, by name; fresh classes: {shortened(fresh)}")
+    return (f"Initialised {len(taken)} of {len(state)} tensors from {source}{initial.remark and f' ({initial.remark})'}; "
+            f"fresh: {shortened(differing)}; unused: {shortened(unused)}{remark}")
+
+
+def check_fit(state: dict[str, Tensor], initial: Initial, classes: list[str]) -> None:
+    """Check how much of a network can be initialised.
+
+    Args:
+        state: the network's state dict, on the meta device too.
+
+    Raises:
+        UserError: less than half of its numbers.
+    """
+    taken, fresh = matching(state, initial, classes)
+    tables = sum(state[key][0].numel() for key in state if key.endswith(CLASS_TABLE)) * len(fresh or ())
+    found, wanted = (sum(value.numel() for value in tensors.values()) - tables for tensors in (taken, state))
+    if found < wanted / 2:
+        key = next(key for key in state if key not in taken)
+        theirs, ours = initial.weights.get(key), tuple(state[key].shape)
+        raise UserError(f"`init_from` {initial.source}: only {len(taken)} of {len(state)} tensors match this model, "
+                        f"{found / wanted:.1%} of its weights; {key} is {'missing' if theirs is None else tuple(theirs.shape)} "
+                        f"where the model has {ours}. Leave out `model` and `model_args`: they are then {initial.source}'s, a "
+                        f"{initial.spec.model.name}")
+
+
+def matching(state: dict[str, Tensor], initial: Initial, classes: list[str]) -> tuple[dict[str, Tensor], list[str] | None]:
+    """The weights that fit a network's state dict, and the classes without one of that name (None: no class embeddings fit)."""
+    weights, fresh = initial.weights, None
+    taken = {key: value for key, value in weights.items() if key in state and state[key].shape == value.shape}
+    for key in state:
+        if key.endswith(CLASS_TABLE) and key in weights and state[key].shape[1:] == weights[key].shape[1:]:
+            rows, names = len(weights[key]), initial.spec.classes
+            names = names if rows - len(names) in (0, 1) else [str(i) for i in range(rows - 1)]
+            taken[key], fresh = match_classes(state[key], classes, weights[key], names)
+    return taken, fresh
+
+
+def match_classes(initial: Tensor, classes: list[str], source: Tensor, source_classes: list[str]) -> tuple[Tensor, list[str]]:
+    """A table of class embeddings (L or L + 1, D): the source's rows for classes of the same name, and its null row.
+
+    Returns: the table, and the names of the classes that keep their initial rows.
+    """
+    rows = defaultdict(list)
+    for row, name in enumerate(source_classes):
+        rows[normal_name(name)].append(row)  # two of ImageNet's classes are cranes
+    table, fresh = initial.clone(), []
+    for row, name in enumerate(classes):
+        if found := rows[normal_name(name)]:
+            table[row] = source[found.pop(0)]
+        else:
+            fresh.append(name)
+    if len(initial) > len(classes) and len(source) > len(source_classes):
+        table[-1] = source[-1]
+    return table, fresh
+
+
+def shortened(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "") if names else "none"
