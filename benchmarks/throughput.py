@@ -16,13 +16,23 @@ with attention has a row for each fast implementation of it.
 - …_share: of one profiled call's kernel time. "other": elementwise, reductions, copies, the optimizer. kernels_run is that
   time over the median time of a call.
 - peak_memory_bytes: of the model's weights, AdamW and a step together, without the other models. CUDA only.
+
+`--what memory` runs nothing. It counts the bytes of a training step on one GPU, from shapes, in seconds and on any machine:
+
+- state_bytes: 16 a parameter: fp32 weights, EMA and AdamW's two moments. gradient_bytes: 4 a parameter.
+- activation_bytes: what an eager forward pass saves for the backward pass, with one of the fast kernels of attention. Each
+  storage counts once. Parameters are left out; the bf16 copies of weights that autocast makes are in it.
+- checkpointed_bytes: the same with gradient checkpointing, and the block that the backward pass recomputes: the largest one.
+
+Not in it: gradients of activations and other short-lived tensors, workspaces of kernels, buffers of messages, fragmentation.
 """
 
+import contextlib
 import gc
 import itertools
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from functools import cache, partial
 from pathlib import Path
@@ -31,7 +41,11 @@ from typing import NamedTuple
 import torch
 from jsonargparse import Namespace
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import instruments
@@ -51,7 +65,7 @@ def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Measure the speed and memory of models, side by side.")
     parser.add_argument("--models", nargs="+", required=True, choices=list(DIFFUSION_NETWORKS),
                         help="names of presets; ratios are to the first")
-    parser.add_argument("--what", nargs="+", default=["train", "forward"], choices=["train", "forward"])
+    parser.add_argument("--what", nargs="+", default=["train", "forward"], choices=["train", "forward", "memory"])
     parser.add_argument("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16"], help="as of train.py")
     parser.add_argument("--compile", type=bool, nargs="+", default=[False], help="false, true, or both")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[8])
@@ -65,7 +79,7 @@ def build_parser() -> cli.ArgumentParser:
 class Setting(NamedTuple):
     """The settings that all models of a round share."""
 
-    what: str  # "train" or "forward"
+    what: str  # "train", "forward" or "memory"
     precision: str
     compile: bool
     batch_size: int
@@ -168,6 +182,85 @@ def where(call: Callable, seconds: list[float], device: torch.device) -> dict:
             **{f"{kind}_share": kernels[kind] / total for kind in kernels}}
 
 
+# --- memory, computed ------------------------------------------------------------------------------
+
+
+class FastAttention(TorchFunctionMode):
+    """Calls a fast kernel of attention, as PyTorch does where it sees a GPU. `dtype`: of its inputs, as under autocast."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        return torch.ops.aten._scaled_dot_product_flash_attention(*(tensor.to(self.dtype) for tensor in args))[0]
+
+
+@contextlib.contextmanager
+def fake_cuda(precision: str) -> Iterator[None]:
+    """Tensors of "cuda" have shapes and no memory, on any machine. Operations choose their dtypes as on a GPU."""
+    with FakeTensorMode(allow_non_fake_inputs=True), FastAttention(DTYPES[precision]):
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", precision == "bf16")  # torch.autocast itself refuses where there is no GPU
+        try:
+            yield
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.clear_autocast_cache()
+
+
+def move_to_fake_cuda(model: nn.Module) -> list[torch.Tensor]:
+    """Replace all parameters and buffers of a model, and return the new ones. (`Module.to` does not take fake tensors.)"""
+    moved = []
+    for module in model.modules():
+        for name, old in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device="cuda")
+            moved.append(nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+            setattr(module, name, moved[-1])
+    return moved
+
+
+def count_saved(call: Callable[[], object], own: Iterable[torch.Tensor]) -> int:
+    """The bytes that a call saves for its backward pass: each storage once, without those of the tensors in `own`."""
+    storages = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    left_out = {tensor.untyped_storage()._cdata for tensor in own}
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in left_out)
+
+
+def count_memory(setting: Setting, name: str, input_size: int) -> dict:
+    """The bytes of a training step of one model, from shapes. Without gradient checkpointing "checkpointed_bytes" is None."""
+    with torch.device("meta"):
+        model = build(name, input_size)
+    process, batch, calls = create_diffusion(""), setting.batch_size, {}
+    with fake_cuda(setting.precision):
+        own = move_to_fake_cuda(model)
+        x, noise = torch.randn(2, batch, 4, input_size, input_size, device="cuda")
+        t, y = torch.randint(1000, (2, batch), device="cuda")
+        forward = partial(process.training_losses, model, x, t, dict(y=y), noise)
+        hooks = [block.register_forward_pre_hook(calls.__setitem__) for block in getattr(model, "blocks", [])]
+        plain, checkpointed = count_saved(forward, own), None
+        for hook in hooks:
+            hook.remove()
+        if hasattr(model, "gradient_checkpointing"):
+            model.gradient_checkpointing = True
+            largest = max(count_saved(partial(block, *args), [*own, *args]) for block, args in calls.items())
+            checkpointed = count_saved(forward, own) + largest
+    trained = sum(tensor.numel() for tensor in own if tensor.requires_grad)
+    return {"model": name, "attention": "flash" if has_attention(name) else None, **setting._asdict(), "parameters": trained,
+            "gmacs": count_macs(name, input_size) / 1e9, "state_bytes": 16 * trained, "gradient_bytes": 4 * trained,
+            "activation_bytes": plain, "checkpointed_bytes": checkpointed}
+
+
 def title_of(result: dict) -> str:
     return " ".join(filter(None, [result["model"], result["attention"]]))
 
@@ -176,6 +269,8 @@ def main(args: Namespace) -> None:
     cli.check_numbers(args, ["image_size", "repeats"], "at least 1", lambda n: n >= 1)
     if min(args.batch_size) < 1 or args.image_size % 8:
         raise UserError(f"--batch-size {args.batch_size} must be positive, --image-size {args.image_size} a multiple of 8")
+    if "memory" in args.what and True in args.compile:
+        raise UserError("--what memory counts the eager network: --compile must be false")
     cli.check_output_flag(args, "out", ".json")
     device = start_world(args.device).device
     with cli.prefix_errors("--image-size:", *cli.WRONG_VALUE):
@@ -186,8 +281,12 @@ def main(args: Namespace) -> None:
     report = {"device": machine, "torch": torch.__version__, "date": f"{date.today()}",
               "settings": {name: value for name, value in args.as_dict().items() if name != "config"}, "results": []}
     for setting in itertools.starmap(Setting, itertools.product(args.what, args.precision, args.compile, args.batch_size)):
-        rows = measure(setting, args.models, args.image_size // 8, args.repeats, device)
-        print(f"{setting}, matmul {rows[0]['matmul_flops_per_second'] / 1e12:.3f} TFLOP/s")
+        if setting.what == "memory":
+            rows = [count_memory(setting, name, args.image_size // 8) for name in args.models]
+            print(f"{setting}, counted for a GPU, not run")
+        else:
+            rows = measure(setting, args.models, args.image_size // 8, args.repeats, device)
+            print(f"{setting}, matmul {rows[0]['matmul_flops_per_second'] / 1e12:.3f} TFLOP/s")
         print(*(f"  {title_of(row)}: {describe(row)}" for row in rows), sep="\n", flush=True)
         report["results"] += rows
         if args.out:  # now: a larger batch may be too large for the GPU

@@ -6,10 +6,11 @@ import pytest
 import throughput
 import torch
 from conftest import assert_one_line
+from torch import nn
 from torch.nn.attention import SDPBackend
 
 from benchmarks.instruments import kind_of
-from models import DiT, DiT_models
+from models import Attention, DiT, DiT_models
 
 NAMES = ["DiT-S/2", "DiNext-S/2"]
 FLAGS = ["--image-size", 32, "--batch-size", 2, "--repeats", 2, "--device", "cpu"]
@@ -103,9 +104,71 @@ def test_multiply_accumulates_are_those_of_the_papers():
     assert throughput.count_macs("DiT-XL/2", 32) / 1e9 == pytest.approx(118.6, abs=0.05)
 
 
+def saved_by(make, shape, precision="bf16"):
+    """What a network on a GPU that is not there saves of an input (B, N, D): without its parameters, in bytes."""
+    with torch.device("meta"):
+        model = make()
+    with throughput.fake_cuda(precision):
+        own = throughput.move_to_fake_cuda(model)
+        return throughput.count_saved(lambda: model(torch.randn(shape, device="cuda")), own)
+
+
+def test_saved_bytes_are_those_of_a_closed_form():
+    """Linear saves its input, GELU its input; the second Linear the output of GELU and, to pass the gradient on, its weight.
+
+    That weight is a parameter, or under autocast a copy in bf16.
+    """
+    def make():
+        return nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+
+    positions = 3 * 5
+    assert saved_by(make, (3, 5, 8), "fp32") == 4 * positions * (8 + 32 + 32)
+    assert saved_by(make, (3, 5, 8), "bf16") == 2 * positions * (8 + 32 + 32) + 2 * 32 * 8
+
+
+def test_attention_saves_no_matrix_of_all_pairs():
+    """Its input, q, k and v in one storage, its output, logsumexp in fp32, the second weight's copy. (24 bytes: of dropout.)"""
+    batch, positions, width, heads = 2, 64, 16, 4
+    assert saved_by(lambda: Attention(width, heads), (batch, positions, width)) == pytest.approx(
+        2 * batch * positions * width * (1 + 3 + 1) + 4 * batch * heads * positions + 2 * width**2, abs=32)
+
+
+@pytest.mark.parametrize(("name", "kept_anyway"), [("DiT-S/2", True), ("DiNext-S/2", False)])
+def test_checkpointing_keeps_the_inputs_of_blocks_and_one_block(tiny, monkeypatch, name, kept_anyway):
+    """An input of a block is fp32. DiT's LayerNorm keeps it anyway; DiNext's convolution keeps its copy in bf16."""
+    def count(depth, batch=2):
+        monkeypatch.setitem(DiT_models, name, partial(preset.func, **preset.keywords | {"depth": depth}))
+        return throughput.count_memory(throughput.Setting("memory", "bf16", False, batch), name, 4)
+
+    preset, an_input = DiT_models[name], 4 * (2 * 2 * 2 * 24)  # B, h, w, D
+    one, three = count(1), count(3)
+    assert one["checkpointed_bytes"] == one["activation_bytes"] + (0 if kept_anyway else an_input)
+    assert three["checkpointed_bytes"] == one["checkpointed_bytes"] + 2 * an_input
+    assert three["activation_bytes"] > three["checkpointed_bytes"]
+    sizes = [count(3, batch)["activation_bytes"] for batch in (2, 4, 6)]
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0  # the rest does not depend on the batch
+
+
+def test_memory_is_counted_without_a_gpu(tiny, run_here, tmp_path):
+    out = tmp_path / "memory.json"
+    flags = [*FLAGS, "--what", "memory", "--precision", "bf16", "--out", out]
+    result = run_here(throughput, "--models", *NAMES, "ConvAdaLN", *flags)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(out.read_text())["results"]
+    assert [(r["model"], r["attention"], r["what"]) for r in rows] == [
+        ("DiT-S/2", "flash", "memory"), ("DiNext-S/2", None, "memory"), ("ConvAdaLN", None, "memory")]
+    for r in rows:
+        network = throughput.build(r["model"], 4)
+        assert r["parameters"] == sum(p.numel() for p in network.parameters() if p.requires_grad)
+        assert (r["state_bytes"], r["gradient_bytes"]) == (16 * r["parameters"], 4 * r["parameters"])
+    assert not torch.is_autocast_enabled("cuda")
+    assert "counted for a GPU, not run" in result.stdout
+
+
 def test_wrong_input_is_one_line(run_here):
     for flags, words in ((["DiT-S/3"], ["--models", "DiT-S/3", "DiT-S/2"]),
                          (["DiT-S/2", "--image-size", 24], ["--image-size", "(3, 3)"]),
                          (["DiT-S/2", "--image-size", 60], ["--image-size 60"]),
+                         (["DiT-S/2", "--what", "memory", "--compile", "true"], ["--what memory", "--compile must be false"]),
                          (["DiT-S/2", "--repeats", 0], ["--repeats 0"])):
         assert_one_line(run_here(throughput, "--models", *flags), *words)
