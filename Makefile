@@ -41,7 +41,7 @@ lint: .venv/installed
 	  { echo "$(PYTHON) cannot make virtual environments: install your system's package python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) '.[dev,eval,notebooks,track,parquet]'
-	@rm -rf build dinext.egg-info
+	@rm -rf build dinext_requirements.egg-info
 	@touch $@
 
 clean:

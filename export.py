@@ -7,7 +7,8 @@
 - dinext: model.safetensors (the EMA), config.json (the Spec), README.md (the model card), the newest preview. A local
   autoencoder is copied to the folder vae. Nothing in the folder is executed.
 - diffusers: for every network of models.py and small_models.py, exact. The folder holds exported.py as pipeline.py and the
-  network's source, which diffusers runs with `trust_remote_code=True`.
+  source of the network and of an autoencoder of ours, which diffusers runs with `trust_remote_code=True`. An autoencoder alone
+  becomes one component, for diffusers' AutoModel.
 
 The card shows the figures of `evaluate.py --json RUN/figures.json`.
 """
@@ -15,7 +16,9 @@ The card shows the figures of `evaluate.py --json RUN/figures.json`.
 import inspect
 import json
 import re
+import shlex
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -30,12 +33,12 @@ from diffusion.gaussian_diffusion import GaussianDiffusion
 from diffusion.process import Process
 from diffusion.schedules import named_betas
 from pipeline import checkpoint
-from pipeline.autoencoders import HUB_IDS, SDVAE, Pixels, check_autoencoder, load_autoencoder
+from pipeline.autoencoders import HUB_IDS, SDVAE, TrainedAutoencoder, check_autoencoder, load_autoencoder
 from pipeline.generation import Sampling
 from pipeline.settings import BARE_OBJECTIVES, SamplingSettings
 from pipeline.spec import OWN_VAE, BareWeights, Config, Spec
 from runtime import UserError, cli
-from runtime.files import check_writable, read_json
+from runtime.files import check_writable, read_json, write_json
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -58,14 +61,12 @@ def main(args: Namespace) -> None:
     if args.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push, re.ASCII):
         raise UserError(f"--push {args.push} is not the name of a repository of the hub, user/repo")
     restored = checkpoint.restore(args.ckpt, BareWeights(objective=args.objective))
-    if restored.spec.is_autoencoder and args.format != "dinext":
-        raise UserError(f"--ckpt {args.ckpt} is an autoencoder; --format dinext takes it")
     if not restored.spec.is_autoencoder:
         Sampling.of(restored.spec)  # refuse a network that cannot be sampled
     check_writable(out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         folder = Path(temporary)
-        FORMATS[args.format](restored, folder)
+        FORMATS[args.format](restored, args, folder)
         write_card(restored, args, folder)
         for path in (folder, *folder.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors' files are private at first
@@ -81,7 +82,7 @@ def main(args: Namespace) -> None:
 # --- formats ---------------------------------------------------------------------------------------
 
 
-def write_dinext(restored: checkpoint.Restored, folder: Path) -> None:
+def write_dinext(restored: checkpoint.Restored, args: Namespace, folder: Path) -> None:
     """Our own format."""
     spec = restored.spec
     if spec.vae not in ("pixels", *HUB_IDS) and Path(spec.vae).exists():  # a local path, which nobody else has
@@ -95,32 +96,60 @@ def write_dinext(restored: checkpoint.Restored, folder: Path) -> None:
     checkpoint.save_folder(folder, spec, restored.model.state_dict())
 
 
-def write_diffusers(restored: checkpoint.Restored, folder: Path) -> None:
-    """A pipeline for diffusers, with the code that it needs."""
+def write_diffusers(restored: checkpoint.Restored, args: Namespace, folder: Path) -> None:
+    """A pipeline for diffusers with the code that it needs, or an autoencoder as one component."""
+    import exported  # it imports diffusers, which is slow
+
+    check_code(restored, args)
+    if restored.spec.is_autoencoder:
+        write_component(restored, exported.TrainedAutoencoder, "vae", folder)
+        return
     spec, sampling = restored.spec, Sampling.of(restored.spec)
-    scheduler, timesteps = scheduler_of(sampling.settings, sampling.process, spec.diffusion)
-    autoencoder, settings, source = open_autoencoder(spec), sampling.settings, network_source(spec.model.class_name)
-    if not isinstance(autoencoder, Pixels | SDVAE):
-        raise UserError(f"diffusers has no autoencoder like the model's, {spec.vae}; --format dinext takes it")
+    settings, process = sampling.settings, sampling.process
+    scheduler, timesteps = scheduler_of(settings, process, spec.diffusion)
+    autoencoder, vae = open_autoencoder(spec), [None, None]
+    if isinstance(autoencoder, SDVAE):
+        autoencoder.vae.to(memory_format=torch.contiguous_format).save_pretrained(folder / "vae")
+        vae = ["diffusers", type(autoencoder.vae).__name__]
+    elif isinstance(autoencoder, TrainedAutoencoder):
+        trained, vae = checkpoint.restore(spec.vae), ["vae", "TrainedAutoencoder"]
+        check_code(trained, args)
+        write_component(trained, exported.TrainedAutoencoder, "vae", folder / "vae")
+    write_component(restored, exported.Network, "network", folder / "network")
     index = {
         "_class_name": ["pipeline", "DiNextPipeline"], "network": ["network", "Network"],
-        "scheduler": ["diffusers", scheduler["_class_name"]],
-        "vae": [None, None] if isinstance(autoencoder, Pixels) else ["diffusers", type(autoencoder.vae).__name__],
+        "scheduler": ["diffusers", scheduler["_class_name"]], "vae": vae,
         "id2label": {str(i): name for i, name in enumerate(spec.classes)},
         "sampling": {
             "shape": [restored.model.in_channels, *restored.model.input_size], "num_classes": restored.model.num_classes,
-            "steps": sampling.process.num_timesteps, "timesteps": timesteps, "cfg_scale": settings.cfg_scale,
+            "steps": process.num_timesteps, "timesteps": timesteps, "cfg_scale": settings.cfg_scale,
             "cfg_channels": settings.cfg_channels, "guidance_interval": settings.guidance_interval,
-            "prediction": prediction_of(sampling.process), "input_scale": sampling.process.input_scale,
+            "prediction": prediction_of(process), "input_scale": process.input_scale,
             "bounded": autoencoder.bounded or settings.dynamic_thresholding,
             "dynamic_thresholding": settings.dynamic_thresholding, **scale_of(autoencoder)}}
-    network = {"_class_name": "Network", "name": spec.model.class_name, "args": spec.model.args}
-    weights = {f"network.{key}": value for key, value in restored.model.state_dict().items()}
-    checkpoint.save_pipeline(folder, index, scheduler, "network", network, weights)
+    write_json(folder / "model_index.json", index)
+    (folder / "scheduler").mkdir()
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     (folder / "pipeline.py").write_text(pipeline_source())
-    (folder / "network" / "network.py").write_text(source)
-    if isinstance(autoencoder, SDVAE):
-        autoencoder.vae.save_pretrained(folder / "vae")
+
+
+def check_code(restored: checkpoint.Restored, args: Namespace) -> None:
+    """Raises UserError if the network's code is not in models.py or small_models.py, which a folder for diffusers holds."""
+    name = restored.spec.model.class_name
+    if type(restored.model) not in (getattr(models, name, None), getattr(small_models, name, None)):
+        flags = shlex.join(["--ckpt", args.ckpt, "--out", args.out])
+        raise UserError(f"--format diffusers takes networks of models.py and small_models.py, whose code it copies, and {name} "
+                        f"is of another file; the default format takes it: python {sys.argv[0]} {flags}")
+
+
+def write_component(restored: checkpoint.Restored, kind: type, name: str, folder: Path) -> None:
+    """A network as a component of diffusers: config.json, weights, and its code in `name`.py. `kind` is of exported.py."""
+    model = restored.spec.model
+    with torch.device("meta"):
+        component = kind(model.class_name, model.args, {"AutoModel": f"{name}.{kind.__name__}"})
+    component.network = restored.model.to(memory_format=torch.contiguous_format)  # safetensors takes no other
+    component.save_pretrained(folder)
+    (folder / f"{name}.py").write_text(component_source())
 
 
 FORMATS = {"dinext": write_dinext, "diffusers": write_diffusers}
@@ -134,9 +163,9 @@ def open_autoencoder(spec: Spec) -> torch.nn.Module:
     return autoencoder
 
 
-def scale_of(autoencoder: Pixels | SDVAE) -> dict[str, list[float]]:
+def scale_of(autoencoder: torch.nn.Module) -> dict[str, list[float]]:
     """Latents are (z - shift) * scale, for each channel or for all."""
-    if isinstance(autoencoder, Pixels):
+    if not isinstance(autoencoder, SDVAE):
         return {"scale": [1.0], "shift": [0.0]}
     return {name: torch.as_tensor(getattr(autoencoder, name)).flatten().tolist() for name in ("scale", "shift")}
 
@@ -189,34 +218,31 @@ def replace_once(text: str, old: str, new: str) -> str:
     return text.replace(old, new)
 
 
-def pipeline_source() -> str:
-    """pipeline.py: exported.py with our guidance in place of its import, and without the network."""
+def parts_of_exported() -> list[str]:
+    """The source of exported.py: the pipeline, and the components."""
     import exported  # it imports diffusers, which is slow
 
+    before, heading, after = inspect.getsource(exported).partition("# --- components")
+    return [before, heading + after]
+
+
+def pipeline_source() -> str:
+    """pipeline.py: the pipeline of exported.py, with our guidance in place of its import."""
     guidance_code = replace_once(inspect.getsource(guidance), f'"""{guidance.__doc__}"""', "")
     guidance_code = replace_once(guidance_code, "from runtime import UserError", "UserError = ValueError")
     guidance_code = replace_once(guidance_code, "from .schedules import MODEL_TIME", f"MODEL_TIME = {guidance.MODEL_TIME}")
-    code = replace_once(inspect.getsource(exported), inspect.getsource(exported.Network), "")
-    code = replace_once(code, "import models\n", "")
     imported = "from diffusion.guidance import MODEL_TIME, dynamic_threshold, guide, in_interval\n"
-    return replace_once(code, imported, guidance_code.strip() + "\n").rstrip() + "\n"
+    return replace_once(parts_of_exported()[0], imported, guidance_code.strip() + "\n").rstrip() + "\n"
 
 
-def network_source(class_name: str) -> str:
-    """network.py: models.py, small_models.py if the network is in it, and the network as a component of diffusers."""
-    import exported
-
-    code = inspect.getsource(models)
-    if not hasattr(models, class_name):
-        if not hasattr(small_models, class_name):
-            raise UserError(f"the network is a {class_name}, which is neither in models.py nor in small_models.py; --format "
-                            "dinext takes it")
-        small_code = replace_once(inspect.getsource(small_models), f'"""{small_models.__doc__}"""', "")
-        imported = next(line for line in small_code.splitlines() if line.startswith("from models import "))
-        code += "\n\n" + replace_once(small_code, imported, "").strip() + "\n"
-    component = replace_once(inspect.getsource(exported.Network), "getattr(models, name)", "globals()[name]")
-    return (f"{code}\n\nfrom diffusers import ConfigMixin, ModelMixin  # noqa: E402\n"
-            f"from diffusers.configuration_utils import register_to_config  # noqa: E402\n\n\n{component}")
+def component_source() -> str:
+    """network.py and vae.py: models.py, small_models.py, and the components of exported.py."""
+    small_code = replace_once(inspect.getsource(small_models), f'"""{small_models.__doc__}"""', "")
+    imported = next(line for line in small_code.splitlines() if line.startswith("from models import "))
+    components = replace_once(parts_of_exported()[1], "(vars(models) | vars(small_models))[name]", "globals()[name]")
+    for line in ("import models  # noqa: E402\n", "import small_models  # noqa: E402\n"):
+        components = replace_once(components, line, "")
+    return "\n\n".join([inspect.getsource(models), replace_once(small_code, imported, "").strip() + "\n", components])
 
 
 # --- the card --------------------------------------------------------------------------------------
@@ -248,7 +274,7 @@ def write_card(restored: checkpoint.Restored, args: Namespace, folder: Path) -> 
         lines += ["![samples](samples.png)", ""]
     lines += [*(f"- {name}: {value}" for name, value in rows.items() if value is not None), ""]
     lines += [restored.remark, ""] if restored.remark else []
-    lines += AUTOENCODER if spec.is_autoencoder else USE[args.format]
+    lines += (USE_AUTOENCODER if spec.is_autoencoder else USE)[args.format]
     if run and (run / "figures.json").is_file():
         with cli.prefix_errors(f"{run / 'figures.json'} is not a report of evaluate.py:", KeyError, TypeError):
             lines += ["", *figures_table(read_json(run / "figures.json"))]
@@ -259,7 +285,12 @@ USE = {"dinext": ["```", "python sample.py --ckpt THIS_FOLDER   # of DiNext, or 
        "diffusers": ["```python", "from diffusers import DiffusionPipeline",
                      'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", trust_remote_code=True)',
                      'pipe(class_labels=[0]).images[0].save("picture.png")', "```"]}
-AUTOENCODER = ["```", "python train.py --vae THIS_FOLDER …   # of DiNext", "```"]
+USE_AUTOENCODER = {
+    "dinext": ["```", "python train.py --vae THIS_FOLDER …   # of DiNext", "```"],
+    "diffusers": ["```python", "from diffusers import AutoModel  # 0.36 or newer",
+                  'vae = AutoModel.from_pretrained("THIS_FOLDER", trust_remote_code=True)  # runs vae.py in it',
+                  "latents = vae.encode(images).latent   # images (B, C, H, W) in [-1, 1]; latents need no scale",
+                  "images = vae.decode(latents).sample", "```"]}
 
 
 def figures_table(report: dict) -> list[str]:

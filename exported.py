@@ -4,19 +4,18 @@
     pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)
     pipe(class_labels=[0, 1]).images[0].save("picture.png")
 
-export.py makes pipeline.py and network/network.py of an exported folder from this file, guidance.py and models.py.
+export.py makes pipeline.py of an exported folder from guidance.py and this file's first part, and the code of its components,
+network.py and vae.py, from models.py, small_models.py and the second part.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 from torch import Tensor
 
-import models
 from diffusion.guidance import MODEL_TIME, dynamic_threshold, guide, in_interval
 
 
@@ -25,7 +24,7 @@ class DiNextPipeline(DiffusionPipeline):
 
     Args:
         network: (x, t in 0..1000, label) -> prediction.
-        vae: an AutoencoderKL; None: the network draws pixels.
+        vae: an AutoencoderKL, AutoencoderDC or TrainedAutoencoder; None: the network draws pixels.
         scheduler: of diffusers.
         sampling: export.py's record of the checkpoint: steps, timesteps, guidance, bounds.
         id2label: names of the classes, by their ids as strings.
@@ -131,19 +130,47 @@ class DiNextPipeline(DiffusionPipeline):
         return [Image.fromarray(array.squeeze()) for array in arrays]
 
 
-class Network(ModelMixin, ConfigMixin):
+# --- components ------------------------------------------------------------------------------------
+
+from diffusers import ConfigMixin, ModelMixin  # noqa: E402
+from diffusers.configuration_utils import register_to_config  # noqa: E402
+from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput  # noqa: E402
+
+import models  # noqa: E402
+import small_models  # noqa: E402
+
+
+class Component(ModelMixin, ConfigMixin):
     """A network of DiNext as a component of diffusers.
 
     Args:
         name: of its class.
         args: of its constructor.
+        auto_map: where diffusers' AutoModel finds the code of this component.
     """
 
     @register_to_config
-    def __init__(self, name: str, args: dict):
+    def __init__(self, name: str, args: dict, auto_map: dict):
         super().__init__()
-        self.network = getattr(models, name)(**args)
+        self.network = (vars(models) | vars(small_models))[name](**args)
 
+
+class Network(Component):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x (B, C, H, W), t (B,) in 0..1000, y (B,) -> (B, C or 2C, H, W)."""
         return self.network(x, t, y)
+
+
+class TrainedAutoencoder(Component):
+    """It has the methods of diffusers' AutoencoderDC. Its latents need no scale."""
+
+    def encode(self, x: Tensor) -> EncoderOutput:
+        """Images (B, C, H, W) in [-1, 1] -> .latent (B, c, h, w)."""
+        return EncoderOutput(latent=self.network.encode(x))
+
+    def decode(self, z: Tensor) -> DecoderOutput:
+        """Latents (B, c, h, w) -> .sample, images (B, C, H, W), near [-1, 1]."""
+        return DecoderOutput(sample=self.network.decode(z))
+
+    def forward(self, x: Tensor) -> DecoderOutput:
+        return self.decode(self.encode(x).latent)

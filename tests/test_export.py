@@ -1,14 +1,15 @@
 import json
+import re
 import shutil
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import assert_one_line
+from conftest import ROOT, assert_close, assert_one_line
+from foreign import ForeignNet
 from test_autoencoders import kl, ldm_names
 
 import export
@@ -36,15 +37,16 @@ def vae(tmp_path_factory):
     return str(folder)
 
 
-def save(folder, vae, model="DiT-S/2", diffusion=None, sampling=None, image_size=(64, 64), statistics=(None, None), **args):
+def save(folder, vae, model="DiT-S/2", diffusion=None, sampling=None, image_size=(64, 64), statistics=None, **args):
     """A run's checkpoint of a network with random weights."""
     diffusion = diffusion or {}
     process, pixels = create_diffusion("", **diffusion), vae == "pixels"
-    size, channels = (8, 8), 1 if pixels else 4
+    of_vae = load_autoencoder(vae).spec if vae.endswith("ae.pt") else {"vae": vae}
+    size, channels = (8, 8), 1 if pixels else 8 if "vae_sha256" in of_vae else 4
     from_data = dict(input_size=size, in_channels=channels, num_classes=len(NAMES), learn_sigma=process.learn_sigma)
     settings = SamplingSettings.recommend(process, 0.1, dict(num_sampling_steps="4", cfg_scale=1.5) | (sampling or {}))
-    spec = Spec(ModelSpec.of_preset(model, from_data | ARGS[model] | args), diffusion, vae, size if pixels else image_size,
-                1 if pixels else 3, NAMES, settings, None, *statistics)
+    spec = Spec(ModelSpec.of_preset(model, from_data | ARGS[model] | args), diffusion, classes=NAMES, sampling=settings,
+                image_size=size if pixels else image_size, channels=1 if pixels else 3, **of_vae, **statistics or {})
     torch.manual_seed(1)
     network = spec.model.build()
     for name, value in network.named_parameters():
@@ -56,6 +58,18 @@ def save(folder, vae, model="DiT-S/2", diffusion=None, sampling=None, image_size
              "args": {"data_path": "animals", "global_batch_size": 64}}
     checkpoint.save(path, state)
     return path.parent.parent
+
+
+def save_autoencoder(folder):
+    """One of ours with random weights, whose images leave [-1, 1]."""
+    torch.manual_seed(0)
+    spec = Spec(ModelSpec.of_preset("Autoencoder-F4C8", dict(input_size=(32, 32), in_channels=3, hidden_size=8)), {}, "pixels",
+                (32, 32), 3, NAMES, None)
+    network = spec.model.build()
+    torch.nn.init.normal_(network.decoder[-1].weight, std=0.2)
+    path = folder / "ae.pt"
+    checkpoint.save(path, {"ema": network.state_dict(), "spec": spec.to_dict()})
+    return str(path)
 
 
 def run_export(*flags):
@@ -90,26 +104,17 @@ def test_an_exported_folder_loads_bit_equal(tmp_path, vae, capsys):
 
 
 def test_an_own_autoencoder_comes_along(tmp_path):
-    torch.manual_seed(0)
-    spec = Spec(ModelSpec.of_preset("Autoencoder-F4C8", dict(input_size=(32, 32), in_channels=3, hidden_size=8)), {}, "pixels",
-                (32, 32), 3, NAMES, None)
-    checkpoint.save(tmp_path / "ae.pt", {"ema": spec.model.build().state_dict(), "spec": spec.to_dict()})
-    model = ModelSpec.of_preset("DiNext-U-S", ARGS["DiNext-U-S"] | dict(input_size=(8, 8), in_channels=8, num_classes=3,
-                                                                       learn_sigma=False))
-    spec = replace(spec, model=model, diffusion={"objective": "flow"}, **load_autoencoder(str(tmp_path / "ae.pt")).spec,
-                   sampling=SamplingSettings(sampler="euler", num_sampling_steps="2"))
-    weights, ckpt, out = model.build().state_dict(), tmp_path / "x.pt", tmp_path / "out"
-    checkpoint.save(ckpt, {"ema": weights, "spec": spec.to_dict()})
+    ckpt = save(tmp_path, save_autoencoder(tmp_path), "DiNext-U-S", {"objective": "flow"}, image_size=(32, 32))
+    out = tmp_path / "out"
     run_export("--ckpt", ckpt, "--out", out)
     expected = draw(ckpt)
     (tmp_path / "ae.pt").unlink()
     assert torch.equal(draw(out), expected)
-    other = replace(spec, vae=str(out / "vae"), vae_sha256="0" * 64)  # it was trained further since
-    checkpoint.save(ckpt, {"ema": weights, "spec": other.to_dict()})
-    for flags, words in ((["--ckpt", ckpt], "has other weights than"),
-                         (["--ckpt", out, "--format", "diffusers"], "diffusers has no autoencoder like the model's")):
-        with pytest.raises(ValueError, match=words):
-            run_export(*flags, "--out", tmp_path / "other")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"vae_sha256": "0" * 64}))  # it was trained further since
+    for format in export.FORMATS:
+        with pytest.raises(ValueError, match="has other weights than"):
+            run_export("--ckpt", out, "--out", tmp_path / "other", "--format", format)
     assert not (tmp_path / "other").exists()
     run_export("--ckpt", out / "vae", "--out", tmp_path / "vae")  # an autoencoder alone
     assert "train.py --vae THIS_FOLDER" in (tmp_path / "vae" / "README.md").read_text()
@@ -118,7 +123,7 @@ def test_an_own_autoencoder_comes_along(tmp_path):
 def test_an_autoencoder_in_a_file_of_ldm_comes_along(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(ldm_names(kl(tmp_path / "kl").state_dict(), 2), "ldm.pt")
-    run = save(tmp_path, "ldm.pt", image_size=(16, 16), statistics=([0.1] * 4, [2.0] * 4))
+    run = save(tmp_path, "ldm.pt", image_size=(16, 16), statistics=dict(latents_mean=[0.1] * 4, latents_std=[2.0] * 4))
     expected = draw(run)
     run_export("--ckpt", run, "--out", "out")
     Path("ldm.pt").unlink()
@@ -176,44 +181,96 @@ CASES = {
     "ConvAdaLN, x0, 400 steps": ("ConvAdaLN", {"objective": "x0", "learn_sigma": False, "diffusion_steps": 400},
                                  dict(sampler="dpm++")),
     "DiNext-U, thresholded pixels": ("DiNext-U-S", {"learn_sigma": False}, dict(sampler="dpm++", dynamic_thresholding=True)),
+    "DiNext-U, DDPM, autoencoder of ours": ("DiNext-U-S", {"input_scale": 0.5, "sigma_small": True, "learn_sigma": False},
+                                            dict(sampler="ddpm")),
     "DiT, cosine": ("DiT-S/2", {"noise_schedule": "squaredcos_cap_v2"}, dict(sampler="dpm++")),
 }
 
 
-@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of diffusers' schedulers with numpy 2
-@pytest.mark.parametrize("case", CASES)
-def test_diffusers_draws_what_generate_draws_without_this_checkout(tmp_path, vae, case, monkeypatch):
-    """With only the folder: no module of this checkout can be imported."""
-    from diffusers import DiffusionPipeline
-    from diffusers.schedulers import scheduling_ddpm
+@pytest.fixture
+def without_checkout(tmp_path, monkeypatch):
+    """Calling it makes all modules of this checkout impossible to import."""
     from diffusers.utils import dynamic_modules_utils
 
-    model, diffusion, sampling = CASES[case]
-    run, out = save(tmp_path, "pixels" if "pixels" in case else vae, model, diffusion, sampling), tmp_path / "out"
+    def leave():
+        for name in list(sys.modules):
+            if name.split(".")[0] in ("models", "small_models", "diffusion", "pipeline", "runtime", "exported"):
+                monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.setattr(sys, "path", sys.path.copy())  # diffusers appends its cache of modules
+        monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    return leave
+
+
+def assert_diffusers_draws_the_same(run, out, monkeypatch, leave):
+    """Export and draw what generate draws, from the folder alone. Returns the pipeline."""
+    from diffusers import DiffusionPipeline
+    from diffusers.schedulers import scheduling_ddpm
+
     run_export("--ckpt", run, "--out", out, "--format", "diffusers")
     restored, decoded = checkpoint.restore(run), []
     autoencoder = load_autoencoder(restored.spec.vae)
     to_uint8 = generation.to_uint8
-    monkeypatch.setattr(generation, "to_uint8", lambda images: decoded.append(images) or to_uint8(images))
-    generate(restored.model, autoencoder, [2, 0], [0, 1], 0, Sampling.of(restored.spec))
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "to_uint8", lambda images: decoded.append(images) or to_uint8(images))
+        generate(restored.model, autoencoder, [2, 0], [0, 1], 0, Sampling.of(restored.spec))
     noise = partial(addressed_noise, restored.model, 0, [0, 1])
     start, later = noise(), iter([noise(step) for step in range(4)])
 
-    shutil.rmtree(tmp_path / "results")
-    for name in list(sys.modules):
-        if name.split(".")[0] in ("models", "small_models", "diffusion", "pipeline", "runtime", "exported"):
-            monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(sys, "path", sys.path.copy())  # diffusers appends its cache of modules
-    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    leave()
     pipe = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     with monkeypatch.context() as patch:
         patch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **options: next(later))
-        found = pipe(class_labels=["owl", 0], latents=start, output_type="pt").images
+        found = pipe(class_labels=[restored.spec.classes[2], 0], latents=start, output_type="pt").images
     assert (found - decoded[0]).norm() / decoded[0].norm() < 1e-5
+    return pipe
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of diffusers' schedulers with numpy 2
+@pytest.mark.parametrize("case", CASES)
+def test_diffusers_draws_what_generate_draws_without_this_checkout(tmp_path, vae, case, monkeypatch, without_checkout):
+    """With only the folder: no module of this checkout can be imported."""
+    model, diffusion, sampling = CASES[case]
+    if own := "autoencoder of ours" in case:
+        vae = save_autoencoder(tmp_path)
+    run = save(tmp_path, "pixels" if "pixels" in case else vae, model, diffusion, sampling, (32, 32) if own else (64, 64))
+    pipe = assert_diffusers_draws_the_same(
+        run, tmp_path / "out", monkeypatch, lambda: (shutil.rmtree(tmp_path / "results"), without_checkout()))
     assert len(pipe(class_labels=[1], num_inference_steps=3).images) == 1  # another number of steps, and a picture
     with pytest.raises(ValueError, match=r"class_labels \[3\] are neither in 0\.\.2"):
         pipe(class_labels=[3])  # the null label
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+def test_diffusers_draws_from_the_checkpoint_of_the_repository(tmp_path, monkeypatch, without_checkout):
+    assert_diffusers_draws_the_same(ROOT / "configs" / "results" / "cifar-dinext-u", tmp_path / "out", monkeypatch,
+                                    without_checkout)
+
+
+def test_an_autoencoder_alone_is_a_component_of_diffusers(tmp_path, without_checkout):
+    """Loaded as the card says."""
+    path, out = save_autoencoder(tmp_path), tmp_path / "out"
+    run_export("--ckpt", path, "--out", out, "--format", "diffusers")
+    images, network = torch.rand(2, 3, 32, 32) * 2 - 1, load_autoencoder(path).network
+    Path(path).unlink()
+    without_checkout()
+    code = re.search("```python(.*?)```", (out / "README.md").read_text(), flags=re.S)[1]
+    names = {"images": images}
+    exec(code.replace("THIS_FOLDER", str(out)), names)
+    assert_close(names["latents"], network.encode(images))
+    assert_close(names["images"], network.decode(names["latents"]))
+    assert names["images"].abs().max() > 1  # as diffusers' own autoencoders, it does not clip
+
+
+def test_code_of_another_file_is_refused_with_the_line_that_works(tmp_path, monkeypatch):
+    monkeypatch.setitem(DiT_models, "Foreign", ForeignNet)
+    monkeypatch.setattr(sys, "argv", ["mine.py export"])
+    spec = ModelSpec.of_preset("Foreign", dict(num_classes=3))
+    run = tmp_path / "my run.pt"
+    stored = Spec(spec, {"objective": "flow"}, "pixels", (8, 8), 1, NAMES, SamplingSettings(sampler="euler"))
+    checkpoint.save(run, {"ema": spec.build().state_dict(), "spec": stored.to_dict()})
+    with pytest.raises(UserError, match=f"ForeignNet is of another file; .*: python mine.py export --ckpt '{run}' --out x"):
+        run_export("--ckpt", run, "--out", "x", "--format", "diffusers")
 
 
 def test_what_diffusers_cannot_draw_is_refused(tmp_path, vae):
