@@ -8,7 +8,7 @@ Reading has three stages: a name -> a path (`resolve`), a path -> what lies ther
     step, …         how many optimizer steps were taken, and the rest of training/state.py's `Training`
     spec            what the checkpoint says of itself, see pipeline/spec.py
 
-This file alone reads and writes the weights of networks.
+This file alone reads and writes the weights of networks. (export.py writes folders for diffusers by diffusers' own methods.)
 """
 
 import argparse
@@ -73,16 +73,6 @@ def save_folder(folder: Path, spec: Spec, weights: dict[str, Tensor]) -> None:
     path = folder / "model.safetensors"
     save_file({key: value.contiguous() for key, value in weights.items()}, path)
     write_text(sha256_file(path), f"{sha256(path)}  {path.name}\n")
-
-
-def save_pipeline(folder: Path, index: dict, scheduler: dict, name: str, config: dict, weights: dict[str, Tensor]) -> None:
-    """Write a folder of diffusers: model_index.json, scheduler/, and the network in the folder `name`."""
-    for path, content in {"model_index.json": index, "scheduler/scheduler_config.json": scheduler,
-                          f"{name}/config.json": config}.items():
-        (folder / path).parent.mkdir(exist_ok=True)
-        write_json(folder / path, content)
-    save_file({key: value.contiguous() for key, value in weights.items()},
-              folder / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
 class DamagedError(UserError):
