@@ -6,6 +6,7 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
+from typing import get_args
 from unittest import mock
 
 import pytest
@@ -13,16 +14,27 @@ import torch
 from conftest import ROOT, assert_one_line
 from PIL import Image
 
-from diffusion import OBJECTIVES
+import train
+from diffusion import OBJECTIVES, create_diffusion, supported_arguments
+from diffusion.flow import LOSSES, TIME_SAMPLING
 from diffusion.samplers import SAMPLERS
+from diffusion.schedules import SCHEDULES
 from models import DiT_models
 from pipeline import checkpoint
+from pipeline.settings import RECOMMENDED
+from pipeline.spec import defaults_of
+from runtime.cli import load_yaml
 from training.datasets import NAMED
+from training.runs import TrainerArgs
+from training.state import OptimizerArgs
 
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 PYTHON = (ROOT / "docs" / "python.md").read_text()
 EXAMPLES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", EXTENDING, flags=re.S))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TRAINING = (ROOT / "docs" / "training.md").read_text()
+CHOICES = {"objective": OBJECTIVES, "noise_schedule": SCHEDULES, "time_sampling": TIME_SAMPLING, "flow_loss": LOSSES,
+           "schedule": get_args(OptimizerArgs.__annotations__["schedule"]), "sampling": RECOMMENDED}
 
 
 @pytest.fixture
@@ -110,6 +122,52 @@ def test_python_from_the_clone(tmp_path, monkeypatch, run_here):
 
 def test_a_training_loop_runs_alone():
     exec(re.search(r"```python\n(import copy\n.*?)```", PYTHON, flags=re.S)[1], {})
+
+
+def documented_arguments():
+    """The table of --diffusion-args and --optimizer-args: {its groups' names: {key: (values, default)}}."""
+    groups = {}
+    for line in TRAINING.splitlines():
+        if heading := re.fullmatch(r"\| \*\*(.*)\*\* \|{4}", line):
+            keys = groups[frozenset(re.findall("`(.*?)`", heading[1]))] = {}
+        elif row := re.fullmatch(r"\| `(\w+)` \| (.*) \| `(.*)` \| .* \|", line):
+            keys[row[1]] = row[2], load_yaml(row[3])
+    return groups
+
+
+def accepted_arguments():
+    """What train.py accepts, with its defaults, in the same groups."""
+    defaults = {name: value for function in (create_diffusion, *OBJECTIVES.values())
+                for name, value in defaults_of(function).items()} | vars(TrainerArgs())
+    names = {objective: {*supported_arguments(objective)} for objective in OBJECTIVES}
+    common = set.intersection(*names.values())
+    groups = {frozenset(["--diffusion-args"]): {*common, *vars(TrainerArgs())}}
+    for own in {frozenset(accepted - common) for accepted in names.values()}:
+        groups[frozenset(objective for objective in names if names[objective] == {*own, *common})] = own
+    described = {group: {key: defaults[key] for key in keys} for group, keys in groups.items()}
+    return described | {frozenset(["--optimizer-args"]): vars(OptimizerArgs())}
+
+
+def test_the_table_of_arguments_is_what_train_py_accepts():
+    documented = {group: {key: default for key, (_, default) in keys.items()}
+                  for group, keys in documented_arguments().items()}
+    accepted = accepted_arguments()
+    assert accepted == {group: {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
+                        for group, keys in documented.items()}
+
+
+def test_the_table_of_arguments_has_the_values_that_are_allowed(run_here):
+    """Choices are those of the registries; of a number, the error about a wrong one says what the table says."""
+    assert {*CHOICES} <= {key for keys in accepted_arguments().values() for key in keys}
+    for group, keys in documented_arguments().items():
+        flag = "--optimizer-args" if "--optimizer-args" in group else "--diffusion-args"
+        for key, (values, default) in keys.items():
+            if key in CHOICES or isinstance(default, bool):
+                assert re.findall("`(.*?)`", values) == [*CHOICES.get(key, ["true", "false"])], key
+                continue
+            wrong = "[-1, -1]" if isinstance(default, list) else "-1"
+            result = run_here(train, "--data-path", "digits", "--vae", "pixels", "--device", "cpu", f"{flag}.{key}", wrong)
+            assert_one_line(result, flag, f"{key} ", f"is not {values}\n")
 
 
 def test_links_lead_somewhere():
