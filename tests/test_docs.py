@@ -99,7 +99,7 @@ def test_mine_runs_every_script(mine):
 
 
 def test_python_from_the_clone(tmp_path, monkeypatch, run_here):
-    """The blocks of docs/python.md run in their order, in a folder with the clone's configs."""
+    """The blocks of docs/python.md, of which the README has the first, run in order, in a folder with the clone's configs."""
     import export
 
     monkeypatch.chdir(tmp_path)
@@ -109,6 +109,7 @@ def test_python_from_the_clone(tmp_path, monkeypatch, run_here):
     blocks, names = re.findall(r"```(bash|python)\n(.*?)```", PYTHON, flags=re.S), {}
     assert len(blocks) == 8
     assert blocks[0][1].count("\n") <= 15
+    assert re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S) == [blocks[0][1]]
     for kind, code in blocks:
         if kind == "python":
             exec(compile(code, "docs/python.md", "exec"), names)
