@@ -255,6 +255,9 @@ def write_card(restored: checkpoint.Restored, args: Namespace, folder: Path) -> 
     is_run = "spec" in facts and restored.path.parent.name == "checkpoints"  # others' weights may lie in such a folder too
     run = restored.path.parent.parent if is_run else None
     licence = "mit" if run and not flags.get("init_from") else "unknown"
+    card = restored.path.parent / "README.md"
+    if not run and card.is_file() and (stated := re.search(r"^license: (\S+)$", card.read_text(), re.MULTILINE)):
+        licence = stated[1]  # the folder's own
     if args.ckpt in checkpoint.PUBLISHED:
         licence = "cc-by-nc-4.0"
     parameters = sum(p.numel() for p in restored.model.parameters())

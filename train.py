@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pipeline import checkpoint
 from pipeline.autoencoders import check_features, load_autoencoder
-from pipeline.spec import Spec
+from pipeline.spec import Statistics
 from runtime import UserError, cli
 from runtime.files import check_writable
 from runtime.log import TRACKERS, Log, Stopwatch, check_tracker, peak_memory
@@ -29,7 +29,7 @@ from runtime.processes import CommonError, Stopped, StopSignal, World, distribut
 from runtime.randomness import generator, seed_global
 from small_models import NETWORKS, Autoencoder_models
 from training.datasets import load_dataset
-from training.initial import Initial, changes, check_fit, read_initial, read_own, take_settings
+from training.initial import Initial, changes, check_fit, init_from, read_initial, read_own, take_settings
 from training.objective import Objective, process_of
 from training.order import Batches, GlobalOrder
 from training.previews import preview, save_previews_gif
@@ -47,7 +47,8 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_shared_arguments()
     parser.add_argument("--results-dir", default="results", help="where the folders of runs lie")
     parser.add_argument("--run-name", type=str | None, help="begin or continue this run; default: a new NNN-model")
-    parser.add_argument("--model", registry=NETWORKS, help=f"a preset; default: that of --init-from, else {DEFAULT_MODEL}")
+    parser.add_argument("--model", type=str | None, registry=NETWORKS,
+                        help=f"a preset of models.py; default: that of --init-from, else {DEFAULT_MODEL}")
     parser.add_argument("--model-args", type=dict, default={}, help="arguments of the network, over its preset's")
     parser.add_argument("--diffusion-args", type=dict, default={}, help="of create_diffusion; label_drop (0.1); sampling")
     parser.add_argument("--optimizer-args", type=dict, default={}, help="training/state.py's OptimizerArgs: betas, schedule, …")
@@ -101,7 +102,7 @@ class Trainer:
     def __init__(self, args: Namespace, world: World):
         """Build data, autoencoder, objective, network and optimizer from the flags. Nothing is written yet."""
         self.args, self.world, self.optim = args, world, check_flags(args)
-        self.initial, self.taken = find_initial(args, world)
+        self.initial, taken, statistics = find_initial(args, world)
         load = partial(load_dataset, args.data_path, args.image_size, args.data_root, num_classes=args.num_classes)
         self.data = world.main_first(load)
         with cli.prefix_errors("--val-every:"):
@@ -112,15 +113,17 @@ class Trainer:
         self.order = GlobalOrder(len(self.data), args.global_batch_size, args.global_seed, world.rank, world.size,
                                  args.grad_accum, self.data.flip)
         self.max_steps = args.max_steps or math.ceil(args.epochs * len(self.data) / args.global_batch_size)
-        usual = "pixels" if args.model in Autoencoder_models else self.taken.vae if self.taken else "ema"
+        usual = "pixels" if args.model in Autoencoder_models else taken.spec.vae if taken else "ema"
         args.vae = args.vae or self.data.made_by.get("vae", usual)
-        statistics = self.data.statistics or (self.taken and self.taken.vae == args.vae and self.taken.statistics) or None
+        if self.data.statistics or self.data.kind == "latents":  # the data's own, or they are normalised already
+            statistics = self.data.statistics
         with cli.prefix_errors("--vae"):
             self.autoencoder = world.main_first(lambda: load_autoencoder(args.vae, world.device, statistics))
             check_features(self.autoencoder, self.data, self.held_out)
         self.flags = {name: value for name, value in args.as_dict().items() if name != "config"}  # as checkpoints hold them
         self.spec, label_drop = build_run_spec(args.model, args.model_args, args.diffusion_args, self.data, self.autoencoder)
         self.objective = Objective(process_of(self.spec), self.autoencoder, self.data, label_drop, args.precision)
+        self.changes = changes(self.spec, label_drop, taken) if taken else []
         if self.initial:  # before a large network is built
             with torch.device("meta"):
                 check_fit(self.spec.model.build().state_dict(), self.initial, self.spec.classes)
@@ -132,9 +135,9 @@ class Trainer:
         """Open the run's folder, continue its newest checkpoint, and start to read."""
         args, world, state = self.args, self.world, self.state
         world.on_main(lambda: check_writable(args.results_dir, state.size))
-        self.folder, remarks = begin_or_continue(state, self.spec, self.flags, self.initial, world)
-        if self.initial and self.taken:
-            remarks += [f"settings of {args.init_from}", *changes(self.spec, self.taken)]
+        weights = init_from(state, self.initial, self.spec.classes) if self.initial else "Fresh weights"
+        self.folder, remarks = begin_or_continue(state, self.spec, self.flags, [weights, *self.changes], world)
+        self.initial = None  # its file may be deleted now
         self.first = state.step
         self.log = Log(self.folder, world, self.first, args.tracker, self.flags)
         self.log.say(f"{self.folder}: {len(self.data):,} samples, {world.size} x {world.device.type}; {'; '.join(remarks)}; "
@@ -255,23 +258,25 @@ class Trainer:
         return self.over or (every > 0 and self.state.step % every == 0)
 
 
-def find_initial(args: Namespace, world: World) -> tuple[Initial | None, Spec | None]:
+def find_initial(args: Namespace, world: World) -> tuple[Initial | None, Initial | None, Statistics | None]:
     """Complete --model and, if --init-from says what it is, the other flags of the network.
 
-    Returns: the checkpoint whose weights the run begins with, and the Spec whose settings it took. A run that has a checkpoint
-    of its own takes the settings from that one, so that it continues even when the other is gone.
+    Returns: the checkpoint whose weights the run begins with; that whose settings it takes; and the statistics of the latents
+    that its network has learnt. A run (of that --run-name) with a checkpoint of its own takes the last two from that: it
+    continues even when the other is gone.
     """
-    folder, initial, own = Path(args.results_dir, args.run_name or ""), None, None
+    folder, own, source, taken = Path(args.results_dir, args.run_name or ""), None, None, None
     begun = world.on_main(lambda: bool(args.run_name and checkpoint.latest(folder)))
-    if args.init_from and not (begun and args.model):
-        own = begun and read_own(folder)
-        initial = own or world.main_first(lambda: read_initial(args.init_from))
-    taken = initial if args.model is None else None
-    if taken:
-        for name, value in take_settings(taken, args.as_dict()).items():
-            setattr(args, name, value)
+    if args.init_from:
+        own = read_own(folder) if begun else None
+        with cli.prefix_errors("--init-from"):
+            source = own or world.main_first(lambda: read_initial(args.init_from))
+            if args.model is None:
+                taken = source
+                for name, value in take_settings(source, args.as_dict()).items():
+                    setattr(args, name, value)
     args.model = args.model or DEFAULT_MODEL
-    return None if own else initial, taken and taken.spec
+    return None if own else source, taken, source and source.spec.statistics
 
 
 def check_flags(args: Namespace) -> OptimizerArgs:

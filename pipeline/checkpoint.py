@@ -139,6 +139,9 @@ def resolve(name: str | Path) -> Path:
         if newest := latest(path):
             return newest
         raise FileNotFoundError(f"{name}: the folder holds no checkpoints/*.pt, no config.json and no model_index.json")
+    if not path.exists():
+        raise FileNotFoundError(f"{name} does not exist: it must be a file, the folder of a run or of export.py, "
+                                f"{' or '.join(PUBLISHED)}, or user/repo of the hub")
     return path
 
 

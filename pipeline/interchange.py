@@ -71,7 +71,7 @@ LIGHTNING = dict(sampler="euler", num_sampling_steps="250", cfg_scale=6.7, guida
 def read_dit(source: Source, bare: BareWeights) -> Contents:
     """DiT's weights, or any others that are not recognised."""
     remark = "" if bare.objective else ("weights without a description: assumed to predict epsilon, as DiT's do; if they are "
-                                        "SiT's or REPA's, the objective must be given")
+                                        "SiT's or REPA's, give --objective (to train, export.py --objective first)")
     return Contents(bare.spec(source.flags, shape_of(source.weights)), source.weights, remark)
 
 

@@ -58,6 +58,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
     def __init__(self, description: str):
         self.flags: dict[str, argparse.Action] = {}  # by its name in the parsed arguments
         self.registries: dict[str, Collection[str]] = {}
+        self.given: set[str] = set()  # words of the command line, without values after "="
         self.origins: dict[str, str] = {}  # the config of each flag that only a config gives
         super().__init__(description=description, allow_abbrev=False, parser_mode="config")
         self.add_argument("--config", action="config", help="YAML file of flags, written with underscores; flags override it")
@@ -99,8 +100,9 @@ class ArgumentParser(jsonargparse.ArgumentParser):
             parsed = super().parse_args(args, *rest, **options)
         except UnicodeDecodeError as error:
             self.error(f"--config is not a text file in UTF-8: {error}")
-        given = {arg.partition("=")[0] for arg in args}
-        self.origins = {name: path for name, path in self.origins.items() if not given & {*self.flags[name].option_strings}}
+        self.given = {arg.partition("=")[0] for arg in args}
+        self.origins = {name: path for name, path in self.origins.items()
+                        if not self.given & {*self.flags[name].option_strings}}
         for name, action in self.flags.items():  # jsonargparse accepts null for any type
             if action.default is not None and getattr(parsed, name, "") is None:
                 self.error(f"{action.option_strings[0]}: null is not allowed")
@@ -122,9 +124,9 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         """A sentence about the first flag in an error: which config gives it, if the command line does not; or ""."""
         flag = re.search(r"--[a-z][\w-]*", message)
         name = next((name for name, action in self.flags.items() if flag and flag[0] in action.option_strings), None)
-        if name not in self.origins:
-            return ""
         key = re.search(r"unknown key '(\w+)'", message)
+        if name not in self.origins or (key and f"{flag[0]}.{key[1]}" in self.given):
+            return ""
         path, remedy = self.origins[name], f"; pass {flag[0]} '{{}}'" if self.flags[name].default == {} else ""
         return f"{' ' if message.endswith('?') else '. '}{repr(key[1]) if key else flag[0]} comes from {path}{remedy}"
 
@@ -133,8 +135,15 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         text = super().dump(*args, **options)
         return re.sub(r"^(\w+):", lambda key: f"# {self.flags[key[1]].help}\n{key[0]}", text, flags=re.M)
 
+    def with_flags(self, message: str) -> str:
+        """Make a flag of each parameter in backticks."""
+        flags = {name: action.option_strings[0] for name, action in self.flags.items() if action.option_strings}
+        return re.sub(r"`(\w+)`", lambda name: flags.get(name[1], name[1]), message)
+
     def error(self, message: str, ex: Exception | None = None) -> None:
-        message = short_message(message)
+        message = re.sub(r'Parser key "(\w+)"', r"`\1`", short_message(message))
+        message = re.sub(r"(?<=the following arguments are required: )\w+", r"`\g<0>`", message)
+        message = self.with_flags(message)
         if flag := re.search(r"[Uu]nrecognized arguments: (--[\w-]+)", message):
             message += nearest(flag[1], [option for action in self.flags.values() for option in action.option_strings])
         fail(message)
@@ -142,7 +151,8 @@ class ArgumentParser(jsonargparse.ArgumentParser):
 
 def nearest(name: object, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:
     """The end of an error about an unknown name: the known ones that are most like it, if any exceeds `cutoff` in 0..1."""
-    found = difflib.get_close_matches(str(name), list(known), count, cutoff)
+    lower = {entry.lower(): entry for entry in known}
+    found = [lower[entry] for entry in difflib.get_close_matches(str(name).lower(), list(lower), count, cutoff)]
     return f"; did you mean {', '.join(found)}?" if found else ""
 
 
@@ -229,8 +239,7 @@ def run(main: Callable[[jsonargparse.Namespace], None], parser: ArgumentParser) 
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError) as error:
-        flags = {name: action.option_strings[0] for name, action in parser.flags.items() if action.option_strings}
-        message = re.sub(r"`(\w+)`", lambda name: flags.get(name[1], name[1]), str(error))  # parameters are in backticks
+        message = parser.with_flags(str(error))
         fail(message + parser.origin(message), common=isinstance(error, CommonError))
     except RuntimeError as error:
         if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)):

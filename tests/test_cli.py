@@ -108,6 +108,7 @@ def test_an_error_says_which_config_a_value_comes_from(configs, call_here):
                        ("--lr 2", "run-name a\n"),
                        ("--config a.yaml --run-name unknown --model-args.width 3",
                         "did you mean width? 'depth' comes from a.yaml; pass --model-args '{}'\n"),
+                       ("--config a.yaml --run-name unknown --model-args.depth 3", "did you mean width?\n"),
                        ("--config a.yaml --run-name unknown --model-args {}", "did you mean width?\n")):
         assert call_here(lambda: cli.run(fail, parser()), "x.py", *flags.split()).stderr.endswith(end), flags
 

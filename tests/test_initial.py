@@ -1,10 +1,14 @@
 import argparse
+import os
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_one_line, golden_dit, train_here
 
+import extract_features
 import train
 from models import DiT
 from pipeline import checkpoint
@@ -134,13 +138,25 @@ def test_flags_override_entry_by_entry_and_the_log_names_each_change(source, tmp
     said = (tmp_path / "results" / "b" / "log.txt").read_text()
     for change in ("grn was True, is now False", "image_size was (4, 4), is now (8, 8)", "num_sampling_steps was 2, is now 3"):
         assert change in said
-    assert said.count("is now") == 3
+    assert "label_drop was 0.3, is now 0.5" in said
+    assert said.count("is now") == 4
     flags = checkpoint.load(checkpoint.latest(tmp_path / "results" / "b"))["args"]
     assert flags["model"] == "DiNext-S/2"  # config.yaml and checkpoint hold what was taken
     assert flags["diffusion_args"]["label_drop"] == 0.5
     other = trainer("--init-from", source, "--diffusion-args.objective", "v").spec
     assert other.diffusion == {"objective": "v"}  # another objective begins from its own defaults
     assert other.sampling.sampler == "ddpm"
+    undropped = trainer("--init-from", source, "--diffusion-args.label_drop", 0)
+    assert undropped.spec.sampling.cfg_scale == 1.0  # there is nothing to guide by
+    assert "label_drop was 0.3, is now 0.0" in undropped.changes
+
+
+def test_what_a_folder_does_not_tell_is_said_too(source, tmp_path):
+    restored = checkpoint.restore(source)
+    checkpoint.save_folder(tmp_path / "x", restored.spec, restored.model.state_dict())
+    begun = trainer("--init-from", tmp_path / "x")
+    assert begun.objective.label_drop == 0.1
+    assert begun.changes[1:] == ["label_drop was None, is now 0.1"]
 
 
 def test_the_same_command_continues_when_the_checkpoint_is_gone(source, tmp_path):
@@ -149,6 +165,7 @@ def test_the_same_command_continues_when_the_checkpoint_is_gone(source, tmp_path
     train_here(tmp_path, *same, "--run-name", "unbroken", "--max-steps", 2)
     train_here(tmp_path, *same, "--run-name", "r", "--max-steps", 1)
     shutil.rmtree(copy)
+    (tmp_path / "results" / "r" / "checkpoints" / "0000009.pt").write_bytes(b"damaged")
     train_here(tmp_path, *same, "--run-name", "r", "--max-steps", 2)
     a, b = (checkpoint.load(checkpoint.latest(tmp_path / "results" / name)) for name in ("r", "unbroken"))
     assert (a["step"], a["spec"]) == (2, b["spec"])
@@ -160,20 +177,57 @@ def test_nothing_large_is_built_before_the_fit_is_checked(source, run_here, tmp_
     devices, build = [], ModelSpec.build
     monkeypatch.setattr(ModelSpec, "build", lambda spec: devices.append(torch.get_default_device().type) or build(spec))
     flags = [*QUIET, "--data-path", "digits", "--vae", "pixels", "--image-size", 4, "--init-from", source]
-    assert_one_line(run_here(train, *flags, "--model", "DiT-XL/2"), "--init-from", "Leave out --model and --model-args",
-                    "DiNext-S/2")
+    assert_one_line(run_here(train, *flags, "--model", "DiT-XL/2"), "--init-from", "Leave out --model,",
+                    "(--model null over a config)", "DiNext-S/2")
     assert set(devices) == {"meta"}
     assert_one_line(run_here(train, *flags, "--resume", source), "--resume", "--init-from")
 
 
-def test_the_autoencoder_is_the_checkpoint_s_too(photographs, tiny_vae, tmp_path, monkeypatch):
+TINY_DIT = ["--model", "DiT-S/2", "--model-args", '{"hidden_size": 8, "depth": 1, "num_heads": 2}', "--max-steps", "1",
+            "--diffusion-args", '{"sampling": {"num_sampling_steps": "2"}}']
+
+
+@pytest.fixture
+def latent_run(photographs, tiny_vae, tmp_path, monkeypatch):
+    """A run on photographs through an autoencoder whose latents it normalises, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    tiny = ["--model", "DiT-S/2", "--model-args", '{"hidden_size": 8, "depth": 1, "num_heads": 2}', "--max-steps", 1]
-    train_here(tmp_path, *QUIET, "--data-path", photographs / "train", "--vae", tiny_vae, "--image-size", 32, *tiny,
-               "--run-name", "a", "--diffusion-args", '{"sampling": {"num_sampling_steps": "2"}}')
-    begun = trainer("--data-path", photographs / "train", "--init-from", "results/a")
-    assert begun.spec == checkpoint.restore("results/a").spec
+    train_here(tmp_path, *QUIET, "--data-path", photographs / "train", "--vae", tiny_vae, "--image-size", 32, *TINY_DIT,
+               "--run-name", "a")
+    state = checkpoint.load(path := checkpoint.latest(tmp_path / "results" / "a"))
+    state["spec"] |= {"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [2.0, 2.0, 3.0, 3.0]}
+    checkpoint.save(path, state)
+    return ["--data-path", photographs / "train"]
+
+
+def test_the_autoencoder_and_its_statistics_are_the_checkpoint_s_too(latent_run, tiny_vae, tmp_path):
+    expected = checkpoint.restore("results/a").spec
+    begun = trainer(*latent_run, "--init-from", "results/a")
+    assert begun.spec == expected
     assert begun.flags["vae"] == begun.spec.vae  # as the run's config.yaml says
+    spelled = Path(os.path.relpath(tiny_vae))
+    assert trainer(*latent_run, "--init-from", "results/a", "--vae", spelled).spec == expected
+    train_here(tmp_path, *QUIET, *latent_run, "--init-from", "results/a", "--run-name", "b", "--max-steps", 1)
+    same = ["--config", "results/b/config.yaml", "--max-steps", 2]
+    assert trainer(*latent_run, *same, "--run-name", "c", "--init-from", "results/b").spec == expected
+    train_here(tmp_path, *same)
+    assert checkpoint.latest(Path("results/b")).name == "0000002.pt"
+
+
+def test_features_keep_their_own_autoencoder_and_scale(latent_run, tiny_vae, tmp_path, run_here):
+    """Latents of fast-DiT are scaled already; bare weights do not know an autoencoder."""
+    folder = tmp_path / "features"
+    for name, values in (("features", np.zeros((1, 4, 4, 4), np.float32)), ("labels", np.zeros(1, np.int64))):
+        (folder / f"imagenet256_{name}").mkdir(parents=True)
+        np.save(folder / f"imagenet256_{name}" / "0.npy", values)
+    begun = trainer("--data-path", folder, "--num-classes", 2, "--init-from", "results/a", "--vae", tiny_vae)
+    assert begun.spec.latents_mean is None
+    assert "latents_mean was [1.0, 2.0, 3.0, 4.0], is now None" in begun.changes
+
+    run_here(extract_features, *latent_run, "--vae", tiny_vae, "--image-size", 32, "--features-path", "f", "--num-workers", 0)
+    weights = DiT(input_size=16, hidden_size=8, depth=1, num_heads=2, num_classes=2).state_dict()
+    torch.save(weights, "bare.pt")
+    begun = trainer("--data-path", "f", "--init-from", "bare.pt", "--model", "DiT-S/2", "--model-args", TINY_DIT[3])
+    assert begun.spec.vae == str(tiny_vae)
 
 
 def test_an_autoencoder_begins_from_another(tmp_path, monkeypatch):

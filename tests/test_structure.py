@@ -18,7 +18,7 @@ models small_models
 pipeline/__init__ pipeline/settings pipeline/spec pipeline/interchange pipeline/checkpoint pipeline/autoencoders
 pipeline/generation
 training/__init__ training/rows training/features training/parquet training/datasets training/order training/objective
-training/state training/initial training/runs training/previews
+training/state training/runs training/initial training/previews
 evaluation/__init__ evaluation/metrics evaluation/image_sets evaluation/extractors evaluation/survey evaluation/figures
 exported
 """.split()  # a file imports those that stand before it

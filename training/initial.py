@@ -10,9 +10,10 @@ from torch import Tensor
 
 from diffusion import create_diffusion
 from pipeline import checkpoint
-from pipeline.spec import BareWeights, Spec, Weights, defaults_of, normal_name
+from pipeline.spec import BareWeights, ModelSpec, Spec, Weights, defaults_of, normal_name
 from runtime import UserError
-from runtime.cli import prefix_errors
+from runtime.cli import check_arguments, prefix_errors
+from training.runs import TRAINER_ARGS, TrainerArgs
 from training.state import Training
 
 FROM_DATA = {"input_size", "in_channels", "num_classes", "learn_sigma"}  # arguments of networks that data and process decide
@@ -32,10 +33,9 @@ class Initial(NamedTuple):
 
 def read_initial(source: str) -> Initial:
     """The checkpoint of that name, see `checkpoint.resolve`."""
-    with prefix_errors("`init_from`"):
-        found, (spec, weights, remark) = checkpoint.read(checkpoint.resolve(source), BareWeights(vae="ema"))
+    found, (spec, weights, remark) = checkpoint.read(checkpoint.resolve(source), BareWeights(vae="ema"))
     flags = found.facts.get("args")
-    drop = flags["diffusion_args"].get("label_drop") if "spec" in found.facts and isinstance(flags, dict) else None
+    drop = flags.get("diffusion_args", {}).get("label_drop", TrainerArgs.label_drop) if isinstance(flags, dict) else None
     return Initial(source, spec, weights, remark, drop)
 
 
@@ -58,31 +58,44 @@ def take_settings(initial: Initial, given: dict[str, Any]) -> dict[str, Any]:
     Args:
         given: image_size (None: not given), model_args and diffusion_args, which override entry by entry. (Another objective
             begins from its own defaults.)
+
+    Raises:
+        UserError: the checkpoint's preset is not known here.
     """
-    diffusion_args = given["diffusion_args"]
-    spec, (height, width) = initial.spec, initial.spec.image_size
+    ModelSpec.of_preset(initial.spec.model.name, {})
+    spec, (height, width), diffusion_args = initial.spec, initial.spec.image_size, given["diffusion_args"]
     stored = {name: value for name, value in spec.model.args.items() if name not in FROM_DATA}
     objective = spec.diffusion.get("objective", defaults_of(create_diffusion)["objective"])
-    if spec.sampling and diffusion_args.get("objective", objective) == objective:
+    if spec.sampling:
         drop = {} if initial.label_drop is None else {"label_drop": initial.label_drop}
-        sampling = diffusion_args.get("sampling", {})
-        if isinstance(sampling, dict):  # what else it is, the check of the arguments will say
-            sampling = spec.sampling.to_dict() | sampling
-        diffusion_args = drop | spec.diffusion | diffusion_args | {"sampling": sampling}
+        with prefix_errors("`diffusion_args`:"):
+            trainers = drop | check_arguments(TrainerArgs, {name: diffusion_args[name] for name in TRAINER_ARGS
+                                                            if name in diffusion_args})
+        if diffusion_args.get("objective", objective) == objective:
+            recommended = spec.sampling.to_dict()
+            if trainers.get("label_drop") == 0:
+                del recommended["cfg_scale"]  # there will be nothing to guide by
+            trainers["sampling"] = recommended | trainers.get("sampling", {})
+            diffusion_args = spec.diffusion | diffusion_args
+        diffusion_args = diffusion_args | trainers
     return {"model": spec.model.name, "model_args": stored | given["model_args"], "diffusion_args": diffusion_args,
             "image_size": given["image_size"] or (height if height == width else None)}
 
 
-def changes(spec: Spec, initial: Spec) -> list[str]:
+def changes(spec: Spec, label_drop: float, initial: Initial) -> list[str]:
     """What a run changes of the checkpoint whose settings it took. The log tells classes with the weights."""
-    def facts(spec: Spec) -> dict[str, Any]:
+    def facts(spec: Spec, label_drop: float | None) -> dict[str, Any]:
         sampling = spec.sampling.to_dict() if spec.sampling else {}
         model = {name: list(value) if isinstance(value, tuple) else value for name, value in spec.model.args.items()
                  if name not in FROM_DATA}
-        return {**model, **spec.diffusion, **sampling, "image_size": spec.image_size, "vae": spec.vae_sha256 or spec.vae}
-    before, after = facts(initial), facts(spec)
-    return [f"{name} was {before.get(name)}, is now {after.get(name)}" for name in {**before, **after}
-            if before.get(name) != after.get(name)]
+        return {**model, **defaults_of(create_diffusion), **spec.diffusion, **sampling, "label_drop": label_drop,
+                "image_size": spec.image_size, "vae": spec.vae_sha256 or spec.vae,
+                "latents_mean": spec.latents_mean, "latents_std": spec.latents_std}
+    before = facts(initial.spec, label_drop if initial.spec.is_autoencoder else initial.label_drop)
+    after = facts(spec, label_drop)
+    differing = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return [f"settings of {initial.source}",
+            *(f"{name} was {before.get(name, 'unknown')}, is now {after.get(name, 'unknown')}" for name in differing)]
 
 
 # --- weights ---------------------------------------------------------------------------------------
@@ -121,8 +134,8 @@ def check_fit(state: dict[str, Tensor], initial: Initial, classes: list[str]) ->
         theirs, ours = initial.weights.get(key), tuple(state[key].shape)
         raise UserError(f"`init_from` {initial.source}: only {len(taken)} of {len(state)} tensors match this model, "
                         f"{found / wanted:.1%} of its weights; {key} is {'missing' if theirs is None else tuple(theirs.shape)} "
-                        f"where the model has {ours}. Leave out `model` and `model_args`: they are then {initial.source}'s, a "
-                        f"{initial.spec.model.name}")
+                        f"where the model has {ours}. Leave out `model`, `model_args` and `image_size` (`model` null over a "
+                        f"config): they are then {initial.source}'s, a {initial.spec.model.name}")
 
 
 def matching(state: dict[str, Tensor], initial: Initial, classes: list[str]) -> tuple[dict[str, Tensor], list[str] | None]:

@@ -23,7 +23,6 @@ from runtime.cli import WRONG_VALUE, check_arguments, prefix_errors
 from runtime.files import is_restart, lock_folder, sha256_file, write_text
 from runtime.processes import World
 from small_models import NETWORKS, Autoencoder_models
-from training.initial import Initial, init_from
 from training.objective import SSIM_WINDOW
 from training.rows import TrainingData
 from training.state import Training
@@ -123,19 +122,20 @@ def assemble_spec(model: str, model_args: dict[str, Any], from_data: dict[str, A
 # --- the folder ------------------------------------------------------------------------------------
 
 
-def begin_or_continue(training: Training, spec: Spec, flags: dict[str, Any], initial: Initial | None,
+def begin_or_continue(training: Training, spec: Spec, flags: dict[str, Any], remarks: list[str],
                       world: World) -> tuple[Path, list[str]]:
-    """Open the run's folder. `training` continues its newest checkpoint, else `resume`, else takes the weights of `initial`.
+    """Open the run's folder. `training` continues its newest checkpoint, else `resume`, else begins as it is.
+
+    Args:
+        remarks: what the log says of `training` as it is.
 
     Returns: the folder, and remarks for the log.
     """
-    results, run_name, remarks = Path(flags["results_dir"]), flags["run_name"], ["Fresh weights"]
+    results, run_name = Path(flags["results_dir"]), flags["run_name"]
     begun = world.on_main(lambda: run_name and checkpoint.latest(results / run_name))
     if flags["resume"] and not begun:  # a run that has begun does not need the flag
         with prefix_errors("`resume`"):
             remarks, _ = continue_from(training, checkpoint.resolve(flags["resume"]), spec, flags)
-    elif initial:
-        remarks = [init_from(training, initial, spec.classes)]
     folder = world.on_main(lambda: open_run(results, run_name, spec.model.name))
     newest, damaged = world.on_main(lambda: newest_undamaged(folder))
     if newest:
