@@ -20,8 +20,9 @@ demo: .venv/installed
 	$(BIN)/python sample_ddp.py --ckpt results/digits --balanced --num-fid-samples 5000 --per-proc-batch-size 500 \
 	    --sample-dir results/digits/samples
 	$(BIN)/python benchmarks/classifier.py --data-path digits --epochs 20 --out results/digits/classifier.pt
-	$(BIN)/python evaluate.py digits results/digits/samples/*.npz --weights none --training-images digits \
-	    --classifier results/digits/classifier.pt
+	$(BIN)/python evaluate.py digits \
+	    results/digits/samples/DiNext-U-S-digits-0001050-size-8-vae-pixels-cfg-1.0-1-heun-12-fp32-seed-0-balanced-5000.npz \
+	    --weights none --training-images digits --classifier results/digits/classifier.pt
 	@echo "The picture: $(CURDIR)/sample.png"
 	@echo "The run:     $(CURDIR)/results/digits"
 
