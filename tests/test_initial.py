@@ -156,7 +156,7 @@ def test_what_a_folder_does_not_tell_is_said_too(source, tmp_path):
     checkpoint.save_folder(tmp_path / "x", restored.spec, restored.model.state_dict())
     begun = trainer("--init-from", tmp_path / "x")
     assert begun.objective.label_drop == 0.1
-    assert begun.changes[1:] == ["label_drop was None, is now 0.1"]
+    assert begun.changes[1:] == ["label_drop was unknown, is now 0.1"]
 
 
 def test_the_same_command_continues_when_the_checkpoint_is_gone(source, tmp_path):

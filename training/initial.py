@@ -88,9 +88,9 @@ def changes(spec: Spec, label_drop: float, initial: Initial) -> list[str]:
         sampling = spec.sampling.to_dict() if spec.sampling else {}
         model = {name: list(value) if isinstance(value, tuple) else value for name, value in spec.model.args.items()
                  if name not in FROM_DATA}
-        return {**model, **defaults_of(create_diffusion), **spec.diffusion, **sampling, "label_drop": label_drop,
-                "image_size": spec.image_size, "vae": spec.vae_sha256 or spec.vae,
-                "latents_mean": spec.latents_mean, "latents_std": spec.latents_std}
+        drop = {} if label_drop is None else {"label_drop": label_drop}
+        return {**model, **defaults_of(create_diffusion), **spec.diffusion, **sampling, **drop, "image_size": spec.image_size,
+                "vae": spec.vae_sha256 or spec.vae, "latents_mean": spec.latents_mean, "latents_std": spec.latents_std}
     before = facts(initial.spec, label_drop if initial.spec.is_autoencoder else initial.label_drop)
     after = facts(spec, label_drop)
     differing = [name for name in {**before, **after} if before.get(name) != after.get(name)]
