@@ -381,8 +381,9 @@ class Backbone(nn.Module):
     """
 
     def __init__(self, input_size: int | tuple[int, int], in_channels: int, num_classes: int, learn_sigma: bool,
-                 gradient_checkpointing: bool, size_multiple: int):
+                 gradient_checkpointing: bool, size_multiple: int, map_split: int | None = None):
         super().__init__()
+        self.map_split = map_split
         self.input_size = check_size(input_size, size_multiple)
         if in_channels < 1 or num_classes < 1:
             raise ValueError(f"in_channels ({in_channels}) and num_classes ({num_classes}) must be at least 1")
@@ -392,10 +393,16 @@ class Backbone(nn.Module):
         self.learn_sigma = learn_sigma
         self.gradient_checkpointing = gradient_checkpointing
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predict from noisy x (B, C, H, W), t (B,) in 0..1000 and y (B,) in 0..L: (B, C or 2C, H, W)."""
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
+        """Predict from noisy x (B, C, H, W), t (B,) in 0..1000 and y (B,) in 0..L: (B, C or 2C, H, W).
+
+        With r (B,) in 0..1000 it is a flow map, for the step from t to r (Lee et al., arXiv:2510.24474): the blocks after
+        `map_split` see r in place of t.
+        """
         c = self.condition(t, y)
-        return self.decode(self.encode(x, c), c)
+        if r is None:
+            return self.decode(self.encode(x, c), c)
+        return self.decode(self.encode(x, c, self.map_split), self.condition(r, y), self.map_split)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
         """DiT's classifier-free guidance on a doubled batch: the second half of y holds the null label.
@@ -459,10 +466,10 @@ class Isotropic(Backbone):
 
     def __init__(self, blocks: list[nn.Module], input_size: int | tuple[int, int], patch_size: int, in_channels: int,
                  hidden_size: int, num_classes: int, learn_sigma: bool, gradient_checkpointing: bool,
-                 adaln: str = "zero", class_token: bool = False, time_scale: float = 1.0):
+                 adaln: str = "zero", class_token: bool = False, time_scale: float = 1.0, map_split: int | None = None):
         if not blocks or hidden_size < 1 or patch_size < 1:
             raise ValueError(f"depth {len(blocks)}, hidden_size {hidden_size} and patch_size {patch_size} must be positive")
-        super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, patch_size)
+        super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, patch_size, map_split)
         self.patch_size = patch_size
         self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, scale=time_scale)
@@ -472,6 +479,7 @@ class Isotropic(Backbone):
         self.class_token = class_token
         self.shared_modulation = AdaLN(hidden_size, blocks[0].VECTORS) if adaln == "single" else None
         self.default_split = round(len(blocks) * 18 / 28)  # Faster Diffusion cuts DiT-XL after 18 of 28
+        self.resolve_split(map_split)
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
         """t (B,) in 0..1000, y (B,) in 0..L -> c (B, D); for adaln="single" see AdaLNSingle and DiTBlock."""
@@ -529,13 +537,14 @@ class DiT(Isotropic):
         qk_norm: RMSNorm of each head's queries and keys.
         lightning: LightningDiT's blocks and last norm. Needs adaln="zero", and heads of a multiple of 4 channels.
         label_std: initial standard deviation of the label embeddings (docs/comparison.md has the effect of 1).
+        map_split: blocks before the seam of a flow map; None: default_split.
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
                  hidden_size: int = 1152, depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0,
                  num_classes: int = 1000, learn_sigma: bool = True, gradient_checkpointing: bool = False,
                  adaln: Literal["zero", "single"] = "zero", class_token: bool = False, time_scale: float = 1.0,
-                 qk_norm: bool = False, lightning: bool = False, label_std: float = 0.02):
+                 qk_norm: bool = False, lightning: bool = False, label_std: float = 0.02, map_split: int | None = None):
         if class_token and adaln != "single":
             raise ValueError("class_token needs adaln 'single'")
         if num_heads < 1 or hidden_size % num_heads or hidden_size % 4:
@@ -547,7 +556,7 @@ class DiT(Isotropic):
         else:
             blocks = [DiTBlock(hidden_size, num_heads, mlp_ratio, adaln, class_token, qk_norm) for _ in range(depth)]
         super().__init__(blocks, input_size, patch_size, in_channels, hidden_size, num_classes, learn_sigma,
-                         gradient_checkpointing, adaln, class_token, time_scale)
+                         gradient_checkpointing, adaln, class_token, time_scale, map_split)
         positions = sincos_position_embedding(self.x_embedder.grid_size, hidden_size)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, N, D)
         self.rotary_dim = hidden_size // num_heads if lightning else None
@@ -573,10 +582,11 @@ class DiNext(Isotropic):
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
                  hidden_size: int = 1152, depth: int = 28, mlp_ratio: float = 3.0, num_classes: int = 1000,
                  learn_sigma: bool = True, gradient_checkpointing: bool = False,
-                 adaln: Literal["zero", "single"] = "zero", grn: bool = True, label_std: float = 0.02):
+                 adaln: Literal["zero", "single"] = "zero", grn: bool = True, label_std: float = 0.02,
+                 time_scale: float = 1.0, map_split: int | None = None):
         blocks = [DiNextBlock(hidden_size, mlp_ratio, adaln, grn) for _ in range(depth)]
         super().__init__(blocks, input_size, patch_size, in_channels, hidden_size, num_classes, learn_sigma,
-                         gradient_checkpointing, adaln)
+                         gradient_checkpointing, adaln, time_scale=time_scale, map_split=map_split)
         initialize(self, label_std)
         self.to(memory_format=torch.channels_last)  # kernels in the memory format of their inputs
 
@@ -589,21 +599,23 @@ class DiNextU(Backbone):
         hidden_size: D, the width of the first stage, even. Each halving of the resolution doubles the width.
         depths: number of blocks of each stage.
         mlp_ratio: hidden width of a block's MLP, divided by the block's width.
-        in_channels, num_classes, learn_sigma, gradient_checkpointing, label_std: see DiT. grn: see DiNext.
+        in_channels, num_classes, learn_sigma, gradient_checkpointing, label_std, time_scale, map_split: see DiT.
+        grn: see DiNext.
     """
 
     LEVELS = (0, 1, 2, 1, 0)  # stage s runs at 1/2**LEVELS[s] of the resolution
 
     def __init__(self, input_size: int | tuple[int, int] = 32, in_channels: int = 4, hidden_size: int = 128,
                  depths: tuple[int, int, int, int, int] = (2, 4, 8, 4, 2), mlp_ratio: float = 3.0, num_classes: int = 1000,
-                 learn_sigma: bool = True, gradient_checkpointing: bool = False, grn: bool = True, label_std: float = 0.02):
-        super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, size_multiple=4)
+                 learn_sigma: bool = True, gradient_checkpointing: bool = False, grn: bool = True, label_std: float = 0.02,
+                 time_scale: float = 1.0, map_split: int | None = None):
+        super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, 4, map_split)
         if len(depths) != 5 or min(depths) < 1 or hidden_size % 2:
             raise ValueError(f"depths {depths} must be five positive numbers, and hidden_size ({hidden_size}) even")
         widths = [hidden_size * 2**level for level in range(3)]
         self.depths = tuple(depths)
         self.stem = nn.Conv2d(in_channels, hidden_size, kernel_size=3, padding=1)
-        self.t_embedders = nn.ModuleList(TimestepEmbedder(width) for width in widths)
+        self.t_embedders = nn.ModuleList(TimestepEmbedder(width, scale=time_scale) for width in widths)
         self.y_embedders = nn.ModuleList(LabelEmbedder(num_classes, width) for width in widths)
         self.blocks = nn.ModuleList(
             DiNextBlock(widths[level], mlp_ratio, grn=grn) for level, depth in zip(self.LEVELS, depths) for _ in range(depth))
@@ -612,6 +624,7 @@ class DiNextU(Backbone):
         self.head = FinalLayer(hidden_size, 1, self.out_channels,
                                projection=partial(ChannelsLastConv2d, kernel_size=3, padding=1))
         self.default_split = sum(depths[:3])  # the two stages down and the middle one
+        self.resolve_split(map_split)
         initialize(self, label_std)
         self.to(memory_format=torch.channels_last)  # kernels in the memory format of their inputs
 

@@ -7,6 +7,7 @@ from typing import Any
 from runtime import UserError
 
 from .flow import FlowMatching
+from .flow_map import FlowMap
 from .gaussian_diffusion import GaussianDiffusion
 from .process import Process
 from .schedules import named_betas, space_timesteps
@@ -38,9 +39,9 @@ def create_diffusion(
         learn_sigma: the network's second half of channels is the variance. Flow ignores it.
         rescale_learned_sigmas: multiply the bound by T/1000 when it is added to the MSE.
         diffusion_steps: T of the process before respacing.
-        objective: what the network predicts, a key of OBJECTIVES: "epsilon", "x0", "v", or "flow", the velocity of the
-            straight path.
-        objective_args: further parameters of the objective's factory, `gaussian` or `straight_path` below.
+        objective: what the network predicts, a key of OBJECTIVES: "epsilon", "x0", "v", "flow", the velocity of the
+            straight path, or "flow-map", mean velocities too.
+        objective_args: further parameters of the objective's factory, one of the functions below.
 
     Raises:
         UserError: a value is not allowed, or the objective's factory does not take an argument that is not at its default.
@@ -81,19 +82,31 @@ def gaussian(timesteps: list[int], objective: str, diffusion_steps: int, noise_s
     )
 
 
-def straight_path(timesteps: list[int], time_sampling: str = "uniform", flow_loss: str = "velocity") -> FlowMatching:
-    """Flow matching.
+def straight_path(timesteps: list[int], time_sampling: str = "uniform", flow_loss: str = "velocity",
+                  prediction: str = "velocity", time_mean: float = 0.0, time_std: float = 1.0, shift: float = 1.0,
+                  shift_training: bool = False) -> FlowMatching:
+    """Flow matching; see FlowMatching for the arguments.
 
     Args:
-        time_sampling: of training timesteps: "uniform", or "logit-normal".
-        flow_loss: "velocity", or "velocity+epsilon+x0", the sum of the squared errors of all three.
+        flow_loss: its `loss`.
     """
-    return FlowMatching(len(timesteps), time_sampling, flow_loss)
+    return FlowMatching(len(timesteps), time_sampling, flow_loss, prediction, time_mean, time_std, shift, shift_training)
+
+
+def mean_velocities(timesteps: list[int], map_share: float = 0.5, map_guidance: float = 0.0) -> FlowMap:
+    """Flow matching and its map; see FlowMap.
+
+    Args:
+        map_share: 0, 0.5 or 1: of the rows of a batch, how many learn the map.
+        map_guidance: omega of guidance in training; 0: none.
+    """
+    return FlowMap(len(timesteps), map_share, map_guidance)
 
 
 # A factory takes the kept `timesteps` and builds a process. Its signature says what else it takes: arguments of
 # create_diffusion by their names, and parameters of its own, with defaults. Add your own here (docs/extending.md).
-OBJECTIVES: dict[str, Callable[..., Process]] = {"epsilon": gaussian, "x0": gaussian, "v": gaussian, "flow": straight_path}
+OBJECTIVES: dict[str, Callable[..., Process]] = {"epsilon": gaussian, "x0": gaussian, "v": gaussian, "flow": straight_path,
+                                                 "flow-map": mean_velocities}
 
 
 def supported_arguments(objective: str) -> list[str]:

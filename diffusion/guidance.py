@@ -14,7 +14,7 @@ from .schedules import MODEL_TIME
 
 def guide(model: Callable, y: Tensor, null_label: int, scale: float, channels: int,
           guided: Iterable[bool] | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """Bind labels and guidance to a model. Returns a function (x, t) -> prediction.
+    """Bind labels and guidance to a model. Returns a function (x, t) -> prediction; r=r (B,) goes on to the model.
 
     Args:
         model: (x, t, y) -> (B, C or 2C, H, W); its batch is [conditional, unconditional] for a guided call.
@@ -30,10 +30,11 @@ def guide(model: Callable, y: Tensor, null_label: int, scale: float, channels: i
     calls = iter([] if scale == 1 else itertools.repeat(True) if guided is None else guided)
     both = torch.cat([y, torch.full_like(y, null_label)])
 
-    def predict(x: Tensor, t: Tensor) -> Tensor:
+    def predict(x: Tensor, t: Tensor, **times: Tensor) -> Tensor:
         if scale == 1 or not next(calls):
-            return model(x, t, y)
-        conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+            return model(x, t, y, **times)
+        doubled = {name: torch.cat([time, time]) for name, time in times.items()}
+        conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), both, **doubled).chunk(2)
         eps = torch.lerp(unconditional[:, :channels].float(), conditional[:, :channels].float(), scale)
         return torch.cat([eps, conditional[:, channels:].float()], dim=1)
 

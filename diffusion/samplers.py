@@ -4,9 +4,10 @@
 
 - process: GaussianDiffusion, FlowMatching or another Process. Its `grid` holds the times to visit, from noise to data. At
   each of them x_t = alpha x_0 + sigma eps, with (alpha, sigma) = process.alpha_sigma(t). process.predict gives x_0 and eps.
-- model: (x (B, C, H, W), t (B,) in 0..1000) -> prediction. It already contains labels, guidance and reuse.
+- model: (x (B, C, H, W), t (B,) in 0..1000) -> prediction; that of a flow map also takes r=(B,). It already contains labels,
+  guidance and reuse.
 - x: the start noise (B, C, H, W), fp32. So is the state, whatever dtype the model computes in under autocast.
-- noise_source: number of the step, from 0 -> fresh noise (B, C, H, W). Only ddpm, and ddim with eta > 0, use it.
+- noise_source: number of the step, from 0 -> fresh noise (B, C, H, W). Only ddpm, sde, and ddim and map with eta > 0, use it.
 - denoised_fn: applied to every predicted x_0, to clip or threshold it.
 - The yielded "sample" is the state itself. If a caller changes it in place, the next step starts from the changed state.
 """
@@ -98,6 +99,40 @@ def dpmpp(process: Process, model: Callable, x: Tensor, noise_source: NoiseSourc
         yield {"sample": x, "pred_xstart": x_0}
 
 
+def flow_map(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None,
+             eta: float = 0.0) -> Steps:
+    """Whole steps of a flow map. eta 1 jumps to x_0 each time and adds fresh noise (Lee et al., arXiv:2510.24474).
+
+    The process must offer jump, as FlowMap does. Only an x_0 goes through denoised_fn.
+    """
+    for step, (t, t_next) in enumerate(pairwise(process.grid)):
+        to = 0.0 if eta else t_next
+        x_next, velocity = process.jump(model, x, t, to)
+        x_0 = x_next if to == 0 else x - t * velocity
+        x_0 = denoised_fn(x_0) if denoised_fn else x_0
+        alpha, sigma = process.alpha_sigma(t_next)
+        x = x_0 if t_next == 0 else alpha * x_0 + sigma * noise_source(step) if eta else x_next
+        yield {"sample": x, "pred_xstart": x_0}
+
+
+def sde(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None) -> Steps:
+    """SiT's SDE on the straight path, by Euler and Maruyama (Ma et al., arXiv:2401.08740).
+
+    dx = (v - w s / 2) dt + sqrt(w) dW, with w = 2t and the score s = -(x + (1 - t) v) / t. The times run from 1 to 0.04; from
+    there the last step goes to 0 without noise.
+    """
+    count = len(process.grid) - 1
+    times = [1 - (1 - SDE_LAST) * step / max(count - 1, 1) for step in range(count)] + [0.0]
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        x_0, eps = process.predict(model, x, t, denoised_fn)
+        velocity, dt = eps - x_0, t_next - t
+        score = -(x + (1 - t) * velocity) / t
+        x = x + (velocity - t * score) * dt
+        if t_next > 0:
+            x = x + math.sqrt(2 * t * -dt) * noise_source(step)
+        yield {"sample": x, "pred_xstart": x_0}
+
+
 def half_log_snr(alpha: float, sigma: float) -> float:
     """lambda = log(alpha / sigma); infinite at the ends of a path."""
     return math.inf if sigma == 0 else -math.inf if alpha == 0 else math.log(alpha / sigma)
@@ -112,28 +147,34 @@ def straighten(process: Process, t: float) -> tuple[float, float]:
     return alpha + sigma, sigma / (alpha + sigma)
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp, "euler": ddim, "heun": heun}
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp, "euler": ddim, "heun": heun, "sde": sde, "map": flow_map}
+SDE_LAST = 0.04  # the last time of SiT's SDE before 0
+# What a sampler needs of a process besides what process.py lists, and what has it.
+NEEDS = {"ddpm": ("p_mean_variance", "a Gaussian process"), "sde": ("shifted", "a flow"), "map": ("jump", "a flow map")}
 
 
 def get_sampler(name: str, process: Process, eta: float = 0.0) -> Callable[..., Steps]:
     """The sampler `name`. Raises UserError if it does not support the process, or eta."""
     if name not in SAMPLERS:
         raise UserError(f"`sampler` {name!r} is unknown; allowed: {', '.join(SAMPLERS)}")
-    if name == "ddpm" and not hasattr(process, "p_mean_variance"):
-        raise UserError(f"`sampler` ddpm needs a Gaussian process, not {type(process).__name__}; allowed: "
-                        f"{', '.join(list(SAMPLERS)[1:])}")
+    member, kind = NEEDS.get(name, ("grid", ""))
+    if not hasattr(process, member):
+        allowed = [other for other in SAMPLERS if hasattr(process, NEEDS.get(other, ("grid", ""))[0])]
+        raise UserError(f"`sampler` {name} needs {kind}, not {type(process).__name__}; allowed: {', '.join(allowed)}")
     if not 0 <= eta <= 1:
         raise UserError(f"`eta` {eta} is not in 0..1")
-    if eta and name != "ddim":
-        raise UserError(f"`eta` applies only to `sampler` ddim, not to {name} (`eta` is {eta})")
-    return partial(ddim, eta=eta) if eta else SAMPLERS[name]
+    if eta and name not in ("ddim", "map"):
+        raise UserError(f"`eta` applies only to `sampler` ddim and map, not to {name} (`eta` is {eta})")
+    if name == "map" and eta not in (0, 1):
+        raise UserError(f"`eta` {eta} is neither 0 nor 1, as `sampler` map needs")
+    return partial(SAMPLERS[name], eta=eta) if eta else SAMPLERS[name]
 
 
 def evaluation_times(sampler: Callable[..., Steps], process: Process) -> tuple[float, ...]:
     """The t (0..1000) of each call that a sampler makes to its model, in order, recorded on one pixel."""
     times = []
 
-    def record(x: Tensor, t: Tensor) -> Tensor:
+    def record(x: Tensor, t: Tensor, r: Tensor | None = None) -> Tensor:
         times.append(t.item())
         return torch.zeros(1, 2 if process.learn_sigma else 1, 1, 1)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = """
 runtime/__init__ runtime/files runtime/randomness runtime/pictures runtime/processes runtime/cli runtime/log
-diffusion/process diffusion/schedules diffusion/samplers diffusion/gaussian_diffusion diffusion/flow diffusion/guidance
-diffusion/reuse diffusion/__init__
+diffusion/process diffusion/schedules diffusion/samplers diffusion/gaussian_diffusion diffusion/flow diffusion/flow_map
+diffusion/guidance diffusion/reuse diffusion/__init__
 models small_models
 pipeline/__init__ pipeline/settings pipeline/spec pipeline/interchange pipeline/checkpoint pipeline/autoencoders
 pipeline/generation

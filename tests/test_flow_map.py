@@ -1,0 +1,292 @@
+"""Flow maps: closed forms of Gaussian data, and networks."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffusion import create_diffusion
+from diffusion.flow import FlowMatching
+from diffusion.flow_map import FlowMap, derivative, guidance
+from diffusion.samplers import evaluation_times, get_sampler
+from models import DiNext, DiNextU, DiT
+from runtime import UserError
+from runtime.randomness import generator
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # of torch.func.jvp
+MU, S = 0.7, 0.4  # of Gaussian data
+TINY = dict(input_size=8, in_channels=2, num_classes=3, learn_sigma=False, time_scale=1e-3)
+
+
+def sigma(t):
+    return ((1 - t) ** 2 * S**2 + t**2).sqrt()
+
+
+def exact_map(x, t, y=None, r=None):
+    """The mean velocity of Gaussian data from t to r, or the velocity: times in 0..1000."""
+    t = (t.double() / 1000).view(-1, 1, 1, 1)
+    if r is None:
+        return -MU + (t - (1 - t) * S**2) / sigma(t) ** 2 * (x - MU * (1 - t))
+    r = (r.double() / 1000).view(-1, 1, 1, 1)
+    return (x - MU * (1 - r) - sigma(r) / sigma(t) * (x - MU * (1 - t))) / (t - r)
+
+
+def instants(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def random_network(network):
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    return network
+
+
+def networks():
+    torch.manual_seed(0)
+    return [random_network(network) for network in (
+        DiT(hidden_size=16, depth=3, num_heads=2, patch_size=2, **TINY), DiNext(hidden_size=16, depth=3, patch_size=2, **TINY),
+        DiNextU(hidden_size=8, depths=(1, 1, 1, 1, 1), **TINY))]
+
+
+# --- closed forms --------------------------------------------------------------------------------
+
+
+def test_the_identity_of_mean_velocities_holds_on_a_gaussian():
+    """u = v - (t - r) du/dt: to 1e-9 with the analytic derivative, to 1e-3 with differences, a quarter if h is halved."""
+    t, r = instants(0.9, 0.6, 0.3), instants(0.5, 0.1, 0.05)
+    x = torch.randn(3, 1, 2, 2, generator=generator("gaussian")).double()
+    v = exact_map(x, 1000 * t)
+    gap = (t - r).view(-1, 1, 1, 1)
+    u = exact_map(x, 1000 * t, r=1000 * r)
+    _, exact = jvp(lambda x, t: exact_map(x, 1000 * t, r=1000 * r), (x, t), (v, torch.ones_like(t)))
+    assert (u - (v - gap * exact)).abs().max() < 1e-9
+
+    errors = []
+    for step in (5e-3, 2.5e-3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("diffusion.flow_map.STEP", step)
+            patch.setattr(torch.Tensor, "float", lambda self: self)  # fp64 here
+            errors.append((derivative(exact_map, x, t, r, v, {}) - exact).abs().max().item())
+    assert errors[0] < 1e-3
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_any_number_of_jumps_is_exact_on_a_gaussian(steps):
+    process = FlowMap(steps)
+    noise = torch.randn(4, 1, 2, 2, generator=generator("jumps")).double()
+    *_, last = get_sampler("map", process)(process, exact_map, noise, None)
+    assert (last["sample"] - (MU + S * noise)).abs().max() < 1e-9
+
+
+def test_a_restart_jumps_to_data_and_adds_fresh_noise():
+    process, noise, fresh = FlowMap(2), torch.ones(1, 1, 2, 2).double(), torch.full((1, 1, 2, 2), 3.0).double()
+    states = [step["sample"] for step in get_sampler("map", process, 1.0)(process, exact_map, noise, lambda step: fresh)]
+    x_0 = MU + S * noise
+    middle = 0.5 * x_0 + 0.5 * fresh
+    assert torch.allclose(states[0], middle, atol=1e-9)
+    half = torch.tensor(0.5).double()
+    assert torch.allclose(states[1], MU + S / sigma(half) * (middle - MU * 0.5), atol=1e-9)
+    with pytest.raises(UserError, match=r"`eta` 0\.5 is neither 0 nor 1"):
+        get_sampler("map", process, 0.5)
+    with pytest.raises(UserError, match=r"`sampler` map needs a flow map, not FlowMatching; allowed: ddim, dpm"):
+        get_sampler("map", FlowMatching(2))
+
+
+def test_an_interval_of_a_denoiser_sees_only_data():
+    process, limits = FlowMap(2), []
+    x = torch.randn(2, 1, 2, 2).double()
+    for step in get_sampler("map", process)(process, exact_map, x, None, lambda x_0: limits.append(x_0) or x_0.clamp(0, 1)):
+        assert step["pred_xstart"].min() >= 0
+        assert step["pred_xstart"].max() <= 1
+    assert len(limits) == 2
+    assert torch.equal(step["sample"], limits[1].clamp(0, 1))
+
+
+# --- options of the straight path ----------------------------------------------------------------
+
+
+def test_a_network_that_predicts_x_0_has_the_velocity_s_loss_and_solvers():
+    """The same function in both forms: at t >= 0.05 the same loss, and the same path of Heun's method."""
+    x, noise = torch.randn(5, 1, 2, 2), torch.randn(5, 1, 2, 2)
+    t = torch.tensor([0.05, 0.2, 0.5, 0.9, 1.0])
+    velocity, x_0 = FlowMatching(8), FlowMatching(8, prediction="x0")
+
+    def v(x, t):
+        return 0.3 * x - 0.1
+
+    def data(x, t):
+        return x - (t / 1000).view(-1, 1, 1, 1) * v(x, t)
+
+    losses = [process.training_losses(model, x, t, {}, noise)["loss"] for process, model in ((x_0, data), (velocity, v))]
+    assert torch.allclose(*losses, rtol=1e-4)
+    early = torch.full((5,), 0.01)
+    expected = (0.01 / 0.05) ** 2 * velocity.training_losses(v, x, early, {}, noise)["loss"]
+    assert torch.allclose(x_0.training_losses(data, x, early, {}, noise)["loss"], expected, rtol=1e-2)
+    ends = [list(get_sampler("heun", process)(process, model, noise, None))[-1]["sample"]
+            for process, model in ((velocity, v), (x_0, data))]
+    assert torch.allclose(*ends, atol=1e-5)
+
+
+def test_the_shift_moves_the_grid_and_training_if_asked():
+    """SD3's Equation 23; LightningDiT's 0.3 is 10/3 here: its time runs from noise."""
+    assert FlowMatching(4, shift=3).grid == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    theirs = [0.3 * u / (1 + (0.3 - 1) * u) for u in (0, 0.25, 0.5, 0.75, 1)]  # 1 = data
+    assert FlowMatching(4, shift=10 / 3).grid == pytest.approx([1 - u for u in theirs])
+    plain, grid, both = (FlowMatching(4, **given).sample_times(64, generator("t"))
+                         for given in ({}, dict(shift=3), dict(shift=3, shift_training=True)))
+    assert torch.equal(plain, grid)
+    assert torch.allclose(both, 3 * plain / (1 + 2 * plain))
+
+
+def test_mean_and_deviation_of_the_logit_normal():
+    t = FlowMatching(4, "logit-normal", time_mean=-0.8, time_std=0.5).sample_times(20_000, generator("t")).logit()
+    assert [t.mean().item(), t.std().item()] == pytest.approx([-0.8, 0.5], abs=0.02)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(prediction="v"), "prediction 'v'"), (dict(prediction="x0", flow_loss="velocity+epsilon+x0"), "needs prediction"),
+    (dict(time_mean=1.0), "apply only to time_sampling"), (dict(shift=0.0), "shift 0.0 must be positive"),
+    (dict(time_sampling="logit-normal", time_std=-1.0), "time_std -1.0")])
+def test_options_that_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        create_diffusion("4", objective="flow", **arguments)
+
+
+def test_the_sde_keeps_the_moments_of_a_gaussian():
+    """With the exact velocity and many steps it ends with the data's mean and deviation, whatever it adds on the way."""
+    process = FlowMatching(400)
+    noise = torch.randn(4000, 1, 1, 1, generator=generator("start")).double()
+    fresh = [torch.randn(4000, 1, 1, 1, generator=generator("sde", step)).double() for step in range(400)]
+    states = list(get_sampler("sde", process)(process, exact_map, noise, fresh.__getitem__))
+    found = states[-1]["sample"]
+    assert [found.mean().item(), found.std().item()] == pytest.approx([MU, S], abs=0.015)
+    assert (found - (MU + S * noise)).abs().mean() > 0.1  # not the ODE's
+    with pytest.raises(UserError, match="`sampler` sde needs a flow, not GaussianDiffusion"):
+        get_sampler("sde", create_diffusion("4"))
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def times(process, count=4000):
+    return process.sample_times(count, generator("times"))
+
+
+def test_times_of_flow_rows_and_of_map_rows():
+    t, r = times(FlowMap()).unbind(1)
+    assert torch.equal(t[0::2], r[0::2])
+    assert (t[1::2] > r[1::2]).all()
+    assert t[0::2].logit().mean().abs() < 0.08
+    assert t[0::2].logit().std() == pytest.approx(1, abs=0.05)
+    both = torch.cat([t[1::2], r[1::2]]).logit()
+    assert both.mean() == pytest.approx((0.4 - 1.2) / 2, abs=0.08)
+    assert (times(FlowMap(share=1))[:, 0] > times(FlowMap(share=1))[:, 1]).all()
+    assert torch.equal(*times(FlowMap(share=0)).unbind(1))
+
+
+def test_without_map_rows_the_error_is_flow_matching_s():
+    """At the same t and noise; and r = t is the plain forward pass."""
+    x, noise, y = torch.randn(4, 2, 8, 8), torch.randn(4, 2, 8, 8), torch.tensor([0, 1, 2, 3])
+    t = times(FlowMap(share=0), 4)
+    for network in networks():
+        losses = FlowMap(share=0).training_losses(network, x, t, dict(y=y), noise)
+        expected = FlowMatching().training_losses(network, x, t[:, 0], dict(y=y), noise)
+        assert torch.equal(losses["mse"], expected["mse"].detach())
+        assert torch.equal(losses["loss"], (expected["mse"] + 0.01).log())
+        assert losses["map_mse"].isnan().all()
+        assert torch.equal(network(x, 1000 * t[:, 0], y, 1000 * t[:, 0]), network(x, 1000 * t[:, 0], y))
+
+
+def test_the_loss_is_zero_on_a_point_mass_and_only_there():
+    """The exact map of one point: u = v = eps - x_0, constant along the path. log(0 + 0.01)."""
+    point, noise = torch.full((4, 1, 2, 2), 0.5).double(), torch.randn(4, 1, 2, 2).double()
+    process = FlowMap()
+    t = times(process, 4).double()
+
+    def exact(x, t, r):
+        return (x - 0.5) / (t / 1000).view(-1, 1, 1, 1)
+
+    losses = process.training_losses(exact, point, t, {}, noise)
+    assert losses["loss"].sub(math.log(0.01)).abs().max() < 1e-6
+    assert losses["mse"].isnan().tolist() == [False, True, False, True]
+    assert losses["map_mse"].isnan().tolist() == [True, False, True, False]
+    wrong = process.training_losses(lambda x, t, r: 1.1 * exact(x, t, r), point, t, {}, noise)
+    assert (wrong["loss"] > losses["loss"] + 0.1).all()
+
+
+@pytest.mark.parametrize("network", networks(), ids=lambda network: type(network).__name__)
+def test_differences_are_the_derivative_of_a_network(network):
+    """torch.func.jvp as the oracle; r and du/dt change the output."""
+    x, v, y = torch.randn(3, 2, 8, 8), torch.randn(3, 2, 8, 8), torch.tensor([0, 2, 3])
+    t, r = torch.tensor([0.9, 0.5, 0.4]), torch.tensor([0.2, 0.4, 0.01])
+    found = derivative(network, x, t, r, v, dict(y=y))
+    with sdpa_kernel(SDPBackend.MATH):
+        out, expected = jvp(lambda x, t: network(x, 1000 * t, y, 1000 * r), (x, t), (v, torch.ones_like(t)))
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert expected.abs().max() > 0.1
+    assert (out - network(x, 1000 * t, y, 1000 * r / 2)).abs().max() > 1e-3
+
+
+def test_near_the_ends_both_sides_lie_inside():
+    seen = []
+    derivative(lambda x, t, r: seen.append(t / 1000) or x, torch.zeros(2, 1, 1, 1), torch.tensor([0.999, 0.001]),
+               torch.zeros(2), torch.zeros(2, 1, 1, 1), {})
+    assert torch.allclose(seen[0], torch.tensor([1, 0.01, 0.99, 0]), atol=1e-6)
+
+
+class Fickle(nn.Module):
+    """A network with dropout and BatchNorm."""
+
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.dropout = nn.BatchNorm2d(1), nn.Dropout(0.5)
+
+    def forward(self, x, t, y, r):
+        return self.dropout(self.norm(x)) * (1 + t.view(-1, 1, 1, 1) / 1000)
+
+
+def test_dropout_and_batch_norm_do_not_disturb_the_differences():
+    network, process = Fickle().train(), FlowMap(omega=0.6)
+    x, y = torch.randn(4, 1, 2, 2), torch.tensor([0, 1, 2, 3])
+    t, r = torch.full((4,), 0.5), torch.zeros(4)
+    before = network.norm.running_mean.clone()
+    slope = derivative(network, x, t, r, torch.zeros_like(x), dict(y=y))
+    assert torch.allclose(slope, x / math.sqrt(1 + network.norm.eps), atol=1e-3)
+    guidance(network, x, t, dict(y=y))
+    assert torch.equal(network.norm.running_mean, before)
+    assert network.training
+    process.training_losses(network, x, process.sample_times(4, generator("f")), dict(y=y))
+    assert not torch.equal(network.norm.running_mean, before)  # of the one call with a gradient
+
+
+def test_guidance_in_training_is_for_kept_labels_and_small_t():
+    """A network that answers its label: v becomes v + omega (y - null) where it counts."""
+    class Label(nn.Module):
+        num_classes = 3
+
+        def forward(self, x, t, y, r=None):
+            return torch.zeros_like(x) + y.view(-1, 1, 1, 1)
+
+    x, y = torch.zeros(4, 1, 2, 2), torch.tensor([0, 1, 3, 2])
+    t = torch.tensor([0.5, 0.71, 0.5, 0.7])
+    added = guidance(Label(), x, t, dict(y=y))[:, 0, 0, 0]
+    assert added.tolist() == [-3, 0, 0, -1]
+    process = FlowMap(share=0, omega=0.5)
+    losses = process.training_losses(Label(), x, torch.stack([t, t], dim=1), dict(y=y), torch.zeros_like(x))
+    assert torch.allclose(losses["mse"], (y + torch.tensor([1.5, 0, 0, 0.5])) ** 2)
+
+
+def test_what_is_refused():
+    for arguments, message in ((dict(map_share=0.3), "map_share 0.3"), (dict(map_guidance=-1.0), r"map_guidance -1.0")):
+        with pytest.raises(UserError, match=message):
+            create_diffusion("4", objective="flow-map", **arguments)
+    assert evaluation_times(get_sampler("map", process := create_diffusion("4", objective="flow-map")), process) == (
+        1000, 750, 500, 250)
+    assert len(evaluation_times(get_sampler("heun", process), process)) == 7  # as a flow
