@@ -7,6 +7,7 @@ flow matching, r = t. Sources: MeanFlow (Geng et al., arXiv:2505.13447), Decoupl
 Legend: B batch, C channels, H W size. A model receives 1000 t and 1000 r: model(x, t, y, r=r).
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from .process import check_channels
 from .schedules import MODEL_TIME
 
 SHARES = (0, 0.5, 1)
+LARGEST_SCALE = 0.01     # of t in a network's embedding: on 0..1000 a difference over STEP is useless
 MEANS = (0.4, -1.2)      # of the two logit-normals of which a map row takes t, the larger, and r
 STEP = 5e-3              # of the central differences, in t
 GUIDED_UP_TO = 0.7       # the largest t with guidance in training
@@ -94,6 +96,15 @@ class FlowMap(FlowMatching):
         velocity = model(x, times[0], r=times[1]).to(x.dtype)
         check_channels(velocity, x, learn_sigma=False)
         return x - (t - r) * velocity, velocity
+
+
+def check_network(network: Callable, time_scale: float | None) -> None:
+    """Raises UserError if a network cannot be a flow map. `time_scale` is its argument, None if it has none."""
+    if "r" not in inspect.signature(getattr(network, "forward", network)).parameters:
+        raise UserError(f"{type(network).__name__} has no argument r, the time where a step ends, which a flow map needs")
+    if time_scale is not None and time_scale > LARGEST_SCALE:
+        raise UserError(f"time_scale {time_scale} is too large for a flow map, whose derivatives are differences: give 0.001, "
+                        "as SiT and REPA have")
 
 
 def derivative(model: Callable, x: Tensor, t: Tensor, r: Tensor, velocity: Tensor, kwargs: dict[str, Any]) -> Tensor:

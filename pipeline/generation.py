@@ -101,6 +101,8 @@ class Sampling:
         sampling = cls(replace(settings, cfg_channels=guided), process, solver)
         if settings.reuse == "none":
             return sampling
+        if settings.sampler == "map":
+            raise UserError(f"`reuse` {settings.reuse} saves nothing with `sampler` map, whose steps are few and long")
         check(model, Seam, f"`reuse` {settings.reuse} needs")
         return replace(sampling, plan=plan(settings.reuse, sampling.times, sampling.guided, len(model.blocks),
                                            model.default_split, settings.key_steps, **settings.reuse_args))

@@ -187,7 +187,7 @@ WRONG = [
     (dict(objective="velocity"), "allowed: epsilon, x0, v, flow"),
     (dict(objective="v", predict_xstart=True), "predict_xstart contradicts objective 'v'"),
     (dict(objective="flow", flow_loss="x0"), "allowed: velocity, velocity.epsilon.x0"),
-    (dict(objective="flow", use_kl=True), "`use_kl` is not supported with objective 'flow'.* time_sampling, .* shift_training$"),
+    (dict(objective="flow", use_kl=True), "`use_kl` is not supported with objective 'flow'.* shift, shift_training$"),
     (dict(time_sampling="logit-normal"), "`time_sampling` is not supported with objective 'epsilon'.* input_scale$"),
 ]
 

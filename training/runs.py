@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from diffusion import OBJECTIVES, create_diffusion, supported_arguments
+from diffusion.flow_map import check_network
 from diffusion.process import Network, Process, check
 from pipeline import checkpoint
 from pipeline.autoencoders import Pixels
@@ -116,6 +117,9 @@ def assemble_spec(model: str, model_args: dict[str, Any], from_data: dict[str, A
         network = spec.model.build()
     if sampling:
         check(network, Network, "training needs")
+    if diffusion.get("objective") == "flow-map":
+        with prefix_errors(f"`model` {model}:"):
+            check_network(network, spec.model.args.get("time_scale"))
     return spec
 
 
