@@ -14,7 +14,7 @@ import numpy as np
 from evaluation.metrics import Gaussian
 from runtime import UserError
 from runtime.files import atomic, find_files, in_batches
-from runtime.pictures import EXTENSIONS, center_crop, open_rgb, picture
+from runtime.pictures import EXTENSIONS, center_crop, open_rgb, picture, upright_size
 from training.datasets import NAMED, ArrayImages, load_dataset
 
 BATCH = 64  # images per call of an extractor; the batches are the same for any number of processes
@@ -221,7 +221,7 @@ class NamedImages:
 def picture_size(path: Path) -> tuple[int, int]:
     """(H, W), without reading the pixels."""
     with picture(path) as image:
-        return image.size[::-1]
+        return upright_size(image)
 
 
 @contextmanager
