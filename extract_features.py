@@ -10,6 +10,7 @@ command continues on any number of processes. With --normalise, meta.json also h
 channel of the latents; training then normalises by them, and not as the autoencoder says.
 """
 
+import hashlib
 import json
 import os
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jsonargparse import Namespace
+from jsonargparse import ActionYesNo, Namespace
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -27,12 +28,12 @@ from tqdm import tqdm
 
 from pipeline.autoencoders import NO_VARIANCE, SDVAE, Pixels, load_autoencoder
 from runtime import UserError, cli
-from runtime.files import check_writable, in_batches, write_json, write_text
+from runtime.files import check_writable, in_batches, read_json, write_json, write_text
 from runtime.pictures import to_unit_range
 from runtime.processes import autocast, start_world
-from training.datasets import load_dataset
+from training.datasets import load_dataset, load_everywhere
 from training.order import read_ahead
-from training.rows import Rows, TrainingData
+from training.rows import Rows, TrainingData, choose_flip
 
 PENDING, SKIPPED = -2, -1  # in labels.npy, for rows without an image (yet)
 
@@ -44,6 +45,8 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--features-path", required=True, help="the folder to write")
     parser.add_argument("--per-proc-batch-size", type=int, default=32, help="images that a process encodes at once")
     parser.add_argument("--normalise", action="store_true", help="measure mean and std of each channel; train.py uses them")
+    parser.add_argument("--flip", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=None,
+                        help="whether train.py mirrors them unless it is told; default: as the data says")
     parser.add_argument("--max-skipped", type=float, default=0.001, help="share of images that may be unreadable")
     return parser
 
@@ -54,14 +57,15 @@ def main(args: Namespace) -> None:
     cli.check_data_arguments(args)
     cli.check_numbers(args, ["per_proc_batch_size"], "at least 1", lambda n: n >= 1)
     cli.check_numbers(args, ["max_skipped"], "a share, 0..1", lambda x: 0 <= x <= 1)
-    data = world.main_first(lambda: load_dataset(args.data_path, args.image_size, args.data_root, num_classes=args.num_classes))
+    data = load_everywhere(world, args.data_path, lambda: load_dataset(
+        args.data_path, args.image_size, args.data_root, num_classes=args.num_classes))
     if data.kind != "images":
         raise UserError(f"--data-path {args.data_path} holds features already")
     with cli.prefix_errors("--vae"):
         autoencoder = world.main_first(lambda: load_autoencoder(args.vae or "ema", world.device, raw=args.normalise))
-        meta = describe_features(data, autoencoder, args.data_path, args.normalise)
+        meta = describe_features(data, autoencoder, args.data_path, args.normalise, choose_flip(data, args.flip))
     folder = world.on_main(lambda: check_writable(args.features_path))
-    todo = world.on_main(lambda: lay_out(folder, meta))
+    todo = world.on_main(lambda: lay_out(folder, meta | describe_files(data)))
     if args.compile:
         autoencoder.moments = torch.compile(autoencoder.moments)
 
@@ -79,13 +83,15 @@ def main(args: Namespace) -> None:
         if writing:
             writing.result()
     world.barrier()
-    world.on_main(lambda: finish(folder, data, meta, args.max_skipped * len(data)))
+    world.on_main(lambda: finish(folder, data, args.max_skipped * len(data)))
     if world.is_main:
+        for remark in getattr(data, "remarks", []):
+            print(f"--data-path {args.data_path}: {remark}")
         print(f"{folder} is complete: {len(todo):,} of {len(data):,} images encoded now, {time.perf_counter() - start:.0f} s")
 
 
-def describe_features(data: TrainingData, autoencoder: nn.Module, data_path: str, normalise: bool) -> dict:
-    """The content of meta.json, except the skipped rows."""
+def describe_features(data: TrainingData, autoencoder: nn.Module, data_path: str, normalise: bool, flip: bool) -> dict:
+    """The content of meta.json, except what `describe_files` says, and the skipped rows."""
     if isinstance(autoencoder, Pixels):
         raise UserError("pixels has no features: train.py reads images directly")
     if normalise and not isinstance(autoencoder, SDVAE):
@@ -93,9 +99,21 @@ def describe_features(data: TrainingData, autoencoder: nn.Module, data_path: str
     return {
         "autoencoder": autoencoder.spec | autoencoder.identity(),
         "latent_shape": autoencoder.latent_shape(data.image_size, data.channels),
-        "image_size": data.image_size, "channels": data.channels, "classes": data.classes, "flip": data.flip,
+        "image_size": data.image_size, "channels": data.channels, "classes": data.classes, "flip": flip,
         "rows": len(data), "dtype": "float16", "data_path": data_path, "normalise": normalise,
     }
+
+
+def describe_files(data: TrainingData) -> dict[str, dict[str, str]]:
+    """Digests of the names, labels, sizes and times of the data's files, in order; {} if it is not read from files."""
+    if not len(files := getattr(data, "files", ())):
+        return {}
+    with ThreadPoolExecutor(32) as pool:  # on a network file system each waits for an answer
+        found = list(pool.map(os.stat, files))
+    parts = {"names": b"\0".join(map(os.fsencode, files)), "labels": np.asarray(data.labels).tobytes(),
+             "sizes": np.array([stat.st_size for stat in found]).tobytes(),
+             "times": np.array([stat.st_mtime_ns for stat in found]).tobytes()}
+    return {"files": {name: hashlib.sha256(part).hexdigest()[:16] for name, part in parts.items()}}
 
 
 def lay_out(folder: Path, meta: dict) -> np.ndarray:
@@ -110,6 +128,7 @@ def lay_out(folder: Path, meta: dict) -> np.ndarray:
     for path in (done, begun):
         if path.exists():
             stored = {"normalise": False} | json.loads(path.read_text())  # an older version could not normalise
+            check_files(path, stored.get("files"), meta.pop("files", None))
             if different := [key for key in meta if stored.get(key) != meta[key]]:
                 raise UserError(f"--features-path {folder} holds other features: their {different[0]} is "
                                 f"{stored.get(different[0])}, not {meta[different[0]]}")
@@ -123,6 +142,17 @@ def lay_out(folder: Path, meta: dict) -> np.ndarray:
     labels.flush()
     write_json(begun, meta)
     return np.arange(meta["rows"])
+
+
+def check_files(path: Path, stored: dict[str, str] | None, found: dict[str, str] | None) -> None:
+    """Raises UserError if the pictures are others than those of which `path`, a meta.json, holds digests."""
+    if found and not stored:
+        print(f"{path} is of an older version and does not tell of which files it was made: if they have changed, that is not "
+              "noticed")
+    elif changed := [part for part in found or () if stored[part] != found[part]]:
+        raise UserError(f"--features-path {path.parent} was made of other pictures: their {', '.join(changed)} have changed "
+                        f"since. Delete it or choose another folder; if only the times differ, deleting the entry \"files\" "
+                        f"of {path.name} lets it pass")
 
 
 class SkippingReader(Dataset):
@@ -181,7 +211,7 @@ def write(moments: RowFile, labels: RowFile, rows: np.ndarray, encoded: Tensor, 
     labels.write(rows, found)
 
 
-def finish(folder: Path, data: TrainingData, meta: dict, limit: float) -> None:
+def finish(folder: Path, data: TrainingData, limit: float) -> None:
     """List the skipped images and mark the features as complete. Raises UserError if too many were skipped."""
     if (folder / "meta.json").exists():
         return
@@ -193,7 +223,8 @@ def finish(folder: Path, data: TrainingData, meta: dict, limit: float) -> None:
     if len(skipped) > limit:
         raise UserError(f"{len(skipped)} of {len(data)} images cannot be read, more than --max-skipped allows; they are "
                         f"listed in {folder / 'skipped.txt'}. Repair or remove them, then run the same command again")
-    measured = measure_latents(folder, np.flatnonzero(labels >= 0)) if meta["normalise"] else {}
+    meta = read_json(folder / "unfinished.json")
+    measured = measure_latents(folder, np.flatnonzero(labels >= 0)) if meta.get("normalise") else {}
     write_json(folder / "meta.json", meta | measured | {"images": len(data) - len(skipped), "skipped": skipped.tolist()})
     (folder / "unfinished.json").unlink(missing_ok=True)
 

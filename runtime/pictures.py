@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base
 from torch import Tensor
 
-from runtime.files import atomic
+from runtime.files import atomic, printable
 
 MAX_COLUMNS = 10
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
@@ -125,7 +125,7 @@ def save_grid(images: Tensor, path: Path, columns: int, description: dict | None
     """Write images (B, H, W, C) uint8 as one PNG, with the description in its text chunks."""
     info = PngImagePlugin.PngInfo()
     for key, value in (description or {}).items():
-        info.add_text(key, str(value))
+        info.add_text(key, printable(str(value)))
     with atomic(path) as file:
         grid(images, columns).save(file, format="PNG", pnginfo=info)
 

@@ -87,7 +87,7 @@ def test_an_interrupted_extraction_is_refused_by_training_and_goes_on(
     with pytest.raises(FileNotFoundError, match="not finished"):
         load_dataset(str(out))
     with pytest.raises(ValueError, match="lacks 4 images"):
-        extract_features.finish(out, None, {}, 0)
+        extract_features.finish(out, None, 0)
     moments = np.load(out / "moments.npy", mmap_mode="r+")
     moments[:2] += 1  # shows whether these rows are left alone
     moments.flush()
