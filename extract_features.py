@@ -4,10 +4,11 @@
     torchrun --nproc_per_node=8 train.py --data-path features/train
 
 The folder holds `moments.npy` (N, 2, 2C, h, w) fp16: mean and log-variance of the posterior of each image and of its
-mirror image, because an autoencoder is not equivariant to flips; `labels.npy` (N,) int64; `skipped.txt`, the images that
-could not be read; and, at the end, `meta.json`. Row i is image i, whichever process writes it. After a kill, the same
-command continues on any number of processes. With --normalise, meta.json also has the mean and standard deviation of each
-channel of the latents; training then normalises by them, and not as the autoencoder says.
+mirror image, because an autoencoder is not equivariant to flips; `labels.npy` (N,) int64; `files.npy`, by which changed
+images are noticed; `skipped.txt`, the images that could not be read; and, at the end, `meta.json`. Row i is image i,
+whichever process writes it. After a kill, the same command continues on any number of processes. With --normalise,
+meta.json also has the mean and standard deviation of each channel of the latents; training then normalises by them, and
+not as the autoencoder says.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from pipeline.autoencoders import NO_VARIANCE, SDVAE, Pixels, load_autoencoder
 from runtime import UserError, cli
-from runtime.files import check_writable, in_batches, read_json, write_json, write_text
+from runtime.files import atomic, check_writable, in_batches, write_json, write_text
 from runtime.pictures import to_unit_range
 from runtime.processes import autocast, start_world
 from training.datasets import load_dataset, load_everywhere
@@ -65,7 +66,7 @@ def main(args: Namespace) -> None:
         autoencoder = world.main_first(lambda: load_autoencoder(args.vae or "ema", world.device, raw=args.normalise))
         meta = describe_features(data, autoencoder, args.data_path, args.normalise, choose_flip(data, args.flip))
     folder = world.on_main(lambda: check_writable(args.features_path))
-    todo = world.on_main(lambda: lay_out(folder, meta | describe_files(data)))
+    todo = world.on_main(lambda: lay_out(folder, data, meta))
     if args.compile:
         autoencoder.moments = torch.compile(autoencoder.moments)
 
@@ -83,7 +84,7 @@ def main(args: Namespace) -> None:
         if writing:
             writing.result()
     world.barrier()
-    world.on_main(lambda: finish(folder, data, args.max_skipped * len(data)))
+    world.on_main(lambda: finish(folder, data, meta, args.max_skipped * len(data)))
     if world.is_main:
         for remark in getattr(data, "remarks", []):
             print(f"--data-path {args.data_path}: {remark}")
@@ -91,7 +92,7 @@ def main(args: Namespace) -> None:
 
 
 def describe_features(data: TrainingData, autoencoder: nn.Module, data_path: str, normalise: bool, flip: bool) -> dict:
-    """The content of meta.json, except what `describe_files` says, and the skipped rows."""
+    """The content of meta.json, except the skipped rows."""
     if isinstance(autoencoder, Pixels):
         raise UserError("pixels has no features: train.py reads images directly")
     if normalise and not isinstance(autoencoder, SDVAE):
@@ -104,34 +105,40 @@ def describe_features(data: TrainingData, autoencoder: nn.Module, data_path: str
     }
 
 
-def describe_files(data: TrainingData) -> dict[str, dict[str, str]]:
-    """Digests of the names, labels, sizes and times of the data's files, in order; {} if it is not read from files."""
+def describe_files(data: TrainingData) -> np.ndarray | None:
+    """For each sample a digest of its file's name and size and of its label, and the file's time: (N, 2) int64.
+
+    None for data that are not read from files.
+    """
     if not len(files := getattr(data, "files", ())):
-        return {}
+        return None
     with ThreadPoolExecutor(32) as pool:  # on a network file system each waits for an answer
-        found = list(pool.map(os.stat, files))
-    parts = {"names": b"\0".join(map(os.fsencode, files)), "labels": np.asarray(data.labels).tobytes(),
-             "sizes": np.array([stat.st_size for stat in found]).tobytes(),
-             "times": np.array([stat.st_mtime_ns for stat in found]).tobytes()}
-    return {"files": {name: hashlib.sha256(part).hexdigest()[:16] for name, part in parts.items()}}
+        found = list(zip(map(os.fsencode, files), pool.map(os.stat, files)))
+    rows = zip(getattr(data, "file_of_row", range(len(data))), np.asarray(data.labels).tolist())
+    marks = np.empty((len(data), 2), dtype=np.int64)
+    for mark, (number, label) in zip(marks, rows):
+        name, stat = found[number]
+        digest = hashlib.blake2b(b"%s %d %d" % (name, stat.st_size, label), digest_size=8).digest()
+        mark[:] = int.from_bytes(digest, signed=True), stat.st_mtime_ns
+    return marks
 
 
-def lay_out(folder: Path, meta: dict) -> np.ndarray:
+def lay_out(folder: Path, data: TrainingData, meta: dict) -> np.ndarray:
     """Create the files, or open those of an interrupted run. Returns the rows that are still to be encoded.
 
     Raises:
         UserError: the folder holds features of other images or of another autoencoder.
         OSError: the disk has no space for the files.
     """
-    meta = json.loads(json.dumps(meta))
+    meta, marks = json.loads(json.dumps(meta)), describe_files(data)
     done, begun = folder / "meta.json", folder / "unfinished.json"
     for path in (done, begun):
         if path.exists():
             stored = {"normalise": False} | json.loads(path.read_text())  # an older version could not normalise
-            check_files(path, stored.get("files"), meta.pop("files", None))
             if different := [key for key in meta if stored.get(key) != meta[key]]:
                 raise UserError(f"--features-path {folder} holds other features: their {different[0]} is "
                                 f"{stored.get(different[0])}, not {meta[different[0]]}")
+            check_files(folder, data, marks)
             return np.flatnonzero(np.load(folder / "labels.npy", mmap_mode="r") < 0) if path == begun else np.array([], int)
     channels, *size = meta["latent_shape"]
     shape = (meta["rows"], 2, 2 * channels, *size)
@@ -140,19 +147,37 @@ def lay_out(folder: Path, meta: dict) -> np.ndarray:
     labels = open_memmap(folder / "labels.npy", "w+", np.int64, (meta["rows"],))
     labels[:] = PENDING
     labels.flush()
+    save_marks(folder, marks)
     write_json(begun, meta)
     return np.arange(meta["rows"])
 
 
-def check_files(path: Path, stored: dict[str, str] | None, found: dict[str, str] | None) -> None:
-    """Raises UserError if the pictures are others than those of which `path`, a meta.json, holds digests."""
-    if found and not stored:
-        print(f"{path} is of an older version and does not tell of which files it was made: if they have changed, that is not "
-              "noticed")
-    elif changed := [part for part in found or () if stored[part] != found[part]]:
-        raise UserError(f"--features-path {path.parent} was made of other pictures: their {', '.join(changed)} have changed "
-                        f"since. Delete it or choose another folder; if only the times differ, deleting the entry \"files\" "
-                        f"of {path.name} lets it pass")
+def check_files(folder: Path, data: TrainingData, marks: np.ndarray | None) -> None:
+    """Check that the images which are encoded have not changed since, by `describe_files`. The others may: they were repaired.
+
+    Raises:
+        UserError: they have changed.
+    """
+    path, encoded = folder / "files.npy", np.load(folder / "labels.npy", mmap_mode="r") >= 0
+    if marks is None:
+        return
+    if not path.is_file():
+        return print(f"{folder} is of an older version and does not tell of which files it was made: it is taken as it is, "
+                     "even if they have changed")
+    changed = (np.load(path) != marks) & encoded[:, None]
+    if changed.any():
+        row, what = int(changed.any(axis=1).argmax()), "name, label or size" if changed[:, 0].any() else "time"
+        name = data.files[getattr(data, "file_of_row", range(len(data)))[row]]
+        raise UserError(f"--features-path {folder} was made of other images: {changed.any(axis=1).sum():,} have changed since "
+                        f"in {what}, such as {os.fsdecode(name)}. Delete the folder or choose another one; if they are the "
+                        f"same images nevertheless, delete {path}")
+    save_marks(folder, marks)
+
+
+def save_marks(folder: Path, marks: np.ndarray | None) -> None:
+    if marks is not None:
+        with atomic(folder / "files.npy") as file:
+            np.save(file, marks)
 
 
 class SkippingReader(Dataset):
@@ -211,7 +236,7 @@ def write(moments: RowFile, labels: RowFile, rows: np.ndarray, encoded: Tensor, 
     labels.write(rows, found)
 
 
-def finish(folder: Path, data: TrainingData, limit: float) -> None:
+def finish(folder: Path, data: TrainingData, meta: dict, limit: float) -> None:
     """List the skipped images and mark the features as complete. Raises UserError if too many were skipped."""
     if (folder / "meta.json").exists():
         return
@@ -223,8 +248,7 @@ def finish(folder: Path, data: TrainingData, limit: float) -> None:
     if len(skipped) > limit:
         raise UserError(f"{len(skipped)} of {len(data)} images cannot be read, more than --max-skipped allows; they are "
                         f"listed in {folder / 'skipped.txt'}. Repair or remove them, then run the same command again")
-    meta = read_json(folder / "unfinished.json")
-    measured = measure_latents(folder, np.flatnonzero(labels >= 0)) if meta.get("normalise") else {}
+    measured = measure_latents(folder, np.flatnonzero(labels >= 0)) if meta["normalise"] else {}
     write_json(folder / "meta.json", meta | measured | {"images": len(data) - len(skipped), "skipped": skipped.tolist()})
     (folder / "unfinished.json").unlink(missing_ok=True)
 

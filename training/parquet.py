@@ -53,6 +53,7 @@ class ParquetImages(Dataset):
         self.groups = [(file, group) for file, sizes in enumerate(groups) for group in range(len(sizes))]
         self.starts = np.cumsum([0, *itertools.chain(*groups)])                     # of each row group, over all files
         self.file_starts = np.cumsum([0, *map(len, labels)])
+        self.file_of_row = np.repeat(np.arange(len(files)), [len(part) for part in labels])
         self.labels = torch.from_numpy(np.concatenate(labels))
         self.classes = readable_names(names[0]) if names[0] else classes_of(folder, self.labels.numpy(), num_classes)
         self.cache = {}                                                             # row group -> its column of bytes
