@@ -57,6 +57,7 @@ class ImageSet:
         if self.statistics:
             count = "an unknown number of" if self.statistics_of is None else f"{self.statistics_of:,}"
             parts.append(f"statistics of {count} images")
+        parts += getattr(self.images, "remarks", [])
         return f"{self.title} {self.source}: {', '.join(parts)}"
 
 
@@ -209,6 +210,7 @@ class NamedImages:
 
     def __init__(self, dataset: ArrayImages):
         self.images, self.labels, self.size = dataset.images, dataset.labels.numpy(), dataset.image_size
+        self.remarks = getattr(dataset, "remarks", [])
 
     def __len__(self) -> int:
         return len(self.images)
