@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import json
 import os
@@ -167,11 +168,33 @@ def test_a_name_that_is_a_folder_too_is_told_of(tmp_path, monkeypatch):
 
 def test_listing_a_folder_asks_for_no_file_and_takes_a_byte_a_character(tmp_path, monkeypatch):
     pictures(tmp_path, *(f"class {c}/{i}.png" for c in "ab" for i in range(5)))
-    asked, stat = [], os.stat
+    asked, stat, scandir = [], os.stat, os.scandir
+
+    class Entry:
+        def __init__(self, entry):
+            self.entry = entry
+
+        def __getattr__(self, name):
+            asked.extend([self.path] if name == "stat" else [])
+            return getattr(self.entry, name)
+
+    class Watched(contextlib.ExitStack):
+        def __init__(self, path):
+            super().__init__()
+            self.entries = self.enter_context(scandir(path))
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return Entry(next(self.entries))
+
     monkeypatch.setattr(os, "stat", lambda path, **options: asked.append(str(path)) or stat(path, **options))
     monkeypatch.setattr(Path, "stat", lambda path, **options: asked.append(str(path)) or stat(path, **options))
+    monkeypatch.setattr(os, "scandir", Watched)
     data = load_dataset(str(tmp_path), 8)
     assert len(data) == 10
+    assert f"{tmp_path}/class a" in asked
     assert not [path for path in asked if path.endswith(".png")]
     assert data.files.nbytes == 10 * len(f"{tmp_path}/class a/0.png")
 

@@ -1,4 +1,5 @@
 import io
+import itertools
 import struct
 import zlib
 
@@ -108,9 +109,9 @@ def test_exif_turns_a_picture_upright_once(kind):
 
 
 def test_damaged_exif_leaves_the_picture_as_it_is():
-    for exif in (b"Exif\0\0MM\0*", b"Exif\0\0" + b"\xff" * 20, b"x"):
+    for kind, exif in itertools.product(("JPEG", "PNG"), (b"Exif\0\0MM\0*", b"Exif\0\0" + b"\xff" * 20, b"x")):
         file = io.BytesIO()
-        Image.new("RGB", (4, 2)).save(file, "JPEG", exif=exif)
+        Image.new("RGB", (4, 2)).save(file, kind, exif=exif)
         assert open_rgb(file, "x").size == (4, 2)
 
 
