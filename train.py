@@ -11,11 +11,10 @@ processes (CUDA's generator draws a large tensor differently on another model).
 import math
 import time
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
-from jsonargparse import Namespace
+from jsonargparse import ActionYesNo, Namespace
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,12 +27,12 @@ from runtime.log import TRACKERS, Log, Stopwatch, check_tracker, peak_memory
 from runtime.processes import CommonError, Stopped, StopSignal, World, distribute, start_world
 from runtime.randomness import generator, seed_global
 from small_models import NETWORKS, Autoencoder_models
-from training.datasets import load_dataset
+from training.datasets import load_dataset, load_everywhere, load_held_out
 from training.initial import Initial, changes, check_fit, init_from, read_initial, read_own, take_settings
 from training.objective import Objective, process_of
 from training.order import Batches, GlobalOrder
 from training.previews import preview, save_previews_gif
-from training.rows import Readable, Rows
+from training.rows import Readable, Rows, choose_flip
 from training.runs import begin_or_continue, build_run_spec, list_skipped, save_run
 from training.state import OptimizerArgs, Training
 
@@ -61,6 +60,8 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--ema-decay", type=float, default=0.9999, help="of the weights that are sampled; less at first")
     parser.add_argument("--init-from", type=str | None, help="begin with its weights; without --model with its network too")
     parser.add_argument("--resume", type=str | None, help="resume weights, EMA, optimizer and step from this checkpoint")
+    parser.add_argument("--flip", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=None,
+                        help="mirror half of the samples; default: as the data says, yes for folders, no for digits")
     parser.add_argument("--log-every", type=int, default=100, help="steps between lines of the log")
     parser.add_argument("--ckpt-every", type=int, default=50_000, help="steps between checkpoints")
     parser.add_argument("--max-skipped", type=float, default=0.001, help="share of samples that may be unreadable")
@@ -103,15 +104,16 @@ class Trainer:
         """Build data, autoencoder, objective, network and optimizer from the flags. Nothing is written yet."""
         self.args, self.world, self.optim = args, world, check_flags(args)
         self.initial, taken, statistics = find_initial(args, world)
-        load = partial(load_dataset, args.data_path, args.image_size, args.data_root, num_classes=args.num_classes)
-        self.data = world.main_first(load)
+        where = (args.image_size, args.data_root)
+        self.data = load_everywhere(world, args.data_path, lambda: load_dataset(
+            args.data_path, *where, num_classes=args.num_classes))
+        args.flip = choose_flip(self.data, args.flip)
         with cli.prefix_errors("--val-every:"):
-            self.held_out = load(split="val") if args.val_every else None
-            if self.held_out and (self.held_out.classes, self.held_out.kind) != (self.data.classes, self.data.kind):
-                raise UserError(f"the held-out part of --data-path {args.data_path} has other classes or another kind of data")
+            self.held_out = load_everywhere(world, args.data_path, lambda: load_held_out(
+                args.data_path, self.data, *where)) if args.val_every else None
         self.max_unreadable, self.unreadable = math.ceil(args.max_skipped * len(self.data)), set()
         self.order = GlobalOrder(len(self.data), args.global_batch_size, args.global_seed, world.rank, world.size,
-                                 args.grad_accum, self.data.flip)
+                                 args.grad_accum, args.flip)
         self.max_steps = args.max_steps or math.ceil(args.epochs * len(self.data) / args.global_batch_size)
         usual = "pixels" if args.model in Autoencoder_models else taken.spec.vae if taken else "ema"
         args.vae = args.vae or self.data.made_by.get("vae", usual)
@@ -136,18 +138,25 @@ class Trainer:
         args, world, state = self.args, self.world, self.state
         world.on_main(lambda: check_writable(args.results_dir, state.size))
         weights = init_from(state, self.initial, self.spec.classes) if self.initial else "Fresh weights"
-        self.folder, remarks = begin_or_continue(state, self.spec, self.flags, [weights, *self.changes], world)
+        self.folder, remarks = begin_or_continue(state, self.spec, self.flags, [weights, *self.changes], world, self.data.flip)
         self.initial = None  # its file may be deleted now
         self.first = state.step
         self.log = Log(self.folder, world, self.first, args.tracker, self.flags)
-        self.log.say(f"{self.folder}: {len(self.data):,} samples, {world.size} x {world.device.type}; {'; '.join(remarks)}; "
+        self.log.say(f"{self.folder}: {self.describe_data()}, {world.size} x {world.device.type}; {'; '.join(remarks)}; "
                      f"{self.first} of {self.max_steps} steps done")
+        for data in (self.data, self.held_out):
+            for remark in getattr(data, "remarks", []):
+                self.log.say(f"--data-path {args.data_path}: {remark}")
         self.network = distribute(state.model, world)
         if args.compile:
             state.model.compile(dynamic=False)  # else a second shape, as of a validation, makes every step a slower one
         self.batches = Batches(Readable(self.data, self.max_unreadable), self.order, range(self.first, self.max_steps),
                                args.num_workers, world.device)
         self.stop, self.stopwatch = StopSignal(world), Stopwatch()
+
+    def describe_data(self) -> str:
+        classes, mirrored = self.data.classes, "half of them mirrored" if self.args.flip else "none of them mirrored"
+        return f"{len(self.data):,} samples of {len(classes):,} classes ({cli.shortened(classes, 5)}), {mirrored}"
 
     def step(self) -> None:
         """One optimizer step. The host waits for the device only where a line is logged."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import yaml
 
 from runtime import UserError
-from runtime.files import check_writable
+from runtime.files import check_writable, printable
 from runtime.processes import CommonError
 
 MAX_SIZE = 8192  # pixels of a side of an image
@@ -231,6 +231,7 @@ def run(main: Callable[[jsonargparse.Namespace], None], parser: ArgumentParser) 
     Such errors are UserError, OSError, and the loss of another process.
     """
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         main(args)
         if dist.is_initialized():
@@ -270,5 +271,11 @@ def first_to_fail() -> bool:
         return True
 
 
+def shortened(names: Iterable[str], shown: int = 10) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "") if names else "none"
+
+
 def one_line(message: object) -> str:
-    return " ".join(str(message).split())
+    return printable(" ".join(str(message).split()))

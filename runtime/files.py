@@ -63,7 +63,7 @@ def sync_folder(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a small text file, completely or not at all."""
     with atomic(path) as file:
-        file.write(text.encode())
+        file.write(printable(text).encode())
 
 
 class HashingFile:
@@ -200,7 +200,7 @@ def find_files(folder: str | Path, extensions: tuple[str, ...], apart_from: str 
     """The files below a folder whose names end in one of `extensions`, in the order of folders, then of names.
 
     Links are followed. Of several paths to one file or folder the first one counts, so circular links end. Extensions, in
-    lower case, match upper case too. The folder `apart_from` is not entered.
+    lower case, match upper case too. Names that `is_hidden` are left out. The folder `apart_from` is not entered.
     """
     seen, found = set(), []
 
@@ -210,9 +210,8 @@ def find_files(folder: str | Path, extensions: tuple[str, ...], apart_from: str 
 
     def enter(path: str) -> None:
         with os.scandir(path) as entries:
-            entries = sorted(entries, key=lambda entry: entry.name)
-        found.extend(entry.path for entry in entries
-                     if entry.name.lower().endswith(extensions) and entry.is_file() and is_new(entry.stat()))
+            entries = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
+        found.extend(entry for entry in entries if entry.name.lower().endswith(extensions) and entry.is_file())
         for entry in entries:
             if entry.is_dir() and is_new(entry.stat()):
                 enter(entry.path)
@@ -220,7 +219,20 @@ def find_files(folder: str | Path, extensions: tuple[str, ...], apart_from: str 
     for known in filter(None, (apart_from, folder)):
         is_new(os.stat(known))
     enter(str(folder))
-    return [Path(path) for path in sorted(found, key=os.path.split)]
+    # A stat a file takes minutes on a network file system. Without links, different inodes are different files.
+    if len({entry.inode() for entry in found}) < len(found) or any(entry.is_symlink() for entry in found):
+        found = [entry for entry in found if is_new(entry.stat())]
+    return [Path(path) for path in sorted((entry.path for entry in found), key=os.path.split)]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether file managers and archivers made the file or folder of this name for themselves."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
+
+
+def printable(text: str) -> str:
+    """Text without surrogates, as which Python reads the bytes of file names that are not UTF-8. They become \\udce9, say."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def in_batches(count: int, size: int) -> list[np.ndarray]:

@@ -70,7 +70,7 @@ class Log:
         if self.active:
             tqdm.write(text)
             sys.stdout.flush()
-            with open(self.folder / "log.txt", "a") as file:
+            with open(self.folder / "log.txt", "a", errors="backslashreplace") as file:
                 file.write(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n")
 
     def record(self, step: int, **scalars: float) -> None:

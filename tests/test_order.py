@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
@@ -156,8 +157,8 @@ def test_the_next_readable_sample_stands_in_for_an_unreadable_one(damaged_photog
     assert list(unreadable) == [3]
     with pytest.raises(ValueError, match="1 or more of 6 samples cannot be read, and `max_skipped` allows 0"):
         Readable(data, 0).__getitems__(Rows.plain(np.array([3])))
-    for path in data.paths:
-        Path(path).write_bytes(b"no picture")
+    for path in data.files:
+        Path(os.fsdecode(path)).write_bytes(b"no picture")
     with pytest.raises(ValueError, match="6 or more of 6 samples cannot be read"):  # it must not search for ever
         Readable(data, 6).__getitems__(Rows.plain(np.array([3])))
 

@@ -1,7 +1,6 @@
 """What a run takes from another checkpoint, `init_from`: its weights, and without `model` the settings of its network."""
 
 from collections import defaultdict
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +11,12 @@ from diffusion import create_diffusion
 from pipeline import checkpoint
 from pipeline.spec import BareWeights, ModelSpec, Spec, Weights, defaults_of, normal_name
 from runtime import UserError
-from runtime.cli import check_arguments, prefix_errors
+from runtime.cli import check_arguments, prefix_errors, shortened
 from training.runs import TRAINER_ARGS, TrainerArgs
 from training.state import Training
 
 FROM_DATA = {"input_size", "in_channels", "num_classes", "learn_sigma"}  # arguments of networks that data and process decide
 CLASS_TABLE = "embedding_table.weight"  # how the names of class embeddings end
-SHOWN = 10  # names listed in a message
 
 
 class Initial(NamedTuple):
@@ -167,9 +165,3 @@ def match_classes(initial: Tensor, classes: list[str], source: Tensor, source_cl
     if len(initial) > len(classes) and len(source) > len(source_classes):
         table[-1] = source[-1]
     return table, fresh
-
-
-def shortened(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "") if names else "none"

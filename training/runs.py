@@ -123,11 +123,12 @@ def assemble_spec(model: str, model_args: dict[str, Any], from_data: dict[str, A
 
 
 def begin_or_continue(training: Training, spec: Spec, flags: dict[str, Any], remarks: list[str],
-                      world: World) -> tuple[Path, list[str]]:
+                      world: World, data_flip: bool) -> tuple[Path, list[str]]:
     """Open the run's folder. `training` continues its newest checkpoint, else `resume`, else begins as it is.
 
     Args:
         remarks: what the log says of `training` as it is.
+        data_flip: what the flag `flip` is in checkpoints that are older than it.
 
     Returns: the folder, and remarks for the log.
     """
@@ -135,11 +136,11 @@ def begin_or_continue(training: Training, spec: Spec, flags: dict[str, Any], rem
     begun = world.on_main(lambda: run_name and checkpoint.latest(results / run_name))
     if flags["resume"] and not begun:  # a run that has begun does not need the flag
         with prefix_errors("`resume`"):
-            remarks, _ = continue_from(training, checkpoint.resolve(flags["resume"]), spec, flags)
+            remarks, _ = continue_from(training, checkpoint.resolve(flags["resume"]), spec, flags, data_flip)
     folder = world.on_main(lambda: open_run(results, run_name, spec.model.name))
     newest, damaged = world.on_main(lambda: newest_undamaged(folder))
     if newest:
-        remarks, as_described = continue_from(training, newest, spec, flags)
+        remarks, as_described = continue_from(training, newest, spec, flags, data_flip)
         training.saved = training.step if as_described else 0
     parameters = sum(p.numel() for p in training.parameters)
     return folder, [f"{spec.model.name}, {parameters:,} parameters", *damaged, *remarks]
@@ -147,7 +148,7 @@ def begin_or_continue(training: Training, spec: Spec, flags: dict[str, Any], rem
 
 def fixed_settings(spec: Spec, flags: dict[str, Any]) -> dict[str, Any]:
     """The settings that must not change when a run is continued, by the names that an error uses."""
-    fixed = {f"`{key}`": flags[key] for key in ("global_batch_size", "global_seed")}
+    fixed = {f"`{key}`": flags[key] for key in ("global_batch_size", "global_seed", "flip")}
     fixed["`diffusion_args`"] = {key: value for key, value in flags["diffusion_args"].items() if key != "sampling"}
     model = {"model": spec.model.name, **{f"model argument {key}": value for key, value in spec.model.args.items()}}
     model.pop("model argument gradient_checkpointing", None)
@@ -164,7 +165,7 @@ def open_run(results: Path, run_name: str | None, model: str) -> Path:
     Raises:
         UserError: another process has locked it.
     """
-    if run_name is not None and (not run_name or Path(run_name).name != run_name):
+    if run_name is not None and (run_name in ("", "..") or Path(run_name).name != run_name):
         raise UserError(f"`run_name` {run_name!r} is not the name of a folder in `results_dir`")
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
     if launch == "none":  # torchrun's default, the same for every launch: its agent's process tells them apart
@@ -245,7 +246,8 @@ def newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
     return None, remarks
 
 
-def continue_from(training: Training, path: Path, spec: Spec, flags: dict[str, Any]) -> tuple[list[str], bool]:
+def continue_from(training: Training, path: Path, spec: Spec, flags: dict[str, Any],
+                  data_flip: bool) -> tuple[list[str], bool]:
     """Load a checkpoint of this run.
 
     Returns: remarks for the log, one for each flag that has changed; whether the checkpoint's Spec is still right.
@@ -257,7 +259,7 @@ def continue_from(training: Training, path: Path, spec: Spec, flags: dict[str, A
     if missing := {"args", "spec", *training.state_dict()} - set(state):
         raise UserError(f"{path} cannot be continued, it lacks {', '.join(sorted(missing))}; `init_from` takes only weights")
     stored_spec = checkpoint.spec_of(state, path)
-    stored, wanted = fixed_settings(stored_spec, state["args"]), fixed_settings(spec, flags)
+    stored, wanted = fixed_settings(stored_spec, {"flip": data_flip} | state["args"]), fixed_settings(spec, flags)
     for key in sorted(wanted | stored, key=lambda key: (key.startswith("model argument"), key != "model")):  # the model first
         if stored.get(key) != wanted.get(key):
             raise UserError(f"{path} was trained with {key} {stored.get(key)}, not {wanted.get(key)}: choose another "
