@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.interchange import interpret
 from pipeline.spec import OWN_VAE, BareWeights, Config, Contents, ModelSpec, Source, Spec, Statistics
@@ -283,11 +284,21 @@ def restore_own_autoencoder(source: str) -> nn.Module:
 
 
 def rebuild(model: ModelSpec, weights: dict[str, Tensor], source: Path) -> nn.Module:
-    """The network in evaluation mode with these weights."""
-    with torch.device("meta"), prefix_errors(f"checkpoint {source}:", *WRONG_VALUE):
-        network = model.build()  # without memory: to draw the 675 M initial weights of a DiT-XL would take time
-    load_weights(network.to_empty(device="cpu"), weights, source)
+    """The network in evaluation mode with these weights. What they lack, as some buffers, is what its constructor computes."""
+    with prefix_errors(f"checkpoint {source}:", *model.wrong_values), torch.device("cpu"), WithoutDraws():
+        network = model.build()
+    load_weights(network, weights, source)
     return network.eval().requires_grad_(False)
+
+
+class WithoutDraws(TorchDispatchMode):
+    """Parameters get no random initial values: weights replace them, and to draw the 675 M of a DiT-XL takes time."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        draws = function in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default)
+        if draws and isinstance(args[0] if args[0]._base is None else args[0]._base, nn.Parameter):
+            return args[0]
+        return function(*args, **(kwargs or {}))
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
