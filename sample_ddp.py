@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from evaluation.image_sets import NpzImages, save_npz
 from pipeline import checkpoint
-from pipeline.generation import Sampling, generate, prepare_network, restore_autoencoder, restore_checkpoint
+from pipeline.generation import Sampling, check_samples, generate, prepare_network, restore_autoencoder, restore_checkpoint
 from pipeline.settings import SamplingSettings, add_sampling_arguments
 from pipeline.spec import BareWeights
 from runtime import UserError, cli
@@ -78,9 +78,15 @@ def main(args: Namespace) -> None:
                                                    height * width * 3))
     drawn = sum(map(len, todo))
 
+    def draw_batch(indices: range) -> Tensor:
+        last: dict[str, Tensor] = {}  # state of the sampler
+        images = generate(restored.model, autoencoder, [label(i) for i in indices], indices, args.global_seed, sampling,
+                          last.update)
+        check_samples(last["sample"])
+        return images
+
     start = time.perf_counter()
-    waited = draw(todo, lambda indices: generate(restored.model, autoencoder, [label(i) for i in indices], indices,
-                                                 args.global_seed, sampling), parts_of(out), count, world)
+    waited = draw(todo, draw_batch, parts_of(out), count, world)
     seconds = time.perf_counter() - start
     world.on_main(lambda: finish(out, sorted(done + todo, key=lambda part: part.start), (height, width), label, args.png))
     if world.is_main:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pipeline import checkpoint
 from pipeline.interchange import from_ldm
 from pipeline.spec import Spec, Statistics
+from pipeline.weights import check_values, find_weights, load_weights, stripped
 from runtime import UserError
 from runtime.cli import WRONG_VALUE, one_line, prefix_errors
 from runtime.pictures import to_unit_range
@@ -230,6 +231,7 @@ def load_vae(source: str) -> nn.Module:
             vae, found = kinds[kind].from_pretrained(hub_id, low_cpu_mem_usage=False, output_loading_info=True)
             if found["missing_keys"]:
                 raise UserError(f"its weights lack {found['missing_keys'][0]}")
+            check_values(vae.state_dict(), vae.state_dict(), "its weights")
             return vae.eval()
     except (OSError, ValueError, RuntimeError) as error:
         reason = one_line(error)[:200]
@@ -244,9 +246,9 @@ def load_ldm(path: Path) -> nn.Module:
 
     state = checkpoint.load(path)
     with prefix_errors(f"{path} is not a supported autoencoder of LDM:", KeyError, AttributeError, *WRONG_VALUE):
-        config, weights = from_ldm(state.get("state_dict", state))
+        config, weights = from_ldm(stripped(find_weights(state, path.name)[0]))
         vae = AutoencoderKL(**config)
-        checkpoint.load_weights(vae, weights, path)
+        load_weights(vae, weights, path)
     return vae.eval()
 
 

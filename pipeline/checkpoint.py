@@ -25,10 +25,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.interchange import interpret
 from pipeline.spec import OWN_VAE, BareWeights, Config, Contents, ModelSpec, Source, Spec, Statistics
+from pipeline.weights import WithoutDraws, find_weights, load_weights, stripped
 from runtime import UserError, files
 from runtime.cli import WRONG_VALUE, prefix_errors
 from runtime.files import sha256, sha256_file, write_json, write_text
@@ -121,7 +121,7 @@ def load(path: str | Path) -> dict:
 
 def find_model(name: str | Path) -> dict[str, Tensor]:
     """The weights of a checkpoint (its EMA, if it has one), by path or by the name of a published file."""
-    return weights_of(load(resolve(name)), name)
+    return find_weights(load(resolve(name)), name)[0]
 
 
 def resolve(name: str | Path) -> Path:
@@ -165,14 +165,6 @@ CONFIGS = ("config.json", "model_index.json", "transformer/config.json", "schedu
 DIFFUSERS = ("transformer/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.bin")
 
 
-def weights_of(state: dict, source: str | Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: its EMA, else its model, else itself."""
-    weights = state.get("ema", state.get("model", state))
-    if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise UserError(f"checkpoint {source} holds no state dict: neither 'ema' nor 'model' nor weights alone")
-    return weights
-
-
 def open_source(path: Path) -> Source:
     """Read a file, or the files of a folder that belong to a network, whatever their format."""
     configs = {name: files.read_json(path / name) for name in CONFIGS if (path / name).is_file()}
@@ -180,11 +172,13 @@ def open_source(path: Path) -> Source:
         names = DIFFUSERS if "model_index.json" in configs else ("model.safetensors",)
         file = next((path / name for name in names if (path / name).is_file()), None)
         vae = str(path / OWN_VAE) if (path / OWN_VAE).is_dir() else None
-        return Source(file or path, weights_of(load(file), file) if file else {}, {}, configs, vae)
+        return Source(file or path, find_weights(load(file), file)[0] if file else {}, {}, configs, vae)
     state = load(path)
-    weights = weights_of(state, path)
+    weights, remark = find_weights(state, path)
     facts = {} if weights is state else {name: value for name, value in state.items() if name not in ("model", "ema", "opt")}
-    return Source(path, weights, facts, read_statistics=partial(read_latent_statistics, path.parent))
+    if "spec" in facts:  # names are as written, and so is what lies beside the weights
+        return Source(path, weights, facts)
+    return Source(path, stripped(weights), facts, {}, None, partial(read_latent_statistics, path.parent), remark)
 
 
 def read_latent_statistics(folder: Path) -> Statistics | None:
@@ -209,7 +203,8 @@ def read(path: Path, bare: BareWeights) -> tuple[Source, Contents]:
     """
     source = open_source(path)
     with prefix_errors(f"checkpoint {path}:", KeyError, AttributeError, *WRONG_VALUE):
-        return source, interpret(source, bare)
+        contents = interpret(source, bare)
+    return source, contents._replace(remark="; ".join(filter(None, (contents.remark, source.remark))))
 
 
 def spec_of(state: dict, path: Path) -> Spec:
@@ -289,25 +284,3 @@ def rebuild(model: ModelSpec, weights: dict[str, Tensor], source: Path) -> nn.Mo
         network = model.build()
     load_weights(network, weights, source)
     return network.eval().requires_grad_(False)
-
-
-class WithoutDraws(TorchDispatchMode):
-    """Parameters get no random initial values: weights replace them, and to draw the 675 M of a DiT-XL takes time."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        draws = function in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default)
-        if draws and isinstance(args[0] if args[0]._base is None else args[0]._base, nn.Parameter):
-            return args[0]
-        return function(*args, **(kwargs or {}))
-
-
-def load_weights(network: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
-    """Load all of a state dict. Raises UserError that names the first difference if it is of another network."""
-    expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in weights.items()}
-    if expected != given:
-        differences = [f"{key} is {given.get(key, 'missing')}, the model has {expected.get(key, 'none')}"
-                       for key in sorted(expected | given) if expected.get(key) != given.get(key)]
-        raise UserError(f"checkpoint {source} is of another architecture ({len(differences)} differences, first: "
-                        f"{differences[0]}); `model`, `image_size` and `num_classes` describe bare weights")
-    network.load_state_dict(weights)

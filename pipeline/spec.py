@@ -218,6 +218,7 @@ class Source:
     configs: dict[str, Config] = field(default_factory=dict)  # the JSON files of a folder, by their names in it
     vae: str | None = None                 # the folder of an autoencoder beside the weights
     read_statistics: Callable[[], Statistics | None] = lambda: None  # of LightningDiT's latents_stats.pt beside the weights
+    remark: str = ""                       # a sentence about what was taken, if other weights could be meant
 
     @property
     def description(self) -> Config | None:
