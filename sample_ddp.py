@@ -137,7 +137,7 @@ def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int
     """Start or continue an output and lock it for this process. Returns the finished batches and the missing ones.
 
     Raises:
-        UserError: it exists with other settings, or another process is writing it.
+        UserError: it exists with other settings or is damaged, or another process is writing it.
         OSError: there is no space for it. Nothing was written.
     """
     record, parts, pictures = out.with_suffix(".json"), parts_of(out), out.with_suffix("")
@@ -150,8 +150,12 @@ def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int
         differ = [f"{key} was {found.get(key)!r}" for key in settings | found if found.get(key) != settings.get(key)]
         raise UserError(f"--sample-dir: {out.with_suffix('')} exists with other settings "
                         f"({', '.join(differ) if found else f'{record.name} cannot be read'}); --overwrite deletes it")
+    if not stale and out.exists() and (damage := damage_of(out, count)):
+        if not overwrite:
+            raise UserError(f"--sample-dir: {damage}; --overwrite deletes it and draws its images again")
+        stale = True
     if stale or not out.exists():  # space for the missing parts and the .npz
-        drawn = 0 if stale else sum(map(len, share_out(found_parts(parts), count, batch_size)[0]))
+        drawn = 0 if stale else sum(map(len, share_out(whole_parts(parts, image_bytes), count, batch_size)[0]))
         check_writable(out.parent, (2 * count - drawn) * image_bytes)
     parts.mkdir(exist_ok=True)
     lock_folder(parts, is_restart(), "wait for it to end")
@@ -162,7 +166,7 @@ def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int
     if out.exists():
         return [], []
     write_json(record, settings)
-    return share_out(found_parts(parts), count, batch_size)
+    return share_out(whole_parts(parts, image_bytes), count, batch_size)
 
 
 def part_path(parts: Path, indices: range) -> Path:
@@ -173,6 +177,28 @@ def found_parts(parts: Path) -> dict[range, Path]:
     """The parts in a folder, by the indices of their images. Files with other names are ignored."""
     names = ((path, re.fullmatch(r"(\d{8})-(\d{8})\.npy", path.name)) for path in parts.glob("*.npy"))
     return {range(int(name[1]), int(name[2])): path for path, name in names if name}
+
+
+def whole_parts(parts: Path, image_bytes: int) -> list[range]:
+    """The parts in a folder that hold all of their images. Others, which something else than this script cut, are ignored."""
+    def is_whole(indices: range, path: Path) -> bool:
+        try:
+            images = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return False
+        return (images.dtype, images.nbytes) == (np.uint8, len(indices) * image_bytes)
+
+    return [indices for indices, path in found_parts(parts).items() if is_whole(indices, path)]
+
+
+def damage_of(out: Path, count: int) -> str:
+    """What is wrong with a finished `.npz` of `count` images, "" if nothing is. The images are not read."""
+    try:
+        images = NpzImages(out)
+        complete = len(images) == count and images.labels is not None
+    except (OSError, UserError) as error:
+        return str(error)
+    return "" if complete else f"{out} does not hold {count} images and their labels"
 
 
 def share_out(found: Iterable[range], count: int, batch_size: int) -> tuple[list[range], list[range]]:
