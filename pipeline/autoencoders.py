@@ -14,6 +14,7 @@ If latents can be cached, `encode` has two halves: `sample(moments(images), nois
 
 import hashlib
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -228,10 +229,19 @@ def load_vae(source: str) -> nn.Module:
             kind = AutoencoderKL.load_config(hub_id).get("_class_name", "AutoencoderKL")
             if kind not in kinds:
                 raise UserError(f"it is an {kind}; expected an AutoencoderKL or AutoencoderDC")
-            vae, found = kinds[kind].from_pretrained(hub_id, low_cpu_mem_usage=False, output_loading_info=True)
+            load = partial(kinds[kind].from_pretrained, hub_id, low_cpu_mem_usage=False, output_loading_info=True)
+            file = checkpoint.component_file(Path(hub_id))
+            if file or is_path:
+                vae, found = load(variant=file and checkpoint.variant_of(file))
+            else:
+                try:
+                    vae, found = load()
+                except OSError:  # the hub may hold half precision only
+                    vae, found = load(variant="fp16")
             if found["missing_keys"]:
                 raise UserError(f"its weights lack {found['missing_keys'][0]}")
-            check_values(vae.state_dict(), vae.state_dict(), "its weights")
+            weights = vae.float().state_dict()
+            check_values(checkpoint.load_component(file) if file else weights, weights, "its weights")
             return vae.eval()
     except (OSError, ValueError, RuntimeError) as error:
         reason = one_line(error)[:200]

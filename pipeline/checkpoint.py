@@ -13,6 +13,7 @@ This file alone reads and writes the weights of networks. (export.py writes fold
 
 import argparse
 import errno
+import hashlib
 import os
 import pickle
 import re
@@ -38,9 +39,10 @@ from small_models import Autoencoder_models
 PUBLISHED = {f"DiT-XL-2-{size}.pt": f"https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-{size}.pt"
              for size in ("256x256", "512x512")}
 
-# The files that are fetched from a repository of the hub. Variants such as .fp16.safetensors are not.
+# The files that are fetched from a repository of the hub; and those that are fetched if these lack the weights.
 HUB_FILES = ["*.json", "model.safetensors*", "*/*.json", "*/model.safetensors*",
-             "*/diffusion_pytorch_model.safetensors", "*/diffusion_pytorch_model.bin"]
+             *(f"*/diffusion_pytorch_model{part}.{kind}" for part in ("", "-*-of-*") for kind in ("safetensors", "bin"))]
+HUB_VARIANTS = ["*/diffusion_pytorch_model*fp16*", "*/diffusion_pytorch_model*bf16*"]
 
 # --- one file ------------------------------------------------------------------------------------
 
@@ -135,7 +137,9 @@ def resolve(name: str | Path) -> Path:
     if str(name) in PUBLISHED and not path.is_file():
         return files.download(str(name), PUBLISHED[name], "DiT's weights are licensed CC BY-NC 4.0", zipfile.is_zipfile)
     if files.is_hub_id(str(name)):
-        return files.download_folder(str(name), HUB_FILES)
+        folder = files.download_folder(str(name), HUB_FILES)
+        lacking = [part for part in ("transformer", "vae") if (folder / part).is_dir() and not component_file(folder / part)]
+        return files.download_folder(str(name), HUB_FILES + HUB_VARIANTS) if lacking else folder
     if path.is_dir() and not (path / "config.json").is_file() and not (path / "model_index.json").is_file():
         if newest := latest(path):
             return newest
@@ -162,17 +166,50 @@ def latest(folder: Path) -> Path | None:
 # --- a path -> what lies there ---------------------------------------------------------------------
 
 CONFIGS = ("config.json", "model_index.json", "transformer/config.json", "scheduler/scheduler_config.json")
-DIFFUSERS = ("transformer/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.bin")
+DIFFUSERS = "diffusion_pytorch_model"  # diffusers' name of a component's weights
+
+
+def component_file(folder: Path) -> Path | None:
+    """The file with the weights of one of diffusers' components, or the index of its parts; None if there is none.
+
+    Full precision goes before a variant such as fp16.
+    """
+    kinds = ("safetensors", "bin")
+    patterns = [*(f"{kind}{index}" for kind in kinds for index in ("", ".index.json")),
+                *(pattern for kind in kinds for pattern in (f"{kind}.index.*.json", f"*.{kind}"))]
+    return next((path for pattern in patterns for path in sorted(folder.glob(f"{DIFFUSERS}.{pattern}"))), None)
+
+
+def variant_of(file: Path) -> str | None:
+    """fp16 of diffusion_pytorch_model.fp16.safetensors, and of diffusion_pytorch_model.safetensors.index.fp16.json."""
+    found = re.search(rf"^{DIFFUSERS}\.(?!safetensors|bin)(\w+)|\.index\.(\w+)\.json$", file.name)
+    return found and (found[1] or found[2])
+
+
+def parts_of(file: Path) -> list[Path]:
+    """The file itself, or the parts that an index of diffusers names."""
+    if file.suffix != ".json":
+        return [file]
+    with prefix_errors(f"{file} is damaged:", KeyError, AttributeError, TypeError):
+        names = {Path(name).name for name in files.read_json(file)["weight_map"].values()}
+    return [file.with_name(name) for name in sorted(names)]
+
+
+def load_component(file: Path) -> dict[str, Tensor]:
+    """The weights in a file of diffusers, or in the parts that its index names."""
+    return {name: value for part in parts_of(file) for name, value in find_weights(load(part), part)[0].items()}
 
 
 def open_source(path: Path) -> Source:
     """Read a file, or the files of a folder that belong to a network, whatever their format."""
     configs = {name: files.read_json(path / name) for name in CONFIGS if (path / name).is_file()}
     if path.is_dir():
-        names = DIFFUSERS if "model_index.json" in configs else ("model.safetensors",)
-        file = next((path / name for name in names if (path / name).is_file()), None)
+        own = path / "model.safetensors"
+        file = component_file(path / "transformer") if "model_index.json" in configs else own if own.is_file() else None
         vae = str(path / OWN_VAE) if (path / OWN_VAE).is_dir() else None
-        return Source(file or path, find_weights(load(file), file)[0] if file else {}, {}, configs, vae)
+        variant = file and variant_of(file)
+        return Source(file or path, load_component(file) if file else {}, {}, configs, vae,
+                      remark=f"its transformer is there as the variant {variant} only" if variant else "")
     state = load(path)
     weights, remark = find_weights(state, path)
     facts = {} if weights is state else {name: value for name, value in state.items() if name not in ("model", "ema", "opt")}
@@ -231,17 +268,19 @@ class Restored:
         path = self.path
         if path.parent.name == "checkpoints":
             return f"{path.parent.parent.resolve().name}-{path.stem}"
-        if path.stem not in ("model", "diffusion_pytorch_model"):
+        component = path.name.startswith(DIFFUSERS)
+        if path.stem != "model" and not component:
             return path.stem
-        folder = (path.parent if path.stem == "model" else path.parent.parent).absolute()
+        folder = (path.parent.parent if component else path.parent).absolute()
         if folder.parent.name == "snapshots":  # models--user--repo/snapshots/revision
             return f"{folder.parents[1].name.removeprefix('models--')}-{folder.name[:7]}"
         return folder.name
 
     def sha256(self) -> str:
-        """The sha256 of the file: from the file beside it, which `load` has checked, else computed now."""
-        beside = sha256_file(self.path)
-        return beside.read_text().split()[0] if beside.is_file() else sha256(self.path)
+        """The sha256 of the file: from the file beside it, which `load` has checked, else computed now. Of parts: of theirs."""
+        found = [beside.read_text().split()[0] if (beside := sha256_file(part)).is_file() else sha256(part)
+                 for part in parts_of(self.path)]
+        return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()
 
 
 def restore(ckpt: str | Path | None, bare: BareWeights = BareWeights(), vae: str | None = None) -> Restored:

@@ -2,16 +2,19 @@ import argparse
 import copy
 import json
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import sample
 from models import DiT, DiT_models
 from pipeline import checkpoint, interchange
+from pipeline.autoencoders import load_autoencoder
 from pipeline.interchange import interpret
 from pipeline.spec import BareWeights, Source
 from runtime import UserError
@@ -230,8 +233,6 @@ def test_a_diffusers_folder_is_the_dit_in_it(folder, pipeline):
 
 
 def test_a_bin_file_as_published_is_read(folder):
-    from safetensors.torch import load_file
-
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     expected = checkpoint.restore(folder).model.state_dict()
     torch.save(load_file(weights), weights.with_suffix(".bin"))
@@ -239,6 +240,36 @@ def test_a_bin_file_as_published_is_read(folder):
     edit(folder / "transformer" / "config.json", _class_name="Transformer2DModel")  # as the published ones say
     found = checkpoint.restore(folder).model.state_dict()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(("options", "count"), [
+    (dict(variant="fp16"), 1), (dict(max_shard_size="40KB"), 4), (dict(max_shard_size="40KB", variant="fp16"), 4),
+    (dict(variant="fp16", safe_serialization=False), 1)])
+def test_parts_and_half_precision_are_read(pipeline, tmp_path, options, count):
+    """Network and autoencoder; full precision is taken where it is there too."""
+    half = copy.deepcopy(pipeline).to(torch.float16)
+    half.save_pretrained(tmp_path / "half", **options)
+    names = [path.name for path in (tmp_path / "half" / "transformer").glob("*.[sb][ai][fn]*") if path.suffix != ".json"]
+    assert len(names) >= count
+    restored = checkpoint.restore(tmp_path / "half")
+    half.to(torch.float32).save_pretrained(tmp_path / "whole")
+    expected = checkpoint.restore(tmp_path / "whole")
+    assert all(torch.equal(value, expected.model.state_dict()[key]) for key, value in restored.model.state_dict().items())
+    assert ("variant fp16 only" in restored.remark) == ("variant" in options)
+    assert restored.name == "half"
+    vae, other = (load_autoencoder(each.spec.vae).vae.state_dict() for each in (restored, expected))
+    assert all(torch.equal(vae[key], value) and vae[key].dtype == torch.float32 for key, value in other.items())
+
+    before = restored.sha256()
+    part = tmp_path / "half" / "transformer" / names[-1]
+    load, save = (load_file, save_file) if part.suffix == ".safetensors" else (torch.load, torch.save)
+    save({key: value + 1 for key, value in load(part).items()}, part)
+    assert restored.sha256() != before
+    part.unlink()
+    with pytest.raises(FileNotFoundError, match=part.name if count > 1 else "transformer holds no"):
+        checkpoint.restore(tmp_path / "half")
+    shutil.copytree(tmp_path / "whole", tmp_path / "half", dirs_exist_ok=True)
+    assert checkpoint.restore(tmp_path / "half").remark == ""
 
 
 def test_other_folders_are_refused(folder):
