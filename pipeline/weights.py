@@ -7,6 +7,7 @@ all names (DDP: "module.", torch.compile: "_orig_mod."). Both are undone here.
 import re
 from collections.abc import Collection, Iterable
 from itertools import takewhile
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_mo
 SHOWN = 5  # names listed in a message
 
 
-def find_weights(state: dict, source: object) -> tuple[Weights, str]:
+def find_weights(state: dict, source: str | Path) -> tuple[Weights, str]:
     """The state dict in a checkpoint: its EMA, else its model, else itself; and a remark if another could be meant.
 
     Raises:
@@ -38,7 +39,7 @@ def find_weights(state: dict, source: object) -> tuple[Weights, str]:
     best, *beside = names
     if best in ("", *FIRST) and set(beside) <= {"model"}:
         return found[0][1], ""
-    return found[0][1], f"took the weights {best!r} of {source}" + (
+    return found[0][1], f"took the weights {best!r} of {Path(source).name}" + (
         f", not {shortened(beside)} beside them: to take others, torch.save them alone" if beside else "")
 
 
