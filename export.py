@@ -267,9 +267,10 @@ def write_card(restored: checkpoint.Restored, args: Namespace, folder: Path) -> 
     if args.ckpt in checkpoint.PUBLISHED:
         licence = "cc-by-nc-4.0"
     parameters = sum(p.numel() for p in restored.model.parameters())
+    vae = "in the folder vae" if (folder / "vae").is_dir() else public(spec.vae)
     rows = {"Network": f"{spec.model.name} ({spec.model.class_name}), {parameters:,} parameters",
             "Images": f"{spec.image_size[0]}x{spec.image_size[1]} (height x width), {len(spec.classes)} classes",
-            "Autoencoder": None if spec.is_autoencoder else "in the folder vae" if (folder / "vae").is_dir() else public(spec.vae),
+            "Autoencoder": None if spec.is_autoencoder else vae,
             "Data": public(flags.get("data_path")), "Steps": facts.get("step"), "Batch": flags.get("global_batch_size")}
     if not spec.is_autoencoder:
         rows |= {"Process": json.dumps(spec.diffusion) if spec.diffusion else "DiT's",

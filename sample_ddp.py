@@ -73,7 +73,7 @@ def main(args: Namespace) -> None:
     label = label_rule(args.global_seed, args.balanced, restored.model.num_classes)
     out = Path(args.sample_dir) / f"{name_of(restored, sampling, args)}.npz"
     world.on_main(lambda: check_writable(out.parent))
-    record = record_of(restored, autoencoder, sampling, args)
+    record = world.on_main(lambda: record_of(restored, autoencoder, sampling, args))
     done, todo = world.on_main(lambda: open_output(out, record, args.overwrite, count, args.per_proc_batch_size,
                                                    height * width * 3))
     drawn = sum(map(len, todo))

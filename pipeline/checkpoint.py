@@ -83,9 +83,12 @@ class DamagedError(UserError):
 
 
 def verify(path: Path) -> None:
-    """Raises DamagedError if a checkpoint does not have the sha256 stored beside it. Files without one, such as DiT's, pass."""
+    """Raises DamagedError if a checkpoint does not have the sha256 stored beside it. Files without one, such as DiT's, pass.
+
+    Of the processes that torchrun started on a machine, the first one checks: its error ends the others.
+    """
     beside = sha256_file(path)
-    if beside.is_file() and beside.read_text().split()[:1] != [sha256(path)]:
+    if os.environ.get("LOCAL_RANK", "0") == "0" and beside.is_file() and beside.read_text().split()[:1] != [sha256(path)]:
         raise DamagedError(f"{path} is damaged: its sha256 differs from the one in {beside.name}")
 
 

@@ -1,5 +1,6 @@
 import argparse
 import contextlib
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -66,6 +67,27 @@ def test_a_truncated_file_and_a_changed_one_are_named(tmp_path):
         path.write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(checkpoint.DamagedError, match=r"cut\.pt is truncated or not a checkpoint"):
             checkpoint.load(path)
+
+
+def test_a_file_is_hashed_once_and_by_one_process_of_a_machine(tmp_path, monkeypatch):
+    hashed, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: hashed.append(1) or digest(*args))
+    path = tmp_path / "x.pt"
+    checkpoint.save(path, {"w": torch.ones(1000)})
+    for _ in range(2):
+        checkpoint.load(path)
+    assert len(hashed) == 1
+    checkpoint.save(path, {"w": torch.zeros(1000)})
+    checkpoint.load(path)
+    assert len(hashed) == 2
+    (tmp_path / "y.pt").write_bytes(path.read_bytes())
+    (tmp_path / "y.pt.sha256").write_text("0" * 64)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    checkpoint.load(tmp_path / "y.pt")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(checkpoint.DamagedError):
+        checkpoint.load(tmp_path / "y.pt")
+    assert len(hashed) == 3
 
 
 def test_a_missing_file_and_one_without_weights_are_named(tmp_path):

@@ -174,6 +174,7 @@ def test_lightningdits_network_is_ours(lightning):
     assert (spec.image_size, len(spec.classes), spec.statistics) == ((128, 128), 10, ([1, 2, 3], [4, 5, 6]))
     assert (sampling.sampler, sampling.cfg_scale, sampling.cfg_channels) == ("euler", 6.7, 3)
     assert sampling.guidance_interval == (0, 875)
+    assert "shifts the times of the steps (by 0.3), which is not done here" in ours.remark
 
 
 def test_a_lightningdit_without_what_it_needs_is_refused(lightning):
