@@ -92,8 +92,9 @@ class SDVAE(nn.Module):
         channels = self.vae.config.latent_channels
         with prefix_errors(f"{self.spec['vae']}: latents_mean and latents_std:", *WRONG_VALUE):
             shift, divisor = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
-            if len(shift) != channels or len(divisor) != channels or not (divisor > 0).all():
-                raise UserError(f"they must be {channels} numbers each, one per channel, and latents_std positive")
+            finite = shift.isfinite().all() and divisor.isfinite().all()
+            if len(shift) != channels or len(divisor) != channels or not finite or not (divisor > 0).all():
+                raise UserError(f"they must be {channels} finite numbers each, one per channel, and latents_std positive")
         self.register_buffer("shift", shift, persistent=False)
         self.register_buffer("scale", scaling / divisor, persistent=False)
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import partial
 
 import pytest
@@ -17,7 +18,7 @@ from pipeline import checkpoint, interchange
 from pipeline.autoencoders import load_autoencoder
 from pipeline.interchange import interpret
 from pipeline.spec import BareWeights, Source
-from runtime import UserError
+from runtime import UserError, files
 
 TINY = dict(patch_size=2, hidden_size=32, depth=3, num_heads=4)
 
@@ -271,6 +272,19 @@ def test_parts_and_half_precision_are_read(pipeline, tmp_path, options, count):
         checkpoint.restore(tmp_path / "half")
     shutil.copytree(tmp_path / "whole", tmp_path / "half", dirs_exist_ok=True)
     assert checkpoint.restore(tmp_path / "half").remark == ""
+
+
+def test_half_precision_is_fetched_from_the_hub_only_where_nothing_else_is(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(files, "download_folder", lambda name, patterns: asked.append(patterns) or folder)
+    assert checkpoint.resolve("someone/dit") == folder
+    assert asked == [checkpoint.HUB_FILES]
+    whole = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    whole.rename(whole.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert checkpoint.resolve("someone/dit") == folder
+    assert any(fnmatch("vae/diffusion_pytorch_model.fp16.safetensors", pattern) for pattern in asked[-1])
+    for name in ("diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model.safetensors.index.json"):
+        assert any(fnmatch(f"transformer/{name}", pattern) for pattern in asked[0])
 
 
 def test_other_folders_are_refused(folder):
