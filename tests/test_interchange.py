@@ -279,8 +279,7 @@ def test_half_precision_is_fetched_from_the_hub_only_where_nothing_else_is(folde
     monkeypatch.setattr(files, "download_folder", lambda name, patterns: asked.append(patterns) or folder)
     assert checkpoint.resolve("someone/dit") == folder
     assert asked == [checkpoint.HUB_FILES]
-    whole = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    whole.rename(whole.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     assert checkpoint.resolve("someone/dit") == folder
     assert any(fnmatch("vae/diffusion_pytorch_model.fp16.safetensors", pattern) for pattern in asked[-1])
     for name in ("diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model.safetensors.index.json"):
