@@ -292,6 +292,7 @@ def test_it_is_called_as_diffusers_pipelines_are(tmp_path, vae, monkeypatch):
     assert len(pipe().images) == 1
     assert torch.equal(draw(None, batch_size=3), draw(None, batch_size=3))
 
+    assert set(pipe.model_cpu_offload_seq.split("->")) < set(pipe.components)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)  # the learned variance is left out
     assert draw([2], num_inference_steps=3).isfinite().all()
 
