@@ -215,7 +215,7 @@ def measure_latents(folder: Path, rows: np.ndarray) -> dict[str, list[float]]:
 
 def why_skipped(data: TrainingData, row: int, label: int) -> str:
     if label == NOT_FINITE:
-        name = data.paths[row] if hasattr(data, "paths") else f"row {row}"
+        name = os.fsdecode(data.paths[row]) if hasattr(data, "paths") else f"row {row}"
         return f"{name}: its latents are not finite in fp16; another autoencoder may not overflow"
     try:
         data.__getitems__(Rows.plain([row]))
