@@ -215,7 +215,8 @@ def measure_latents(folder: Path, rows: np.ndarray) -> dict[str, list[float]]:
 
 def why_skipped(data: TrainingData, row: int, label: int) -> str:
     if label == NOT_FINITE:
-        name = os.fsdecode(data.paths[row]) if hasattr(data, "paths") else f"row {row}"
+        names = getattr(data, "files", getattr(data, "paths", None))
+        name = f"row {row}" if names is None else os.fsdecode(names[row])
         return f"{name}: its latents are not finite in fp16; another autoencoder may not overflow"
     try:
         data.__getitems__(Rows.plain([row]))
