@@ -5,7 +5,7 @@
 
 The folder holds `moments.npy` (N, 2, 2C, h, w) fp16: mean and log-variance of the posterior of each image and of its
 mirror image, because an autoencoder is not equivariant to flips; `labels.npy` (N,) int64; `files.npy`, by which changed
-images are noticed; `skipped.txt`, the images that could not be read; and, at the end, `meta.json`. Row i is image i,
+images are noticed; `skipped.txt`, the images that could not be read or encoded; and, at the end, `meta.json`. Row i is image i,
 whichever process writes it. After a kill, the same command continues on any number of processes. With --normalise,
 meta.json also has the mean and standard deviation of each channel of the latents; training then normalises by them, and
 not as the autoencoder says.
@@ -36,7 +36,7 @@ from training.datasets import load_dataset, load_everywhere
 from training.order import read_ahead
 from training.rows import Rows, TrainingData, choose_flip
 
-PENDING, SKIPPED = -2, -1  # in labels.npy, for rows without an image (yet)
+NOT_FINITE, PENDING, SKIPPED = -3, -2, -1  # in labels.npy, for rows without latents (yet)
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -167,11 +167,16 @@ def check_files(folder: Path, data: TrainingData, marks: np.ndarray | None) -> N
     changed = (np.load(path) != marks) & encoded[:, None]
     if changed.any():
         row, what = int(changed.any(axis=1).argmax()), "name, label or size" if changed[:, 0].any() else "time"
-        name = data.files[getattr(data, "file_of_row", range(len(data)))[row]]
         raise UserError(f"--features-path {folder} was made of other images: {changed.any(axis=1).sum():,} have changed since "
-                        f"in {what}, such as {os.fsdecode(name)}. Delete the folder or choose another one; if they are the "
+                        f"in {what}, such as {file_of(data, row)}. Delete the folder or choose another one; if they are the "
                         f"same images nevertheless, delete {path}")
     save_marks(folder, marks)
+
+
+def file_of(data: TrainingData, row: int) -> str | None:
+    """The file of a sample, None for data that are not read from files."""
+    files = getattr(data, "files", ())
+    return os.fsdecode(files[getattr(data, "file_of_row", range(len(data)))[row]]) if len(files) else None
 
 
 def save_marks(folder: Path, marks: np.ndarray | None) -> None:
@@ -231,8 +236,10 @@ class RowFile:
 
 
 def write(moments: RowFile, labels: RowFile, rows: np.ndarray, encoded: Tensor, found: np.ndarray) -> None:
-    """Write a batch. The labels come last: they mark the rows as complete."""
-    moments.write(rows[found != SKIPPED], encoded.cpu().numpy())
+    """Write a batch. The labels come last: they mark the rows as complete, or as left out."""
+    read, encoded = np.flatnonzero(found != SKIPPED), encoded.cpu()
+    moments.write(rows[read], encoded.numpy())
+    found[[row for row, of_image in zip(read, encoded) if not of_image.isfinite().all()]] = NOT_FINITE
     labels.write(rows, found)
 
 
@@ -243,11 +250,13 @@ def finish(folder: Path, data: TrainingData, meta: dict, limit: float) -> None:
     labels = np.load(folder / "labels.npy", mmap_mode="r")
     if pending := int((labels == PENDING).sum()):
         raise UserError(f"--features-path {folder} lacks {pending} images; run the same command again to encode them")
-    skipped = np.flatnonzero(labels == SKIPPED)
-    write_text(folder / "skipped.txt", "".join(f"{why_unreadable(data, row)}\n" for row in skipped))
+    skipped = np.flatnonzero(labels < 0)
+    write_text(folder / "skipped.txt", "".join(f"{why_skipped(data, row, labels[row])}\n" for row in skipped))
     if len(skipped) > limit:
-        raise UserError(f"{len(skipped)} of {len(data)} images cannot be read, more than --max-skipped allows; they are "
-                        f"listed in {folder / 'skipped.txt'}. Repair or remove them, then run the same command again")
+        wrong = (labels == NOT_FINITE).sum()
+        overflow = f" or encoded (the latents of {wrong} are not finite)" if wrong else ""
+        raise UserError(f"{len(skipped)} of {len(data)} images cannot be read{overflow}, more than --max-skipped allows; they "
+                        f"are listed in {folder / 'skipped.txt'}. Repair or remove them, then run the same command again")
     measured = measure_latents(folder, np.flatnonzero(labels >= 0)) if meta["normalise"] else {}
     write_json(folder / "meta.json", meta | measured | {"images": len(data) - len(skipped), "skipped": skipped.tolist()})
     (folder / "unfinished.json").unlink(missing_ok=True)
@@ -264,7 +273,9 @@ def measure_latents(folder: Path, rows: np.ndarray) -> dict[str, list[float]]:
     return {"latents_mean": mean.tolist(), "latents_std": (square - mean**2 + variance).sqrt().tolist()}
 
 
-def why_unreadable(data: TrainingData, row: int) -> str:
+def why_skipped(data: TrainingData, row: int, label: int) -> str:
+    if label == NOT_FINITE:
+        return f"{file_of(data, row) or f'row {row}'}: its latents are not finite in fp16; another autoencoder may not overflow"
     try:
         data.__getitems__(Rows.plain([row]))
     except OSError as error:

@@ -147,6 +147,7 @@ class Watch:
         self.bar.update()
         if self.done % self.steps == 0:
             self.sampling_seconds += self.lap()
+            generation.check_samples(state["sample"])
 
     def end_batch(self) -> None:
         self.decoding_seconds += self.lap()

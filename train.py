@@ -127,8 +127,7 @@ class Trainer:
         self.objective = Objective(process_of(self.spec), self.autoencoder, self.data, label_drop, args.precision)
         self.changes = changes(self.spec, label_drop, taken) if taken else []
         if self.initial:  # before a large network is built
-            with torch.device("meta"):
-                check_fit(self.spec.model.build().state_dict(), self.initial, self.spec.classes)
+            check_fit(self.spec.model.outline().state_dict(), self.initial, self.spec.classes)
         torch.manual_seed(args.global_seed)  # only the initialisation draws from it
         model = self.spec.model.build().to(world.device).train()
         self.state = Training.begin(model, args.lr, self.optim)

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -107,7 +108,13 @@ def read_json(path: Path) -> dict:
 
 
 def sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+    """The sha256 of a file, in hexadecimal. A process computes it once, unless the file changes."""
+    status = os.stat(path)
+    return sha256_once(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=1000)
+def sha256_once(path: Path, identity: tuple[int, ...]) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -183,7 +190,9 @@ def lock_folder(folder: Path, restart: bool, advice: str) -> None:
         except (BlockingIOError, PermissionError):
             time.sleep(1 if restart else 0)
         except OSError as error:
+            os.close(handle)
             return print(f"{folder} cannot be locked ({error.strerror}): do not start this run twice at once", file=sys.stderr)
+    os.close(handle)
     raise UserError(f"another process is at work in {folder}; {advice}")
 
 

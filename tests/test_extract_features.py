@@ -117,6 +117,26 @@ def test_unreadable_images_are_listed_left_out_and_too_many_are_an_error(photogr
     assert np.array_equal(data.__getitems__(Rows.plain([1]))[0][0].numpy(), whole[2, 0])
 
 
+def test_images_whose_latents_overflow_are_left_out_and_named(photographs, tiny_vae, tmp_path, monkeypatch, run_here):
+    """fp16 ends at 65,504."""
+    original, out = extract_features.encode, tmp_path / "out"
+
+    def overflowing(autoencoder, images, precision):
+        encoded = original(autoencoder, images, precision)
+        encoded[:, 0, 0, 0, 0] += 1e5 * (images.float().mean(dim=(1, 2, 3)) == mean)
+        return encoded
+    images = load_dataset(str(photographs / "train"), 32).__getitems__(Rows.plain(range(6)))[0]
+    mean = images[4].float().mean()
+    monkeypatch.setattr(extract_features, "encode", overflowing)
+    result = run_here(extract_features, *flags(photographs, tiny_vae, out))
+    assert "1 of 6 images cannot be read or encoded (the latents of 1 are not finite), more than --max-skipped" in result.stderr
+    assert run_here(extract_features, *flags(photographs, tiny_vae, out), "--max-skipped", 0.2).returncode == 0
+    assert (out / "skipped.txt").read_text().startswith(f"{photographs}/train/tabby cat/1.jpg: its latents are not finite")
+    data = load_dataset(str(out))
+    assert len(data) == 5
+    assert data.__getitems__(Rows.plain(range(5)))[0].isfinite().all()
+
+
 def test_features_of_another_autoencoder_size_or_scale_are_refused(features, tiny_vae, tmp_path, monkeypatch, run_here):
     monkeypatch.chdir(tmp_path)
     vae = load_autoencoder(str(tiny_vae)).vae

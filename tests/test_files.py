@@ -15,8 +15,10 @@ def test_a_locked_folder_is_refused_to_a_second_process_until_the_first_one_ends
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
+        before = os.listdir("/proc/self/fd")
         with pytest.raises(ValueError, match=r"another process is at work in .*; wait for it"):
             lock_folder(tmp_path, False, "wait for it")
+        assert os.listdir("/proc/self/fd") == before  # no descriptor is left open
     finally:
         holder.kill()
         holder.communicate()

@@ -78,7 +78,8 @@ class Features(Dataset):
         moments = torch.from_numpy(self.moments[lines, rows.mirrored.astype(np.int64)])
         if not moments.sum(dtype=torch.float32).isfinite():  # 70 times as fast as isfinite() of each number
             row = lines[~moments.flatten(1).isfinite().all(dim=1).numpy()][0]
-            raise UserError(f"`data_path` {self.folder}: row {row} of moments.npy is not finite; extract the features again")
+            raise UserError(f"`data_path` {self.folder}: row {row} of moments.npy is not finite; delete the folder, then "
+                            "extract the features again, which leaves such rows out")
         return moments, torch.from_numpy(self.lines[lines].astype(np.int64))
 
 

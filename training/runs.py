@@ -8,7 +8,6 @@ from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from diffusion import OBJECTIVES, create_diffusion, supported_arguments
@@ -107,13 +106,13 @@ def build_autoencoder_spec(model: str, model_args: dict[str, Any], diffusion_arg
 
 def assemble_spec(model: str, model_args: dict[str, Any], from_data: dict[str, Any], diffusion: dict[str, Any],
                   data: TrainingData, autoencoder: nn.Module, sampling: SamplingSettings | None) -> Spec:
-    """The Spec, after its network was built once on the meta device."""
+    """The Spec, after its network was built once, without memory where that is possible."""
     with prefix_errors("`model_args`:"):
         chosen = check_arguments(constructor_of(model)[0], model_args, set(from_data))
     spec = Spec(ModelSpec.of_preset(model, from_data | chosen), diffusion, image_size=tuple(data.image_size),
                 channels=data.channels, classes=list(data.classes), sampling=sampling, **autoencoder.spec)
-    with torch.device("meta"), prefix_errors("`model_args` or `image_size`:", *WRONG_VALUE):
-        network = spec.model.build()
+    with prefix_errors("`model_args` or `image_size`:", *spec.model.wrong_values):
+        network = spec.model.outline()
     if sampling:
         check(network, Network, "training needs")
     return spec
