@@ -196,6 +196,19 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+class Delayed:
+    """A number of a device, as it is now, to be read later: it is copied without waiting for the device's pending work."""
+
+    def __init__(self, value: Tensor):
+        self.value = value.to("cpu", copy=True, non_blocking=value.is_cuda)
+        self.copied = torch.cuda.current_stream().record_event() if value.is_cuda else None
+
+    def read(self) -> float:
+        if self.copied:
+            self.copied.synchronize()
+        return float(self.value.numpy())
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor without waiting for pending work of the GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
