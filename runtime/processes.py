@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from runtime import UserError
 
 TIMEOUT = timedelta(hours=2)  # how long processes wait while the main one downloads or counts a folder's images
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal, or ssh, was closed
 BUCKET_MB = 100  # of gradients in one message of DDP: its default, 25, suits one machine, where latency is lower
 
 
@@ -170,13 +171,14 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Stops all processes at the same step after SIGTERM or SIGINT to any of them. They agree over gloo, without the GPU."""
+    """Stops all processes at the same step after one of SIGNALS to any of them. They agree over gloo, without the GPU."""
 
     def __init__(self, world: World):
         self.name = ""
         self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame) -> None:
         self.name = signal.Signals(number).name

@@ -1,14 +1,18 @@
 """A run that is stopped, killed or starved ends with a clear line, loses nothing, and goes on as if nothing had happened."""
 
 import contextlib
+import fcntl
 import json
 import os
+import pty
 import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from functools import partial
 
@@ -100,6 +104,45 @@ def test_a_signal_saves_exits_0_and_the_same_command_goes_on_exactly(unbroken, t
     assert {path.name for path in (folder(tmp_path) / "previews").iterdir()} == {"0000003.png", "0000006.png", "0000009.png"}
     with Image.open(folder(tmp_path) / "previews.gif") as gif:
         assert gif.n_frames == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]])
+def test_a_closed_terminal_stops_a_run_that_is_saved(tmp_path, launcher):
+    """As when ssh ends: the kernel sends SIGHUP, and then nothing can be written to the terminal."""
+    terminal, end = pty.openpty()
+    command = [sys.executable, *launcher, ROOT / "train.py", *FLAGS, "--max-steps", 100000, "--num-workers", 1]
+    with subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdin=end, stdout=end, stderr=end, start_new_session=True,
+                          preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) as process:
+        os.close(end)
+        reader = threading.Thread(target=drain, args=[terminal], daemon=True)
+        reader.start()
+        wait_until(lambda: newest_step(tmp_path) > 3, process)
+        os.kill(process.pid, signal.SIGSTOP)  # the terminal is gone before the run hears of it
+        os.close(terminal)
+        os.kill(process.pid, signal.SIGCONT)
+        process.wait(60)
+    assert checkpoints(tmp_path)
+    assert newest(tmp_path)["step"] > 3
+
+
+def drain(terminal):
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 1000):
+            pass
+
+
+def test_a_signal_that_was_ignored_at_start_does_not_stop_a_run(tmp_path, run_sabotaged):
+    def hung_up(patch):
+        saboteurs.before(patch, train.Trainer, "finish_step", lambda run: run.state.step == 2 and saboteurs.kill(signal.SIGHUP))
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert "Finished" in run_sabotaged(hung_up, *FLAGS, "--max-steps", 3).stdout
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert "Stopped by SIGHUP" in run_sabotaged(hung_up, *FLAGS[:-1], "s", "--max-steps", 3).stdout
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from runtime import UserError
+from runtime.processes import SIGNALS
 from training.rows import Readable, Rows
 
 
@@ -128,6 +129,6 @@ def end_workers() -> None:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Ignore Ctrl-C and torchrun's SIGTERM. They reach the whole process group, but the parent still needs its batches."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Ignore Ctrl-C, torchrun's SIGTERM and the like. They reach the whole process group, but the parent needs its batches."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
