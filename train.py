@@ -192,7 +192,8 @@ class Trainer:
         means = 0.0
         for micro, rows in enumerate(self.order.rows):
             last = rows is self.order.rows[-1]  # processes exchange gradients once a step
-            batch, labels = next(self.batches)
+            with self.stop.waiting():
+                batch, labels = next(self.batches)
             seed_global("network", self.args.global_seed, self.state.step, self.world.rank, micro)  # ours draw nothing from it
             with nullcontext() if last or self.world.size == 1 else self.network.no_sync():
                 losses = self.objective.losses(self.network, batch, labels, draws.rows(rows))
@@ -262,7 +263,7 @@ class Trainer:
         """Write a checkpoint, on the main process, and delete old ones. Returns False, and writes nothing, within a streak of
         skipped steps: the weights may be what makes their losses infinite. All processes must call this together."""
         streak = self.world.on_main(partial(self.write, name))
-        if streak and self.over:
+        if streak and (self.over or self.stop.waits):  # no step is left
             raise self.streak_error(streak)
         return not streak
 

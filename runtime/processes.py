@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -20,6 +20,7 @@ from runtime import UserError
 
 TIMEOUT = timedelta(hours=2)  # how long processes wait while the main one downloads or counts a folder's images
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal, or ssh, was closed
+PATIENCE = 10  # seconds that a process which is to stop waits for its data, so that all can stop at the same step
 BUCKET_MB = 100  # of gradients in one message of DDP: its default, 25, suits one machine, where latency is lower
 
 
@@ -174,14 +175,41 @@ class StopSignal:
     """Stops all processes at the same step after one of SIGNALS to any of them. They agree over gloo, without the GPU."""
 
     def __init__(self, world: World):
-        self.name = ""
+        self.name, self.waits = "", False
         self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame) -> None:
+        if self.waits and not self.name:
+            self._limit_wait()
         self.name = signal.Signals(number).name
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The process waits for data in this block. If a signal has come, the wait ends after PATIENCE seconds.
+
+        Raises:
+            Stopped: there is only this process.
+            UserError: there are others, which wait for this one: they cannot be asked, and fail after it.
+        """
+        self.waits = True
+        if self.name:
+            self._limit_wait()
+        yield
+        self.waits = False  # it stays true after an error: the data cannot be read on
+        if self.name:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _limit_wait(self) -> None:
+        signal.signal(signal.SIGALRM, self._end_wait)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE if self.group else 1)
+
+    def _end_wait(self, number: int, frame) -> None:
+        if self.group is None:
+            raise Stopped(self.name)
+        raise UserError(f"stopped by {self.name} while no data came for {PATIENCE} s; the same command goes on")
 
     def check(self) -> None:
         """All processes must call this together. Raises Stopped on all of them if any received a signal."""

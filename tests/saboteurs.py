@@ -152,6 +152,19 @@ def data_gone(patch, rank=0):
     read = []
 
 
+def data_that_never_comes(patch):
+    """From the sixth global batch on, the last process waits for its data; it has no end."""
+    read = []
+
+    def wait(*_):
+        read.append(1)
+        if len(read) >= 6 and RANK == WORLD_SIZE - 1:
+            print("waits", flush=True)
+            time.sleep(600)
+
+    before(patch, datasets.ArrayImages, "__getitems__", wait)
+
+
 def bug_in_step(patch, step=4, error=TypeError):
     """A bug of ours in the last backward pass of a step."""
     before(patch, state.Training, "clip_gradients",

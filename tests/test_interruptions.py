@@ -146,6 +146,34 @@ def test_a_signal_that_was_ignored_at_start_does_not_stop_a_run(tmp_path, run_sa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_is_heard_while_a_process_waits_for_data(tmp_path, workers):
+    command = [sys.executable, SABOTEURS, "data_that_never_comes", *FLAGS[:-2], "--num-workers", workers, "--run-name", "r"]
+    with subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        wait_until(lambda: process.stdout.readline() == "waits\n", process)
+        if workers:
+            wait_until(lambda: newest_step(tmp_path) == 4, process)  # two batches are read ahead
+        process.terminate()
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, "Stopped by SIGTERM" in out) == (0, True), err
+    assert checkpoints(tmp_path) == [4]
+
+
+@pytest.mark.slow
+def test_a_signal_is_heard_by_all_while_one_of_them_waits_for_data(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SABOTEURS,
+               "data_that_never_comes", *FLAGS]
+    with subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as agent:
+        wait_until(lambda: agent.stdout.readline() == "waits\n", agent)
+        agent.terminate()
+        _, err = agent.communicate(timeout=60)
+    assert "stopped by SIGTERM while no data came" in err
+    assert checkpoints(tmp_path) == [4]
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     for saboteur, step in (("signal_in_preview:1", 3), ("signal_in_step:1", 5), ("signal_in_validation:1", 6)):
         result = start(tmp_path, saboteur, *STOPPABLE, "--grad-accum", 2, nproc=2)
