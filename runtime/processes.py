@@ -155,15 +155,20 @@ def distribute(model: nn.Module, world: World) -> nn.Module:
     """Wrap a network `model(x, t, y)` in DDP if there are several processes.
 
     DDP reorders its buckets after the first backward pass, which changes the order of sums. That pass is made here and its
-    gradients are discarded, so a continued run sums in the same order as an uninterrupted one.
+    gradients are discarded, and what it changes in buffers, such as BatchNorm's statistics, so a continued run sums in the same
+    order as an uninterrupted one.
     """
     if world.size == 1:
         return model
     network = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB)
-    x, t = (torch.zeros(1, *shape, device=world.device) for shape in ((model.in_channels, *model.input_size), ()))
+    before = [buffer.clone() for buffer in model.buffers()]
+    x, t = (torch.zeros(2, *shape, device=world.device) for shape in ((model.in_channels, *model.input_size), ()))
     for _ in range(2):  # buckets are sorted at the start of the second pass
         network(x, t, t.long()).sum().backward()
         model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), before):
+            buffer.copy_(value)
     return network
 
 

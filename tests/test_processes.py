@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import ROOT, run_script
+from foreign import ForeignNet
 
-from runtime.processes import fresh_store, start_world
+from runtime.processes import World, distribute, fresh_store, start_world
 
 
 def test_one_place_sets_tf32():
@@ -38,6 +39,25 @@ def test_a_world_of_one_needs_no_torchrun(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"`device` cuda .*; available: cpu"):
             start_world("cuda")
+
+
+def test_setting_up_ddp_leaves_statistics_as_they_are():
+    """Also a BatchNorm over features alone, which refuses a batch of one."""
+    class Network(ForeignNet):
+        def forward(self, x, t, y):
+            return super().forward(x, t, y) + self.norm(self.classes(y)).mean(dim=1)[:, None, None, None]
+
+    network = Network()
+    network.norm = torch.nn.BatchNorm1d(8)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = distribute(network.train(), World(0, 2, torch.device("cpu")))
+        assert all(torch.equal(value, network.state_dict()[name]) for name, value in before.items())
+        wrapped(torch.randn(2, 1, 8, 8), torch.ones(2), torch.ones(2).long())
+        assert not torch.equal(network.norm.running_mean, before["norm.running_mean"])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_on_the_cpu_memory_is_kept_and_denormal_numbers_are_zero_in_all_threads(tmp_path):
