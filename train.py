@@ -215,7 +215,7 @@ class Trainer:
             self.log.image(state.step, picture)
             self.log.say(f"{picture}{': ' if shown else ''}{', '.join(shown)}")
         if not self.over:
-            self.stop.check()
+            self.stop.check(paced=True)
 
     @torch.no_grad()
     def validate(self) -> None:

@@ -21,6 +21,7 @@ from runtime import UserError
 TIMEOUT = timedelta(hours=2)  # how long processes wait while the main one downloads or counts a folder's images
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal, or ssh, was closed
 PATIENCE = 10  # seconds that a process which is to stop waits for its data, so that all can stop at the same step
+MAX_CALLS = 100  # steps between two questions for signals, should the steps become slower at once
 BUCKET_MB = 100  # of gradients in one message of DDP: its default, 25, suits one machine, where latency is lower
 
 
@@ -181,6 +182,7 @@ class StopSignal:
 
     def __init__(self, world: World):
         self.name, self.waits = "", False
+        self.calls, self.every, self.asked = 0, 1, time.monotonic()
         self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
@@ -216,11 +218,24 @@ class StopSignal:
             raise Stopped(self.name)
         raise UserError(f"stopped by {self.name} while no data came for {PATIENCE} s; the same command goes on")
 
-    def check(self) -> None:
-        """All processes must call this together. Raises Stopped on all of them if any received a signal."""
-        received = torch.tensor(float(bool(self.name)))
-        if self.group is not None:
-            dist.all_reduce(received, dist.ReduceOp.MAX, group=self.group)
+    def check(self, paced: bool = False) -> None:
+        """All processes must call this together. Raises Stopped on all of them if any received a signal.
+
+        With `paced`, which is for frequent calls, they ask each other about once a second. In the same message in which they
+        tell of signals they agree after how many such calls that is, so all of them ask at the same call.
+        """
+        self.calls += paced
+        if self.group is None:
+            received = bool(self.name)
+        elif paced and self.calls < self.every:
+            return
+        else:
+            now = time.monotonic()
+            wanted = min(self.calls / max(now - self.asked, 1e-9), 2 * self.every, MAX_CALLS)  # no leap after one quick call
+            message = torch.tensor([float(bool(self.name)), -wanted])
+            dist.all_reduce(message, dist.ReduceOp.MAX, group=self.group)
+            received, self.every = message[0] > 0, max(1, int(-message[1]))
+            self.calls, self.asked = 0, time.monotonic()
         if received:
             raise Stopped(self.name or "a signal to another process")
 

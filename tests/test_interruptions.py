@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import random
+import re
 import resource
 import shutil
 import signal
@@ -177,8 +178,9 @@ def test_a_signal_is_heard_by_all_while_one_of_them_waits_for_data(tmp_path):
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     for saboteur, step in (("signal_in_preview:1", 3), ("signal_in_step:1", 5), ("signal_in_validation:1", 6)):
         result = start(tmp_path, saboteur, *STOPPABLE, "--grad-accum", 2, nproc=2)
-        assert f"Step {step} of 9" in result.stdout
-        assert checkpoints(tmp_path)[-1] == step
+        found = int(re.search(r"Stopped by .*Step (\d+) of 9", result.stdout)[1])
+        assert step <= found <= step + 2  # in training they ask each other at steps 1, 3, 7, … only
+        assert checkpoints(tmp_path)[-1] == found
 
 
 @pytest.mark.slow

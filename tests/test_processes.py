@@ -1,13 +1,16 @@
 import re
+import signal
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, run_script
 from foreign import ForeignNet
 
-from runtime.processes import World, distribute, fresh_store, start_world
+from runtime.processes import Stopped, StopSignal, World, distribute, fresh_store, start_world
 
 
 def test_one_place_sets_tf32():
@@ -39,6 +42,41 @@ def test_a_world_of_one_needs_no_torchrun(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"`device` cuda .*; available: cpu"):
             start_world("cuda")
+
+
+def test_processes_ask_for_signals_once_a_second_and_stop_at_the_same_step(monkeypatch):
+    """Two processes as threads. Their clocks run at 0.02 and 0.0201 s a step; the second one hears a signal at step 100."""
+    clock, meeting, shared, asks = threading.local(), threading.Barrier(2, timeout=30), [None, None], []
+
+    def all_reduce(tensor, op, group):
+        shared[group.rank] = tensor.clone()
+        meeting.wait()
+        tensor.copy_(torch.maximum(*shared))
+        meeting.wait()
+        asks.append(group.rank)
+
+    def train(rank):
+        clock.now, signals[rank].asked = 0.0, 0.0
+        for step in range(1, 1000):
+            clock.now += (0.02, 0.0201)[rank]
+            if (rank, step) == (1, 100):
+                signals[rank].name = "SIGTERM"
+            try:
+                signals[rank].check(paced=True)
+                if step == 40:  # as in a preview
+                    signals[rank].check()
+            except Stopped:
+                return step
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    signals = [StopSignal(World(0, 1, torch.device("cpu"))) for _ in range(2)]
+    for rank, one in enumerate(signals):
+        one.group = SimpleNamespace(rank=rank)
+    monkeypatch.setattr("runtime.processes.time", SimpleNamespace(monotonic=lambda: clock.now))
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(train, range(2))) == [138, 138]
+    assert len(asks) == 2 * 8  # at steps 1, 3, 7, 15, 31, 40, 89 and 138
 
 
 def test_setting_up_ddp_leaves_statistics_as_they_are():
