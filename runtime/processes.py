@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -108,6 +108,7 @@ def start_world(device: str | None, tf32: bool = True) -> World:
             raise UserError(f"--nproc_per_node {local_size} is more than this machine's {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local_rank)
     target = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    check_launch(os.environ)
     if "RANK" not in os.environ:
         return World(0, 1, target)
     torchrun_store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
@@ -115,6 +116,22 @@ def start_world(device: str | None, tf32: bool = True) -> World:
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=size,
                             device_id=target if kind == "cuda" else None, timeout=TIMEOUT)
     return World(rank, size, target, store)
+
+
+def check_launch(env: Mapping[str, str]) -> None:
+    """Raises UserError if this is one of several processes that would not find each other."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not env.get(name)]
+    if missing and ("RANK" in env or env.get("WORLD_SIZE", "1") != "1"):
+        given = [name for name in names if name not in missing]
+        raise UserError(f"{', '.join(given) or 'RANK'} is set in the environment, {', '.join(missing)} is not: start the "
+                        f"processes with torchrun, or unset {' and '.join(given) or 'RANK'}")
+    tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
+    if missing and tasks.isdecimal() and int(tasks) > 1:
+        advice = f"{tasks} tasks of SLURM would each do the whole work alone: start torchrun with srun, one task a machine"
+        if "SLURM_STEP_NUM_TASKS" in env:  # srun has started this process
+            raise UserError(advice)
+        print(f"If srun started this: {advice}", file=sys.stderr)  # or it is a script's only process
 
 
 def keep_freed_memory() -> None:

@@ -10,7 +10,8 @@ import torch
 from conftest import ROOT, run_script
 from foreign import ForeignNet
 
-from runtime.processes import Stopped, StopSignal, World, distribute, fresh_store, start_world
+from runtime import UserError
+from runtime.processes import Stopped, StopSignal, World, check_launch, distribute, fresh_store, start_world
 
 
 def test_one_place_sets_tf32():
@@ -96,6 +97,24 @@ def test_setting_up_ddp_leaves_statistics_as_they_are():
         assert not torch.equal(network.norm.running_mean, before["norm.running_mean"])
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_processes_that_would_not_find_each_other_are_refused(capsys):
+    for env, *words in (
+            ({"RANK": "1"}, "RANK is set", "WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not", "torchrun"),
+            ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}, "MASTER_PORT is not", "unset RANK and WORLD_SIZE"),
+            ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set", "RANK"),
+            ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}, "8 tasks of SLURM", "torchrun")):
+        with pytest.raises(UserError) as error:
+            check_launch(env)
+        assert all(word in str(error.value) for word in words), error.value
+    assert capsys.readouterr().err == ""
+    check_launch({"SLURM_NTASKS": "8"})  # a script of sbatch has it too, and so has salloc's shell
+    assert re.fullmatch("If srun started this: 8 tasks .*\n", capsys.readouterr().err)
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1", "SLURM_NTASKS": "2"}
+    for env in ({}, whole, {"MASTER_ADDR": "x", "MASTER_PORT": "1"}, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "2"}):
+        check_launch(env)
+    assert capsys.readouterr().err == ""
 
 
 def test_on_the_cpu_memory_is_kept_and_denormal_numbers_are_zero_in_all_threads(tmp_path):
