@@ -25,7 +25,7 @@ from pipeline.spec import Statistics
 from runtime import UserError, cli
 from runtime.files import check_writable
 from runtime.log import TRACKERS, Log, Stopwatch, check_tracker, peak_memory
-from runtime.processes import CommonError, Delayed, Stopped, StopSignal, World, distribute, start_world
+from runtime.processes import CommonError, Delayed, Stopped, StopSignal, World, distribute, shorten_timeouts, start_world
 from runtime.randomness import generator, seed_global
 from small_models import NETWORKS, Autoencoder_models
 from training.datasets import load_dataset
@@ -34,7 +34,7 @@ from training.objective import Objective, process_of
 from training.order import Batches, GlobalOrder
 from training.previews import preview, save_previews_gif
 from training.rows import Readable, Rows
-from training.runs import begin_or_continue, build_run_spec, list_skipped, save_run
+from training.runs import begin_or_continue, build_run_spec, list_skipped, save_run, streak_error
 from training.state import OptimizerArgs, Training
 
 DEFAULT_MODEL = "DiT-XL/2"
@@ -173,6 +173,8 @@ class Trainer:
         state.update_ema(args.ema_decay)
         state.step += 1
         self.sound = True
+        if state.step == self.first + 1 and self.stop.group:
+            shorten_timeouts(None, self.stop.group)
         streak, self.streak = self.streak.read(), Delayed(state.meter.streak)
         means = state.meter.read() if self.due(args.log_every) else None
         self.stopwatch.stop()
@@ -183,7 +185,7 @@ class Trainer:
                             **self.stopwatch.read(self.order.batch_size, self.batches.read_waited()))
             self.report_unreadable(self.batches.unreadable)
         if streak >= self.optim.max_skipped_steps:
-            raise self.streak_error(streak)
+            raise streak_error(streak, self.folder, args.resume)
 
     def accumulate_gradients(self) -> dict[str, Tensor]:
         """Backward through this process's micro-batches of one step. Returns the mean of each loss, over all processes."""
@@ -262,38 +264,23 @@ class Trainer:
     def save(self, name: str = "") -> bool:
         """Write a checkpoint, on the main process, and delete old ones. Returns False, and writes nothing, within a streak of
         skipped steps: the weights may be what makes their losses infinite. All processes must call this together."""
-        streak = self.world.on_main(partial(self.write, name))
+        streak = self.world.on_main(lambda: save_run(self.folder, self.state, self.spec, self.flags, name))
         if streak and (self.over or self.stop.waits):  # no step is left
-            raise self.streak_error(streak)
+            raise streak_error(streak, self.folder, self.args.resume)
         return not streak
-
-    def write(self, name: str = "") -> int:
-        """Write a checkpoint, or return the number of steps that were just skipped in a row."""
-        if streak := int(self.state.meter.streak):
-            return streak
-        self.state.undo_step()  # if its data did not come
-        save_run(self.folder, self.state, self.spec, self.flags, name)
-        return 0
 
     def rescue(self, error: BaseException) -> None:
         """Save what a failure would lose. Only this process knows of it, so the main one writes, without asking the others."""
-        lost_on_gpu = isinstance(error, torch.distributed.DistBackendError)  # the device may have gone on with half a sum
-        if not self.world.is_main or self.state.step == self.first or not self.sound or lost_on_gpu:
+        step, said, half_a_sum = self.state.step, "", isinstance(error, torch.distributed.DistBackendError)  # on the GPU
+        if not self.world.is_main or step == self.first or not self.sound or half_a_sum:
             return
-        step, said = self.state.step, ""
         try:
-            if self.state.saved != step and not self.write():
+            if self.state.saved != step and not save_run(self.folder, self.state, self.spec, self.flags):
                 said = f"Saved step {step} before the error; the same command with --run-name {self.folder.name} goes on"
         except Exception as also:  # such as a full disk: the first error is the one to report
             said = f"Step {step} could not be saved: {cli.one_line(also)}"
         with suppress(OSError):
             said and self.log.say(said)
-
-    def streak_error(self, streak: int) -> CommonError:
-        newest = checkpoint.latest(self.folder) or self.args.resume
-        good = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint from before"
-        return CommonError(f"{streak:.0f} steps in a row had a loss or gradient norm that is not finite. They were skipped and "
-                           f"nothing was saved since: {good}. Try a lower `lr`, or clip_norm in `optimizer_args`")
 
     @property
     def over(self) -> bool:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from runtime import UserError
 
 TIMEOUT = timedelta(hours=2)  # how long processes wait while the main one downloads or counts a folder's images
+STEP_TIMEOUT = 1800.0  # seconds, from the first step on; DINEXT_TIMEOUT in the environment changes it
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal, or ssh, was closed
 PATIENCE = 10  # seconds that a process which is to stop waits for its data, so that all can stop at the same step
 MAX_CALLS = 100  # steps between two questions for signals, should the steps become slower at once
@@ -111,6 +112,7 @@ def start_world(device: str | None, tf32: bool = True) -> World:
     check_launch(os.environ)
     if "RANK" not in os.environ:
         return World(0, 1, target)
+    step_timeout()
     torchrun_store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     store = fresh_store(torchrun_store, rank, size)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=size,
@@ -132,6 +134,24 @@ def check_launch(env: Mapping[str, str]) -> None:
         if "SLURM_STEP_NUM_TASKS" in env:  # srun has started this process
             raise UserError(advice)
         print(f"If srun started this: {advice}", file=sys.stderr)  # or it is a script's only process
+
+
+def step_timeout() -> timedelta:
+    given = os.environ.get("DINEXT_TIMEOUT", str(STEP_TIMEOUT))
+    try:
+        seconds = float(given)
+        if 1 <= seconds < 1e6:
+            return timedelta(seconds=seconds)
+    except ValueError:
+        pass
+    raise UserError(f"DINEXT_TIMEOUT={given} in the environment is not a number of seconds, at least 1")
+
+
+def shorten_timeouts(*groups: dist.ProcessGroup | None) -> None:
+    """From now on processes wait `step_timeout` for each other: nobody prepares data any more, so a silent one is lost."""
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # the second before torch 2.14
+    for group in groups:
+        set_timeout(step_timeout(), group)
 
 
 def keep_freed_memory() -> None:

@@ -165,6 +165,11 @@ def data_that_never_comes(patch):
     before(patch, datasets.ArrayImages, "__getitems__", wait)
 
 
+def rank_1_silent(patch):
+    """Rank 1 stops answering in its fourth step, and is not lost."""
+    before(patch, state.Training, "begin_step", lambda training: training.step == 3 and RANK == 1 and time.sleep(600))
+
+
 def bug_in_step(patch, step=4, error=TypeError):
     """A bug of ours in the last backward pass of a step."""
     before(patch, state.Training, "clip_gradients",

@@ -11,7 +11,7 @@ from conftest import ROOT, run_script
 from foreign import ForeignNet
 
 from runtime import UserError
-from runtime.processes import Stopped, StopSignal, World, check_launch, distribute, fresh_store, start_world
+from runtime.processes import Stopped, StopSignal, World, check_launch, distribute, fresh_store, start_world, step_timeout
 
 
 def test_one_place_sets_tf32():
@@ -115,6 +115,16 @@ def test_processes_that_would_not_find_each_other_are_refused(capsys):
     for env in ({}, whole, {"MASTER_ADDR": "x", "MASTER_PORT": "1"}, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "2"}):
         check_launch(env)
     assert capsys.readouterr().err == ""
+
+
+def test_a_timeout_that_is_no_number_of_seconds_is_refused(monkeypatch):
+    assert step_timeout().total_seconds() == 1800
+    monkeypatch.setenv("DINEXT_TIMEOUT", "90")
+    assert step_timeout().total_seconds() == 90
+    for given in ("soon", "0", "nan", "-3"):
+        monkeypatch.setenv("DINEXT_TIMEOUT", given)
+        with pytest.raises(UserError, match=f"DINEXT_TIMEOUT={given} "):
+            step_timeout()
 
 
 def test_on_the_cpu_memory_is_kept_and_denormal_numbers_are_zero_in_all_threads(tmp_path):
