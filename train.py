@@ -230,7 +230,8 @@ class Trainer:
         state.model.eval()
         for k, rows in enumerate(tqdm(order.split(VAL_BATCH), desc="validation", leave=False, disable=not world.is_main)):
             if k % world.size == world.rank:
-                *parts, found = readable.__getitems__(Rows.plain(rows.numpy()))
+                with self.stop.waiting():
+                    *parts, found = readable.__getitems__(Rows.plain(rows.numpy()))
                 unreadable |= found
                 batch, labels = (part.to(device) for part in parts)
                 draws = objective.draw(("val", self.args.global_seed, k), len(rows), state.model, device)
