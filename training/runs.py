@@ -20,7 +20,7 @@ from pipeline.spec import ModelSpec, Spec, constructor_of, defaults_of
 from runtime import UserError
 from runtime.cli import WRONG_VALUE, check_arguments, prefix_errors
 from runtime.files import is_restart, lock_folder, sha256_file, write_text
-from runtime.processes import World
+from runtime.processes import CommonError, World
 from small_models import NETWORKS, Autoencoder_models
 from training.objective import SSIM_WINDOW
 from training.rows import TrainingData
@@ -195,8 +195,14 @@ def new_folder(results: Path, model: str) -> Path:
             return folder
 
 
-def save_run(folder: Path, training: Training, spec: Spec, flags: dict[str, Any], name: str = "") -> None:
-    """Write `checkpoints/{name}`; without a name this step's checkpoint, unless it exists, and delete old ones."""
+def save_run(folder: Path, training: Training, spec: Spec, flags: dict[str, Any], name: str = "") -> int:
+    """Write `checkpoints/{name}`; without a name this step's checkpoint, unless it exists, and delete old ones.
+
+    Within a streak of skipped steps nothing is written or deleted. Returns how many were just skipped in a row.
+    """
+    if streak := int(training.meter.streak):
+        return streak
+    training.undo_step()  # one that has begun: its data did not come, or it failed
     state = training.state_dict() | {"args": flags, "spec": spec.to_dict()}
     if name:
         checkpoint.save(folder / "checkpoints" / name, state)
@@ -204,6 +210,14 @@ def save_run(folder: Path, training: Training, spec: Spec, flags: dict[str, Any]
         keep_last, every = flags["keep_last"] if isinstance(flags["keep_last"], tuple) else (flags["keep_last"], 0)
         save_step(folder, state, keep_last, every * flags["ckpt_every"])
         training.saved = training.step
+    return 0
+
+
+def streak_error(streak: float, folder: Path, resumed: str | None) -> CommonError:
+    newest = checkpoint.latest(folder) or resumed
+    good = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint from before"
+    return CommonError(f"{streak:.0f} steps in a row had a loss or gradient norm that is not finite. They were skipped and "
+                       f"nothing was saved since: {good}. Try a lower `lr`, or clip_norm in `optimizer_args`")
 
 
 def save_step(folder: Path, state: dict[str, Any], keep_last: int, every: int) -> None:
