@@ -19,7 +19,7 @@ from diffusion.samplers import SAMPLERS, evaluation_times
 from evaluation.extractors import Inception
 from pipeline import checkpoint
 from pipeline.generation import prepare_network
-from runtime.processes import autocast, Delayed
+from runtime.processes import Delayed, autocast
 from small_models import DIFFUSION_NETWORKS
 from training.state import OptimizerArgs, Training
 
