@@ -281,7 +281,7 @@ class Trainer:
     def rescue(self, error: BaseException) -> None:
         """Save what a failure would lose. Only this process knows of it, so the main one writes, without asking the others."""
         step, said, half_a_sum = self.state.step, "", isinstance(error, torch.distributed.DistBackendError)  # on the GPU
-        if not self.world.is_main or step == self.first or not self.sound or half_a_sum:
+        if not self.world.is_main or not self.sound or half_a_sum:
             return
         try:
             if self.state.saved != step and not save_run(self.folder, self.state, self.spec, self.flags):

@@ -189,11 +189,13 @@ def bug_in_optimizer(patch):
 
 
 def nan_loss(patch, rank, *calls):
-    """The losses of these calls, counted from 1, are not a number on one process."""
+    """The losses of these calls, counted from 1 and without validation, are not a number on one process."""
     losses, counted = objective.Objective.losses, []
 
     def poisoned(*args):
         terms = losses(*args)
+        if not args[1].training:
+            return terms
         counted.append(1)
         return terms | {"loss": terms["loss"] * float("nan")} if rank == RANK and len(counted) in calls else terms
 

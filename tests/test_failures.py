@@ -41,6 +41,7 @@ def test_half_a_step_and_a_run_without_a_step_are_not_saved(saboteur, tmp_path, 
     with pytest.raises(TypeError, match="a bug"):
         run_sabotaged(saboteur, *FLAGS, "--max-steps", 9)
     assert checkpoints(tmp_path) == []
+    assert "Saved" not in (folder(tmp_path) / "log.txt").read_text()
 
 
 @pytest.mark.slow
@@ -70,7 +71,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_which_a_restart_continues(t
     """A step after the last one that is allowed, between two lines of the log. No checkpoint is written or deleted."""
     flags = [*FLAGS, "--max-steps", 9, "--log-every", 9, "--ckpt-every", 2, "--keep-last", 1, "--val-every", 4,
              "--optimizer-args", '{"max_skipped_steps": 3}']
-    (line,) = errors(run_sabotaged(lambda patch: saboteurs.nan_loss(patch, 0, 1, *range(3, 40)), *flags))
+    (line,) = errors(run_sabotaged(lambda patch: saboteurs.nan_loss(patch, 0, 1, *range(3, 9)), *flags))
     assert "3 steps in a row" in line
     assert "results/r/checkpoints/0000002.pt" in line
     assert [path.name for path in sorted((folder(tmp_path) / "checkpoints").iterdir())] == ["0000002.pt", "0000002.pt.sha256"]
@@ -87,15 +88,25 @@ def test_within_a_streak_nothing_is_saved_and_what_was_due_is_saved_after_it(tmp
         return sabotage
 
     flags = [*FLAGS, "--ckpt-every", 2, "--max-steps"]
-    assert run_sabotaged(poisoned(2, 3), *flags, 5).returncode == 0
-    assert checkpoints(tmp_path) == [4, 5]
+    assert run_sabotaged(poisoned(2), *flags, 5).returncode == 0
+    assert checkpoints(tmp_path) == [3, 4, 5]
     result = run_sabotaged(poisoned(2, 3, signal_at=7), *flags, 12)  # steps 7 and 8
     assert "Stopped by SIGTERM" in result.stdout
-    assert checkpoints(tmp_path) == [4, 5, 6, 9]
+    assert checkpoints(tmp_path) == [3, 4, 5, 6, 9]
     (line,) = errors(run_sabotaged(poisoned(2), *flags, 11))
     assert "1 steps in a row" in line
     assert "0000010.pt" in line
-    assert checkpoints(tmp_path) == [4, 5, 6, 9, 10]
+    assert checkpoints(tmp_path) == [3, 4, 5, 6, 9, 10]
+
+
+def test_a_validation_within_a_streak_does_not_count(tmp_path, run_sabotaged):
+    def sabotage(patch):
+        saboteurs.nan_loss(patch, 0, 2)
+        saboteurs.worse_validations(patch)
+
+    assert run_sabotaged(sabotage, *FLAGS, "--max-steps", 3, "--val-every", 1).returncode == 0
+    best = checkpoint.load(folder(tmp_path) / "checkpoints" / "best.pt")
+    assert (best["step"], best["best"]) == (3, 2.0)
 
 
 def test_patience_ends_a_run_that_no_longer_improves_and_best_is_its_best(tmp_path, run_sabotaged):

@@ -107,7 +107,7 @@ class Training:
         for buffer, before in zip(self.model.buffers(), self.before):  # anew each time: a module may replace them
             buffer.copy_(torch.where(skip > 0, before, buffer))
         for averaged, buffer in zip(self.ema.buffers(), self.model.buffers()):
-            averaged.copy_(torch.where(skip > 0, averaged, buffer))
+            averaged.copy_(buffer)
         self.before = []
 
     def validated_at(self, loss: float) -> bool:
