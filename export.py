@@ -38,7 +38,7 @@ from pipeline.generation import Sampling
 from pipeline.settings import BARE_OBJECTIVES, SamplingSettings
 from pipeline.spec import OWN_VAE, BareWeights, Config, Spec
 from runtime import UserError, cli
-from runtime.files import check_writable, read_json, write_json
+from runtime.files import check_writable, is_hub_id, read_json, write_json
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -88,12 +88,18 @@ def write_dinext(restored: checkpoint.Restored, args: Namespace, folder: Path) -
     if spec.vae not in ("pixels", *HUB_IDS) and Path(spec.vae).exists():  # a local path, which nobody else has
         autoencoder = open_autoencoder(spec)
         if isinstance(autoencoder, SDVAE):
-            autoencoder.vae.save_pretrained(folder / OWN_VAE)
+            save_vae(autoencoder.vae, folder / OWN_VAE)
         else:
             trained = checkpoint.restore(spec.vae)
             checkpoint.save_folder(folder / OWN_VAE, trained.spec, trained.model.state_dict())
         spec = spec.with_vae(OWN_VAE)
     checkpoint.save_folder(folder, spec, restored.model.state_dict())
+
+
+def save_vae(vae: torch.nn.Module, folder: Path) -> None:
+    """A network of diffusers as a folder, which does not tell where it was read from."""
+    vae.register_to_config(_name_or_path="")
+    vae.save_pretrained(folder)
 
 
 def write_diffusers(restored: checkpoint.Restored, args: Namespace, folder: Path) -> None:
@@ -109,7 +115,7 @@ def write_diffusers(restored: checkpoint.Restored, args: Namespace, folder: Path
     scheduler, timesteps = scheduler_of(settings, process, spec.diffusion)
     autoencoder, vae = open_autoencoder(spec), [None, None]
     if isinstance(autoencoder, SDVAE):
-        autoencoder.vae.to(memory_format=torch.contiguous_format).save_pretrained(folder / "vae")
+        save_vae(autoencoder.vae.to(memory_format=torch.contiguous_format), folder / "vae")
         vae = ["diffusers", type(autoencoder.vae).__name__]
     elif isinstance(autoencoder, TrainedAutoencoder):
         trained, vae = checkpoint.restore(spec.vae), ["vae", "TrainedAutoencoder"]
@@ -261,10 +267,11 @@ def write_card(restored: checkpoint.Restored, args: Namespace, folder: Path) -> 
     if args.ckpt in checkpoint.PUBLISHED:
         licence = "cc-by-nc-4.0"
     parameters = sum(p.numel() for p in restored.model.parameters())
+    vae = "in the folder vae" if (folder / "vae").is_dir() else public(spec.vae)
     rows = {"Network": f"{spec.model.name} ({spec.model.class_name}), {parameters:,} parameters",
             "Images": f"{spec.image_size[0]}x{spec.image_size[1]} (height x width), {len(spec.classes)} classes",
-            "Autoencoder": "in the folder vae" if (folder / "vae").is_dir() else None if spec.is_autoencoder else spec.vae,
-            "Data": flags.get("data_path"), "Steps": facts.get("step"), "Batch": flags.get("global_batch_size")}
+            "Autoencoder": None if spec.is_autoencoder else vae,
+            "Data": public(flags.get("data_path")), "Steps": facts.get("step"), "Batch": flags.get("global_batch_size")}
     if not spec.is_autoencoder:
         rows |= {"Process": json.dumps(spec.diffusion) if spec.diffusion else "DiT's",
                  "Recommended sampling": json.dumps(spec.sampling.to_dict())}
@@ -282,6 +289,14 @@ def write_card(restored: checkpoint.Restored, args: Namespace, folder: Path) -> 
         with cli.prefix_errors(f"{run / 'figures.json'} is not a report of evaluate.py:", KeyError, TypeError):
             lines += ["", *figures_table(read_json(run / "figures.json"))]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def public(name: str | None) -> str | None:
+    """A name for others to read: of a path its last part, as its folders are nobody's business. `train` says nothing alone."""
+    if name is None or (is_hub_id(name) and not Path(name).exists()):
+        return name
+    parts = Path(name).parts
+    return "/".join(parts[-2:] if parts[-1:] == ("train",) else parts[-1:])
 
 
 USE = {"dinext": ["```", "python sample.py --ckpt THIS_FOLDER   # of DiNext, or the name of this repository", "```"],

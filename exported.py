@@ -8,11 +8,14 @@ export.py makes pipeline.py of an exported folder from guidance.py and this file
 network.py and vae.py, from models.py, small_models.py and the second part.
 """
 
+import inspect
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
@@ -31,56 +34,90 @@ class DiNextPipeline(DiffusionPipeline):
     """
 
     _optional_components = ["vae"]
+    model_cpu_offload_seq = "network->vae"
 
     def __init__(self, network, scheduler, vae=None, sampling: dict | None = None, id2label: dict | None = None):
         super().__init__()
         self.register_modules(network=network, scheduler=scheduler, vae=vae)
         self.register_to_config(sampling=sampling, id2label=id2label)
 
+    @property
+    def labels(self) -> dict[str, int]:
+        """The ids of the classes by their names."""
+        return {name: i for name, i in self.ids_of(self.config.id2label).items() if isinstance(name, str)}
+
+    def get_label_ids(self, label: str | Sequence[int | str]) -> list[int]:
+        """The ids of classes by their names or ids. Raises ValueError for others."""
+        ids = self.ids_of(self.config.id2label)
+        if isinstance(label, Tensor | np.ndarray):
+            label = label.flatten().tolist()
+        labels = [label] if isinstance(label, str | int) else [item if isinstance(item, str) else item.item()
+                                                              if hasattr(item, "item") else item for item in label]
+        if unknown := [label for label in labels if label not in ids]:
+            raise ValueError(f"class_labels {unknown} are neither in 0..{self.config.sampling['num_classes'] - 1} nor unique "
+                             "names in id2label")
+        return [ids[label] for label in labels]
+
     @torch.no_grad()
-    def __call__(self, class_labels: Sequence[int | str], num_inference_steps: int | None = None,
-                 guidance_scale: float | None = None, guidance_interval: tuple[float, float] | None = None,
-                 generator: torch.Generator | None = None, latents: Tensor | None = None, output_type: str = "pil",
-                 return_dict: bool = True) -> ImagePipelineOutput | tuple:
-        """One image a label.
+    def __call__(self, class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+                 guidance_scale: float | None = None, generator: torch.Generator | list[torch.Generator] | None = None,
+                 num_inference_steps: int | None = None, output_type: str | None = "pil", return_dict: bool = True,
+                 guidance_interval: tuple[float, float] | None = None, latents: Tensor | None = None,
+                 batch_size: int = 1) -> ImagePipelineOutput | tuple:
+        """One image a label. The order of arguments is that of diffusers' DiTPipeline.
 
         Args:
-            class_labels: ids, or names of classes.
-            num_inference_steps, guidance_scale, guidance_interval: default: the checkpoint's.
-            generator: of the noise.
+            class_labels: ids or names of classes, or one of them; None: `batch_size` random classes.
+            guidance_scale, num_inference_steps, guidance_interval: default: the checkpoint's.
+            generator: of the noise; a list has one for each image.
+            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in 0..1, or "latent".
             latents: the start noise (B, C, H, W) in place of a draw.
-            output_type: "pil", "pt" (B, C, H, W) in [-1, 1], or "latent".
         """
         settings, device = self.config.sampling, self._execution_device
-        ids = self.ids_of(self.config.id2label)
-        if unknown := [label for label in class_labels if label not in ids]:
-            raise ValueError(f"class_labels {unknown} are neither in 0..{settings['num_classes'] - 1} nor unique names in "
-                             "id2label")
-        y = torch.tensor([ids[label] for label in class_labels], device=device)
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type {output_type!r} is none of pil, np, pt, latent")
+        first = generator[0] if isinstance(generator, list) else generator
+        source = first.device if first else torch.device("cpu")
+        if class_labels is None:
+            class_labels = torch.randint(settings["num_classes"], (batch_size,), generator=first, device=source)
+        y = torch.tensor(self.get_label_ids(class_labels), device=device)
+        if isinstance(generator, list) and len(generator) != len(y):
+            raise ValueError(f"{len(generator)} generators were given for {len(y)} images")
         if latents is None:
-            source = "cpu" if generator is None else generator.device
-            latents = torch.randn(len(y), *settings["shape"], generator=generator, device=source)
-        x = latents.to(device, torch.float32)
+            latents = randn_tensor((len(y), *settings["shape"]), generator, source)
+        if latents.shape != (len(y), *settings["shape"]):
+            raise ValueError(f"latents have the shape {tuple(latents.shape)}; expected {(len(y), *settings['shape'])}")
         scale = settings["cfg_scale"] if guidance_scale is None else guidance_scale
 
         times = self.prepare_steps(num_inference_steps, device)
+        x = latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        learned = getattr(self.scheduler.config, "variance_type", None) == "learned_range"
+        options = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         guided = in_interval(times, scale, guidance_interval or settings["guidance_interval"])
         network = guide(self.evaluate, y, settings["num_classes"], scale, settings["cfg_channels"], guided)
         for step, time in zip(self.progress_bar(self.scheduler.timesteps), times):
-            out = self.limit_pixels(network(x, torch.full((len(x),), time, device=device)), x, step, time)
-            if getattr(self.scheduler.config, "variance_type", None) != "learned_range":
-                out = out[:, : x.shape[1]]  # without a learned variance
-            x = self.scheduler.step(out, step, x, generator=generator).prev_sample
+            scaled = self.scheduler.scale_model_input(x, step) if hasattr(self.scheduler, "scale_model_input") else x
+            out = self.limit_pixels(network(scaled, torch.full((len(x),), time, device=device)), scaled, step, time)
+            x = self.scheduler.step(out if learned else out[:, : x.shape[1]], step, x, **options).prev_sample
 
-        images = self.to_pil(self.decode(x)) if output_type == "pil" else x if output_type == "latent" else self.decode(x)
+        images = x if output_type == "latent" else self.decode(x)
         self.maybe_free_model_hooks()
+        if output_type == "pil":
+            images = self.to_pil(images)
+        elif output_type != "latent":
+            images = (images + 1) / 2
+        if output_type == "np":
+            images = images.permute(0, 2, 3, 1).cpu().numpy()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @staticmethod
     def ids_of(id2label: dict[str, str]) -> dict[int | str, int]:
-        """Ids by ids and names. A name that two classes share, such as ImageNet's cranes, is left out."""
-        count = Counter(id2label.values())
-        return {int(i): int(i) for i in id2label} | {name: int(i) for i, name in id2label.items() if count[name] == 1}
+        """Ids by ids, names and parts of names between commas, but those that two classes share, such as ImageNet's crane."""
+        names = [(name, int(i)) for i, name in id2label.items()]
+        parts = [(part, i) for name, i in names for part in {part.strip() for part in name.split(",")}]
+        unique = [{name: i for name, i in pairs if count[name] == 1}
+                  for pairs in (parts, names) for count in [Counter(name for name, _ in pairs)]]
+        return {int(i): int(i) for i in id2label} | unique[0] | unique[1]
 
     def prepare_steps(self, count: int | None, device: torch.device) -> list[float]:
         """Set the scheduler's steps. Returns the network's t, 0..1000, at each evaluation."""
@@ -88,7 +125,10 @@ class DiNextPipeline(DiffusionPipeline):
         count = count or settings["steps"]
         if settings["prediction"] == "flow":  # its times are k / count
             self.scheduler = scheduler = type(scheduler).from_config(scheduler.config, num_train_timesteps=count)
-        if settings["timesteps"] and count == settings["steps"]:
+        elif scheduler.config.get("variance_type") and not isinstance(scheduler, DDPMScheduler):  # put in its place
+            self.scheduler = scheduler = type(scheduler).from_config(scheduler.config, variance_type=None)
+        takes_timesteps = "timesteps" in inspect.signature(scheduler.set_timesteps).parameters
+        if settings["timesteps"] and count == settings["steps"] and takes_timesteps:
             scheduler.set_timesteps(timesteps=settings["timesteps"], device=device)
         else:
             scheduler.set_timesteps(count, device=device)

@@ -4,12 +4,14 @@
     torchrun --nproc_per_node=8 train.py --data-path features/train
 
 The folder holds `moments.npy` (N, 2, 2C, h, w) fp16: mean and log-variance of the posterior of each image and of its
-mirror image, because an autoencoder is not equivariant to flips; `labels.npy` (N,) int64; `skipped.txt`, the images that
-could not be read; and, at the end, `meta.json`. Row i is image i, whichever process writes it. After a kill, the same
-command continues on any number of processes. With --normalise, meta.json also has the mean and standard deviation of each
-channel of the latents; training then normalises by them, and not as the autoencoder says.
+mirror image, because an autoencoder is not equivariant to flips; `labels.npy` (N,) int64; `files.npy`, by which changed
+images are noticed; `skipped.txt`, the images that could not be read or encoded; and, at the end, `meta.json`. Row i is image i,
+whichever process writes it. After a kill, the same command continues on any number of processes. With --normalise,
+meta.json also has the mean and standard deviation of each channel of the latents; training then normalises by them, and
+not as the autoencoder says.
 """
 
+import hashlib
 import json
 import os
 import time
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jsonargparse import Namespace
+from jsonargparse import ActionYesNo, Namespace
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -27,14 +29,14 @@ from tqdm import tqdm
 
 from pipeline.autoencoders import NO_VARIANCE, SDVAE, Pixels, load_autoencoder
 from runtime import UserError, cli
-from runtime.files import check_writable, in_batches, write_json, write_text
+from runtime.files import atomic, check_writable, in_batches, write_json, write_text
 from runtime.pictures import to_unit_range
 from runtime.processes import autocast, start_world
-from training.datasets import load_dataset
+from training.datasets import load_dataset, load_everywhere
 from training.order import read_ahead
-from training.rows import Rows, TrainingData
+from training.rows import Rows, TrainingData, choose_flip
 
-PENDING, SKIPPED = -2, -1  # in labels.npy, for rows without an image (yet)
+NOT_FINITE, PENDING, SKIPPED = -3, -2, -1  # in labels.npy, for rows without latents (yet)
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -44,6 +46,8 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--features-path", required=True, help="the folder to write")
     parser.add_argument("--per-proc-batch-size", type=int, default=32, help="images that a process encodes at once")
     parser.add_argument("--normalise", action="store_true", help="measure mean and std of each channel; train.py uses them")
+    parser.add_argument("--flip", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=None,
+                        help="whether train.py mirrors them unless it is told; default: as the data says")
     parser.add_argument("--max-skipped", type=float, default=0.001, help="share of images that may be unreadable")
     return parser
 
@@ -54,14 +58,15 @@ def main(args: Namespace) -> None:
     cli.check_data_arguments(args)
     cli.check_numbers(args, ["per_proc_batch_size"], "at least 1", lambda n: n >= 1)
     cli.check_numbers(args, ["max_skipped"], "a share, 0..1", lambda x: 0 <= x <= 1)
-    data = world.main_first(lambda: load_dataset(args.data_path, args.image_size, args.data_root, num_classes=args.num_classes))
+    data = load_everywhere(world, args.data_path, lambda: load_dataset(
+        args.data_path, args.image_size, args.data_root, num_classes=args.num_classes))
     if data.kind != "images":
         raise UserError(f"--data-path {args.data_path} holds features already")
     with cli.prefix_errors("--vae"):
         autoencoder = world.main_first(lambda: load_autoencoder(args.vae or "ema", world.device, raw=args.normalise))
-        meta = describe_features(data, autoencoder, args.data_path, args.normalise)
+        meta = describe_features(data, autoencoder, args.data_path, args.normalise, choose_flip(data, args.flip))
     folder = world.on_main(lambda: check_writable(args.features_path))
-    todo = world.on_main(lambda: lay_out(folder, meta))
+    todo = world.on_main(lambda: lay_out(folder, data, meta))
     if args.compile:
         autoencoder.moments = torch.compile(autoencoder.moments)
 
@@ -81,10 +86,12 @@ def main(args: Namespace) -> None:
     world.barrier()
     world.on_main(lambda: finish(folder, data, meta, args.max_skipped * len(data)))
     if world.is_main:
+        for remark in getattr(data, "remarks", []):
+            print(f"--data-path {args.data_path}: {remark}")
         print(f"{folder} is complete: {len(todo):,} of {len(data):,} images encoded now, {time.perf_counter() - start:.0f} s")
 
 
-def describe_features(data: TrainingData, autoencoder: nn.Module, data_path: str, normalise: bool) -> dict:
+def describe_features(data: TrainingData, autoencoder: nn.Module, data_path: str, normalise: bool, flip: bool) -> dict:
     """The content of meta.json, except the skipped rows."""
     if isinstance(autoencoder, Pixels):
         raise UserError("pixels has no features: train.py reads images directly")
@@ -93,19 +100,37 @@ def describe_features(data: TrainingData, autoencoder: nn.Module, data_path: str
     return {
         "autoencoder": autoencoder.spec | autoencoder.identity(),
         "latent_shape": autoencoder.latent_shape(data.image_size, data.channels),
-        "image_size": data.image_size, "channels": data.channels, "classes": data.classes, "flip": data.flip,
+        "image_size": data.image_size, "channels": data.channels, "classes": data.classes, "flip": flip,
         "rows": len(data), "dtype": "float16", "data_path": data_path, "normalise": normalise,
     }
 
 
-def lay_out(folder: Path, meta: dict) -> np.ndarray:
+def describe_files(data: TrainingData) -> np.ndarray | None:
+    """For each sample a digest of its file's name and size and of its label, and the file's time: (N, 2) int64.
+
+    None for data that are not read from files.
+    """
+    if not len(files := getattr(data, "files", ())):
+        return None
+    with ThreadPoolExecutor(32) as pool:  # on a network file system each waits for an answer
+        found = list(zip(map(os.fsencode, files), pool.map(os.stat, files)))
+    rows = zip(getattr(data, "file_of_row", range(len(data))), np.asarray(data.labels).tolist())
+    marks = np.empty((len(data), 2), dtype=np.int64)
+    for mark, (number, label) in zip(marks, rows):
+        name, stat = found[number]
+        digest = hashlib.blake2b(b"%s %d %d" % (name, stat.st_size, label), digest_size=8).digest()
+        mark[:] = int.from_bytes(digest, signed=True), stat.st_mtime_ns
+    return marks
+
+
+def lay_out(folder: Path, data: TrainingData, meta: dict) -> np.ndarray:
     """Create the files, or open those of an interrupted run. Returns the rows that are still to be encoded.
 
     Raises:
         UserError: the folder holds features of other images or of another autoencoder.
         OSError: the disk has no space for the files.
     """
-    meta = json.loads(json.dumps(meta))
+    meta, marks = json.loads(json.dumps(meta)), describe_files(data)
     done, begun = folder / "meta.json", folder / "unfinished.json"
     for path in (done, begun):
         if path.exists():
@@ -113,6 +138,7 @@ def lay_out(folder: Path, meta: dict) -> np.ndarray:
             if different := [key for key in meta if stored.get(key) != meta[key]]:
                 raise UserError(f"--features-path {folder} holds other features: their {different[0]} is "
                                 f"{stored.get(different[0])}, not {meta[different[0]]}")
+            check_files(folder, data, marks)
             return np.flatnonzero(np.load(folder / "labels.npy", mmap_mode="r") < 0) if path == begun else np.array([], int)
     channels, *size = meta["latent_shape"]
     shape = (meta["rows"], 2, 2 * channels, *size)
@@ -121,8 +147,42 @@ def lay_out(folder: Path, meta: dict) -> np.ndarray:
     labels = open_memmap(folder / "labels.npy", "w+", np.int64, (meta["rows"],))
     labels[:] = PENDING
     labels.flush()
+    save_marks(folder, marks)
     write_json(begun, meta)
     return np.arange(meta["rows"])
+
+
+def check_files(folder: Path, data: TrainingData, marks: np.ndarray | None) -> None:
+    """Check that the images which are encoded have not changed since, by `describe_files`. The others may: they were repaired.
+
+    Raises:
+        UserError: they have changed.
+    """
+    path, encoded = folder / "files.npy", np.load(folder / "labels.npy", mmap_mode="r") >= 0
+    if marks is None:
+        return
+    if not path.is_file():
+        return print(f"{folder} is of an older version and does not tell of which files it was made: it is taken as it is, "
+                     "even if they have changed")
+    changed = (np.load(path) != marks) & encoded[:, None]
+    if changed.any():
+        row, what = int(changed.any(axis=1).argmax()), "name, label or size" if changed[:, 0].any() else "time"
+        raise UserError(f"--features-path {folder} was made of other images: {changed.any(axis=1).sum():,} have changed since "
+                        f"in {what}, such as {file_of(data, row)}. Delete the folder or choose another one; if they are the "
+                        f"same images nevertheless, delete {path}")
+    save_marks(folder, marks)
+
+
+def file_of(data: TrainingData, row: int) -> str | None:
+    """The file of a sample, None for data that are not read from files."""
+    files = getattr(data, "files", ())
+    return os.fsdecode(files[getattr(data, "file_of_row", range(len(data)))[row]]) if len(files) else None
+
+
+def save_marks(folder: Path, marks: np.ndarray | None) -> None:
+    if marks is not None:
+        with atomic(folder / "files.npy") as file:
+            np.save(file, marks)
 
 
 class SkippingReader(Dataset):
@@ -176,8 +236,10 @@ class RowFile:
 
 
 def write(moments: RowFile, labels: RowFile, rows: np.ndarray, encoded: Tensor, found: np.ndarray) -> None:
-    """Write a batch. The labels come last: they mark the rows as complete."""
-    moments.write(rows[found != SKIPPED], encoded.cpu().numpy())
+    """Write a batch. The labels come last: they mark the rows as complete, or as left out."""
+    read, encoded = np.flatnonzero(found != SKIPPED), encoded.cpu()
+    moments.write(rows[read], encoded.numpy())
+    found[[row for row, of_image in zip(read, encoded) if not of_image.isfinite().all()]] = NOT_FINITE
     labels.write(rows, found)
 
 
@@ -188,11 +250,13 @@ def finish(folder: Path, data: TrainingData, meta: dict, limit: float) -> None:
     labels = np.load(folder / "labels.npy", mmap_mode="r")
     if pending := int((labels == PENDING).sum()):
         raise UserError(f"--features-path {folder} lacks {pending} images; run the same command again to encode them")
-    skipped = np.flatnonzero(labels == SKIPPED)
-    write_text(folder / "skipped.txt", "".join(f"{why_unreadable(data, row)}\n" for row in skipped))
+    skipped = np.flatnonzero(labels < 0)
+    write_text(folder / "skipped.txt", "".join(f"{why_skipped(data, row, labels[row])}\n" for row in skipped))
     if len(skipped) > limit:
-        raise UserError(f"{len(skipped)} of {len(data)} images cannot be read, more than --max-skipped allows; they are "
-                        f"listed in {folder / 'skipped.txt'}. Repair or remove them, then run the same command again")
+        wrong = (labels == NOT_FINITE).sum()
+        overflow = f" or encoded (the latents of {wrong} are not finite)" if wrong else ""
+        raise UserError(f"{len(skipped)} of {len(data)} images cannot be read{overflow}, more than --max-skipped allows; they "
+                        f"are listed in {folder / 'skipped.txt'}. Repair or remove them, then run the same command again")
     measured = measure_latents(folder, np.flatnonzero(labels >= 0)) if meta["normalise"] else {}
     write_json(folder / "meta.json", meta | measured | {"images": len(data) - len(skipped), "skipped": skipped.tolist()})
     (folder / "unfinished.json").unlink(missing_ok=True)
@@ -209,7 +273,9 @@ def measure_latents(folder: Path, rows: np.ndarray) -> dict[str, list[float]]:
     return {"latents_mean": mean.tolist(), "latents_std": (square - mean**2 + variance).sqrt().tolist()}
 
 
-def why_unreadable(data: TrainingData, row: int) -> str:
+def why_skipped(data: TrainingData, row: int, label: int) -> str:
+    if label == NOT_FINITE:
+        return f"{file_of(data, row) or f'row {row}'}: its latents are not finite in fp16; another autoencoder may not overflow"
     try:
         data.__getitems__(Rows.plain([row]))
     except OSError as error:

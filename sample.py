@@ -21,7 +21,7 @@ from pipeline.generation import Sampling, decode, generate
 from pipeline.settings import SamplingSettings, add_sampling_arguments
 from pipeline.spec import BareWeights, normal_name
 from runtime import UserError, cli
-from runtime.files import write_text
+from runtime.files import printable, write_text
 from runtime.pictures import MAX_COLUMNS, grid, save_gif, save_grid
 from runtime.processes import start_world, synchronize
 
@@ -101,7 +101,7 @@ def parse_labels(arguments: list[str | int] | None, classes: list[str]) -> list[
             synonyms.setdefault(synonym, []).append(i)
     ids = synonyms | names
     labels = []
-    for argument in map(str, arguments):
+    for argument in map(printable, map(str, arguments)):  # a class is named as `printable` names its folder
         words = [argument] if normal_name(argument) in ids else re.split(r"[\s,]+", argument)
         labels += [parse_label(word, ids, len(classes)) for word in words if word]
     if not labels:
@@ -147,6 +147,7 @@ class Watch:
         self.bar.update()
         if self.done % self.steps == 0:
             self.sampling_seconds += self.lap()
+            generation.check_samples(state["sample"])
 
     def end_batch(self) -> None:
         self.decoding_seconds += self.lap()

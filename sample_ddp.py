@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from evaluation.image_sets import NpzImages, save_npz
 from pipeline import checkpoint
-from pipeline.generation import Sampling, generate, prepare_network, restore_autoencoder, restore_checkpoint
+from pipeline.generation import Sampling, check_samples, generate, prepare_network, restore_autoencoder, restore_checkpoint
 from pipeline.settings import SamplingSettings, add_sampling_arguments
 from pipeline.spec import BareWeights
 from runtime import UserError, cli
@@ -73,14 +73,20 @@ def main(args: Namespace) -> None:
     label = label_rule(args.global_seed, args.balanced, restored.model.num_classes)
     out = Path(args.sample_dir) / f"{name_of(restored, sampling, args)}.npz"
     world.on_main(lambda: check_writable(out.parent))
-    record = record_of(restored, autoencoder, sampling, args)
+    record = world.on_main(lambda: record_of(restored, autoencoder, sampling, args))
     done, todo = world.on_main(lambda: open_output(out, record, args.overwrite, count, args.per_proc_batch_size,
                                                    height * width * 3))
     drawn = sum(map(len, todo))
 
+    def draw_batch(indices: range) -> Tensor:
+        last: dict[str, Tensor] = {}  # state of the sampler
+        images = generate(restored.model, autoencoder, [label(i) for i in indices], indices, args.global_seed, sampling,
+                          last.update)
+        check_samples(last["sample"])
+        return images
+
     start = time.perf_counter()
-    waited = draw(todo, lambda indices: generate(restored.model, autoencoder, [label(i) for i in indices], indices,
-                                                 args.global_seed, sampling), parts_of(out), count, world)
+    waited = draw(todo, draw_batch, parts_of(out), count, world)
     seconds = time.perf_counter() - start
     world.on_main(lambda: finish(out, sorted(done + todo, key=lambda part: part.start), (height, width), label, args.png))
     if world.is_main:
@@ -131,7 +137,7 @@ def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int
     """Start or continue an output and lock it for this process. Returns the finished batches and the missing ones.
 
     Raises:
-        UserError: it exists with other settings, or another process is writing it.
+        UserError: it exists with other settings or is damaged, or another process is writing it.
         OSError: there is no space for it. Nothing was written.
     """
     record, parts, pictures = out.with_suffix(".json"), parts_of(out), out.with_suffix("")
@@ -144,8 +150,12 @@ def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int
         differ = [f"{key} was {found.get(key)!r}" for key in settings | found if found.get(key) != settings.get(key)]
         raise UserError(f"--sample-dir: {out.with_suffix('')} exists with other settings "
                         f"({', '.join(differ) if found else f'{record.name} cannot be read'}); --overwrite deletes it")
+    if not stale and out.exists() and (damage := damage_of(out, count)):
+        if not overwrite:
+            raise UserError(f"--sample-dir: {damage}; --overwrite deletes it and draws its images again")
+        stale = True
     if stale or not out.exists():  # space for the missing parts and the .npz
-        drawn = 0 if stale else sum(map(len, share_out(found_parts(parts), count, batch_size)[0]))
+        drawn = 0 if stale else sum(map(len, share_out(whole_parts(parts, image_bytes), count, batch_size)[0]))
         check_writable(out.parent, (2 * count - drawn) * image_bytes)
     parts.mkdir(exist_ok=True)
     lock_folder(parts, is_restart(), "wait for it to end")
@@ -156,7 +166,7 @@ def open_output(out: Path, settings: dict[str, Any], overwrite: bool, count: int
     if out.exists():
         return [], []
     write_json(record, settings)
-    return share_out(found_parts(parts), count, batch_size)
+    return share_out(whole_parts(parts, image_bytes), count, batch_size)
 
 
 def part_path(parts: Path, indices: range) -> Path:
@@ -167,6 +177,28 @@ def found_parts(parts: Path) -> dict[range, Path]:
     """The parts in a folder, by the indices of their images. Files with other names are ignored."""
     names = ((path, re.fullmatch(r"(\d{8})-(\d{8})\.npy", path.name)) for path in parts.glob("*.npy"))
     return {range(int(name[1]), int(name[2])): path for path, name in names if name}
+
+
+def whole_parts(parts: Path, image_bytes: int) -> list[range]:
+    """The parts in a folder that hold all of their images. Others, which something else than this script cut, are ignored."""
+    def is_whole(indices: range, path: Path) -> bool:
+        try:
+            images = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return False
+        return (images.dtype, images.nbytes) == (np.uint8, len(indices) * image_bytes)
+
+    return [indices for indices, path in found_parts(parts).items() if is_whole(indices, path)]
+
+
+def damage_of(out: Path, count: int) -> str:
+    """What is wrong with a finished `.npz` of `count` images, "" if nothing is. The images are not read."""
+    try:
+        images = NpzImages(out)
+        complete = len(images) == count and images.labels is not None
+    except (OSError, UserError) as error:
+        return str(error)
+    return "" if complete else f"{out} does not hold {count} images and their labels"
 
 
 def share_out(found: Iterable[range], count: int, batch_size: int) -> tuple[list[range], list[range]]:

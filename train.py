@@ -10,12 +10,11 @@ processes (CUDA's generator draws a large tensor differently on another model).
 
 import math
 import time
-from contextlib import nullcontext
-from functools import partial
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
-from jsonargparse import Namespace
+from jsonargparse import ActionYesNo, Namespace
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,16 +24,16 @@ from pipeline.spec import Statistics
 from runtime import UserError, cli
 from runtime.files import check_writable
 from runtime.log import TRACKERS, Log, Stopwatch, check_tracker, peak_memory
-from runtime.processes import CommonError, Stopped, StopSignal, World, distribute, start_world
+from runtime.processes import CommonError, Delayed, Stopped, StopSignal, World, distribute, shorten_timeouts, start_world
 from runtime.randomness import generator, seed_global
 from small_models import NETWORKS, Autoencoder_models
-from training.datasets import load_dataset
+from training.datasets import load_dataset, load_everywhere, load_held_out
 from training.initial import Initial, changes, check_fit, init_from, read_initial, read_own, take_settings
 from training.objective import Objective, process_of
 from training.order import Batches, GlobalOrder
 from training.previews import preview, save_previews_gif
-from training.rows import Readable, Rows
-from training.runs import begin_or_continue, build_run_spec, list_skipped, save_run
+from training.rows import Readable, Rows, choose_flip
+from training.runs import begin_or_continue, build_run_spec, list_skipped, save_run, streak_error
 from training.state import OptimizerArgs, Training
 
 DEFAULT_MODEL = "DiT-XL/2"
@@ -61,6 +60,8 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--ema-decay", type=float, default=0.9999, help="of the weights that are sampled; less at first")
     parser.add_argument("--init-from", type=str | None, help="begin with its weights; without --model with its network too")
     parser.add_argument("--resume", type=str | None, help="resume weights, EMA, optimizer and step from this checkpoint")
+    parser.add_argument("--flip", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=None,
+                        help="mirror half of the samples; default: as the data says, yes for folders, no for digits")
     parser.add_argument("--log-every", type=int, default=100, help="steps between lines of the log")
     parser.add_argument("--ckpt-every", type=int, default=50_000, help="steps between checkpoints")
     parser.add_argument("--max-skipped", type=float, default=0.001, help="share of samples that may be unreadable")
@@ -86,8 +87,12 @@ def main(args: Namespace) -> None:
                 bar.update()
                 run.finish_step()
     except Stopped as signal:
-        run.save()
+        while not run.save():  # within a streak of skipped steps, which the next good step ends, or too many skipped ones do
+            run.step()
         ending = f"Stopped by {signal}; the same command with --run-name {run.folder.name} goes on"
+    except BaseException as error:
+        run.rescue(error)
+        raise
     else:
         world.on_main(lambda: save_previews_gif(run.folder))
         ending = f"Finished: {run.folder}"
@@ -103,15 +108,16 @@ class Trainer:
         """Build data, autoencoder, objective, network and optimizer from the flags. Nothing is written yet."""
         self.args, self.world, self.optim = args, world, check_flags(args)
         self.initial, taken, statistics = find_initial(args, world)
-        load = partial(load_dataset, args.data_path, args.image_size, args.data_root, num_classes=args.num_classes)
-        self.data = world.main_first(load)
+        where = (args.image_size, args.data_root)
+        self.data = load_everywhere(world, args.data_path, lambda: load_dataset(
+            args.data_path, *where, num_classes=args.num_classes))
+        args.flip = choose_flip(self.data, args.flip)
         with cli.prefix_errors("--val-every:"):
-            self.held_out = load(split="val") if args.val_every else None
-            if self.held_out and (self.held_out.classes, self.held_out.kind) != (self.data.classes, self.data.kind):
-                raise UserError(f"the held-out part of --data-path {args.data_path} has other classes or another kind of data")
+            self.held_out = load_everywhere(world, args.data_path, lambda: load_held_out(
+                args.data_path, self.data, *where)) if args.val_every else None
         self.max_unreadable, self.unreadable = math.ceil(args.max_skipped * len(self.data)), set()
         self.order = GlobalOrder(len(self.data), args.global_batch_size, args.global_seed, world.rank, world.size,
-                                 args.grad_accum, self.data.flip)
+                                 args.grad_accum, args.flip)
         self.max_steps = args.max_steps or math.ceil(args.epochs * len(self.data) / args.global_batch_size)
         usual = "pixels" if args.model in Autoencoder_models else taken.spec.vae if taken else "ema"
         args.vae = args.vae or self.data.made_by.get("vae", usual)
@@ -125,8 +131,7 @@ class Trainer:
         self.objective = Objective(process_of(self.spec), self.autoencoder, self.data, label_drop, args.precision)
         self.changes = changes(self.spec, label_drop, taken) if taken else []
         if self.initial:  # before a large network is built
-            with torch.device("meta"):
-                check_fit(self.spec.model.build().state_dict(), self.initial, self.spec.classes)
+            check_fit(self.spec.model.outline().state_dict(), self.initial, self.spec.classes)
         torch.manual_seed(args.global_seed)  # only the initialisation draws from it
         model = self.spec.model.build().to(world.device).train()
         self.state = Training.begin(model, args.lr, self.optim)
@@ -136,22 +141,32 @@ class Trainer:
         args, world, state = self.args, self.world, self.state
         world.on_main(lambda: check_writable(args.results_dir, state.size))
         weights = init_from(state, self.initial, self.spec.classes) if self.initial else "Fresh weights"
-        self.folder, remarks = begin_or_continue(state, self.spec, self.flags, [weights, *self.changes], world)
+        self.folder, remarks = begin_or_continue(state, self.spec, self.flags, [weights, *self.changes], world, self.data.flip)
         self.initial = None  # its file may be deleted now
         self.first = state.step
         self.log = Log(self.folder, world, self.first, args.tracker, self.flags)
-        self.log.say(f"{self.folder}: {len(self.data):,} samples, {world.size} x {world.device.type}; {'; '.join(remarks)}; "
+        self.log.say(f"{self.folder}: {self.describe_data()}, {world.size} x {world.device.type}; {'; '.join(remarks)}; "
                      f"{self.first} of {self.max_steps} steps done")
+        for data in (self.data, self.held_out):
+            for remark in getattr(data, "remarks", []):
+                self.log.say(f"--data-path {args.data_path}: {remark}")
         self.network = distribute(state.model, world)
         if args.compile:
             state.model.compile(dynamic=False)  # else a second shape, as of a validation, makes every step a slower one
         self.batches = Batches(Readable(self.data, self.max_unreadable), self.order, range(self.first, self.max_steps),
                                args.num_workers, world.device)
         self.stop, self.stopwatch = StopSignal(world), Stopwatch()
+        self.sound, self.owed = True, False  # whether the weights are those of `state.step`; whether a checkpoint is overdue
+        self.streak = Delayed(state.meter.streak)
+
+    def describe_data(self) -> str:
+        classes, mirrored = self.data.classes, "half of them mirrored" if self.args.flip else "none of them mirrored"
+        return f"{len(self.data):,} samples of {len(classes):,} classes ({cli.shortened(classes, 5)}), {mirrored}"
 
     def step(self) -> None:
-        """One optimizer step. The host waits for the device only where a line is logged."""
+        """One optimizer step. The host waits for the device only where a line is logged, and then for the step before."""
         args, state = self.args, self.state
+        state.begin_step()
         self.stopwatch.start()
         # The learning rate is a function of the step alone, so that a continued run has the same one.
         lr = state.opt.param_groups[0]["lr"] = args.lr * self.optim.factor(state.step, self.max_steps)
@@ -159,12 +174,17 @@ class Trainer:
         grad_norm = state.clip_gradients(self.optim.clip_norm)
         # The fused AdamW reads `found_inf` on the device: where the loss or the gradient norm is not finite on any process,
         # all of them skip the step, and the host does not wait for that decision.
+        self.sound = False
         state.opt.found_inf = state.meter.update(losses, grad_norm)
         state.opt.step()
         state.opt.zero_grad(set_to_none=True)
         state.update_ema(args.ema_decay)
         state.step += 1
-        means = state.meter.read(self.optim.max_skipped_steps) if self.due(args.log_every) else None
+        self.sound = True
+        if state.step == self.first + 1 and self.stop.group:
+            shorten_timeouts(None, self.stop.group)
+        streak, self.streak = self.streak.read(), Delayed(state.meter.streak)
+        means = state.meter.read() if self.due(args.log_every) else None
         self.stopwatch.stop()
         if means:
             samples = state.step * self.order.batch_size
@@ -172,6 +192,8 @@ class Trainer:
                             grad_norm=grad_norm.item(), memory_gib=peak_memory(self.world.device),
                             **self.stopwatch.read(self.order.batch_size, self.batches.read_waited()))
             self.report_unreadable(self.batches.unreadable)
+        if streak >= self.optim.max_skipped_steps:
+            raise streak_error(streak, self.folder, args.resume)
 
     def accumulate_gradients(self) -> dict[str, Tensor]:
         """Backward through this process's micro-batches of one step. Returns the mean of each loss, over all processes."""
@@ -180,7 +202,8 @@ class Trainer:
         means = 0.0
         for micro, rows in enumerate(self.order.rows):
             last = rows is self.order.rows[-1]  # processes exchange gradients once a step
-            batch, labels = next(self.batches)
+            with self.stop.waiting():
+                batch, labels = next(self.batches)
             seed_global("network", self.args.global_seed, self.state.step, self.world.rank, micro)  # ours draw nothing from it
             with nullcontext() if last or self.world.size == 1 else self.network.no_sync():
                 losses = self.objective.losses(self.network, batch, labels, draws.rows(rows))
@@ -193,8 +216,8 @@ class Trainer:
         args, state, world = self.args, self.state, self.world
         if self.held_out and self.due(args.val_every) and state.validated < state.step:
             self.validate()
-        if self.due(args.ckpt_every):
-            self.save()
+        if self.due(args.ckpt_every) or self.owed:
+            self.owed = not self.save()
         picture = self.folder / "previews" / f"{state.step:07d}.png"
         if self.due(args.preview_every) and (state.step > self.first or not world.on_main(picture.exists)):
             shown = preview(state.ema, self.autoencoder, self.spec, picture, world, args.global_seed, args.precision,
@@ -202,7 +225,7 @@ class Trainer:
             self.log.image(state.step, picture)
             self.log.say(f"{picture}{': ' if shown else ''}{', '.join(shown)}")
         if not self.over:
-            self.stop.check()
+            self.stop.check(paced=True)
 
     @torch.no_grad()
     def validate(self) -> None:
@@ -215,7 +238,8 @@ class Trainer:
         state.model.eval()
         for k, rows in enumerate(tqdm(order.split(VAL_BATCH), desc="validation", leave=False, disable=not world.is_main)):
             if k % world.size == world.rank:
-                *parts, found = readable.__getitems__(Rows.plain(rows.numpy()))
+                with self.stop.waiting():
+                    *parts, found = readable.__getitems__(Rows.plain(rows.numpy()))
                 unreadable |= found
                 batch, labels = (part.to(device) for part in parts)
                 draws = objective.draw(("val", self.args.global_seed, k), len(rows), state.model, device)
@@ -228,11 +252,12 @@ class Trainer:
         *sums, count = world.mean(totals).tolist()
         means = dict(zip(["val_loss", *(f"val_{name}_ema" for name in terms)], (total / count for total in sums)))
         self.log.record(state.step, **means)
-        if state.validated_at(means["val_loss_ema"]):
+        skipped = world.on_main(state.meter.streak.item)  # then nothing is saved, `best.pt` neither
+        if not skipped and state.validated_at(means["val_loss_ema"]):
             self.save("best.pt")
 
     def report_unreadable(self, found: dict[int, str]) -> None:
-        """Name unreadable samples, each once, in the log and in skipped.txt. Too many end the run, after a checkpoint."""
+        """Name unreadable samples, each once, in the log and in skipped.txt. Too many end the run."""
         self.unreadable.update(found.values())
         parts = self.world.gather(self.unreadable)
 
@@ -242,12 +267,29 @@ class Trainer:
             return len(every)
 
         if (count := self.world.on_main(report)) > self.max_unreadable:
-            self.save()
             raise CommonError(f"{count} samples cannot be read, more than `max_skipped` allows; {self.folder}/skipped.txt "
                               "names them. Repair or remove them; the same command with `run_name` goes on")
 
-    def save(self, name: str = "") -> None:
-        self.world.on_main(lambda: save_run(self.folder, self.state, self.spec, self.flags, name))
+    def save(self, name: str = "") -> bool:
+        """Write a checkpoint, on the main process, and delete old ones. Returns False, and writes nothing, within a streak of
+        skipped steps: the weights may be what makes their losses infinite. All processes must call this together."""
+        streak = self.world.on_main(lambda: save_run(self.folder, self.state, self.spec, self.flags, name))
+        if streak and (self.over or self.stop.waits):  # no step is left
+            raise streak_error(streak, self.folder, self.args.resume)
+        return not streak
+
+    def rescue(self, error: BaseException) -> None:
+        """Save what a failure would lose. Only this process knows of it, so the main one writes, without asking the others."""
+        step, said, half_a_sum = self.state.step, "", isinstance(error, torch.distributed.DistBackendError)  # on the GPU
+        if not self.world.is_main or not self.sound or half_a_sum:
+            return
+        try:
+            if self.state.saved != step and not save_run(self.folder, self.state, self.spec, self.flags):
+                said = f"Saved step {step} before the error; the same command with --run-name {self.folder.name} goes on"
+        except Exception as also:  # such as a full disk: the first error is the one to report
+            said = f"Step {step} could not be saved: {cli.one_line(also)}"
+        with suppress(OSError):
+            said and self.log.say(said)
 
     @property
     def over(self) -> bool:

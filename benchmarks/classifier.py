@@ -24,7 +24,7 @@ from runtime import UserError, cli
 from runtime.files import in_batches
 from runtime.processes import start_world
 from runtime.randomness import generator
-from training.datasets import load_dataset
+from training.datasets import load_dataset, load_held_out
 from training.rows import Rows
 
 BATCH, STEPS, SMALLEST = 128, 300, 4  # images of a step; minimum of steps without --epochs; minimum of pixels of a side
@@ -52,9 +52,10 @@ def main(args: Namespace) -> None:
     cli.check_numbers(args, ["lr"], "above 0", lambda x: x > 0)
     cli.check_numbers(args, ["image_size"], f"in {SMALLEST}..{cli.MAX_SIZE}", lambda n: SMALLEST <= n <= cli.MAX_SIZE)
     cli.check_output_flag(args, "out", ".pt")
-    data, held_out = (load_dataset(args.data_path, args.image_size, args.data_root, split) for split in ("train", "val"))
-    if held_out.classes != data.classes:
-        raise UserError(f"the held-out part of `data_path` {args.data_path} holds other classes")
+    data = load_dataset(args.data_path, args.image_size, args.data_root)
+    held_out = load_held_out(args.data_path, data, args.image_size, args.data_root)
+    for remark in [remark for part in (data, held_out) for remark in getattr(part, "remarks", [])]:
+        print(f"--data-path {args.data_path}: {remark}")
     if len(data) < 2:
         raise UserError(f"`data_path` {args.data_path} holds one image; a classifier needs at least two")
     images, labels = read_all(data)

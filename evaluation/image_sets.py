@@ -14,7 +14,7 @@ import numpy as np
 from evaluation.metrics import Gaussian
 from runtime import UserError
 from runtime.files import atomic, find_files, in_batches
-from runtime.pictures import EXTENSIONS, center_crop, open_rgb, picture
+from runtime.pictures import EXTENSIONS, center_crop, open_rgb, picture, upright_size
 from training.datasets import NAMED, ArrayImages, load_dataset
 
 BATCH = 64  # images per call of an extractor; the batches are the same for any number of processes
@@ -57,6 +57,7 @@ class ImageSet:
         if self.statistics:
             count = "an unknown number of" if self.statistics_of is None else f"{self.statistics_of:,}"
             parts.append(f"statistics of {count} images")
+        parts += getattr(self.images, "remarks", [])
         return f"{self.title} {self.source}: {', '.join(parts)}"
 
 
@@ -209,6 +210,7 @@ class NamedImages:
 
     def __init__(self, dataset: ArrayImages):
         self.images, self.labels, self.size = dataset.images, dataset.labels.numpy(), dataset.image_size
+        self.remarks = getattr(dataset, "remarks", [])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -221,7 +223,7 @@ class NamedImages:
 def picture_size(path: Path) -> tuple[int, int]:
     """(H, W), without reading the pixels."""
     with picture(path) as image:
-        return image.size[::-1]
+        return upright_size(image)
 
 
 @contextmanager

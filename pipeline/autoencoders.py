@@ -14,6 +14,7 @@ If latents can be cached, `encode` has two halves: `sample(moments(images), nois
 
 import hashlib
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from pipeline import checkpoint
 from pipeline.interchange import from_ldm
 from pipeline.spec import Spec, Statistics
+from pipeline.weights import check_values, find_weights, load_weights, stripped
 from runtime import UserError
 from runtime.cli import WRONG_VALUE, one_line, prefix_errors
 from runtime.pictures import to_unit_range
@@ -90,8 +92,9 @@ class SDVAE(nn.Module):
         channels = self.vae.config.latent_channels
         with prefix_errors(f"{self.spec['vae']}: latents_mean and latents_std:", *WRONG_VALUE):
             shift, divisor = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
-            if len(shift) != channels or len(divisor) != channels or not (divisor > 0).all():
-                raise UserError(f"they must be {channels} numbers each, one per channel, and latents_std positive")
+            finite = shift.isfinite().all() and divisor.isfinite().all()
+            if len(shift) != channels or len(divisor) != channels or not finite or not (divisor > 0).all():
+                raise UserError(f"they must be {channels} finite numbers each, one per channel, and latents_std positive")
         self.register_buffer("shift", shift, persistent=False)
         self.register_buffer("scale", scaling / divisor, persistent=False)
 
@@ -227,9 +230,19 @@ def load_vae(source: str) -> nn.Module:
             kind = AutoencoderKL.load_config(hub_id).get("_class_name", "AutoencoderKL")
             if kind not in kinds:
                 raise UserError(f"it is an {kind}; expected an AutoencoderKL or AutoencoderDC")
-            vae, found = kinds[kind].from_pretrained(hub_id, low_cpu_mem_usage=False, output_loading_info=True)
+            load = partial(kinds[kind].from_pretrained, hub_id, low_cpu_mem_usage=False, output_loading_info=True)
+            file = checkpoint.component_file(Path(hub_id))
+            if file or is_path:
+                vae, found = load(variant=file and checkpoint.variant_of(file))
+            else:
+                try:
+                    vae, found = load()
+                except OSError:  # the hub may hold half precision only
+                    vae, found = load(variant="fp16")
             if found["missing_keys"]:
                 raise UserError(f"its weights lack {found['missing_keys'][0]}")
+            weights = vae.float().state_dict()
+            check_values(checkpoint.load_component(file) if file else weights, weights, "its weights")
             return vae.eval()
     except (OSError, ValueError, RuntimeError) as error:
         reason = one_line(error)[:200]
@@ -244,9 +257,9 @@ def load_ldm(path: Path) -> nn.Module:
 
     state = checkpoint.load(path)
     with prefix_errors(f"{path} is not a supported autoencoder of LDM:", KeyError, AttributeError, *WRONG_VALUE):
-        config, weights = from_ldm(state.get("state_dict", state))
+        config, weights = from_ldm(stripped(find_weights(state, path.name)[0]))
         vae = AutoencoderKL(**config)
-        checkpoint.load_weights(vae, weights, path)
+        load_weights(vae, weights, path)
     return vae.eval()
 
 

@@ -13,6 +13,7 @@ This file alone reads and writes the weights of networks. (export.py writes fold
 
 import argparse
 import errno
+import hashlib
 import os
 import pickle
 import re
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from pipeline.interchange import interpret
 from pipeline.spec import OWN_VAE, BareWeights, Config, Contents, ModelSpec, Source, Spec, Statistics
+from pipeline.weights import WithoutDraws, find_weights, load_weights, stripped
 from runtime import UserError, files
 from runtime.cli import WRONG_VALUE, prefix_errors
 from runtime.files import sha256, sha256_file, write_json, write_text
@@ -37,9 +39,10 @@ from small_models import Autoencoder_models
 PUBLISHED = {f"DiT-XL-2-{size}.pt": f"https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-{size}.pt"
              for size in ("256x256", "512x512")}
 
-# The files that are fetched from a repository of the hub. Variants such as .fp16.safetensors are not.
+# The files that are fetched from a repository of the hub; and those that are fetched if these lack the weights.
 HUB_FILES = ["*.json", "model.safetensors*", "*/*.json", "*/model.safetensors*",
-             "*/diffusion_pytorch_model.safetensors", "*/diffusion_pytorch_model.bin"]
+             *(f"*/diffusion_pytorch_model{part}.{kind}" for part in ("", "-*-of-*") for kind in ("safetensors", "bin"))]
+HUB_VARIANTS = ["*/diffusion_pytorch_model*fp16*", "*/diffusion_pytorch_model*bf16*"]
 
 # --- one file ------------------------------------------------------------------------------------
 
@@ -80,9 +83,12 @@ class DamagedError(UserError):
 
 
 def verify(path: Path) -> None:
-    """Raises DamagedError if a checkpoint does not have the sha256 stored beside it. Files without one, such as DiT's, pass."""
+    """Raises DamagedError if a checkpoint does not have the sha256 stored beside it. Files without one, such as DiT's, pass.
+
+    Of the processes that torchrun started on a machine, the first one checks: its error ends the others.
+    """
     beside = sha256_file(path)
-    if beside.is_file() and beside.read_text().split()[:1] != [sha256(path)]:
+    if os.environ.get("LOCAL_RANK", "0") == "0" and beside.is_file() and beside.read_text().split()[:1] != [sha256(path)]:
         raise DamagedError(f"{path} is damaged: its sha256 differs from the one in {beside.name}")
 
 
@@ -120,7 +126,7 @@ def load(path: str | Path) -> dict:
 
 def find_model(name: str | Path) -> dict[str, Tensor]:
     """The weights of a checkpoint (its EMA, if it has one), by path or by the name of a published file."""
-    return weights_of(load(resolve(name)), name)
+    return find_weights(load(resolve(name)), name)[0]
 
 
 def resolve(name: str | Path) -> Path:
@@ -134,7 +140,9 @@ def resolve(name: str | Path) -> Path:
     if str(name) in PUBLISHED and not path.is_file():
         return files.download(str(name), PUBLISHED[name], "DiT's weights are licensed CC BY-NC 4.0", zipfile.is_zipfile)
     if files.is_hub_id(str(name)):
-        return files.download_folder(str(name), HUB_FILES)
+        folder = files.download_folder(str(name), HUB_FILES)
+        lacking = [part for part in ("transformer", "vae") if (folder / part).is_dir() and not component_file(folder / part)]
+        return files.download_folder(str(name), HUB_FILES + HUB_VARIANTS) if lacking else folder
     if path.is_dir() and not (path / "config.json").is_file() and not (path / "model_index.json").is_file():
         if newest := latest(path):
             return newest
@@ -161,29 +169,56 @@ def latest(folder: Path) -> Path | None:
 # --- a path -> what lies there ---------------------------------------------------------------------
 
 CONFIGS = ("config.json", "model_index.json", "transformer/config.json", "scheduler/scheduler_config.json")
-DIFFUSERS = ("transformer/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.bin")
+DIFFUSERS = "diffusion_pytorch_model"  # diffusers' name of a component's weights
 
 
-def weights_of(state: dict, source: str | Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: its EMA, else its model, else itself."""
-    weights = state.get("ema", state.get("model", state))
-    if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise UserError(f"checkpoint {source} holds no state dict: neither 'ema' nor 'model' nor weights alone")
-    return weights
+def component_file(folder: Path) -> Path | None:
+    """The file with the weights of one of diffusers' components, or the index of its parts; None if there is none.
+
+    Full precision goes before a variant such as fp16.
+    """
+    kinds = ("safetensors", "bin")
+    patterns = [*(f"{kind}{index}" for kind in kinds for index in ("", ".index.json")),
+                *(pattern for kind in kinds for pattern in (f"{kind}.index.*.json", f"*.{kind}"))]
+    return next((path for pattern in patterns for path in sorted(folder.glob(f"{DIFFUSERS}.{pattern}"))), None)
+
+
+def variant_of(file: Path) -> str | None:
+    """fp16 of diffusion_pytorch_model.fp16.safetensors, and of diffusion_pytorch_model.safetensors.index.fp16.json."""
+    found = re.search(rf"^{DIFFUSERS}\.(?!safetensors|bin)(\w+)|\.index\.(\w+)\.json$", file.name)
+    return found and (found[1] or found[2])
+
+
+def parts_of(file: Path) -> list[Path]:
+    """The file itself, or the parts that an index of diffusers names."""
+    if file.suffix != ".json":
+        return [file]
+    with prefix_errors(f"{file} is damaged:", KeyError, AttributeError, TypeError):
+        names = {Path(name).name for name in files.read_json(file)["weight_map"].values()}
+    return [file.with_name(name) for name in sorted(names)]
+
+
+def load_component(file: Path) -> dict[str, Tensor]:
+    """The weights in a file of diffusers, or in the parts that its index names."""
+    return {name: value for part in parts_of(file) for name, value in find_weights(load(part), part)[0].items()}
 
 
 def open_source(path: Path) -> Source:
     """Read a file, or the files of a folder that belong to a network, whatever their format."""
     configs = {name: files.read_json(path / name) for name in CONFIGS if (path / name).is_file()}
     if path.is_dir():
-        names = DIFFUSERS if "model_index.json" in configs else ("model.safetensors",)
-        file = next((path / name for name in names if (path / name).is_file()), None)
+        own = path / "model.safetensors"
+        file = component_file(path / "transformer") if "model_index.json" in configs else own if own.is_file() else None
         vae = str(path / OWN_VAE) if (path / OWN_VAE).is_dir() else None
-        return Source(file or path, weights_of(load(file), file) if file else {}, {}, configs, vae)
+        variant = file and variant_of(file)
+        return Source(file or path, load_component(file) if file else {}, {}, configs, vae,
+                      remark=f"its transformer is there as the variant {variant} only" if variant else "")
     state = load(path)
-    weights = weights_of(state, path)
+    weights, remark = find_weights(state, path)
     facts = {} if weights is state else {name: value for name, value in state.items() if name not in ("model", "ema", "opt")}
-    return Source(path, weights, facts, read_statistics=partial(read_latent_statistics, path.parent))
+    if "spec" in facts:  # names are as written, and so is what lies beside the weights
+        return Source(path, weights, facts)
+    return Source(path, stripped(weights), facts, {}, None, partial(read_latent_statistics, path.parent), remark)
 
 
 def read_latent_statistics(folder: Path) -> Statistics | None:
@@ -208,7 +243,8 @@ def read(path: Path, bare: BareWeights) -> tuple[Source, Contents]:
     """
     source = open_source(path)
     with prefix_errors(f"checkpoint {path}:", KeyError, AttributeError, *WRONG_VALUE):
-        return source, interpret(source, bare)
+        contents = interpret(source, bare)
+    return source, contents._replace(remark="; ".join(filter(None, (contents.remark, source.remark))))
 
 
 def spec_of(state: dict, path: Path) -> Spec:
@@ -235,17 +271,19 @@ class Restored:
         path = self.path
         if path.parent.name == "checkpoints":
             return f"{path.parent.parent.resolve().name}-{path.stem}"
-        if path.stem not in ("model", "diffusion_pytorch_model"):
+        component = path.name.startswith(DIFFUSERS)
+        if path.stem != "model" and not component:
             return path.stem
-        folder = (path.parent if path.stem == "model" else path.parent.parent).absolute()
+        folder = (path.parent.parent if component else path.parent).absolute()
         if folder.parent.name == "snapshots":  # models--user--repo/snapshots/revision
             return f"{folder.parents[1].name.removeprefix('models--')}-{folder.name[:7]}"
         return folder.name
 
     def sha256(self) -> str:
-        """The sha256 of the file: from the file beside it, which `load` has checked, else computed now."""
-        beside = sha256_file(self.path)
-        return beside.read_text().split()[0] if beside.is_file() else sha256(self.path)
+        """The sha256 of the file: from the file beside it, which `load` has checked, else computed now. Of parts: of theirs."""
+        found = [beside.read_text().split()[0] if (beside := sha256_file(part)).is_file() else sha256(part)
+                 for part in parts_of(self.path)]
+        return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()
 
 
 def restore(ckpt: str | Path | None, bare: BareWeights = BareWeights(), vae: str | None = None) -> Restored:
@@ -283,20 +321,8 @@ def restore_own_autoencoder(source: str) -> nn.Module:
 
 
 def rebuild(model: ModelSpec, weights: dict[str, Tensor], source: Path) -> nn.Module:
-    """The network in evaluation mode with these weights."""
-    with torch.device("meta"), prefix_errors(f"checkpoint {source}:", *WRONG_VALUE):
-        network = model.build()  # without memory: to draw the 675 M initial weights of a DiT-XL would take time
-    load_weights(network.to_empty(device="cpu"), weights, source)
+    """The network in evaluation mode with these weights. What they lack, as some buffers, is what its constructor computes."""
+    with prefix_errors(f"checkpoint {source}:", *model.wrong_values), torch.device("cpu"), WithoutDraws():
+        network = model.build()
+    load_weights(network, weights, source)
     return network.eval().requires_grad_(False)
-
-
-def load_weights(network: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
-    """Load all of a state dict. Raises UserError that names the first difference if it is of another network."""
-    expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in weights.items()}
-    if expected != given:
-        differences = [f"{key} is {given.get(key, 'missing')}, the model has {expected.get(key, 'none')}"
-                       for key in sorted(expected | given) if expected.get(key) != given.get(key)]
-        raise UserError(f"checkpoint {source} is of another architecture ({len(differences)} differences, first: "
-                        f"{differences[0]}); `model`, `image_size` and `num_classes` describe bare weights")
-    network.load_state_dict(weights)

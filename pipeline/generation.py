@@ -218,6 +218,13 @@ def generate(model: nn.Module, autoencoder: nn.Module, labels: list[int], indice
     return decode(autoencoder, x, sampling)
 
 
+def check_samples(samples: Tensor) -> None:
+    """Raises UserError if samples are not finite: they would be black pictures."""
+    if not samples.isfinite().all():
+        raise UserError("the samples are not finite, and would be black pictures; a lower `cfg_scale`, more "
+                        "`num_sampling_steps` or `precision` fp32 may help, or an earlier checkpoint")
+
+
 def pixel_limit(sampling: Sampling, autoencoder: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """The function that keeps predicted pixels in [-1, 1]; None for latents."""
     scale = sampling.process.input_scale

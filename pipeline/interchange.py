@@ -107,7 +107,9 @@ def read_lightning(source: Source, bare: BareWeights) -> Contents:
     args = {"in_channels": len(mean), "input_size": spec.image_size[0] // 16, "learn_sigma": False, "time_scale": 1e-3}
     spec = replace(spec, model=replace(spec.model, args=spec.model.args | args), diffusion={"objective": "flow"},
                    sampling=replace(spec.sampling, **LIGHTNING), latents_mean=mean, latents_std=std)
-    return Contents(spec, reverse_time(first_half(weights, spec.model.args)), "weights of a LightningDiT")
+    return Contents(spec, reverse_time(first_half(weights, spec.model.args)),
+                    "weights of a LightningDiT; its published sampling also shifts the times of the steps (by 0.3), which "
+                    "is not done here: images differ from the published ones")
 
 
 def shape_of(weights: Weights) -> Config:

@@ -16,15 +16,18 @@ import inspect
 import re
 import unicodedata
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.settings import SamplingSettings
 from runtime import UserError
+from runtime.cli import WRONG_VALUE
 from small_models import NETWORKS
 
 Weights = dict[str, Tensor]
@@ -68,9 +71,31 @@ class ModelSpec:
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "class": self.class_name, "args": self.args}
 
+    @property
+    def wrong_values(self) -> tuple[type[Exception], ...]:
+        """What the constructor raises for wrong values. A stranger's RuntimeError or TypeError is a bug, to be traced."""
+        own = find_constructor(self.name, self.class_name).__module__ in ("models", "small_models")
+        return WRONG_VALUE if own else (ValueError, ArithmeticError, AssertionError)
+
     def build(self) -> nn.Module:
-        """The network, with initial weights. A wrong argument raises what its constructor raises."""
-        return find_constructor(self.name, self.class_name)(**self.args)
+        """The network, with initial weights.
+
+        Raises:
+            UserError: its constructor does not have these arguments.
+            wrong_values: it does not take their values.
+        """
+        constructor = find_constructor(self.name, self.class_name)
+        try:
+            inspect.signature(constructor).bind(**self.args)
+        except TypeError as error:
+            raise UserError(f"{self.class_name}: {error}") from None
+        return constructor(**self.args)
+
+    def outline(self) -> nn.Module:
+        """The network without memory, on the meta device; a real one if its constructor needs numbers, as `.item()` does."""
+        with suppress(Exception), torch.device("meta"):
+            return self.build()
+        return self.build()
 
 
 def constructor_of(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
@@ -193,6 +218,7 @@ class Source:
     configs: dict[str, Config] = field(default_factory=dict)  # the JSON files of a folder, by their names in it
     vae: str | None = None                 # the folder of an autoencoder beside the weights
     read_statistics: Callable[[], Statistics | None] = lambda: None  # of LightningDiT's latents_stats.pt beside the weights
+    remark: str = ""                       # a sentence about what was taken, if other weights could be meant
 
     @property
     def description(self) -> Config | None:

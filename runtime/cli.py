@@ -2,10 +2,12 @@
 
 import argparse
 import difflib
+import errno
 import inspect
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +18,17 @@ import torch.distributed as dist
 import yaml
 
 from runtime import UserError
-from runtime.files import check_writable
+from runtime.files import check_writable, printable
 from runtime.processes import CommonError
 
 MAX_SIZE = 8192  # pixels of a side of an image
 WRONG_VALUE = (ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError)  # what libraries raise for a wrong value
+
+# Of the system, not of the program; None: an error that we raise, with a sentence.
+FAULTS = {None, *(getattr(errno, name) for name in "EACCES EPERM EROFS ENOSPC EDQUOT EFBIG EIO ESTALE EMFILE ENFILE ENOMEM "
+                  "ETIMEDOUT ECONNREFUSED EHOSTUNREACH ENETUNREACH".split())}
+# Of gloo, NCCL and torch's store; NCCL's errors of the own GPU, such as its memory, are not among them.
+LOST = r"(?i)(connection (was likely )?(closed|reset|refused)|timed out waiting|remote process exited|broken pipe)[^\n]*"
 
 
 class ConfigLoader(yaml.SafeLoader):
@@ -228,9 +236,11 @@ def prefix_errors(prefix: str, *also: type[Exception]) -> Iterator[None]:
 def run(main: Callable[[jsonargparse.Namespace], None], parser: ArgumentParser) -> None:
     """Run a script's main on the command line's flags. An error that a user can fix is one line on stderr and exit code 2.
 
-    Such errors are UserError, OSError, and the loss of another process.
+    Such errors are UserError, OSError (ours, and the system's of FAULTS), and the loss of another process. Any other error is a
+    bug and keeps its traceback; an OSError's is followed by its line.
     """
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         main(args)
         if dist.is_initialized():
@@ -239,13 +249,17 @@ def run(main: Callable[[jsonargparse.Namespace], None], parser: ArgumentParser) 
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in FAULTS:
+            traceback.print_exc()
         message = parser.with_flags(str(error))
         fail(message + parser.origin(message), common=isinstance(error, CommonError))
-    except RuntimeError as error:
-        if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)):
-            reason = str(error).split(". ")[0]
-            fail(f"lost another process of this run; the same command continues it from its last checkpoint ({reason})")
-        raise
+    except Exception as error:
+        if not dist.is_initialized():
+            raise
+        if isinstance(error, RuntimeError) and (lost := re.search(LOST, str(error))):
+            fail(f"lost another process of this run ({lost[0]}); the same command continues it from its last checkpoint")
+        traceback.print_exc()
+        fail(f"{type(error).__name__}: {error}")
 
 
 def fail(message: object, common: bool = False) -> None:
@@ -270,5 +284,11 @@ def first_to_fail() -> bool:
         return True
 
 
+def shortened(names: Iterable[str], shown: int = 10) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "") if names else "none"
+
+
 def one_line(message: object) -> str:
-    return " ".join(str(message).split())
+    return printable(" ".join(str(message).split()))

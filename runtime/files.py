@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -63,7 +64,7 @@ def sync_folder(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a small text file, completely or not at all."""
     with atomic(path) as file:
-        file.write(text.encode())
+        file.write(printable(text).encode())
 
 
 class HashingFile:
@@ -107,7 +108,13 @@ def read_json(path: Path) -> dict:
 
 
 def sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+    """The sha256 of a file, in hexadecimal. A process computes it once, unless the file changes."""
+    status = os.stat(path)
+    return sha256_once(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=1000)
+def sha256_once(path: Path, identity: tuple[int, ...]) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -183,7 +190,9 @@ def lock_folder(folder: Path, restart: bool, advice: str) -> None:
         except (BlockingIOError, PermissionError):
             time.sleep(1 if restart else 0)
         except OSError as error:
+            os.close(handle)
             return print(f"{folder} cannot be locked ({error.strerror}): do not start this run twice at once", file=sys.stderr)
+    os.close(handle)
     raise UserError(f"another process is at work in {folder}; {advice}")
 
 
@@ -200,7 +209,7 @@ def find_files(folder: str | Path, extensions: tuple[str, ...], apart_from: str 
     """The files below a folder whose names end in one of `extensions`, in the order of folders, then of names.
 
     Links are followed. Of several paths to one file or folder the first one counts, so circular links end. Extensions, in
-    lower case, match upper case too. The folder `apart_from` is not entered.
+    lower case, match upper case too. Names that `is_hidden` are left out. The folder `apart_from` is not entered.
     """
     seen, found = set(), []
 
@@ -210,9 +219,8 @@ def find_files(folder: str | Path, extensions: tuple[str, ...], apart_from: str 
 
     def enter(path: str) -> None:
         with os.scandir(path) as entries:
-            entries = sorted(entries, key=lambda entry: entry.name)
-        found.extend(entry.path for entry in entries
-                     if entry.name.lower().endswith(extensions) and entry.is_file() and is_new(entry.stat()))
+            entries = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
+        found.extend(entry for entry in entries if entry.name.lower().endswith(extensions) and entry.is_file())
         for entry in entries:
             if entry.is_dir() and is_new(entry.stat()):
                 enter(entry.path)
@@ -220,7 +228,20 @@ def find_files(folder: str | Path, extensions: tuple[str, ...], apart_from: str 
     for known in filter(None, (apart_from, folder)):
         is_new(os.stat(known))
     enter(str(folder))
-    return [Path(path) for path in sorted(found, key=os.path.split)]
+    # A stat a file takes minutes on a network file system. Without links, different inodes are different files.
+    if len({entry.inode() for entry in found}) < len(found) or any(entry.is_symlink() for entry in found):
+        found = [entry for entry in found if is_new(entry.stat())]
+    return [Path(path) for path in sorted((entry.path for entry in found), key=os.path.split)]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether file managers and archivers made the file or folder of this name for themselves."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
+
+
+def printable(text: str) -> str:
+    """Text without surrogates, as which Python reads the bytes of file names that are not UTF-8. They become \\udce9, say."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def in_batches(count: int, size: int) -> list[np.ndarray]:

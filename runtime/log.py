@@ -68,10 +68,10 @@ class Log:
 
     def say(self, text: str) -> None:
         if self.active:
+            with open(self.folder / "log.txt", "a", errors="backslashreplace") as file:
+                file.write(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n")
             tqdm.write(text)
             sys.stdout.flush()
-            with open(self.folder / "log.txt", "a") as file:
-                file.write(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n")
 
     def record(self, step: int, **scalars: float) -> None:
         """Write one line of metrics.jsonl. Values that are not finite become null."""

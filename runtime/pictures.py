@@ -8,13 +8,18 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL.ExifTags import Base
 from torch import Tensor
 
-from runtime.files import atomic
+from runtime.files import atomic, printable
 
 MAX_COLUMNS = 10
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # EXIF's orientation -> what turns a picture upright
+SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
 LEGIBLE = 64  # pixels: smaller pictures are enlarged by an integer factor
 
 
@@ -26,27 +31,70 @@ def picture(file: str | Path | BinaryIO, name: str | None = None) -> Iterator[Im
             yield image
     except UnidentifiedImageError:
         raise OSError(f"cannot read the image {name or file}: it is no picture of a known format") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # a damaged file fails in many ways
-        raise OSError(f"cannot read the image {name or file}: {error}") from None
+    except Exception as error:  # decoders of damaged files raise anything: IndexError, KeyError, TypeError, struct.error, …
+        kind = "" if isinstance(error, OSError | SyntaxError | ValueError) else f"{type(error).__name__}: "
+        raise OSError(f"cannot read the image {name or file}: {kind}{error}") from None
 
 
 def open_rgb(file: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """Open a picture as RGB. Greyscale of 8 or 16 bits and CMYK are converted; a transparent one is put on white.
+    """Open a picture as RGB, upright. Greyscale of any bits and CMYK are converted; a transparent one is put on white.
 
     Raises OSError if it is damaged or animated, or if its white is not known, as in TIFFs of floating-point numbers.
     """
     with picture(file, name) as image:
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's JPEG with a second, smaller view
             raise ValueError(f"it has {image.n_frames} frames; expected one picture")
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older Pillow: "I"
-            return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
-        if image.mode in ("I", "F"):
-            kind = "floating-point" if image.mode == "F" else "32-bit"
-            raise ValueError(f"its pixels are {kind} numbers, whose white is not known; save it with 8 or 16 bits")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return image.convert("RGB")
+        rgb, turn = to_rgb(image), turn_of(image)
+        return rgb if turn is None else rgb.transpose(turn)
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What turns a picture upright as its EXIF orientation says. Pillow turns a TIFF itself."""
+    try:
+        return None if image.format == "TIFF" else TURNS.get(image.getexif().get(Base.Orientation))
+    except Exception:  # damaged EXIF beside sound pixels
+        return None
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(H, W) of a picture that `open_rgb` will return."""
+    return image.size if turn_of(image) in SIDEWAYS else image.size[::-1]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # PNG: older Pillow
+        return Image.fromarray(eight_bits(image)).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "floating-point" if image.mode == "F" else "32-bit"
+        raise ValueError(f"its pixels are {kind} numbers, whose white is not known; save it with 8 or 16 bits")
+    if image.format == "PNG" and "transparency" in image.info and image.tile:
+        image.info["transparency"] = eight_bit_colour(image.info["transparency"], image.tile[0][3])
+    if image.mode == "1":
+        image = image.convert("L")  # which may have a transparent colour
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def eight_bits(image: Image.Image) -> np.ndarray:
+    """Greyscale of 9 to 16 bits -> (H, W) uint8. The tags of a TIFF say how many bits, and whether 0 is white."""
+    tags = getattr(image, "tag_v2", {})
+    white = 2 ** tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] - 1
+    levels = np.asarray(image)
+    grey = (levels / (white / 255)).round().astype(np.uint8)
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+        grey = 255 - grey
+    if "transparency" in image.info:
+        grey[levels == image.info["transparency"]] = 255
+    return grey
+
+
+def eight_bit_colour(colour: int | tuple[int, ...] | bytes, raw: str) -> int | tuple[int, ...] | bytes:
+    """A PNG's transparent colour, which Pillow reads with the file's bits (`raw`), as its pixels are read, with 8."""
+    if raw == "RGB;16B":
+        return tuple(part >> 8 for part in colour)
+    return colour * {"L;2": 85, "L;4": 17}.get(raw, 1)
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -77,7 +125,7 @@ def save_grid(images: Tensor, path: Path, columns: int, description: dict | None
     """Write images (B, H, W, C) uint8 as one PNG, with the description in its text chunks."""
     info = PngImagePlugin.PngInfo()
     for key, value in (description or {}).items():
-        info.add_text(key, str(value))
+        info.add_text(key, printable(str(value)))
     with atomic(path) as file:
         grid(images, columns).save(file, format="PNG", pnginfo=info)
 

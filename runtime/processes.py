@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -19,6 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from runtime import UserError
 
 TIMEOUT = timedelta(hours=2)  # how long processes wait while the main one downloads or counts a folder's images
+STEP_TIMEOUT = 1800.0  # seconds, from the first step on; DINEXT_TIMEOUT in the environment changes it
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal, or ssh, was closed
+PATIENCE = 10  # seconds that a process which is to stop waits for its data, so that all can stop at the same step
+MAX_CALLS = 100  # steps between two questions for signals, should the steps become slower at once
 BUCKET_MB = 100  # of gradients in one message of DDP: its default, 25, suits one machine, where latency is lower
 
 
@@ -105,13 +109,49 @@ def start_world(device: str | None, tf32: bool = True) -> World:
             raise UserError(f"--nproc_per_node {local_size} is more than this machine's {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local_rank)
     target = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    check_launch(os.environ)
     if "RANK" not in os.environ:
         return World(0, 1, target)
+    step_timeout()
     torchrun_store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     store = fresh_store(torchrun_store, rank, size)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=size,
                             device_id=target if kind == "cuda" else None, timeout=TIMEOUT)
     return World(rank, size, target, store)
+
+
+def check_launch(env: Mapping[str, str]) -> None:
+    """Raises UserError if this is one of several processes that would not find each other."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not env.get(name)]
+    if missing and ("RANK" in env or env.get("WORLD_SIZE", "1") != "1"):
+        given = [name for name in names if name not in missing]
+        raise UserError(f"{', '.join(given) or 'RANK'} is set in the environment, {', '.join(missing)} is not: start the "
+                        f"processes with torchrun, or unset {' and '.join(given) or 'RANK'}")
+    tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
+    if missing and tasks.isdecimal() and int(tasks) > 1:
+        advice = f"{tasks} tasks of SLURM would each do the whole work alone: start torchrun with srun, one task a machine"
+        if "SLURM_STEP_NUM_TASKS" in env:  # srun has started this process
+            raise UserError(advice)
+        print(f"If srun started this: {advice}", file=sys.stderr)  # or it is a script's only process
+
+
+def step_timeout() -> timedelta:
+    given = os.environ.get("DINEXT_TIMEOUT", str(STEP_TIMEOUT))
+    try:
+        seconds = float(given)
+        if 1 <= seconds < 1e6:
+            return timedelta(seconds=seconds)
+    except ValueError:
+        pass
+    raise UserError(f"DINEXT_TIMEOUT={given} in the environment is not a number of seconds, at least 1")
+
+
+def shorten_timeouts(*groups: dist.ProcessGroup | None) -> None:
+    """From now on processes wait `step_timeout` for each other: nobody prepares data any more, so a silent one is lost."""
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # the second before torch 2.14
+    for group in groups:
+        set_timeout(step_timeout(), group)
 
 
 def keep_freed_memory() -> None:
@@ -153,15 +193,20 @@ def distribute(model: nn.Module, world: World) -> nn.Module:
     """Wrap a network `model(x, t, y)` in DDP if there are several processes.
 
     DDP reorders its buckets after the first backward pass, which changes the order of sums. That pass is made here and its
-    gradients are discarded, so a continued run sums in the same order as an uninterrupted one.
+    gradients are discarded, and what it changes in buffers, such as BatchNorm's statistics, so a continued run sums in the same
+    order as an uninterrupted one.
     """
     if world.size == 1:
         return model
     network = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB)
-    x, t = (torch.zeros(1, *shape, device=world.device) for shape in ((model.in_channels, *model.input_size), ()))
+    before = [buffer.clone() for buffer in model.buffers()]
+    x, t = (torch.zeros(2, *shape, device=world.device) for shape in ((model.in_channels, *model.input_size), ()))
     for _ in range(2):  # buckets are sorted at the start of the second pass
         network(x, t, t.long()).sum().backward()
         model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), before):
+            buffer.copy_(value)
     return network
 
 
@@ -170,22 +215,64 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Stops all processes at the same step after SIGTERM or SIGINT to any of them. They agree over gloo, without the GPU."""
+    """Stops all processes at the same step after one of SIGNALS to any of them. They agree over gloo, without the GPU."""
 
     def __init__(self, world: World):
-        self.name = ""
+        self.name, self.waits = "", False
+        self.calls, self.every, self.asked = 0, 1, time.monotonic()
         self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame) -> None:
+        if self.waits and not self.name:
+            self._limit_wait()
         self.name = signal.Signals(number).name
 
-    def check(self) -> None:
-        """All processes must call this together. Raises Stopped on all of them if any received a signal."""
-        received = torch.tensor(float(bool(self.name)))
-        if self.group is not None:
-            dist.all_reduce(received, dist.ReduceOp.MAX, group=self.group)
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The process waits for data in this block. If a signal has come, the wait ends after PATIENCE seconds.
+
+        Raises:
+            Stopped: there is only this process.
+            UserError: there are others, which wait for this one: they cannot be asked, and fail after it.
+        """
+        self.waits = True
+        if self.name:
+            self._limit_wait()
+        yield
+        self.waits = False  # it stays true after an error: the data cannot be read on
+        if self.name:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _limit_wait(self) -> None:
+        signal.signal(signal.SIGALRM, self._end_wait)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE if self.group else 1)
+
+    def _end_wait(self, number: int, frame) -> None:
+        if self.group is None:
+            raise Stopped(self.name)
+        raise UserError(f"stopped by {self.name} while no data came for {PATIENCE} s; the same command goes on")
+
+    def check(self, paced: bool = False) -> None:
+        """All processes must call this together. Raises Stopped on all of them if any received a signal.
+
+        With `paced`, which is for frequent calls, they ask each other about once a second. In the same message in which they
+        tell of signals they agree after how many such calls that is, so all of them ask at the same call.
+        """
+        self.calls += paced
+        if self.group is None:
+            received = bool(self.name)
+        elif paced and self.calls < self.every:
+            return
+        else:
+            now = time.monotonic()
+            wanted = min(self.calls / max(now - self.asked, 1e-9), 2 * self.every, MAX_CALLS)  # no leap after one quick call
+            message = torch.tensor([float(bool(self.name)), -wanted])
+            dist.all_reduce(message, dist.ReduceOp.MAX, group=self.group)
+            received, self.every = message[0] > 0, max(1, int(-message[1]))
+            self.calls, self.asked = 0, time.monotonic()
         if received:
             raise Stopped(self.name or "a signal to another process")
 
@@ -194,6 +281,19 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has finished all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+class Delayed:
+    """A number of a device, as it is now, to be read later: it is copied without waiting for the device's pending work."""
+
+    def __init__(self, value: Tensor):
+        self.value = value.to("cpu", copy=True, non_blocking=value.is_cuda)
+        self.copied = torch.cuda.current_stream().record_event() if value.is_cuda else None
+
+    def read(self) -> float:
+        if self.copied:
+            self.copied.synchronize()
+        return float(self.value.numpy())
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -22,6 +22,7 @@ from evaluation import figures as figure_list
 from models import DiT, DiT_models
 from pipeline import checkpoint
 from runtime import cli
+from runtime.processes import SIGNALS
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +74,7 @@ def train_here(cwd, *flags):
     """Train in this process; an error keeps its traceback."""
     import train
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     with contextlib.chdir(cwd):
         train.main(train.build_parser().parse_args(list(map(str, flags))))
     for number, handler in handlers.items():
@@ -93,7 +94,7 @@ def call_here(monkeypatch, capfd):
     def call(function, *words):
         monkeypatch.setattr("sys.argv", list(map(str, words)))
         grad, code = torch.is_grad_enabled(), 0
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         capfd.readouterr()
         try:
             function()

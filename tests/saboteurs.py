@@ -22,7 +22,7 @@ from torch.utils.data import get_worker_info
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from pipeline import checkpoint
-from runtime import cli, files
+from runtime import UserError, cli, files
 from training import datasets, objective, order, state
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -137,15 +137,65 @@ def disk_full_at_step_8(patch):
            lambda path, *_: path.stem == "0000008" and resource.setrlimit(resource.RLIMIT_FSIZE, limits))
 
 
+# --- failures ------------------------------------------------------------------------------------
+
+
+def fail(error):
+    raise error
+
+
+def data_gone(patch, rank=0):
+    """No sample of the sixth global batch, or of a later one, can be read on one process."""
+    before(patch, datasets.ArrayImages, "__getitems__", lambda data, rows: rank == RANK and len(read) >= 5 and fail(
+        UserError("the data's drive is gone")))
+    before(patch, state.Training, "begin_step", lambda training: read.append(1))
+    read = []
+
+
+def data_that_never_comes(patch):
+    """From the sixth global batch on, the last process waits for its data; it has no end."""
+    read = []
+
+    def wait(*_):
+        read.append(1)
+        if len(read) >= 6 and RANK == WORLD_SIZE - 1:
+            print("waits", flush=True)
+            time.sleep(600)
+
+    before(patch, datasets.ArrayImages, "__getitems__", wait)
+
+
+def rank_1_silent(patch):
+    """Rank 1 stops answering in its fourth step, and is not lost."""
+    before(patch, state.Training, "begin_step", lambda training: training.step == 3 and RANK == 1 and time.sleep(600))
+
+
+def bug_in_step(patch, step=4, error=TypeError):
+    """A bug of ours in the last backward pass of a step."""
+    before(patch, state.Training, "clip_gradients",
+           lambda training, *_: training.step == step and fail(error("a bug")))
+
+
+def bug_in_preview(patch):
+    before(patch, train, "preview", lambda *_: fail(TypeError("a bug")))
+
+
+def bug_in_optimizer(patch):
+    """Between the optimizer's fifth step and the count of it."""
+    before(patch, state.Training, "update_ema", lambda training, *_: training.step == 4 and fail(TypeError("a bug")))
+
+
 # --- numbers -------------------------------------------------------------------------------------
 
 
 def nan_loss(patch, rank, *calls):
-    """The losses of these calls, counted from 1, are not a number on one process."""
+    """The losses of these calls, counted from 1 and without validation, are not a number on one process."""
     losses, counted = objective.Objective.losses, []
 
     def poisoned(*args):
         terms = losses(*args)
+        if not args[1].training:
+            return terms
         counted.append(1)
         return terms | {"loss": terms["loss"] * float("nan")} if rank == RANK and len(counted) in calls else terms
 

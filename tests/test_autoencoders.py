@@ -192,8 +192,9 @@ def test_statistics_in_a_config_are_honoured(tmp_path):
     given = load_autoencoder(str(tmp_path), statistics=([1.0] * 4, [3.0] * 4))  # those of features go before
     assert_close(given.encode(x), (z - 1) / 3)
     assert given.spec == {"vae": str(tmp_path), "latents_mean": [1.0] * 4, "latents_std": [3.0] * 4}
-    with pytest.raises(UserError, match="must be 4 numbers each"):
-        load_autoencoder(str(tmp_path), statistics=([1.0], [3.0]))
+    for statistics in (([1.0], [3.0]), ([float("nan")] * 4, [1.0] * 4), ([0.0] * 4, [float("inf")] * 4)):
+        with pytest.raises(UserError, match="must be 4 finite numbers each"):
+            load_autoencoder(str(tmp_path), statistics=statistics)
 
 
 def test_an_autoencoder_dc_has_one_latent_an_image(tmp_path):

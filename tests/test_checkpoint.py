@@ -1,5 +1,6 @@
 import argparse
 import contextlib
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -7,9 +8,12 @@ import signal
 
 import pytest
 import torch
+from foreign import ForeignNet
 
+from models import DiT_models
 from pipeline import checkpoint
-from pipeline.spec import BareWeights
+from pipeline.settings import SamplingSettings
+from pipeline.spec import BareWeights, ModelSpec, Spec
 from runtime import UserError
 
 
@@ -63,6 +67,27 @@ def test_a_truncated_file_and_a_changed_one_are_named(tmp_path):
         path.write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(checkpoint.DamagedError, match=r"cut\.pt is truncated or not a checkpoint"):
             checkpoint.load(path)
+
+
+def test_a_file_is_hashed_once_and_by_one_process_of_a_machine(tmp_path, monkeypatch):
+    hashed, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: hashed.append(1) or digest(*args))
+    path = tmp_path / "x.pt"
+    checkpoint.save(path, {"w": torch.ones(1000)})
+    for _ in range(2):
+        checkpoint.load(path)
+    assert len(hashed) == 1
+    checkpoint.save(path, {"w": torch.zeros(1000)})
+    checkpoint.load(path)
+    assert len(hashed) == 2
+    (tmp_path / "y.pt").write_bytes(path.read_bytes())
+    (tmp_path / "y.pt.sha256").write_text("0" * 64)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    checkpoint.load(tmp_path / "y.pt")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(checkpoint.DamagedError):
+        checkpoint.load(tmp_path / "y.pt")
+    assert len(hashed) == 3
 
 
 def test_a_missing_file_and_one_without_weights_are_named(tmp_path):
@@ -145,3 +170,53 @@ def test_strangers_beside_numbered_checkpoints_are_left_alone(tmp_path):
     for name in ("0000001", "0000002-copy", "0000020_2", "best"):
         checkpoint.save(tmp_path / "checkpoints" / f"{name}.pt", {})
     assert [path.name for path in checkpoint.steps_of(tmp_path)] == ["0000001.pt"]
+
+
+def save_foreign(path, network, **args):
+    """A checkpoint of a class of one's own, registered as Foreign."""
+    spec = Spec(ModelSpec.of_preset("Foreign", args), {"objective": "flow"}, "pixels", (8, 8), 1, list(map(str, range(10))),
+                SamplingSettings(sampler="euler"))
+    checkpoint.save(path, {"ema": network.state_dict(), "spec": spec.to_dict()})
+
+
+class Tabled(ForeignNet):
+    """Besides the buffer that is not stored, it has a tensor in a list."""
+
+    def __init__(self, **args):
+        super().__init__(**args)
+        self.tables = [torch.full((1,), 3.0)]
+
+    def forward(self, x, t, y):
+        return super().forward(x, t, y) * self.tables[0]
+
+
+def test_what_a_checkpoint_does_not_store_is_what_the_constructor_computes(tmp_path, monkeypatch):
+    """Buffers with persistent=False and other tensors; `.item()` in the constructor. The weights are not drawn first."""
+    monkeypatch.setitem(DiT_models, "Foreign", Tabled)
+    torch.manual_seed(0)
+    network = Tabled(drop_path=0.1).eval()
+    save_foreign(tmp_path / "x.pt", network, drop_path=0.1)
+    state = torch.get_rng_state()
+    restored = checkpoint.restore(tmp_path / "x.pt").model
+    assert torch.equal(torch.get_rng_state(), state)
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([1, 10])
+    assert torch.equal(restored(x, t, y), network(x, t, y))
+    assert restored.blocks[1].drop_path == network.blocks[1].drop_path > 0
+
+
+def test_a_bug_in_a_constructor_keeps_its_traceback_and_a_wrong_argument_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(DiT_models, "Foreign", ForeignNet)
+    save_foreign(tmp_path / "x.pt", ForeignNet())
+    state = checkpoint.load(tmp_path / "x.pt")
+    for bug in (RuntimeError, TypeError, ValueError):
+        def broken(self, *args, error=bug("a bug"), **kwargs):
+            raise error
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.Embedding, "__init__", broken)
+            with pytest.raises(bug, match="a bug") as caught:
+                checkpoint.restore(tmp_path / "x.pt")
+        assert isinstance(caught.value, UserError) == (bug is ValueError)  # ValueError: a wrong value
+    state["spec"]["model"]["args"]["gone"] = 3
+    checkpoint.save(tmp_path / "x.pt", state)
+    with pytest.raises(UserError, match=r"x\.pt: ForeignNet: got an unexpected keyword argument 'gone'"):
+        checkpoint.restore(tmp_path / "x.pt")

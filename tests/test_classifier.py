@@ -57,7 +57,11 @@ def test_few_small_pictures_are_enough_and_fewer_are_one_line(photographs, tmp_p
     assert run_here(classifier_script, *flags, 4).returncode == 0  # features of 1x1, which BatchNorm refuses of one image
     assert_one_line(run_here(classifier_script, *flags, 3), "--image-size 3 is not in 4..8192")
     (tmp_path / "photos" / "val" / "tabby cat").rename(tmp_path / "photos" / "val" / "a dog")
-    assert_one_line(run_here(classifier_script, *flags, 8), "--data-path photos/train holds other classes")
+    said = run_here(classifier_script, *flags, 8).stdout
+    assert "held-out part lacks the classes tabby cat\n" in said
+    assert "the classes a dog are left out" in said
+    (tmp_path / "photos" / "val" / "n02099601").rename(tmp_path / "photos" / "val" / "a cat")
+    assert_one_line(run_here(classifier_script, *flags, 8), "--data-path photos/train has the classes a cat, a dog; ")
     for split in ("train", "val"):
         shutil.rmtree(f"photos/{split}")
         (tmp_path / "photos" / split / "cat").mkdir(parents=True)

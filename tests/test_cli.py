@@ -1,4 +1,6 @@
 import json
+import os
+import sys
 
 import jsonargparse
 import pytest
@@ -148,6 +150,42 @@ def test_only_errors_that_a_user_can_fix_lose_their_traceback(monkeypatch, capsy
     monkeypatch.setattr("sys.argv", ["x.py"])
     with pytest.raises(json.JSONDecodeError):
         cli.run(lambda args: json.loads("{"), parser())
-    with pytest.raises(SystemExit):
-        cli.run(lambda args: check_writable("/proc/nowhere"), parser())
-    assert "cannot write to the folder /proc/nowhere" in capsys.readouterr().err
+
+    def printed(main):
+        return failed(main, capsys)
+
+    assert printed(lambda args: check_writable("/proc/nowhere")).startswith("x.py: error: cannot write to the folder /proc/now")
+    assert printed(lambda args: raise_(OSError(5, "Input/output error"))) == "x.py: error: [Errno 5] Input/output error\n"
+    bug = printed(lambda args: open("nowhere/of_ours"))
+    assert "Traceback" in bug
+    assert bug.endswith("x.py: error: [Errno 2] No such file or directory: 'nowhere/of_ours'\n")
+
+
+def failed(main, capsys):
+    """What a script prints that ends with exit code 2."""
+    with pytest.raises(SystemExit) as exit:
+        cli.run(main, parser())
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+def raise_(error):
+    raise error
+
+
+def test_only_the_loss_of_another_process_is_called_so(monkeypatch, capsys):
+    for owner, name, value in ((sys, "argv", ["x.py"]), (os, "_exit", sys.exit), (cli, "first_to_fail", lambda: True),
+                               (cli.dist, "is_initialized", lambda: True)):
+        monkeypatch.setattr(owner, name, value)
+    for message, lost in (
+            ("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711", True),
+            ("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete", True),
+            ("[c10d] recvValue failed: Connection reset by peer. This may indicate a network failure", True),
+            ("NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error", True),
+            ("NCCL error in: NCCLUtils.cpp:110, unhandled cuda error\nncclUnhandledCudaError: Call to CUDA function failed.\n"
+             "Last error:\nCuda failure 2 'out of memory'", False),
+            ("[enforce fail at gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4", False)):
+        printed = failed(lambda args, message=message: raise_(RuntimeError(message)), capsys)
+        assert ("lost another process" in printed) == lost
+        assert ("Traceback" in printed) != lost
+        assert printed.splitlines()[-1].startswith("x.py: error: ")

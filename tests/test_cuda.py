@@ -19,7 +19,7 @@ from diffusion.samplers import SAMPLERS, evaluation_times
 from evaluation.extractors import Inception
 from pipeline import checkpoint
 from pipeline.generation import prepare_network
-from runtime.processes import autocast
+from runtime.processes import Delayed, autocast
 from small_models import DIFFUSION_NETWORKS
 from training.state import OptimizerArgs, Training
 
@@ -192,6 +192,7 @@ def test_a_step_of_training_and_of_sampling_does_not_wait_for_the_device():
     process = create_diffusion("")  # its tables are copied to the device once
 
     def step():
+        state.begin_step()
         with autocast(CUDA, "bf16"):
             loss = process.training_losses(model, x, t.long(), dict(y=y), x)["loss"].mean()
         loss.backward()
@@ -199,6 +200,7 @@ def test_a_step_of_training_and_of_sampling_does_not_wait_for_the_device():
         state.opt.step()
         state.opt.zero_grad(set_to_none=True)
         state.update_ema(0.99)
+        return Delayed(state.meter.streak)
 
     draw = torch.no_grad()(sampling(model, create_diffusion("4"), "ddpm", "none"))  # reuse copies its times once a batch
     for mode in ("default", "default", "error"):  # the first calls set up libraries

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_close, assert_one_line
@@ -221,7 +222,7 @@ def assert_diffusers_draws_the_same(run, out, monkeypatch, leave):
     pipe.set_progress_bar_config(disable=True)
     with monkeypatch.context() as patch:
         patch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **options: next(later))
-        found = pipe(class_labels=[restored.spec.classes[2], 0], latents=start, output_type="pt").images
+        found = 2 * pipe(class_labels=[restored.spec.classes[2], 0], latents=start, output_type="pt").images - 1
     assert (found - decoded[0]).norm() / decoded[0].norm() < 1e-5
     return pipe
 
@@ -245,6 +246,69 @@ def test_diffusers_draws_what_generate_draws_without_this_checkout(tmp_path, vae
 def test_diffusers_draws_from_the_checkpoint_of_the_repository(tmp_path, monkeypatch, without_checkout):
     assert_diffusers_draws_the_same(ROOT / "configs" / "results" / "cifar-dinext-u", tmp_path / "out", monkeypatch,
                                     without_checkout)
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+def test_it_is_called_as_diffusers_pipelines_are(tmp_path, vae, monkeypatch):
+    """Every form in the documentation of DiTPipeline and DDPMPipeline."""
+    from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+    from diffusers.utils import dynamic_modules_utils
+
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys.modules[__name__], "NAMES", ["cat, tom", "dog", "owl, bird, tom"])
+    run_export("--ckpt", save(tmp_path, vae), "--out", tmp_path / "out", "--format", "diffusers")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(*labels, **options):
+        return pipe(*labels, **{"generator": torch.manual_seed(5), "output_type": "pt"} | options).images
+    expected = draw([2])
+    assert expected.shape == (1, 3, 64, 64)
+    assert 0 <= expected.min() < 0.5 < expected.max() <= 1
+    for labels in (2, "owl, bird, tom", "bird", ["owl"], (2,), torch.tensor(2), torch.tensor([2]), np.array([2]),
+                   [np.int64(2)], [torch.tensor(2)]):
+        assert torch.equal(draw(labels), expected), labels
+    assert torch.equal(draw(class_labels=pipe.get_label_ids(["owl"]), guidance_scale=None), expected)
+    assert pipe.labels == {"cat": 0, "dog": 1, "owl": 2, "bird": 2, "cat, tom": 0, "owl, bird, tom": 2}
+    for wrong in ("tom", 3, [0, -1], 1.5):
+        with pytest.raises((ValueError, TypeError)):
+            draw(wrong)
+    array = draw([2], output_type="np")
+    assert array.dtype == np.float32
+    assert np.array_equal(array, expected.permute(0, 2, 3, 1).numpy())
+    (picture,) = draw([2], output_type="pil")
+    assert np.abs(np.asarray(picture) - 255 * array[0]).max() <= 0.51
+    with pytest.raises(ValueError, match="output_type 'jpeg' is none of pil, np, pt, latent"):
+        draw([2], output_type="jpeg")
+    assert torch.equal(pipe([2], 1.5, torch.manual_seed(5), 4, "pt", False)[0], expected)  # by position
+
+    generators = [torch.Generator().manual_seed(i) for i in (4, 5)]
+    assert torch.allclose(draw([1, 2], generator=generators)[1:], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="2 generators were given for 1 images"):
+        draw([2], generator=generators)
+    with pytest.raises(ValueError, match=r"latents have the shape \(2, 4, 8, 8\); expected \(1, 4, 8, 8\)"):
+        draw([2], latents=torch.zeros(2, 4, 8, 8))
+    assert len(pipe().images) == 1
+    assert torch.equal(draw(None, batch_size=3), draw(None, batch_size=3))
+
+    assert set(pipe.model_cpu_offload_seq.split("->")) < set(pipe.components)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)  # the learned variance is left out
+    assert draw([2], num_inference_steps=3).isfinite().all()
+
+
+def test_no_folder_of_this_machine_is_in_the_export(tmp_path, vae):
+    run = save(tmp_path, vae)
+    state = checkpoint.load(checkpoint.latest(run))
+    state["args"]["data_path"] = str(tmp_path / "photos" / "train")
+    checkpoint.save(checkpoint.latest(run), state)
+    for format in export.FORMATS:
+        out = tmp_path / format
+        run_export("--ckpt", run, "--out", out, "--format", format)
+        assert "- Data: photos/train\n" in (out / "README.md").read_text()
+        private = [str(Path(vae).parent), str(tmp_path)]
+        assert not [path for path in out.rglob("*.*") if path.suffix in (".md", ".json", ".py")
+                    and any(folder in path.read_text() for folder in private)]
 
 
 def test_an_autoencoder_alone_is_a_component_of_diffusers(tmp_path, without_checkout):

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import shutil
 
@@ -105,6 +106,7 @@ def test_unreadable_images_are_listed_left_out_and_too_many_are_an_error(photogr
     result = run_here(extract_features, *flags(tmp_path / "p", tiny_vae, out))
     assert result.returncode == 2
     assert "error: 1 of 6 images cannot be read, more than --max-skipped allows; they are listed" in result.stderr
+    bad.write_bytes(b"still bad")  # a repair that was none; those that are not encoded may change
     result = run_here(extract_features, *flags(tmp_path / "p", tiny_vae, out), "--max-skipped", 0.2)
     assert result.returncode == 0
     assert str(bad) in (out / "skipped.txt").read_text()
@@ -113,6 +115,26 @@ def test_unreadable_images_are_listed_left_out_and_too_many_are_an_error(photogr
     assert data.__getitems__(Rows.plain(range(5)))[1].tolist() == [0, 0, 1, 1, 1]
     whole = np.load(out / "moments.npy")
     assert np.array_equal(data.__getitems__(Rows.plain([1]))[0][0].numpy(), whole[2, 0])
+
+
+def test_images_whose_latents_overflow_are_left_out_and_named(photographs, tiny_vae, tmp_path, monkeypatch, run_here):
+    """fp16 ends at 65,504."""
+    original, out = extract_features.encode, tmp_path / "out"
+
+    def overflowing(autoencoder, images, precision):
+        encoded = original(autoencoder, images, precision)
+        encoded[:, 0, 0, 0, 0] += 1e5 * (images.float().mean(dim=(1, 2, 3)) == mean)
+        return encoded
+    images = load_dataset(str(photographs / "train"), 32).__getitems__(Rows.plain(range(6)))[0]
+    mean = images[4].float().mean()
+    monkeypatch.setattr(extract_features, "encode", overflowing)
+    result = run_here(extract_features, *flags(photographs, tiny_vae, out))
+    assert "1 of 6 images cannot be read or encoded (the latents of 1 are not finite), more than --max-skipped" in result.stderr
+    assert run_here(extract_features, *flags(photographs, tiny_vae, out), "--max-skipped", 0.2).returncode == 0
+    assert (out / "skipped.txt").read_text().startswith(f"{photographs}/train/tabby cat/1.jpg: its latents are not finite")
+    data = load_dataset(str(out))
+    assert len(data) == 5
+    assert data.__getitems__(Rows.plain(range(5)))[0].isfinite().all()
 
 
 def test_features_of_another_autoencoder_size_or_scale_are_refused(features, tiny_vae, tmp_path, monkeypatch, run_here):
@@ -181,3 +203,60 @@ def test_measured_latents_are_normalised_in_training_and_decoded_by_what_the_che
     assert "0 of 6 images encoded now" in again.stdout
     plain = run_here(extract_features, *flags(photographs, tiny_vae, "f/train"))
     assert_one_line(plain, "holds other features: their normalise is True, not False")
+
+
+def test_pictures_that_changed_since_are_noticed(photographs, tiny_vae, tmp_path, run_here):
+    copy, out = tmp_path / "p", tmp_path / "out"
+    shutil.copytree(photographs, copy)
+    command = flags(copy, tiny_vae, out)
+    assert run_here(extract_features, *command).returncode == 0
+    assert "0 of 6 images encoded now" in run_here(extract_features, *command).stdout
+    dog, cat = copy / "train" / "n02099601" / "1.jpg", copy / "train" / "tabby cat"
+    content, status = dog.read_bytes(), dog.stat()
+
+    def replace():
+        dog.write_bytes(content[:-1] + b"x")
+
+    def grow():
+        dog.write_bytes(content + b"x")
+        os.utime(dog, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def move():
+        dog.rename(cat / "9.jpg")
+
+    for change, undo, words in (
+            (replace, lambda: None, f"1 have changed since in time, such as {dog}."),
+            (grow, lambda: None, f"1 have changed since in name, label or size, such as {dog}."),
+            (move, lambda: (cat / "9.jpg").rename(dog), "5 have changed since in name, label or size, such as")):
+        change()
+        assert_one_line(run_here(extract_features, *command), f"{out} was made of other images: {words}")
+        undo()
+        dog.write_bytes(content)
+        os.utime(dog, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert "0 of 6 images encoded now" in run_here(extract_features, *command).stdout
+    (out / "files.npy").unlink()  # an older version wrote none
+    replace()
+    said = run_here(extract_features, *command)
+    assert said.returncode == 0
+    assert f"{out} is of an older version and does not tell of which files it was made" in said.stdout
+    assert "0 of 6 images encoded now" in said.stdout
+
+
+def test_the_flag_flip_is_what_training_takes_from_the_features(photographs, tiny_vae, tmp_path, run_here):
+    assert run_here(extract_features, *flags(photographs, tiny_vae, tmp_path / "f", "--no-flip")).returncode == 0
+    assert load_dataset(str(tmp_path / "f")).flip is False
+    again = run_here(extract_features, *flags(photographs, tiny_vae, tmp_path / "f"))
+    assert_one_line(again, "holds other features: their flip is False, not True")
+
+
+def test_skipped_images_whose_names_are_not_utf8_are_listed(photographs, tiny_vae, tmp_path, run_here):
+    folder = os.fsencode(tmp_path) + b"/p/train/caf\xe9"
+    os.makedirs(folder)
+    shutil.copy(photographs / "train" / "n02099601" / "0.jpg", folder + b"/1.jpg")
+    shutil.copy(__file__, folder + b"/2.jpg")
+    shutil.copy(__file__, tmp_path / "p" / "train" / os.fsdecode(b"caf\xe9") / "3.heic")
+    result = run_here(extract_features, *flags(tmp_path / "p", tiny_vae, tmp_path / "f", "--max-skipped", 0.5))
+    assert result.returncode == 0, result.stderr
+    assert r"caf\udce9/2.jpg" in (tmp_path / "f" / "skipped.txt").read_text()
+    assert load_dataset(str(tmp_path / "f")).classes == [r"caf\udce9"]
+    assert "pictures are left out because these endings are not read: 1 .heic" in result.stdout

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import stat
 import subprocess
@@ -14,8 +15,10 @@ def test_a_locked_folder_is_refused_to_a_second_process_until_the_first_one_ends
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
+        before = os.listdir("/proc/self/fd")
         with pytest.raises(ValueError, match=r"another process is at work in .*; wait for it"):
             lock_folder(tmp_path, False, "wait for it")
+        assert os.listdir("/proc/self/fd") == before  # no descriptor is left open
     finally:
         holder.kill()
         holder.communicate()
@@ -58,3 +61,33 @@ def test_links_in_a_circle_give_each_file_once(tmp_path):
     found = [str(path.relative_to(tmp_path)) for path in find_files(tmp_path / "a", names, apart_from=tmp_path)]
     assert found == ["a/1.JPG", "a/link.png", "a/b/2.gif"]
     assert len(find_files(tmp_path, names)) == 3
+
+
+class Entry:
+    """An entry of a folder on a file system that has the same inode for all, as FUSE's do."""
+
+    def __init__(self, entry):
+        self.entry = entry
+
+    def __getattr__(self, name):
+        return getattr(self.entry, name)
+
+    def inode(self):
+        return 0xFFFFFFFF
+
+
+def test_files_are_told_apart_where_listing_gives_no_inodes_and_a_hard_link_is_one_file(tmp_path, monkeypatch):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    os.link(tmp_path / "a.png", tmp_path / "c.png")
+    expected = [tmp_path / "a.png", tmp_path / "b.png"]
+    assert find_files(tmp_path, (".png",)) == expected
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def without_inodes(path):
+        with scandir(path) as entries:
+            yield map(Entry, entries)
+
+    monkeypatch.setattr(os, "scandir", without_inodes)
+    assert find_files(tmp_path, (".png",)) == expected

@@ -2,19 +2,23 @@ import argparse
 import copy
 import json
 import math
+import shutil
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import sample
 from models import DiT, DiT_models
 from pipeline import checkpoint, interchange
+from pipeline.autoencoders import load_autoencoder
 from pipeline.interchange import interpret
 from pipeline.spec import BareWeights, Source
-from runtime import UserError
+from runtime import UserError, files
 
 TINY = dict(patch_size=2, hidden_size=32, depth=3, num_heads=4)
 
@@ -171,6 +175,7 @@ def test_lightningdits_network_is_ours(lightning):
     assert (spec.image_size, len(spec.classes), spec.statistics) == ((128, 128), 10, ([1, 2, 3], [4, 5, 6]))
     assert (sampling.sampler, sampling.cfg_scale, sampling.cfg_channels) == ("euler", 6.7, 3)
     assert sampling.guidance_interval == (0, 875)
+    assert "shifts the times of the steps (by 0.3), which is not done here" in ours.remark
 
 
 def test_a_lightningdit_without_what_it_needs_is_refused(lightning):
@@ -230,8 +235,6 @@ def test_a_diffusers_folder_is_the_dit_in_it(folder, pipeline):
 
 
 def test_a_bin_file_as_published_is_read(folder):
-    from safetensors.torch import load_file
-
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     expected = checkpoint.restore(folder).model.state_dict()
     torch.save(load_file(weights), weights.with_suffix(".bin"))
@@ -239,6 +242,48 @@ def test_a_bin_file_as_published_is_read(folder):
     edit(folder / "transformer" / "config.json", _class_name="Transformer2DModel")  # as the published ones say
     found = checkpoint.restore(folder).model.state_dict()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(("options", "count"), [
+    (dict(variant="fp16"), 1), (dict(max_shard_size="40KB"), 4), (dict(max_shard_size="40KB", variant="fp16"), 4),
+    (dict(variant="fp16", safe_serialization=False), 1)])
+def test_parts_and_half_precision_are_read(pipeline, tmp_path, options, count):
+    """Network and autoencoder; full precision is taken where it is there too."""
+    half = copy.deepcopy(pipeline).to(torch.float16)
+    half.save_pretrained(tmp_path / "half", **options)
+    names = [path.name for path in (tmp_path / "half" / "transformer").glob("*.[sb][ai][fn]*") if path.suffix != ".json"]
+    assert len(names) >= count
+    restored = checkpoint.restore(tmp_path / "half")
+    half.to(torch.float32).save_pretrained(tmp_path / "whole")
+    expected = checkpoint.restore(tmp_path / "whole")
+    assert all(torch.equal(value, expected.model.state_dict()[key]) for key, value in restored.model.state_dict().items())
+    assert ("variant fp16 only" in restored.remark) == ("variant" in options)
+    assert restored.name == "half"
+    vae, other = (load_autoencoder(each.spec.vae).vae.state_dict() for each in (restored, expected))
+    assert all(torch.equal(vae[key], value) and vae[key].dtype == torch.float32 for key, value in other.items())
+
+    before = restored.sha256()
+    part = tmp_path / "half" / "transformer" / names[-1]
+    load, save = (load_file, save_file) if part.suffix == ".safetensors" else (torch.load, torch.save)
+    save({key: value + 1 for key, value in load(part).items()}, part)
+    assert restored.sha256() != before
+    part.unlink()
+    with pytest.raises(FileNotFoundError, match=part.name if count > 1 else "transformer holds no"):
+        checkpoint.restore(tmp_path / "half")
+    shutil.copytree(tmp_path / "whole", tmp_path / "half", dirs_exist_ok=True)
+    assert checkpoint.restore(tmp_path / "half").remark == ""
+
+
+def test_half_precision_is_fetched_from_the_hub_only_where_nothing_else_is(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(files, "download_folder", lambda name, patterns: asked.append(patterns) or folder)
+    assert checkpoint.resolve("someone/dit") == folder
+    assert asked == [checkpoint.HUB_FILES]
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert checkpoint.resolve("someone/dit") == folder
+    assert any(fnmatch("vae/diffusion_pytorch_model.fp16.safetensors", pattern) for pattern in asked[-1])
+    for name in ("diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model.safetensors.index.json"):
+        assert any(fnmatch(f"transformer/{name}", pattern) for pattern in asked[0])
 
 
 def test_other_folders_are_refused(folder):

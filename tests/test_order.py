@@ -1,5 +1,7 @@
 import json
 import multiprocessing
+import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -156,8 +158,8 @@ def test_the_next_readable_sample_stands_in_for_an_unreadable_one(damaged_photog
     assert list(unreadable) == [3]
     with pytest.raises(ValueError, match="1 or more of 6 samples cannot be read, and `max_skipped` allows 0"):
         Readable(data, 0).__getitems__(Rows.plain(np.array([3])))
-    for path in data.paths:
-        Path(path).write_bytes(b"no picture")
+    for path in data.files:
+        Path(os.fsdecode(path)).write_bytes(b"no picture")
     with pytest.raises(ValueError, match="6 or more of 6 samples cannot be read"):  # it must not search for ever
         Readable(data, 6).__getitems__(Rows.plain(np.array([3])))
 
@@ -171,6 +173,30 @@ def test_too_many_unreadable_pictures_end_a_run_that_is_saved(damaged_photograph
     assert result.returncode == 2
     assert "train.py: error: 3 samples cannot be read, more than --max-skipped allows" in result.stderr
     assert checkpoint.latest(tmp_path / "results" / "x")
+
+
+def test_full_shared_memory_is_one_line(monkeypatch):
+    """torch's error; `unshare -m` and a tmpfs of 64 MB show it too, but need rights."""
+    def fail(*_):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    with pytest.raises(OSError, match=r"^/dev/shm, .* is full; its size is [\d,]+ MiB\..*--shm-size .* `num_workers`"):
+        list(read_ahead(Readable(load_dataset("digits"), 0), [Rows.plain(np.arange(3))], num_workers=1))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs Linux's unshare")
+def test_a_batch_larger_than_docker_s_shared_memory_ends_a_run_at_once(photographs, tmp_path):
+    flags = [*TINY_RUN, "--data-path", photographs / "train", "--image-size", 256, "--global-batch-size", 512,
+             "--num-workers", 1, "--max-steps", 2]
+    words = " ".join(map(shlex.quote, map(str, [sys.executable, ROOT / "train.py", *flags])))
+    result = subprocess.run(["unshare", "-m", "sh", "-c", f"mount -t tmpfs -o size=64m tmpfs /dev/shm && exec {words}"],
+                            cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    if result.stderr.startswith(("unshare:", "mount:")):
+        pytest.skip("no right to mount a file system")
+    assert result.returncode == 2
+    assert "error: /dev/shm, where data workers put what they have read, is full; its size is 64 MiB" in result.stderr
 
 
 class Broken:

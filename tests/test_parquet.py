@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -11,11 +12,12 @@ from conftest import TINY_RUN, assert_one_line
 from PIL import Image
 
 import train
+from extract_features import describe_files
 from pipeline import checkpoint
 from pipeline.spec import default_class_names
 from runtime import UserError
 from training import parquet
-from training.datasets import load_dataset
+from training.datasets import load_dataset, load_held_out
 from training.parquet import ParquetImages
 from training.rows import Readable, Rows
 
@@ -120,6 +122,35 @@ def test_a_batch_reads_each_of_its_row_groups_once_and_keeps_the_last_ones(tmp_p
     data.__getitems__(Rows.plain([2]))
     assert (len(read), list(data.cache)) == (4, [3, 1])
     assert pickle.loads(pickle.dumps(data)).cache == {}
+
+
+def test_an_extraction_notices_a_changed_file(tmp_path):
+    files = [write(tmp_path / f"{name}.parquet", [grey(1)] * rows, [0] * rows) for name, rows in (("a", 2), ("b", 3))]
+    before = describe_files(load_dataset(str(tmp_path), 8))
+    os.utime(files[1], ns=(0, 0))
+    after = describe_files(load_dataset(str(tmp_path), 8))
+    assert (before != after).any(axis=1).tolist() == [False] * 2 + [True] * 3
+    assert (before[:, 0] == after[:, 0]).all()
+
+
+def test_classes_without_names_are_those_of_the_training_part(tmp_path):
+    write(tmp_path / "train-0.parquet", [grey(1)] * 2, [0, 999])
+    write(tmp_path / "val-0.parquet", [grey(1)] * 2, [997, 0])
+    data = load_dataset(str(tmp_path), 8)
+    part = load_held_out(str(tmp_path), data, 8)
+    assert part.classes == data.classes
+    assert part.__getitems__(Rows.plain([0, 1]))[1].tolist() == [997, 0]
+
+
+def test_hidden_files_are_no_parquet(tmp_path):
+    write(tmp_path / "a.parquet", [grey(1)], [0])
+    (tmp_path / "._a.parquet").write_bytes(b"AppleDouble")
+    (tmp_path / "cats" / "cat").mkdir(parents=True)
+    (tmp_path / "cats" / "._x.parquet").write_bytes(b"AppleDouble")
+    Image.new("L", (8, 8)).save(tmp_path / "cats" / "cat" / "1.png")
+    (tmp_path / "__MACOSX").mkdir()
+    assert len(load_dataset(str(tmp_path), 8)) == 1
+    assert load_dataset(str(tmp_path / "cats"), 8).classes == ["cat"]
 
 
 # --- wrong input ---------------------------------------------------------------------------------

@@ -68,6 +68,14 @@ def test_runs_are_numbered_named_locked_and_found_again_by_a_restart(tmp_path, m
     assert "UserError: another process is at work in" in second.stderr
 
 
+def test_a_run_is_a_folder_in_results(tmp_path):
+    (tmp_path / "results").mkdir()
+    for name in ("", ".", "..", "a/b", "../a", "a/", "/a", "a/.."):
+        with pytest.raises(UserError, match=r"`run_name` .* is not the name of a folder in `results_dir`"):
+            open_run(tmp_path / "results", name, "DiT-S/2")
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
 def test_new_runs_are_numbered_after_the_highest_run(tmp_path):
     for name in ("2024run-foo", "2026-11-23", "007-notes", "003-DiT-S-2", "x"):
         (tmp_path / name).mkdir()

@@ -8,6 +8,8 @@ from conftest import CLASSES, assert_one_line
 from PIL import Image
 
 import sample
+import sample_ddp
+from pipeline import generation
 from runtime import UserError, cli
 
 
@@ -105,6 +107,16 @@ def test_compiled_is_eager_but_for_rounding(draw, monkeypatch, flags, backend):
         draw("--num-sampling-steps", 8, "--sampler", "ddim", *flags, *also, "--out", out)
     assert compiled == ["encode", "decode"]
     assert np.abs(pixels("a.png") - pixels("b.png")).max() <= 1
+
+
+def test_samples_that_are_not_finite_are_not_written(tiny_run, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generation, "guide", lambda *rest: lambda x, t: x * torch.nan)
+    for script in (sample, sample_ddp):
+        result = run_here(script, "--ckpt", tiny_run, "--num-sampling-steps", 2)
+        assert result.returncode == 2
+        assert "error: the samples are not finite" in result.stderr
+    assert not list(tmp_path.rglob("*.np[yz]")) + list(tmp_path.glob("*.png"))
 
 
 def test_wrong_input_is_one_line_and_writes_nothing(tiny_run, tmp_path, monkeypatch, run_here):

@@ -199,6 +199,28 @@ def test_other_settings_are_refused_unless_overwritten(draw, tmp_path, two_weigh
     assert_one_line(draw(ckpt="c.pt")[0], "other settings", ".json cannot be read")
 
 
+def test_a_cut_output_is_not_taken_for_a_finished_one_nor_a_cut_part(draw, draw_failing, one_process, tmp_path):
+    assert draw()[1] == list(range(11))
+    whole = output(tmp_path).read_bytes()
+    for damaged, words in ((whole[:1000], "truncated or not an .npz"), (b"", "truncated"), (whole[:-1], "truncated")):
+        output(tmp_path).write_bytes(damaged)
+        result, drawn = draw()
+        assert_one_line(result, f"--sample-dir: the file {output(tmp_path).relative_to(tmp_path)} is", words, "--overwrite")
+        assert drawn == []
+    np.savez(output(tmp_path), arr_0=np.zeros((5, 8, 8, 3), np.uint8))
+    assert_one_line(draw()[0], "does not hold 11 images and their labels")
+    assert draw("--overwrite")[1] == list(range(11))
+    assert_same(one_process, tmp_path)
+
+    output(tmp_path).unlink()
+    assert draw_failing(sample_ddp, "generate", 3, KeyboardInterrupt, "--per-proc-batch-size", 4)[0].returncode == 130
+    cut, other = output_parts(tmp_path)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    np.save(other, np.zeros((3, 8, 8, 3), np.uint8))
+    assert draw("--per-proc-batch-size", 4)[1] == list(range(11))
+    assert_same(one_process, tmp_path)
+
+
 def test_what_a_name_does_not_tell_is_in_the_record(tiny_run):
     """Details of reuse, TF32, the objective given for bare weights, statistics of latents from a file beside them."""
     restored, autoencoder = checkpoint.restore(tiny_run), SimpleNamespace(identity=dict)

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from foreign import ForeignNet
 
 from models import DiT, DiT_models
 from pipeline.settings import SamplingSettings
@@ -59,6 +60,17 @@ def test_an_entry_of_a_registry_may_be_any_callable(monkeypatch):
         assert again == spec
         with torch.device("meta"):
             assert again.build().blocks[0].norm1.normalized_shape == (24,)
+
+
+def test_only_wrong_values_of_a_stranger_s_constructor_are_a_user_s_errors(monkeypatch):
+    monkeypatch.setitem(DiT_models, "Foreign", ForeignNet)
+    own, foreign = (ModelSpec.of_preset(name, {}).wrong_values for name in ("DiT-S/2", "Foreign"))
+    assert {RuntimeError, TypeError} <= set(own)
+    assert not {RuntimeError, TypeError} & set(foreign)
+    assert ModelSpec.of_preset("Foreign", {}).outline().stem.weight.device.type == "meta"
+    assert ModelSpec.of_preset("Foreign", {"drop_path": 0.1}).outline().stem.weight.device.type == "cpu"  # it calls .item()
+    with pytest.raises(RuntimeError, match="inconsistent"):
+        ModelSpec.of_preset("Foreign", {"width": -1}).outline()
 
 
 def test_1000_classes_get_imagenets_names():

@@ -2,7 +2,6 @@ import json
 import math
 import shutil
 import signal
-from itertools import pairwise
 
 import pytest
 import saboteurs
@@ -147,12 +146,10 @@ def test_one_process_and_two_with_accumulation_agree_to_rounding(two_processes, 
 
 def test_nan_on_one_process_skips_the_step_on_all_and_is_counted(two_processes):
     states = [checkpoint.load(path) for path in checkpoint.steps_of(two_processes)]
-    for step, (before, after) in enumerate(pairwise(states), 2):
-        different = any(not torch.equal(value, after["model"][key]) for key, value in before["model"].items())
-        assert different == (step not in (3, 4))
-        if not different:
-            assert_same(before | {"ema": {}}, after | {"ema": {}})  # the optimizer's moments too
-        assert all(value.isfinite().all() for part in ("model", "ema") for value in after[part].values())
+    assert [state["step"] for state in states] == [1, 2, 5]  # no file within the streak
+    for state, taken in zip(states, (1, 2, 3)):
+        assert {moments["step"].item() for moments in state["opt"]["state"].values()} == {taken}
+        assert all(value.isfinite().all() for part in ("model", "ema") for value in state[part].values())
     assert metrics(two_processes, "skipped_steps") == [0, 0, 1, 2, 2]
     assert [loss is None for loss in metrics(two_processes, "loss")] == [False, False, True, True, False]
 
@@ -395,5 +392,6 @@ def test_a_foreign_network_with_dropout_is_continued_exactly_and_validation_leav
     assert_same(whole, final(run(tmp_path, "parts", *flags, 6, "--val-every", 1)))
     for key in ("blocks.0.layers.0.running_mean", "blocks.0.layers.0.running_var"):
         assert torch.equal(whole["ema"][key], whole["model"][key])
-    assert_refused(lambda args: train.Trainer(args, start_world("cpu")), [*foreign, "--model-args", '{"drop_path": 0.1}'],
-                   "`model_args`", "item()")  # it is built on the meta device first, which holds no numbers
+    calls_item = ["--model-args", '{"drop_path": 0.1}']  # which the meta device refuses
+    trainer = train.Trainer(parse(*foreign, *calls_item, "--max-steps", 1), start_world("cpu"))
+    assert trainer.state.model.blocks[1].drop_path == pytest.approx(0.1)

@@ -1,6 +1,7 @@
 """Features cached from images: those of extract_features.py, and those of fast-DiT, EDM2, REPA and LightningDiT."""
 
 import json
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,20 +47,24 @@ class Features(Dataset):
         checked(folder, self.image_size, image_size)
 
     def map_files(self) -> None:
-        self.moments, self.labels = (read_array(self.folder / f"{name}.npy", mmap_mode="r") for name in ("moments", "labels"))
+        self.moments, self.lines = (read_array(self.folder / f"{name}.npy", mmap_mode="r") for name in ("moments", "labels"))
 
     def check(self, rows: int) -> None:
         """Raises UserError if the arrays do not match meta.json."""
         channels, *size = self.latent_shape
-        for name, array, shape in (("moments", self.moments, (rows, 2, 2 * channels, *size)), ("labels", self.labels, (rows,))):
+        for name, array, shape in (("moments", self.moments, (rows, 2, 2 * channels, *size)), ("labels", self.lines, (rows,))):
             if array.shape != shape:
                 raise UserError(f"{name}.npy has the shape {array.shape}; meta.json says {shape}")
-        labels = np.delete(self.labels, self.skipped)
+        labels = self.labels
         if wrong := [row for row in (labels.argmin(), labels.argmax()) if not 0 <= labels[row] < len(self.classes)]:
             raise UserError(f"labels.npy holds the label {labels[wrong[0]]}; meta.json says {len(self.classes)} classes")
 
+    @property
+    def labels(self) -> np.ndarray:
+        return np.delete(self.lines, self.skipped)
+
     def __getstate__(self) -> dict:  # pickling a map for a worker would copy all its data
-        return {name: value for name, value in vars(self).items() if name not in ("moments", "labels")}
+        return {name: value for name, value in vars(self).items() if name not in ("moments", "lines")}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
@@ -73,8 +78,9 @@ class Features(Dataset):
         moments = torch.from_numpy(self.moments[lines, rows.mirrored.astype(np.int64)])
         if not moments.sum(dtype=torch.float32).isfinite():  # 70 times as fast as isfinite() of each number
             row = lines[~moments.flatten(1).isfinite().all(dim=1).numpy()][0]
-            raise UserError(f"`data_path` {self.folder}: row {row} of moments.npy is not finite; extract the features again")
-        return moments, torch.from_numpy(self.labels[lines].astype(np.int64))
+            raise UserError(f"`data_path` {self.folder}: row {row} of moments.npy is not finite; delete the folder, then "
+                            "extract the features again, which leaves such rows out")
+        return moments, torch.from_numpy(self.lines[lines].astype(np.int64))
 
 
 class FastDiTFeatures(Dataset):
@@ -83,17 +89,18 @@ class FastDiTFeatures(Dataset):
     """
 
     kind = "latents"
-    flip = False
+    flip, one_sided = False, True
     channels = 3
     made_by, statistics = {"scaling_factor": 0.18215, "shift_factor": 0.0}, None
     FACTOR = 8  # image size / latent size of Stable Diffusion's autoencoder
 
     def __init__(self, folder: Path, image_size: int | None, num_classes: int | None):
         self.folder = folder
-        self.stems = np.array(sorted(path.stem for path in (folder / "imagenet256_features").glob("*.npy")))
+        stems = sorted(path.stem for path in (folder / "imagenet256_features").glob("*.npy"))
+        self.stems = np.array([os.fsencode(stem) for stem in stems])  # text would take 4 bytes a character
         if not len(self.stems):
             raise FileNotFoundError(f"`data_path` {folder}: imagenet256_features holds no .npy files")
-        self.latent_shape = self.read("features", self.stems[0]).shape[1:]
+        self.latent_shape = self.read("features", os.fsdecode(self.stems[0])).shape[1:]
         self.image_size = checked(folder, tuple(self.FACTOR * side for side in self.latent_shape[1:]), image_size)
         self.classes = default_class_names(num_classes or 1000)
 
@@ -101,7 +108,7 @@ class FastDiTFeatures(Dataset):
         return len(self.stems)
 
     def __getitems__(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        stems = self.stems[rows.indices]
+        stems = [os.fsdecode(stem) for stem in self.stems[rows.indices]]
         latents = np.concatenate([self.read("features", stem, (1, *self.latent_shape)) for stem in stems])
         labels = np.concatenate([self.read("labels", stem, (1,)) for stem in stems]).astype(np.int64)
         for stem, latent, label in zip(stems, latents, labels):
@@ -125,13 +132,14 @@ class EDM2Features(Dataset):
     """
 
     kind = "moments"
-    flip = False
+    flip, one_sided = False, True
     channels = 3
     made_by, statistics = FastDiTFeatures.made_by, None
 
-    def __init__(self, folder: Path, names: np.ndarray, labels: np.ndarray, image_size: int | None, num_classes: int | None):
-        self.folder, self.names, self.labels = folder, names, labels
-        moments = self.read(names[0])
+    def __init__(self, folder: Path, names: list[str], labels: np.ndarray, image_size: int | None, num_classes: int | None):
+        self.folder, self.labels = folder, labels
+        self.names = np.array([os.fsencode(name) for name in names])
+        moments = self.read(self.names[0])
         self.latent_shape = (moments.shape[0] // 2, *moments.shape[1:])
         self.image_size = checked(folder, tuple(FastDiTFeatures.FACTOR * side for side in moments.shape[1:]), image_size)
         self.classes = classes_of(folder, labels, num_classes)
@@ -144,13 +152,13 @@ class EDM2Features(Dataset):
         mean, std = torch.from_numpy(np.stack(arrays)).float().chunk(2, dim=1)
         return torch.cat([mean, 2 * std.log()], dim=1), torch.from_numpy(self.labels[rows.indices])
 
-    def read(self, name: str) -> np.ndarray:
-        array = read_array(self.folder / name)
+    def read(self, name: bytes) -> np.ndarray:
+        array = read_array(path := self.folder / os.fsdecode(name))
         shape = getattr(self, "latent_shape", None)
         if array.ndim != 3 or array.shape[0] % 2 or (shape and array.shape != (2 * shape[0], *shape[1:])):
-            raise OSError(f"{self.folder / name} has the shape {array.shape}; expected (2C, h, w), the same for all")
+            raise OSError(f"{path} has the shape {array.shape}; expected (2C, h, w), the same for all")
         if not (np.isfinite(array).all() and (array[len(array) // 2 :] >= 0).all()):
-            raise OSError(f"{self.folder / name} is not finite, or holds a negative standard deviation")
+            raise OSError(f"{path} is not finite, or holds a negative standard deviation")
         return array
 
 
@@ -208,13 +216,18 @@ class LightningDiTFeatures(Dataset):
             return tuple(part.get_shape())
 
 
-def edm2_rows(file: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Names and labels in a dataset.json; None if it is missing or lists images, as NVIDIA's tools also write it."""
+def listed_rows(file: Path) -> tuple[list[str], np.ndarray] | None:
+    """Names and labels in a dataset.json, which EDM writes beside pictures and EDM2 beside latents; None if it is missing."""
     if not file.is_file():
         return None
     with prefix_errors(f"`data_path` {file.parent}: dataset.json is damaged:", TypeError, ValueError, KeyError, AttributeError):
-        names, labels = zip(*json.loads(file.read_text())["labels"])
-        return (np.array(names), np.array(labels, dtype=np.int64)) if names[0].endswith(".npy") else None
+        rows = json.loads(file.read_text())["labels"]
+        if rows is None:
+            raise UserError("it has no labels (null); for one class, move all files into one folder, and delete dataset.json")
+        names, labels = map(list, zip(*rows))
+        if not all(type(label) is int for label in labels):
+            raise UserError(f"the label of {names[0]} is {labels[0]}; expected one integer for each file")
+        return names, np.array(labels, dtype=np.int64)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """What a run takes from another checkpoint, `init_from`: its weights, and without `model` the settings of its network."""
 
 from collections import defaultdict
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,14 +10,14 @@ from torch import Tensor
 from diffusion import create_diffusion
 from pipeline import checkpoint
 from pipeline.spec import BareWeights, ModelSpec, Spec, Weights, defaults_of, normal_name
+from pipeline.weights import check_values, fitted
 from runtime import UserError
-from runtime.cli import check_arguments, prefix_errors
+from runtime.cli import check_arguments, prefix_errors, shortened
 from training.runs import TRAINER_ARGS, TrainerArgs
 from training.state import Training
 
 FROM_DATA = {"input_size", "in_channels", "num_classes", "learn_sigma"}  # arguments of networks that data and process decide
 CLASS_TABLE = "embedding_table.weight"  # how the names of class embeddings end
-SHOWN = 10  # names listed in a message
 
 
 class Initial(NamedTuple):
@@ -110,7 +109,7 @@ def init_from(training: Training, initial: Initial, classes: list[str]) -> str:
     taken, fresh = matching(state, initial, classes)
     for network in (training.model, training.ema):
         network.load_state_dict(taken, strict=False)
-    differing, unused = [key for key in state if key not in taken], [key for key in weights if key not in state]
+    differing, unused = [key for key in state if key not in taken], [key for key in fitted(weights, state) if key not in state]
     remark = "" if fresh is None else (f"; embeddings of no label and of {len(classes) - len(fresh)} of {len(classes)} "
                                        f"classes, by name; fresh classes: {shortened(fresh)}")
     return (f"Initialised {len(taken)} of {len(state)} tensors from {source}{initial.remark and f' ({initial.remark})'}; "
@@ -124,8 +123,9 @@ def check_fit(state: dict[str, Tensor], initial: Initial, classes: list[str]) ->
         state: the network's state dict, on the meta device too.
 
     Raises:
-        UserError: less than half of its numbers.
+        UserError: less than half of its numbers, or by wrong values.
     """
+    check_values(fitted(initial.weights, state), state, f"`init_from` {initial.source}")
     taken, fresh = matching(state, initial, classes)
     tables = sum(state[key][0].numel() for key in state if key.endswith(CLASS_TABLE)) * len(fresh or ())
     found, wanted = (sum(value.numel() for value in tensors.values()) - tables for tensors in (taken, state))
@@ -140,7 +140,7 @@ def check_fit(state: dict[str, Tensor], initial: Initial, classes: list[str]) ->
 
 def matching(state: dict[str, Tensor], initial: Initial, classes: list[str]) -> tuple[dict[str, Tensor], list[str] | None]:
     """The weights that fit a network's state dict, and the classes without one of that name (None: no class embeddings fit)."""
-    weights, fresh = initial.weights, None
+    weights, fresh = fitted(initial.weights, state), None
     taken = {key: value for key, value in weights.items() if key in state and state[key].shape == value.shape}
     for key in state:
         if key.endswith(CLASS_TABLE) and key in weights and state[key].shape[1:] == weights[key].shape[1:]:
@@ -167,9 +167,3 @@ def match_classes(initial: Tensor, classes: list[str], source: Tensor, source_cl
     if len(initial) > len(classes) and len(source) > len(source_classes):
         table[-1] = source[-1]
     return table, fresh
-
-
-def shortened(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "") if names else "none"

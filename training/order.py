@@ -3,6 +3,7 @@
 import atexit
 import multiprocessing
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -11,9 +12,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from runtime import UserError
+from runtime.processes import SIGNALS
 from training.rows import Readable, Rows
 
 
@@ -110,14 +112,27 @@ def read_ahead(dataset: Dataset, batches: Iterable, num_workers: int, pin_memory
     """
     atexit.register(end_workers)
     try:
-        yield from DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=tuple, pin_memory=pin_memory,
-                              worker_init_fn=leave_signals_to_the_parent)
+        yield from DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=hand_over,
+                              pin_memory=pin_memory, worker_init_fn=leave_signals_to_the_parent)
     except (OSError, UserError) as error:
         raise type(error)(re.sub(r"^[\w.]+: ", "", str(error).strip().splitlines()[-1])) from None
     except RuntimeError as error:
+        if re.search("(allocate|out of) shared memory", str(error)):
+            size = shutil.disk_usage("/dev/shm").total / 2**20
+            raise OSError(f"/dev/shm, where data workers put what they have read, is full; its size is {size:,.0f} MiB. Make "
+                          "it larger (docker run --shm-size 16g), or try fewer `num_workers`") from None
         if not str(error).startswith("DataLoader worker (pid"):  # torch's message if a worker died
             raise
         raise OSError(f"a data worker died ({error}), perhaps for lack of memory; try fewer `num_workers`") from None
+
+
+def hand_over(batch: Iterable) -> tuple:
+    """Put the tensors of a batch into shared memory. The queue would do it, but if that fails it loses the batch in silence."""
+    if get_worker_info():
+        for part in batch:
+            if isinstance(part, Tensor):
+                part.share_memory_()
+    return tuple(batch)
 
 
 def end_workers() -> None:
@@ -128,6 +143,6 @@ def end_workers() -> None:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Ignore Ctrl-C and torchrun's SIGTERM. They reach the whole process group, but the parent still needs its batches."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Ignore Ctrl-C, torchrun's SIGTERM and the like. They reach the whole process group, but the parent needs its batches."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

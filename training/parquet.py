@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.spec import default_class_names
 from runtime import UserError
 from runtime.cli import one_line
-from runtime.files import find_files
+from runtime.files import find_files, is_hidden
 from runtime.pictures import EXTENSIONS, center_crop, open_rgb
+from training.features import classes_of
 from training.rows import Rows, mirror, readable_names
 
 HELD_OUT = ("validation", "val", "test")  # the first that is there
@@ -39,7 +39,7 @@ class ParquetImages(Dataset):
     channels = 3
     flip = True
 
-    def __init__(self, folder: Path, split: str, image_size: int):
+    def __init__(self, folder: Path, split: str, image_size: int, num_classes: int | None = None):
         pyarrow_parquet()
         files = parquet_parts(folder).get(split)
         if not files:
@@ -53,8 +53,9 @@ class ParquetImages(Dataset):
         self.groups = [(file, group) for file, sizes in enumerate(groups) for group in range(len(sizes))]
         self.starts = np.cumsum([0, *itertools.chain(*groups)])                     # of each row group, over all files
         self.file_starts = np.cumsum([0, *map(len, labels)])
+        self.file_of_row = np.repeat(np.arange(len(files)), [len(part) for part in labels])
         self.labels = torch.from_numpy(np.concatenate(labels))
-        self.classes = readable_names(names[0]) if names[0] else default_class_names(int(self.labels.max()) + 1)
+        self.classes = readable_names(names[0]) if names[0] else classes_of(folder, self.labels.numpy(), num_classes)
         self.cache = {}                                                             # row group -> its column of bytes
 
     def __len__(self) -> int:
@@ -114,10 +115,12 @@ def parquet_parts(folder: Path) -> dict[str, list[Path]]:
 
 def begins_with_parquet(folder: Path) -> bool:
     """Whether the first picture or parquet file that is found below a folder is a parquet file."""
-    for _, _, names in os.walk(folder):
-        if any(name.lower().endswith(".parquet") for name in names):
+    for _, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        names = [name.lower() for name in names if not is_hidden(name)]
+        if any(name.endswith(".parquet") for name in names):
             return True
-        if any(name.lower().endswith(EXTENSIONS) for name in names):
+        if any(name.endswith(EXTENSIONS) for name in names):
             return False
     return False
 

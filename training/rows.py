@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from runtime import UserError
 from runtime.cli import one_line
+from runtime.files import printable
 
 
 class Rows(NamedTuple):
@@ -37,7 +38,7 @@ class TrainingData(Protocol):
     classes: list[str]           # names, in the order of the labels
     image_size: tuple[int, int]  # (H, W) of the images, cached or not
     channels: int                # C of the images, cached or not
-    flip: bool                   # whether training may use mirror images: half of the samples are then mirrored
+    flip: bool                   # whether training uses mirror images if the user says nothing: half of the samples then
     made_by: dict[str, Any]      # description of the autoencoder of cached features; {} for images
     statistics: tuple[list[float], list[float]] | None  # mean and std by which these are normalised, if they are
 
@@ -81,6 +82,13 @@ class Readable(Dataset):
             row = (row + 1) % len(self)
 
 
+def choose_flip(data: TrainingData, flip: bool | None) -> bool:
+    """Whether half of the samples are read as mirror images: as the user says, else as the data set does."""
+    if flip and getattr(data, "one_sided", False):
+        raise UserError("`flip`: these features have no mirror images")
+    return data.flip if flip is None else flip
+
+
 def mirror(images: Tensor, mirrored: np.ndarray) -> Tensor:
     """Mirror the images (B, C, H, W) for which `mirrored` (B,) is true."""
     if not mirrored.any():
@@ -89,9 +97,9 @@ def mirror(images: Tensor, mirrored: np.ndarray) -> Tensor:
 
 
 def readable_names(folders: list[str]) -> list[str]:
-    """English names for ImageNet's folders (n02099601 -> golden retriever). Other names stay unchanged."""
+    """English names for ImageNet's folders (n02099601 -> golden retriever). Other names stay, in UTF-8."""
     from timm.data import ImageNetInfo
 
     imagenet = ImageNetInfo()
     known = set(imagenet.label_names())
-    return [imagenet.label_name_to_description(name) if name in known else name for name in folders]
+    return [imagenet.label_name_to_description(name) if name in known else printable(name) for name in folders]

@@ -8,7 +8,6 @@ from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from diffusion import OBJECTIVES, create_diffusion, supported_arguments
@@ -22,7 +21,7 @@ from pipeline.spec import ModelSpec, Spec, constructor_of, defaults_of
 from runtime import UserError
 from runtime.cli import WRONG_VALUE, check_arguments, prefix_errors
 from runtime.files import is_restart, lock_folder, sha256_file, write_text
-from runtime.processes import World
+from runtime.processes import CommonError, World
 from small_models import NETWORKS, Autoencoder_models
 from training.objective import SSIM_WINDOW
 from training.rows import TrainingData
@@ -108,13 +107,13 @@ def build_autoencoder_spec(model: str, model_args: dict[str, Any], diffusion_arg
 
 def assemble_spec(model: str, model_args: dict[str, Any], from_data: dict[str, Any], diffusion: dict[str, Any],
                   data: TrainingData, autoencoder: nn.Module, sampling: SamplingSettings | None) -> Spec:
-    """The Spec, after its network was built once on the meta device."""
+    """The Spec, after its network was built once, without memory where that is possible."""
     with prefix_errors("`model_args`:"):
         chosen = check_arguments(constructor_of(model)[0], model_args, set(from_data))
     spec = Spec(ModelSpec.of_preset(model, from_data | chosen), diffusion, image_size=tuple(data.image_size),
                 channels=data.channels, classes=list(data.classes), sampling=sampling, **autoencoder.spec)
-    with torch.device("meta"), prefix_errors("`model_args` or `image_size`:", *WRONG_VALUE):
-        network = spec.model.build()
+    with prefix_errors("`model_args` or `image_size`:", *spec.model.wrong_values):
+        network = spec.model.outline()
     if sampling:
         check(network, Network, "training needs")
     if diffusion.get("objective") == "flow-map":
@@ -127,11 +126,12 @@ def assemble_spec(model: str, model_args: dict[str, Any], from_data: dict[str, A
 
 
 def begin_or_continue(training: Training, spec: Spec, flags: dict[str, Any], remarks: list[str],
-                      world: World) -> tuple[Path, list[str]]:
+                      world: World, data_flip: bool) -> tuple[Path, list[str]]:
     """Open the run's folder. `training` continues its newest checkpoint, else `resume`, else begins as it is.
 
     Args:
         remarks: what the log says of `training` as it is.
+        data_flip: what the flag `flip` is in checkpoints that are older than it.
 
     Returns: the folder, and remarks for the log.
     """
@@ -139,11 +139,11 @@ def begin_or_continue(training: Training, spec: Spec, flags: dict[str, Any], rem
     begun = world.on_main(lambda: run_name and checkpoint.latest(results / run_name))
     if flags["resume"] and not begun:  # a run that has begun does not need the flag
         with prefix_errors("`resume`"):
-            remarks, _ = continue_from(training, checkpoint.resolve(flags["resume"]), spec, flags)
+            remarks, _ = continue_from(training, checkpoint.resolve(flags["resume"]), spec, flags, data_flip)
     folder = world.on_main(lambda: open_run(results, run_name, spec.model.name))
     newest, damaged = world.on_main(lambda: newest_undamaged(folder))
     if newest:
-        remarks, as_described = continue_from(training, newest, spec, flags)
+        remarks, as_described = continue_from(training, newest, spec, flags, data_flip)
         training.saved = training.step if as_described else 0
     parameters = sum(p.numel() for p in training.parameters)
     return folder, [f"{spec.model.name}, {parameters:,} parameters", *damaged, *remarks]
@@ -151,7 +151,7 @@ def begin_or_continue(training: Training, spec: Spec, flags: dict[str, Any], rem
 
 def fixed_settings(spec: Spec, flags: dict[str, Any]) -> dict[str, Any]:
     """The settings that must not change when a run is continued, by the names that an error uses."""
-    fixed = {f"`{key}`": flags[key] for key in ("global_batch_size", "global_seed")}
+    fixed = {f"`{key}`": flags[key] for key in ("global_batch_size", "global_seed", "flip")}
     fixed["`diffusion_args`"] = {key: value for key, value in flags["diffusion_args"].items() if key != "sampling"}
     model = {"model": spec.model.name, **{f"model argument {key}": value for key, value in spec.model.args.items()}}
     model.pop("model argument gradient_checkpointing", None)
@@ -168,7 +168,7 @@ def open_run(results: Path, run_name: str | None, model: str) -> Path:
     Raises:
         UserError: another process has locked it.
     """
-    if run_name is not None and (not run_name or Path(run_name).name != run_name):
+    if run_name is not None and (run_name in ("", "..") or Path(run_name).name != run_name):
         raise UserError(f"`run_name` {run_name!r} is not the name of a folder in `results_dir`")
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
     if launch == "none":  # torchrun's default, the same for every launch: its agent's process tells them apart
@@ -199,8 +199,14 @@ def new_folder(results: Path, model: str) -> Path:
             return folder
 
 
-def save_run(folder: Path, training: Training, spec: Spec, flags: dict[str, Any], name: str = "") -> None:
-    """Write `checkpoints/{name}`; without a name this step's checkpoint, unless it exists, and delete old ones."""
+def save_run(folder: Path, training: Training, spec: Spec, flags: dict[str, Any], name: str = "") -> int:
+    """Write `checkpoints/{name}`; without a name this step's checkpoint, unless it exists, and delete old ones.
+
+    Within a streak of skipped steps nothing is written or deleted. Returns how many were just skipped in a row.
+    """
+    if streak := int(training.meter.streak):
+        return streak
+    training.undo_step()  # one that has begun: its data did not come, or it failed
     state = training.state_dict() | {"args": flags, "spec": spec.to_dict()}
     if name:
         checkpoint.save(folder / "checkpoints" / name, state)
@@ -208,6 +214,14 @@ def save_run(folder: Path, training: Training, spec: Spec, flags: dict[str, Any]
         keep_last, every = flags["keep_last"] if isinstance(flags["keep_last"], tuple) else (flags["keep_last"], 0)
         save_step(folder, state, keep_last, every * flags["ckpt_every"])
         training.saved = training.step
+    return 0
+
+
+def streak_error(streak: float, folder: Path, resumed: str | None) -> CommonError:
+    newest = checkpoint.latest(folder) or resumed
+    good = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint from before"
+    return CommonError(f"{streak:.0f} steps in a row had a loss or gradient norm that is not finite. They were skipped and "
+                       f"nothing was saved since: {good}. Try a lower `lr`, or clip_norm in `optimizer_args`")
 
 
 def save_step(folder: Path, state: dict[str, Any], keep_last: int, every: int) -> None:
@@ -249,7 +263,8 @@ def newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
     return None, remarks
 
 
-def continue_from(training: Training, path: Path, spec: Spec, flags: dict[str, Any]) -> tuple[list[str], bool]:
+def continue_from(training: Training, path: Path, spec: Spec, flags: dict[str, Any],
+                  data_flip: bool) -> tuple[list[str], bool]:
     """Load a checkpoint of this run.
 
     Returns: remarks for the log, one for each flag that has changed; whether the checkpoint's Spec is still right.
@@ -261,7 +276,7 @@ def continue_from(training: Training, path: Path, spec: Spec, flags: dict[str, A
     if missing := {"args", "spec", *training.state_dict()} - set(state):
         raise UserError(f"{path} cannot be continued, it lacks {', '.join(sorted(missing))}; `init_from` takes only weights")
     stored_spec = checkpoint.spec_of(state, path)
-    stored, wanted = fixed_settings(stored_spec, state["args"]), fixed_settings(spec, flags)
+    stored, wanted = fixed_settings(stored_spec, {"flip": data_flip} | state["args"]), fixed_settings(spec, flags)
     for key in sorted(wanted | stored, key=lambda key: (key.startswith("model argument"), key != "model")):  # the model first
         if stored.get(key) != wanted.get(key):
             raise UserError(f"{path} was trained with {key} {stored.get(key)}, not {wanted.get(key)}: choose another "

@@ -2,16 +2,14 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from runtime import UserError
-from runtime.processes import CommonError
 
 # What a line of the log holds beside the scalars of training_losses.
 LOGGED = ("step", "time", "epoch", "samples", "loss_moving_mean", "skipped_steps", "lr", "grad_norm", "memory_gib",
@@ -58,11 +56,13 @@ class Training:
     best: float = math.inf                # the lowest validation loss of the EMA
     validations_since_best: int = 0
     saved: int = 0                        # the step of the newest checkpoint in the run's folder; not saved itself
+    before: list[Tensor] = field(default_factory=list)  # in the middle of a step: the model's buffers before it
 
     @classmethod
     def begin(cls, model: nn.Module, lr: float, args: OptimizerArgs) -> "Training":
         trained = [p for p in model.parameters() if p.requires_grad]
         opt = torch.optim.AdamW(trained, lr, args.betas, weight_decay=args.weight_decay, fused=True)
+        opt.found_inf = torch.zeros((), device=trained[0].device)  # 1.0: the fused AdamW skips the step, and so does the EMA
         return cls(model, copy.deepcopy(model).eval().requires_grad_(False), opt, LossMeter().to(trained[0].device))
 
     @property
@@ -82,15 +82,33 @@ class Training:
             nn.utils.clip_grads_with_norm_(self.parameters, clip_norm, norm)
         return norm
 
+    def begin_step(self) -> None:
+        """Keep the model's buffers: the statistics of a step that is skipped, or that fails, do not count."""
+        self.before = [buffer.clone() for buffer in self.model.buffers()]
+
+    @torch.no_grad()
+    def undo_step(self) -> None:
+        """After a failure between `begin_step` and the optimizer's step: the state is that before the step."""
+        for buffer, before in zip(self.model.buffers(), self.before):
+            buffer.copy_(before)
+        self.before = []
+
+    @torch.no_grad()
     def update_ema(self, decay: float) -> None:
-        """ema <- decay * ema + (1 - decay) * model, with a smaller decay in the first steps.
+        """ema <- decay * ema + (1 - decay) * model, with a smaller decay in the first steps. A skipped step changes nothing.
 
         Buffers, such as BatchNorm's statistics, are copied. Where processes differ in them, a checkpoint holds rank 0's.
+        The device decides whether the step is skipped: the host does not wait for it.
         """
-        decay = min(decay, (1 + self.step) / (10 + self.step))
-        get_ema_multi_avg_fn(decay)(*self.averaged, None)
-        for averaged, buffer in zip(self.ema.buffers(), self.model.buffers()):  # anew each time: a module may replace them
+        decay, skip = min(decay, (1 + self.step) / (10 + self.step)), self.opt.found_inf
+        rates = {dtype: (1 - skip).to(dtype) * (1 - decay) for dtype in {p.dtype for p in self.averaged[0]}}
+        for averaged, weight in zip(*self.averaged):
+            averaged.lerp_(weight, rates[averaged.dtype])
+        for buffer, before in zip(self.model.buffers(), self.before):  # anew each time: a module may replace them
+            buffer.copy_(torch.where(skip > 0, before, buffer))
+        for averaged, buffer in zip(self.ema.buffers(), self.model.buffers()):
             averaged.copy_(buffer)
+        self.before = []
 
     def validated_at(self, loss: float) -> bool:
         """Record a validation loss. Returns whether it is the lowest so far."""
@@ -109,7 +127,6 @@ class Training:
         for name in ("model", "ema", "opt", "meter"):
             getattr(self, name).load_state_dict(state[name])
         self.opt.param_groups[0].update(group)  # use the current --optimizer-args
-        self.meter.reset_streak()
         for name in ("step", "validated", "best", "validations_since_best"):
             setattr(self, name, state[name])
 
@@ -131,8 +148,9 @@ class LossMeter(nn.Module):
 
     def __init__(self):
         super().__init__()
-        for name in ("total", "count", "seen", "moving_mean", "skipped", "streak", "longest_streak"):
+        for name in ("total", "count", "seen", "moving_mean", "skipped"):
             self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("streak", torch.zeros(()), persistent=False)  # steps skipped in a row; never saved in one
 
     @property
     def terms(self) -> dict[str, Tensor]:
@@ -153,7 +171,6 @@ class LossMeter(nn.Module):
         self.moving_mean += (1 - skip) * (loss - self.moving_mean) / self.seen.clamp(1, self.HORIZON)
         self.skipped += skip
         self.streak.add_(skip).mul_(skip)
-        self.longest_streak.copy_(torch.maximum(self.longest_streak, self.streak))
         return skip
 
     def add_term(self, name: str, like: Tensor) -> None:
@@ -162,29 +179,18 @@ class LossMeter(nn.Module):
                             f"{', '.join(LOGGED)}")
         self.register_buffer(self.TERM + name, like.new_zeros(2))
 
-    def reset_streak(self) -> None:
-        """Reset the count of consecutive skips: steps skipped before a restart must not end the run after it."""
-        self.streak.zero_()
-        self.longest_streak.zero_()
-
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load the state of a checkpoint into a new meter. An older checkpoint has no terms: they start at zero."""
+        """Load the state of a checkpoint into a new meter. An older one may hold a streak, or no terms: they start at zero."""
+        state = {name: value for name, value in state.items() if name not in ("streak", "longest_streak")}
         for name in state.keys() - self.state_dict().keys():
             self.add_term(name.removeprefix(self.TERM), self.total)
         super().load_state_dict(state)
 
-    def read(self, max_skipped_steps: int) -> dict[str, float]:
-        """Mean losses since the last reading (nan if all steps were skipped), the moving mean of "loss", and all skipped steps.
-
-        Raises:
-            CommonError: too many consecutive steps were skipped.
-        """
-        if (streak := int(self.longest_streak)) >= max_skipped_steps:
-            raise CommonError(f"{streak} steps in a row had a loss or gradient norm that is not finite. They were skipped: the "
-                              "last checkpoint is good. Try a lower `lr`, or clip_norm in `optimizer_args`")
+    def read(self) -> dict[str, float]:
+        """Mean losses since the last reading (nan if all steps were skipped), their moving mean, and all skipped steps."""
         values = {"loss": (self.total / self.count).item()} | {
             name: (total / count).item() for name, (total, count) in self.terms.items()} | {
             "loss_moving_mean": self.moving_mean.item(), "skipped_steps": int(self.skipped)}
-        for buffer in (self.total, self.count, self.longest_streak, *self.terms.values()):
+        for buffer in (self.total, self.count, *self.terms.values()):
             buffer.zero_()
         return values
