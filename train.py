@@ -28,8 +28,8 @@ from runtime.processes import CommonError, Delayed, Stopped, StopSignal, World, 
 from runtime.randomness import generator, seed_global
 from small_models import NETWORKS, Autoencoder_models
 from training.datasets import load_dataset, load_everywhere, load_held_out
-from training.initial import Initial, changes, check_fit, init_from, read_initial, read_own, take_settings
-from training.objective import Objective, process_of
+from training.initial import Initial, changes, check_fit, check_time_scale, init_from, read_initial, read_own, take_settings
+from training.objective import Objective, check_rows, means_of, process_of
 from training.order import Batches, GlobalOrder
 from training.previews import preview, save_previews_gif
 from training.rows import Readable, Rows, choose_flip
@@ -129,9 +129,11 @@ class Trainer:
         self.flags = {name: value for name, value in args.as_dict().items() if name != "config"}  # as checkpoints hold them
         self.spec, label_drop = build_run_spec(args.model, args.model_args, args.diffusion_args, self.data, self.autoencoder)
         self.objective = Objective(process_of(self.spec), self.autoencoder, self.data, label_drop, args.precision)
+        check_rows(self.objective.process, self.order.rows)
         self.changes = changes(self.spec, label_drop, taken) if taken else []
         if self.initial:  # before a large network is built
             check_fit(self.spec.model.outline().state_dict(), self.initial, self.spec.classes)
+            check_time_scale(self.spec, self.initial.spec)
         torch.manual_seed(args.global_seed)  # only the initialisation draws from it
         model = self.spec.model.build().to(world.device).train()
         self.state = Training.begin(model, args.lr, self.optim)
@@ -208,7 +210,7 @@ class Trainer:
             with nullcontext() if last or self.world.size == 1 else self.network.no_sync():
                 losses = self.objective.losses(self.network, batch, labels, draws.rows(rows))
                 (losses["loss"].mean() / len(self.order.rows)).backward()
-            means = means + torch.stack([loss.detach().mean() for loss in losses.values()]) / len(self.order.rows)
+            means = means + torch.stack(means_of(losses)) / len(self.order.rows)
         return dict(zip(losses, self.world.mean(means)))
 
     def finish_step(self) -> None:
@@ -232,7 +234,7 @@ class Trainer:
         """The mean loss of raw and of EMA weights, always on the same held-out samples, at the same t and noise."""
         state, world, device, objective = self.state, self.world, self.world.device, self.objective._replace(label_drop=0.0)
         terms = objective.process.validation_terms
-        totals = torch.zeros(2 + len(terms), device=device)  # sums: the loss of raw weights, terms of EMA weights, samples
+        totals = torch.zeros(2, 1 + len(terms), device=device)  # sums, counts: the loss of raw weights, terms of EMA weights
         order = torch.randperm(len(self.held_out), generator=generator("val", len(self.held_out)))[:VAL_IMAGES]
         readable, unreadable = Readable(self.held_out, self.max_unreadable), {}
         state.model.eval()
@@ -244,13 +246,15 @@ class Trainer:
                 batch, labels = (part.to(device) for part in parts)
                 draws = objective.draw(("val", self.args.global_seed, k), len(rows), state.model, device)
                 raw, ema = (objective.losses(network, batch, labels, draws) for network in (state.model, state.ema))
-                totals += torch.stack([raw["loss"], *(ema[name] for name in terms), torch.ones_like(raw["loss"])]).sum(dim=1)
+                values = torch.stack([raw["loss"], *(ema[name] for name in terms)])
+                undefined = values.isnan() & torch.tensor([[name != "loss"] for name in ("loss", *terms)], device=device)
+                totals += torch.stack([values.masked_fill(undefined, 0.0), (~undefined).float()]).sum(dim=2)
             if (k + 1) % world.size == 0:
                 self.stop.check()
         state.model.train()
         self.report_unreadable(unreadable)
-        *sums, count = world.mean(totals).tolist()
-        means = dict(zip(["val_loss", *(f"val_{name}_ema" for name in terms)], (total / count for total in sums)))
+        sums, counts = world.mean(totals)
+        means = dict(zip(["val_loss", *(f"val_{name}_ema" for name in terms)], (sums / counts).tolist()))
         self.log.record(state.step, **means)
         skipped = world.on_main(state.meter.streak.item)  # then nothing is saved, `best.pt` neither
         if not skipped and state.validated_at(means["val_loss_ema"]):

@@ -138,6 +138,14 @@ def check_fit(state: dict[str, Tensor], initial: Initial, classes: list[str]) ->
                         f"config): they are then {initial.source}'s, a {initial.spec.model.name}")
 
 
+def check_time_scale(spec: Spec, initial: Spec) -> None:
+    """Raises UserError if the weights were trained with another scale of the times than the network embeds."""
+    wanted, stored = (of.model.args.get("time_scale", 1.0) for of in (spec, initial))
+    if wanted != stored:
+        raise UserError(f"`init_from`: its time_scale is {stored}, that of `model_args` {wanted}: with another one its weights "
+                        "mean nothing")
+
+
 def matching(state: dict[str, Tensor], initial: Initial, classes: list[str]) -> tuple[dict[str, Tensor], list[str] | None]:
     """The weights that fit a network's state dict, and the classes without one of that name (None: no class embeddings fit)."""
     weights, fresh = fitted(initial.weights, state), None

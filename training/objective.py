@@ -12,6 +12,7 @@ from diffusion import create_diffusion
 from diffusion.process import TrainingProcess
 from pipeline.autoencoders import latents_of
 from pipeline.spec import Spec
+from runtime import UserError
 from runtime.processes import autocast
 from runtime.randomness import generator
 from training.rows import TrainingData
@@ -55,6 +56,19 @@ class Objective(NamedTuple):
         y = torch.where(draws.drop_uniform < self.label_drop, len(self.data.classes), labels)
         with autocast(batch.device, self.precision):
             return self.process.training_losses(model, latents, draws.t, dict(y=y), draws.noise)
+
+
+def means_of(losses: dict[str, Tensor]) -> list[Tensor]:
+    """The mean of each loss (B,). Terms may be nan where they are undefined for a row; "loss" may not."""
+    return [loss.detach().mean() if name == "loss" else loss.detach().nanmean() for name, loss in losses.items()]
+
+
+def check_rows(process: TrainingProcess, micro_batches: list[slice]) -> None:
+    """Raises UserError if a micro-batch has not a multiple of the rows that a process takes together, such as FlowMap's two."""
+    multiple, rows = getattr(process, "rows_multiple", 1), micro_batches[0].stop - micro_batches[0].start
+    if rows % multiple:
+        raise UserError(f"`global_batch_size` leaves {rows} samples for each micro-batch of a process; this objective needs a "
+                        f"multiple of {multiple}")
 
 
 def process_of(spec: Spec) -> TrainingProcess:

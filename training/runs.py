@@ -117,7 +117,7 @@ def assemble_spec(model: str, model_args: dict[str, Any], from_data: dict[str, A
     if sampling:
         check(network, Network, "training needs")
     if diffusion.get("objective") == "flow-map":
-        with prefix_errors(f"`model` {model}:"):
+        with prefix_errors("`model_args`:"):
             check_network(network, spec.model.args.get("time_scale"))
     return spec
 
