@@ -55,6 +55,7 @@ def save(path: Path, state: dict) -> None:
     """
     hashing = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed during the run
         with files.atomic(path) as file:
             hashing = files.HashingFile(file)
             torch.save(state, hashing)

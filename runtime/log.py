@@ -68,8 +68,7 @@ class Log:
 
     def say(self, text: str) -> None:
         if self.active:
-            with open(self.folder / "log.txt", "a", errors="backslashreplace") as file:
-                file.write(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n")
+            self._append("log.txt", f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n")
             tqdm.write(text)
             sys.stdout.flush()
 
@@ -78,10 +77,7 @@ class Log:
         if self.active:
             finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
             line = {"step": step, "time": round(time.time(), 1)} | finite
-            with open(self.metrics, "a") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())  # the log must survive a power cut if the checkpoint does
+            self._append("metrics.jsonl", json.dumps(line) + "\n", sync=True)
             self.say(", ".join(f"{name} {value:.5g}" for name, value in ({"step": step} | scalars).items()))
             self._track("scalars", step, scalars)
 
@@ -90,6 +86,14 @@ class Log:
 
     def close(self) -> None:
         self._track("close")
+
+    def _append(self, name: str, line: str, sync: bool = False) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)  # it may have been removed during the run
+        with open(self.folder / name, "a", errors="backslashreplace") as file:
+            file.write(line)
+            if sync:  # the log must survive a power cut if the checkpoint does
+                file.flush()
+                os.fsync(file.fileno())
 
     def _track(self, method: str, *values) -> None:
         """Call a method of the tracker. If the tracker fails, the run continues without it."""

@@ -1,3 +1,4 @@
+import shutil
 from unittest import mock
 
 import pytest
@@ -19,6 +20,16 @@ def test_a_continued_log_drops_steps_after_the_checkpoint(tmp_path):
         file.write('{"step": 4, "los')  # killed in the middle of a line
     Log(tmp_path, MAIN, 2, "none", {}).record(3, loss=0.5)
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 0.1), (2, 0.2), (3, 0.5)]
+
+
+def test_a_folder_removed_during_a_run_is_made_again(tmp_path):
+    folder = tmp_path / "results" / "run"
+    folder.mkdir(parents=True)
+    log = Log(folder, MAIN, 0, "none", {})
+    for step, write in enumerate((lambda: log.record(1, loss=0.5), lambda: log.say("still here"))):
+        shutil.rmtree(folder.parent)
+        write()
+        assert (folder / ("metrics.jsonl", "log.txt")[step]).read_text()
 
 
 def test_other_processes_log_nothing(tmp_path):

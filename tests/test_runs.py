@@ -1,7 +1,9 @@
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 from diffusion import OBJECTIVES, create_diffusion
@@ -10,7 +12,7 @@ from pipeline import checkpoint
 from pipeline.autoencoders import Pixels
 from runtime import UserError
 from training.datasets import load_dataset
-from training.runs import build_run_spec, new_folder, open_run, save_step
+from training.runs import build_run_spec, list_skipped, new_folder, open_run, save_step
 
 # --- flags -> Spec -------------------------------------------------------------------------------
 
@@ -74,6 +76,17 @@ def test_a_run_is_a_folder_in_results(tmp_path):
         with pytest.raises(UserError, match=r"`run_name` .* is not the name of a folder in `results_dir`"):
             open_run(tmp_path / "results", name, "DiT-S/2")
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_a_folder_removed_during_a_run_is_made_again(tmp_path):
+    folder = tmp_path / "results" / "run"
+    for write in (lambda: save_step(folder, {"step": 3, "w": torch.ones(2)}, 0, 0), lambda: list_skipped(folder, ["x"])):
+        write()
+        shutil.rmtree(folder)
+        write()
+        shutil.rmtree(tmp_path / "results")
+    save_step(folder, {"step": 3, "w": torch.ones(2)}, 0, 0)
+    assert checkpoint.load(folder / "checkpoints" / "0000003.pt")["step"] == 3
 
 
 def test_new_runs_are_numbered_after_the_highest_run(tmp_path):

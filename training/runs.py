@@ -235,6 +235,7 @@ def list_skipped(folder: Path, sentences: Iterable[str]) -> list[str]:
     known = path.read_text().splitlines() if path.exists() else []
     new = sorted(set(sentences) - set(known))
     if new:
+        folder.mkdir(parents=True, exist_ok=True)  # it may have been removed during the run
         write_text(path, "".join(f"{sentence}\n" for sentence in known + new))
     return new
 
