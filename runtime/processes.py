@@ -20,7 +20,8 @@ from runtime import UserError
 
 TIMEOUT = timedelta(hours=2)  # how long processes wait while the main one downloads or counts a folder's images
 STEP_TIMEOUT = 1800.0  # seconds, from the first step on; DINEXT_TIMEOUT in the environment changes it
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal, or ssh, was closed
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,  # SIGHUP: the terminal, or ssh, was closed
+           signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)  # of submitit, PBS, SGE and `ulimit -t` before they kill
 PATIENCE = 10  # seconds that a process which is to stop waits for its data, so that all can stop at the same step
 MAX_CALLS = 100  # steps between two questions for signals, should the steps become slower at once
 BUCKET_MB = 100  # of gradients in one message of DDP: its default, 25, suits one machine, where latency is lower
