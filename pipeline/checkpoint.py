@@ -33,6 +33,7 @@ from pipeline.weights import WithoutDraws, find_weights, load_weights, stripped
 from runtime import UserError, files
 from runtime.cli import WRONG_VALUE, prefix_errors
 from runtime.files import sha256, sha256_file, write_json, write_text
+from runtime.processes import of_launch
 from small_models import Autoencoder_models
 
 # DiT's published weights; they carry their own non-commercial licence (CC BY-NC 4.0).
@@ -89,7 +90,7 @@ def verify(path: Path) -> None:
     Of the processes that torchrun started on a machine, the first one checks: its error ends the others.
     """
     beside = sha256_file(path)
-    if os.environ.get("LOCAL_RANK", "0") == "0" and beside.is_file() and beside.read_text().split()[:1] != [sha256(path)]:
+    if of_launch("LOCAL_RANK", 0) == 0 and beside.is_file() and beside.read_text().split()[:1] != [sha256(path)]:
         raise DamagedError(f"{path} is damaged: its sha256 differs from the one in {beside.name}")
 
 

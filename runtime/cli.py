@@ -19,7 +19,7 @@ import yaml
 
 from runtime import UserError
 from runtime.files import check_writable, printable
-from runtime.processes import CommonError
+from runtime.processes import CommonError, of_launch
 
 MAX_SIZE = 8192  # pixels of a side of an image
 WRONG_VALUE = (ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError)  # what libraries raise for a wrong value
@@ -277,7 +277,7 @@ def fail(message: object, common: bool = False) -> None:
 def first_to_fail() -> bool:
     """Whether no other process has reported a failure yet. If a process is lost, all the others fail at once."""
     if not dist.is_initialized():
-        return os.environ.get("LOCAL_RANK", "0") == "0"
+        return of_launch("LOCAL_RANK", 0) == 0
     try:
         return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
     except RuntimeError:  # the store was lost with its machine

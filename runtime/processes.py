@@ -104,7 +104,7 @@ def start_world(device: str | None, tf32: bool = True) -> World:
     if kind == "cpu":
         keep_freed_memory()
         torch.set_flush_denormal(True)  # numbers below 1e-38 are slow: with them a step of ConvAdaLN took 4 times as long
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_rank, local_size = of_launch("LOCAL_RANK", 0), of_launch("LOCAL_WORLD_SIZE", 1)
     if kind == "cuda":
         if local_size > torch.cuda.device_count():
             raise UserError(f"--nproc_per_node {local_size} is more than this machine's {torch.cuda.device_count()} GPUs")
@@ -119,6 +119,11 @@ def start_world(device: str | None, tf32: bool = True) -> World:
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=size,
                             device_id=target if kind == "cuda" else None, timeout=TIMEOUT)
     return World(rank, size, target, store)
+
+
+def of_launch(name: str, alone: int) -> int:
+    """LOCAL_RANK or LOCAL_WORLD_SIZE. Without RANK this process is `alone`, and another program has left them there."""
+    return int(os.environ.get(name, alone)) if "RANK" in os.environ else alone
 
 
 def check_launch(env: Mapping[str, str]) -> None:

@@ -82,9 +82,14 @@ def test_a_file_is_hashed_once_and_by_one_process_of_a_machine(tmp_path, monkeyp
     assert len(hashed) == 2
     (tmp_path / "y.pt").write_bytes(path.read_bytes())
     (tmp_path / "y.pt.sha256").write_text("0" * 64)
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     checkpoint.load(tmp_path / "y.pt")
     monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(checkpoint.DamagedError):
+        checkpoint.load(tmp_path / "y.pt")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("RANK")  # this process is alone
     with pytest.raises(checkpoint.DamagedError):
         checkpoint.load(tmp_path / "y.pt")
     assert len(hashed) == 3
