@@ -85,12 +85,16 @@ class DamagedError(UserError):
 
 
 def verify(path: Path) -> None:
-    """Raises DamagedError if a checkpoint does not have the sha256 stored beside it. Files without one, such as DiT's, pass.
+    """Raises DamagedError if a checkpoint does not have the sha256 stored beside it. Files without one, such as DiT's, pass,
+    and so do those whose file beside them is empty or holds something else.
 
     Of the processes that torchrun started on a machine, the first one checks: its error ends the others.
     """
     beside = sha256_file(path)
-    if of_launch("LOCAL_RANK", 0) == 0 and beside.is_file() and beside.read_text().split()[:1] != [sha256(path)]:
+    if of_launch("LOCAL_RANK", 0) != 0 or not beside.is_file():
+        return
+    stored = re.search(r"\b[0-9a-f]{64}\b", beside.read_text(errors="replace").lower())
+    if stored and stored[0] != sha256(path):
         raise DamagedError(f"{path} is damaged: its sha256 differs from the one in {beside.name}")
 
 
