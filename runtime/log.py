@@ -58,9 +58,11 @@ class Log:
         write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         self.metrics = folder / "metrics.jsonl"
         if self.metrics.exists():  # steps after the last checkpoint will be logged again
-            lines = self.metrics.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_text(self.metrics, "".join(kept))
+            lines = self.metrics.read_text(errors="replace").splitlines(keepends=True)
+            steps = [step_of(line) for line in lines if line.endswith("\n")]  # the last one may have been cut by a kill
+            write_text(self.metrics, "".join(line for line, of in zip(lines, steps) if of is not None and of <= step))
+            if spoilt := steps.count(None):
+                self.say(f"{self.metrics}: {spoilt} lines are damaged and were dropped")
         try:
             self.tracker = TRACKERS[tracker](folder, config, step)
         except Exception as error:  # a tracker's server can fail in any way
@@ -102,6 +104,14 @@ class Log:
         except Exception as error:
             self.tracker = NoTracker(self.folder, {}, 0)
             self.say(f"tracker disabled after an error: {cli.one_line(error)}")
+
+
+def step_of(line: str) -> float | None:
+    """The step of a line of metrics.jsonl; None if the line is damaged."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 class NoTracker:
