@@ -140,7 +140,11 @@ def begin_or_continue(training: Training, spec: Spec, flags: dict[str, Any], rem
     newest, damaged = world.on_main(lambda: newest_undamaged(folder))
     if newest:
         remarks, as_described = continue_from(training, newest, spec, flags, data_flip)
+        if training.step != int(newest.stem):
+            raise UserError(f"{newest} is of step {training.step}: it was renamed; call it {training.step:07d}.pt again")
         training.saved = training.step if as_described else 0
+        remarks += [f"--{name.replace('_', '-')} {flags[name]} is not used: this run continues its own checkpoint"
+                    for name in ("resume", "init_from") if flags[name]]
     parameters = sum(p.numel() for p in training.parameters)
     return folder, [f"{spec.model.name}, {parameters:,} parameters", *damaged, *remarks]
 
@@ -278,7 +282,9 @@ def continue_from(training: Training, path: Path, spec: Spec, flags: dict[str, A
         if stored.get(key) != wanted.get(key):
             raise UserError(f"{path} was trained with {key} {stored.get(key)}, not {wanted.get(key)}: choose another "
                             "`run_name`, or take only its weights with `init_from`")
-    training.load_state_dict(state)
+    with prefix_errors(f"{path} cannot be continued:", LookupError, AttributeError, *WRONG_VALUE):
+        training.check(state)
+        training.load_state_dict(state)
     free = ("data_path", "max_steps", "epochs", "lr", "ema_decay", "diffusion_args", "optimizer_args", "precision")
     changed = [f"--{key.replace('_', '-')} was {state['args'][key]}, is now {flags[key]}"
                for key in free if state["args"][key] != flags[key]]
