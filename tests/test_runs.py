@@ -91,6 +91,17 @@ def test_a_folder_removed_during_a_run_is_made_again(tmp_path):
     assert checkpoint.load(folder / "checkpoints" / "0000003.pt")["step"] == 3
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "previews").write_text("")
+    for name, words in (("file", r"file/checkpoints: Not a directory"), ("run", r"run/previews: File exists"),
+                        (256 * "x", "x/checkpoints: File name too long")):
+        with pytest.raises(OSError, match=rf"^cannot make the folder .*{words}; choose another `run_name`$") as error:
+            open_run(tmp_path, name, "DiT-S/2")
+        assert error.value.errno is None  # cli.run makes one line of it
+
+
 CONTINUED = [*TINY_RUN, "--diffusion-args", '{"objective": "flow"}', "--run-name", "r"]
 
 

@@ -177,9 +177,12 @@ def open_run(results: Path, run_name: str | None, model: str) -> Path:
     if folder is None and is_restart(launch):
         folder = next((file.parent for file in sorted(results.glob("[0-9][0-9][0-9]-*/launch"), reverse=True)
                        if file.read_text() == launch), None)
-    folder = folder or new_folder(results, model.replace("/", "-"))
-    for part in ("checkpoints", "previews"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+    try:
+        folder = folder or new_folder(results, model.replace("/", "-"))
+        for part in ("checkpoints", "previews"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the folder {error.filename}: {error.strerror}; choose another `run_name`") from None
     file = folder / "launch"
     restart = is_restart(launch) and file.read_text() == launch if file.is_file() else is_restart()
     lock_folder(folder, restart, "choose another `run_name`")
