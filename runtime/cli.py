@@ -26,7 +26,8 @@ WRONG_VALUE = (ValueError, TypeError, ArithmeticError, RuntimeError, AssertionEr
 
 # Of the system, not of the program; None: an error that we raise, with a sentence.
 FAULTS = {None, *(getattr(errno, name) for name in "EACCES EPERM EROFS ENOSPC EDQUOT EFBIG EIO ESTALE EMFILE ENFILE ENOMEM "
-                  "ETIMEDOUT ECONNREFUSED EHOSTUNREACH ENETUNREACH".split())}
+                  "ETIMEDOUT ECONNREFUSED ECONNRESET EHOSTUNREACH EHOSTDOWN ENETUNREACH ENOTCONN EPIPE ENODEV ENXIO "
+                  "ENAMETOOLONG ENOTDIR".split())}
 # Of gloo, NCCL and torch's store; NCCL's errors of the own GPU, such as its memory, are not among them.
 LOST = r"(?i)(connection (was likely )?(closed|reset|refused)|timed out waiting|remote process exited|broken pipe)[^\n]*"
 
@@ -256,10 +257,15 @@ def run(main: Callable[[jsonargparse.Namespace], None], parser: ArgumentParser) 
     except Exception as error:
         if not dist.is_initialized():
             raise
-        if isinstance(error, RuntimeError) and (lost := re.search(LOST, str(error))):
+        if lost := is_lost(error):
             fail(f"lost another process of this run ({lost[0]}); the same command continues it from its last checkpoint")
         traceback.print_exc()
         fail(f"{type(error).__name__}: {error}")
+
+
+def is_lost(error: BaseException) -> re.Match | None:
+    """Whether an error tells of the loss of another process."""
+    return re.search(LOST, str(error)) if isinstance(error, RuntimeError) else None
 
 
 def fail(message: object, common: bool = False) -> None:

@@ -31,6 +31,8 @@ def picture(file: str | Path | BinaryIO, name: str | None = None) -> Iterator[Im
             yield image
     except UnidentifiedImageError:
         raise OSError(f"cannot read the image {name or file}: it is no picture of a known format") from None
+    except MemoryError:
+        raise
     except Exception as error:  # decoders of damaged files raise anything: IndexError, KeyError, TypeError, struct.error, …
         kind = "" if isinstance(error, OSError | SyntaxError | ValueError) else f"{type(error).__name__}: "
         raise OSError(f"cannot read the image {name or file}: {kind}{error}") from None

@@ -2,6 +2,7 @@ import io
 import itertools
 import struct
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image, ImageOps
 from torchvision.utils import make_grid
 
 from runtime.pictures import center_crop, grid, open_rgb, picture, to_uint8, to_unit_range, upright_size
+from runtime.processes import Stopped
 
 
 def test_unit_range_reaches_both_ends_and_uint8_rounds_to_the_nearest_level():
@@ -182,3 +184,7 @@ def test_whatever_a_decoder_raises_is_a_picture_that_cannot_be_read(monkeypatch)
     monkeypatch.setattr(Image.Image, "convert", lambda image, mode: [][0])
     with pytest.raises(OSError, match=r"^cannot read the image x: IndexError: list index out of range$"):
         open_rgb(png(2, 8, 0, bytes([3, 6]), [3]), "x")
+    for error in (Stopped, MemoryError):  # a signal in the middle of a picture, and what is no fault of the picture
+        monkeypatch.setattr(Image.Image, "convert", mock.Mock(side_effect=error))
+        with pytest.raises(error):
+            open_rgb(png(2, 8, 0, bytes([3, 6]), [3]), "x")

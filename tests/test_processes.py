@@ -56,7 +56,7 @@ def test_a_world_of_one_needs_no_torchrun(monkeypatch):
 
 
 def test_processes_ask_for_signals_once_a_second_and_stop_at_the_same_step(monkeypatch):
-    """Two processes as threads. Their clocks run at 0.02 and 0.0201 s a step; the second one hears a signal at step 100."""
+    """Two processes as threads. Their clocks run at 0.02 and 0.0201 s a step; the second one hears a signal at step 105."""
     clock, meeting, shared, asks = threading.local(), threading.Barrier(2, timeout=30), [None, None], []
 
     def all_reduce(tensor, op, group):
@@ -70,7 +70,7 @@ def test_processes_ask_for_signals_once_a_second_and_stop_at_the_same_step(monke
         clock.now, signals[rank].asked = 0.0, 0.0
         for step in range(1, 1000):
             clock.now += (0.02, 0.0201)[rank]
-            if (rank, step) == (1, 100):
+            if (rank, step) == (1, 105):
                 signals[rank].name = "SIGTERM"
             try:
                 signals[rank].check(paced=True)
@@ -86,8 +86,8 @@ def test_processes_ask_for_signals_once_a_second_and_stop_at_the_same_step(monke
         one.group = SimpleNamespace(rank=rank)
     monkeypatch.setattr("runtime.processes.time", SimpleNamespace(monotonic=lambda: clock.now))
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(train, range(2))) == [138, 138]
-    assert len(asks) == 2 * 8  # at steps 1, 3, 7, 15, 31, 40, 89 and 138
+        assert list(pool.map(train, range(2))) == [120, 120]
+    assert len(asks) == 2 * 10  # at steps 1, 3, 7, 15, 31, 40, 60, 80, 100 and 120
 
 
 def test_what_schedulers_send_before_they_kill_stops_a_run_too():

@@ -202,12 +202,14 @@ def new_folder(results: Path, model: str) -> Path:
             return folder
 
 
-def save_run(folder: Path, training: Training, spec: Spec, flags: dict[str, Any], name: str = "") -> int:
+def save_run(folder: Path, training: Training, spec: Spec, flags: dict[str, Any], name: str = "", tolerated: int = 0) -> int:
     """Write `checkpoints/{name}`; without a name this step's checkpoint, unless it exists, and delete old ones.
 
-    Within a streak of skipped steps nothing is written or deleted. Returns how many were just skipped in a row.
+    Within a streak of more than `tolerated` skipped steps nothing is written, and within any nothing is deleted.
+
+    Returns: how many were just skipped in a row, 0 if the checkpoint is there.
     """
-    if streak := int(training.meter.streak):
+    if (streak := int(training.meter.streak)) > tolerated:
         return streak
     training.undo_step()  # one that has begun: its data did not come, or it failed
     state = training.state_dict() | {"args": flags, "spec": spec.to_dict()}
@@ -215,7 +217,7 @@ def save_run(folder: Path, training: Training, spec: Spec, flags: dict[str, Any]
         checkpoint.save(folder / "checkpoints" / name, state)
     elif training.saved != training.step:
         keep_last, every = flags["keep_last"] if isinstance(flags["keep_last"], tuple) else (flags["keep_last"], 0)
-        save_step(folder, state, keep_last, every * flags["ckpt_every"])
+        save_step(folder, state, 0 if streak else keep_last, every * flags["ckpt_every"])
         training.saved = training.step
     return 0
 
