@@ -118,6 +118,14 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path):
     assert load_dataset(str(tmp_path / "c")).classes == ["bus", "train"]
 
 
+def test_parts_within_the_classes_are_refused(tmp_path):
+    pictures(tmp_path / "a", "cat/train/1.png", "cat/test/1.png", "dog/test/1.png", "dog/train/1.png")
+    with pytest.raises(UserError, match=r"`data_path` .*a: each class holds the parts test, train .*a/test/cat in place of"):
+        load_dataset(str(tmp_path / "a"))
+    pictures(tmp_path / "b", "cat/train/1.png", "cat/test/1.png", "dog/1.png")
+    assert len(load_dataset(str(tmp_path / "b"))) == 3
+
+
 def test_edms_labels_of_pictures_are_read(tmp_path):
     folder = pictures(tmp_path / "edm", "00000/img0.png", "00000/img1.png", "00001/img2.png", "00001/img3.png")
     rows = [["00001/img2.png", 4], ["00000/img0.png", 0], ["00000/img1.png", 4]]
