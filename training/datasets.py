@@ -278,7 +278,10 @@ def torchvision_dataset(kind: str, root: str, split: str) -> Dataset:
 
     try:
         return getattr(torchvision.datasets, kind)(root, train=split == "train", download=True)  # only what is missing
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, AssertionError, ValueError, LookupError) as error:
+        raw = Path(root) / kind / "raw"
+        if not isinstance(error, OSError) and len(list(raw.glob("*-ubyte"))) == 4:  # torchvision only looks whether they exist
+            raise OSError(f"`data_root` {root}: a file in {raw} is damaged: delete it, then it is made again") from None
         reason = one_line(error)[:200]
         raise FileNotFoundError(f"`data_root` {root}: {kind} is missing and cannot be downloaded: {reason}") from None
 
