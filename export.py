@@ -237,7 +237,7 @@ def pipeline_source() -> str:
     guidance_code = replace_once(inspect.getsource(guidance), f'"""{guidance.__doc__}"""', "")
     guidance_code = replace_once(guidance_code, "from runtime import UserError", "UserError = ValueError")
     guidance_code = replace_once(guidance_code, "from .schedules import MODEL_TIME", f"MODEL_TIME = {guidance.MODEL_TIME}")
-    imported = "from diffusion.guidance import MODEL_TIME, dynamic_threshold, guide, in_interval\n"
+    imported = "from diffusion.guidance import MODEL_TIME, check_interval, dynamic_threshold, guide, in_interval\n"
     return replace_once(parts_of_exported()[0], imported, guidance_code.strip() + "\n").rstrip() + "\n"
 
 

@@ -32,6 +32,16 @@ def test_the_crop_is_the_middle_of_the_shorter_side_resized():
     assert np.array_equal(center_crop(Image.fromarray(image), 20), resized)
 
 
+def test_a_very_long_picture_is_cut_before_it_is_enlarged(monkeypatch):
+    pixels, sizes, resize = np.random.default_rng(0).integers(0, 256, (1, 3000, 3), dtype=np.uint8), [], Image.Image.resize
+    whole = np.asarray(Image.fromarray(pixels).resize((24000, 8), Image.Resampling.BICUBIC))[:, 11996:12004]
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, **kwargs: sizes.append(size) or resize(self, size, **kwargs))
+    assert np.array_equal(center_crop(Image.fromarray(pixels), 8), whole)
+    upright = np.ascontiguousarray(pixels.swapaxes(0, 1))
+    assert np.array_equal(center_crop(Image.fromarray(upright), 8), whole.swapaxes(0, 1))
+    assert sizes == [(800, 8), (8, 800)]
+
+
 def test_a_grid_is_torchvision_s_with_small_pictures_enlarged():
     draw = torch.Generator().manual_seed(0)
     for shape, columns, factor, padding in (((5, 70, 66, 3), 3, 1, 2), ((2, 9, 40, 1), 10, 8, 1), ((1, 32, 32, 3), 2, 2, 1)):
