@@ -81,6 +81,8 @@ def main(args: Namespace) -> None:
         "seconds": round(time.perf_counter() - start, 1), "processes": world.size,
         "peak_memory_gib": round(peak_memory(world.device), 2)}
     if world.is_main:
+        if samples and Path(args.ref).resolve() == Path(args.samples).resolve():
+            print(f"SAMPLES {args.samples} is REF: the set is compared with itself")
         print(*(side.say() for side in (ref, samples, training) if side), *say(figures), sep="\n")
         print(f"{report['seconds']} s, {report['peak_memory_gib']} GiB at most; processes: {world.size}")
         if args.json:

@@ -183,9 +183,9 @@ def prediction_of(process: Process) -> str:
     """What the network predicts: "epsilon", "v", "x0" or "flow". UserError for any other process."""
     if isinstance(process, GaussianDiffusion):
         return process.prediction
-    if isinstance(process, FlowMatching):
+    if type(process) is FlowMatching and (process.prediction, process.shift) == ("velocity", 1):
         return "flow"
-    raise UserError(f"diffusers has no scheduler for a {type(process).__name__}")
+    raise UserError(f"--format diffusers has no form for a {type(process).__name__} like this one; the default format takes it")
 
 
 def scheduler_of(settings: SamplingSettings, process: Process, diffusion: Config) -> tuple[Config, list[int] | None]:
@@ -237,7 +237,7 @@ def pipeline_source() -> str:
     guidance_code = replace_once(inspect.getsource(guidance), f'"""{guidance.__doc__}"""', "")
     guidance_code = replace_once(guidance_code, "from runtime import UserError", "UserError = ValueError")
     guidance_code = replace_once(guidance_code, "from .schedules import MODEL_TIME", f"MODEL_TIME = {guidance.MODEL_TIME}")
-    imported = "from diffusion.guidance import MODEL_TIME, dynamic_threshold, guide, in_interval\n"
+    imported = "from diffusion.guidance import MODEL_TIME, check_interval, dynamic_threshold, guide, in_interval\n"
     return replace_once(parts_of_exported()[0], imported, guidance_code.strip() + "\n").rstrip() + "\n"
 
 

@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from diffusion.guidance import MODEL_TIME, dynamic_threshold, guide, in_interval
+from diffusion.guidance import MODEL_TIME, check_interval, dynamic_threshold, guide, in_interval
 
 
 class DiNextPipeline(DiffusionPipeline):
@@ -76,11 +76,16 @@ class DiNextPipeline(DiffusionPipeline):
         settings, device = self.config.sampling, self._execution_device
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r} is none of pil, np, pt, latent")
+        check_interval(guidance_interval)
+        if isinstance(generator, list) and not generator:
+            raise ValueError("generator is an empty list; expected one generator for each image, or None")
         first = generator[0] if isinstance(generator, list) else generator
         source = first.device if first else torch.device("cpu")
         if class_labels is None:
             class_labels = torch.randint(settings["num_classes"], (batch_size,), generator=first, device=source)
         y = torch.tensor(self.get_label_ids(class_labels), device=device)
+        if not len(y):
+            raise ValueError("no image is asked for: class_labels is empty, or batch_size is 0")
         if isinstance(generator, list) and len(generator) != len(y):
             raise ValueError(f"{len(generator)} generators were given for {len(y)} images")
         if latents is None:
@@ -102,6 +107,9 @@ class DiNextPipeline(DiffusionPipeline):
 
         images = x if output_type == "latent" else self.decode(x)
         self.maybe_free_model_hooks()
+        if not (x.isfinite().all() and images.isfinite().all()):
+            raise ValueError("the images are not finite, and would be black pictures; a lower guidance_scale, more steps or "
+                             "another dtype may help")
         if output_type == "pil":
             images = self.to_pil(images)
         elif output_type != "latent":

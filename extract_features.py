@@ -138,7 +138,7 @@ def lay_out(folder: Path, data: TrainingData, meta: dict) -> np.ndarray:
             if different := [key for key in meta if stored.get(key) != meta[key]]:
                 raise UserError(f"--features-path {folder} holds other features: their {different[0]} is "
                                 f"{stored.get(different[0])}, not {meta[different[0]]}")
-            check_files(folder, data, marks)
+            check_files(folder, data, marks, complete=path == done)
             return np.flatnonzero(np.load(folder / "labels.npy", mmap_mode="r") < 0) if path == begun else np.array([], int)
     channels, *size = meta["latent_shape"]
     shape = (meta["rows"], 2, 2 * channels, *size)
@@ -152,8 +152,11 @@ def lay_out(folder: Path, data: TrainingData, meta: dict) -> np.ndarray:
     return np.arange(meta["rows"])
 
 
-def check_files(folder: Path, data: TrainingData, marks: np.ndarray | None) -> None:
+def check_files(folder: Path, data: TrainingData, marks: np.ndarray | None, complete: bool) -> None:
     """Check that the images which are encoded have not changed since, by `describe_files`. The others may: they were repaired.
+
+    Args:
+        complete: whether no image will be encoded any more.
 
     Raises:
         UserError: they have changed.
@@ -164,13 +167,17 @@ def check_files(folder: Path, data: TrainingData, marks: np.ndarray | None) -> N
     if not path.is_file():
         return print(f"{folder} is of an older version and does not tell of which files it was made: it is taken as it is, "
                      "even if they have changed")
-    changed = (np.load(path) != marks) & encoded[:, None]
+    different = np.load(path) != marks
+    changed = different & encoded[:, None]
     if changed.any():
         row, what = int(changed.any(axis=1).argmax()), "name, label or size" if changed[:, 0].any() else "time"
         raise UserError(f"--features-path {folder} was made of other images: {changed.any(axis=1).sum():,} have changed since "
                         f"in {what}, such as {file_of(data, row)}. Delete the folder or choose another one; if they are the "
                         f"same images nevertheless, delete {path}")
-    save_marks(folder, marks)
+    if complete and (repaired := int(different.any(axis=1).sum())):
+        print(f"{repaired} images that were left out have changed since: delete {folder} to encode them")
+    elif not complete:
+        save_marks(folder, marks)
 
 
 def file_of(data: TrainingData, row: int) -> str | None:

@@ -231,13 +231,13 @@ def finish(out: Path, batches: list[range], size: tuple[int, int], label: Callab
 
 
 def write_pngs(out: Path) -> None:
-    """Write the missing ones of NAME/000000.png, …"""
+    """Write the missing and the empty ones of NAME/000000.png, …"""
     folder = out.with_suffix("")
     folder.mkdir(exist_ok=True)
 
     def write(i: int, image: np.ndarray) -> None:
         path = folder / f"{i:06d}.png"
-        if not path.exists():
+        if not path.exists() or not path.stat().st_size:
             with atomic(path) as file:
                 Image.fromarray(image).save(file, format="PNG")
 

@@ -11,24 +11,31 @@ processes (CUDA's generator draws a large tensor differently on another model).
 import math
 import time
 from contextlib import nullcontext, suppress
-from pathlib import Path
 
 import torch
 from jsonargparse import ActionYesNo, Namespace
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline import checkpoint
 from pipeline.autoencoders import check_features, load_autoencoder
-from pipeline.spec import Statistics
 from runtime import UserError, cli
 from runtime.files import check_writable
 from runtime.log import TRACKERS, Log, Stopwatch, check_tracker, peak_memory
-from runtime.processes import CommonError, Delayed, Stopped, StopSignal, World, distribute, shorten_timeouts, start_world
+from runtime.processes import (
+    CommonError,
+    Delayed,
+    Stopped,
+    StopSignal,
+    World,
+    distribute,
+    set_timeouts,
+    start_world,
+    step_timeout,
+)
 from runtime.randomness import generator, seed_global
 from small_models import NETWORKS, Autoencoder_models
 from training.datasets import load_dataset, load_everywhere, load_held_out
-from training.initial import Initial, changes, check_fit, check_time_scale, init_from, read_initial, read_own, take_settings
+from training.initial import DEFAULT_MODEL, changes, check_fit, check_time_scale, find_initial, init_from
 from training.objective import Objective, check_rows, means_of, process_of
 from training.order import Batches, GlobalOrder
 from training.previews import preview, save_previews_gif
@@ -36,7 +43,6 @@ from training.rows import Readable, Rows, choose_flip
 from training.runs import begin_or_continue, build_run_spec, list_skipped, save_run, streak_error
 from training.state import OptimizerArgs, Training
 
-DEFAULT_MODEL = "DiT-XL/2"
 VAL_IMAGES, VAL_BATCH = 4096, 64
 
 
@@ -79,23 +85,25 @@ def main(args: Namespace) -> None:
     run.begin()
     start = time.perf_counter()
     try:
-        with tqdm(desc="training", initial=run.first, total=run.max_steps, disable=not world.is_main) as bar:
-            if run.first:
-                run.finish_step()  # an interruption may have left something undone
-            while not run.over:
-                run.step()
-                bar.update()
-                run.finish_step()
-    except Stopped as signal:
-        while not run.save():  # within a streak of skipped steps, which the next good step ends, or too many skipped ones do
-            run.step()
-        ending = f"Stopped by {signal}; the same command with --run-name {run.folder.name} goes on"
+        try:
+            with tqdm(desc="training", initial=run.first, total=run.max_steps, disable=not world.is_main) as bar:
+                if run.first:
+                    run.finish_step()  # an interruption may have left something undone
+                while not run.over:
+                    run.step()
+                    bar.update()
+                    run.finish_step()
+            ending = f"Finished: {run.folder}"
+        except Stopped as signal:
+            while not run.save():  # in a streak of skipped steps, which the next good step ends, or too many skipped ones do
+                with suppress(Stopped):  # no data came: then `save` ends the run
+                    run.step()
+            ending = f"Stopped by {signal}; the same command with --run-name {run.folder.name} goes on"
     except BaseException as error:
         run.rescue(error)
         raise
-    else:
+    if run.over:
         world.on_main(lambda: save_previews_gif(run.folder))
-        ending = f"Finished: {run.folder}"
     run.log.say(f"{ending}. Step {run.state.step} of {run.max_steps}; {run.state.step - run.first} steps in "
                 f"{time.perf_counter() - start:.0f} s")
     run.log.close()
@@ -107,7 +115,9 @@ class Trainer:
     def __init__(self, args: Namespace, world: World):
         """Build data, autoencoder, objective, network and optimizer from the flags. Nothing is written yet."""
         self.args, self.world, self.optim = args, world, check_flags(args)
-        self.initial, taken, statistics = find_initial(args, world)
+        chosen, self.initial, taken, statistics = find_initial(args.as_dict(), world)
+        for name, value in chosen.items():
+            setattr(args, name, value)
         where = (args.image_size, args.data_root)
         self.data = load_everywhere(world, args.data_path, lambda: load_dataset(
             args.data_path, *where, num_classes=args.num_classes))
@@ -166,7 +176,7 @@ class Trainer:
         return f"{len(self.data):,} samples of {len(classes):,} classes ({cli.shortened(classes, 5)}), {mirrored}"
 
     def step(self) -> None:
-        """One optimizer step. The host waits for the device only where a line is logged, and then for the step before."""
+        """One optimizer step. The host waits for the device only until the step before is done, or where a line is logged."""
         args, state = self.args, self.state
         state.begin_step()
         self.stopwatch.start()
@@ -184,7 +194,7 @@ class Trainer:
         state.step += 1
         self.sound = True
         if state.step == self.first + 1 and self.stop.group:
-            shorten_timeouts(None, self.stop.group)
+            set_timeouts(None, self.stop.group)
         streak, self.streak = self.streak.read(), Delayed(state.meter.streak)
         means = state.meter.read() if self.due(args.log_every) else None
         self.stopwatch.stop()
@@ -194,7 +204,7 @@ class Trainer:
                             grad_norm=grad_norm.item(), memory_gib=peak_memory(self.world.device),
                             **self.stopwatch.read(self.order.batch_size, self.batches.read_waited()))
             self.report_unreadable(self.batches.unreadable)
-        if streak >= self.optim.max_skipped_steps:
+        if streak >= self.optim.max_skipped_steps and int(state.meter.streak):
             raise streak_error(streak, self.folder, args.resume)
 
     def accumulate_gradients(self) -> dict[str, Tensor]:
@@ -237,7 +247,6 @@ class Trainer:
         totals = torch.zeros(2, 1 + len(terms), device=device)  # sums, counts: the loss of raw weights, terms of EMA weights
         order = torch.randperm(len(self.held_out), generator=generator("val", len(self.held_out)))[:VAL_IMAGES]
         readable, unreadable = Readable(self.held_out, self.max_unreadable), {}
-        state.model.eval()
         for k, rows in enumerate(tqdm(order.split(VAL_BATCH), desc="validation", leave=False, disable=not world.is_main)):
             if k % world.size == world.rank:
                 with self.stop.waiting():
@@ -245,13 +254,14 @@ class Trainer:
                 unreadable |= found
                 batch, labels = (part.to(device) for part in parts)
                 draws = objective.draw(("val", self.args.global_seed, k), len(rows), state.model, device)
+                state.model.eval()
                 raw, ema = (objective.losses(network, batch, labels, draws) for network in (state.model, state.ema))
+                state.model.train()
                 values = torch.stack([raw["loss"], *(ema[name] for name in terms)])
                 undefined = values.isnan() & torch.tensor([[name != "loss"] for name in ("loss", *terms)], device=device)
                 totals += torch.stack([values.masked_fill(undefined, 0.0), (~undefined).float()]).sum(dim=2)
             if (k + 1) % world.size == 0:
                 self.stop.check()
-        state.model.train()
         self.report_unreadable(unreadable)
         sums, counts = world.mean(totals)
         means = dict(zip(["val_loss", *(f"val_{name}_ema" for name in terms)], (sums / counts).tolist()))
@@ -276,24 +286,37 @@ class Trainer:
 
     def save(self, name: str = "") -> bool:
         """Write a checkpoint, on the main process, and delete old ones. Returns False, and writes nothing, within a streak of
-        skipped steps: the weights may be what makes their losses infinite. All processes must call this together."""
-        streak = self.world.on_main(lambda: save_run(self.folder, self.state, self.spec, self.flags, name))
-        if streak and (self.over or self.stop.waits):  # no step is left
+        skipped steps: the weights may be what makes their losses infinite. (At the end of a run a streak below the limit is
+        saved.) All processes must call this together."""
+        tolerated = self.optim.max_skipped_steps - 1 if self.over else 0
+        streak = self.world.on_main(lambda: save_run(self.folder, self.state, self.spec, self.flags, name, tolerated))
+        if streak and (self.over or self.stop.failed):  # no step is left
             raise streak_error(streak, self.folder, self.args.resume)
         return not streak
 
     def rescue(self, error: BaseException) -> None:
-        """Save what a failure would lose. Only this process knows of it, so the main one writes, without asking the others."""
-        step, said, half_a_sum = self.state.step, "", isinstance(error, torch.distributed.DistBackendError)  # on the GPU
-        if not self.world.is_main or not self.sound or half_a_sum:
+        """Save what a failure would lose. Perhaps only this process knows of it: the main one writes and asks nobody."""
+        step, said, world = self.state.step, "", self.world
+        if not world.is_main:
+            if isinstance(error, CommonError):  # torchrun kills the main one half a minute after this one has ended
+                with suppress(RuntimeError):
+                    world.store.wait(["rescued"], step_timeout())
             return
         try:
-            if self.state.saved != step and not save_run(self.folder, self.state, self.spec, self.flags):
+            if self.sound and self.state.saved != step and not self.half_a_sum(error) and not save_run(
+                    self.folder, self.state, self.spec, self.flags):
                 said = f"Saved step {step} before the error; the same command with --run-name {self.folder.name} goes on"
         except Exception as also:  # such as a full disk: the first error is the one to report
             said = f"Step {step} could not be saved: {cli.one_line(also)}"
+        finally:
+            world.add("rescued", 1)
         with suppress(OSError):
             said and self.log.say(said)
+
+    def half_a_sum(self, error: BaseException) -> bool:
+        """Whether the GPU waits for ever, for a process that is lost."""
+        lost = isinstance(error, torch.distributed.DistBackendError) or cli.is_lost(error)
+        return bool(lost) and self.world.device.type == "cuda"
 
     @property
     def over(self) -> bool:
@@ -302,27 +325,6 @@ class Trainer:
     def due(self, every: int) -> bool:
         """Whether to act after this step: at every multiple (0: none), and at the end."""
         return self.over or (every > 0 and self.state.step % every == 0)
-
-
-def find_initial(args: Namespace, world: World) -> tuple[Initial | None, Initial | None, Statistics | None]:
-    """Complete --model and, if --init-from says what it is, the other flags of the network.
-
-    Returns: the checkpoint whose weights the run begins with; that whose settings it takes; and the statistics of the latents
-    that its network has learnt. A run (of that --run-name) with a checkpoint of its own takes the last two from that: it
-    continues even when the other is gone.
-    """
-    folder, own, source, taken = Path(args.results_dir, args.run_name or ""), None, None, None
-    begun = world.on_main(lambda: bool(args.run_name and checkpoint.latest(folder)))
-    if args.init_from:
-        own = read_own(folder) if begun else None
-        with cli.prefix_errors("--init-from"):
-            source = own or world.main_first(lambda: read_initial(args.init_from))
-            if args.model is None:
-                taken = source
-                for name, value in take_settings(source, args.as_dict()).items():
-                    setattr(args, name, value)
-    args.model = args.model or DEFAULT_MODEL
-    return None if own else source, taken, source and source.spec.statistics
 
 
 def check_flags(args: Namespace) -> OptimizerArgs:

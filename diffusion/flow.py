@@ -48,6 +48,11 @@ class FlowMatching(SamplingLoops):
     def __init__(self, num_timesteps: int = 1000, time_sampling: str = "uniform", loss: str = "velocity",
                  prediction: str = "velocity", time_mean: float = 0.0, time_std: float = 1.0, shift: float = 1.0,
                  shift_training: bool = False):
+        for name, value in (("time_std", time_std), ("shift", shift)):
+            if not 0 < value < math.inf:
+                raise UserError(f"{name} {value} is not a positive number")
+        if not math.isfinite(time_mean):
+            raise UserError(f"time_mean {time_mean} is not a finite number")
         if time_sampling not in TIME_SAMPLING:
             raise UserError(f"time_sampling {time_sampling!r} is unknown; allowed: {', '.join(TIME_SAMPLING)}")
         if loss not in LOSSES:
@@ -58,8 +63,6 @@ class FlowMatching(SamplingLoops):
             raise UserError(f"flow_loss {loss!r} needs prediction 'velocity'")
         if time_sampling == "uniform" and (time_mean, time_std) != (0, 1):
             raise UserError("time_mean and time_std apply only to time_sampling 'logit-normal'")
-        if not (time_std > 0 and shift > 0 and math.isfinite(time_mean) and math.isfinite(time_std) and math.isfinite(shift)):
-            raise UserError(f"time_std {time_std} and shift {shift} must be positive, and time_mean {time_mean} finite")
         self.loss, self.prediction = loss, prediction
         self.num_timesteps = num_timesteps
         self.time_sampling, self.time_mean, self.time_std = time_sampling, time_mean, time_std

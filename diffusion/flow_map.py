@@ -47,7 +47,7 @@ class FlowMap(FlowMatching):
         if share not in SHARES:
             raise UserError(f"map_share {share} is not 0, 0.5 or 1")
         if not 0 <= omega < float("inf"):
-            raise UserError(f"map_guidance {omega} is not a finite number of at least 0")
+            raise UserError(f"map_guidance {omega} is not at least 0")
         self.share, self.omega = share, omega
         self.rows_multiple = 2 if share == 0.5 else 1  # a micro-batch begins with a flow row
 

@@ -15,7 +15,7 @@ from evaluation.metrics import Gaussian
 from runtime import UserError
 from runtime.files import atomic, find_files, in_batches
 from runtime.pictures import EXTENSIONS, center_crop, open_rgb, picture, upright_size
-from training.datasets import NAMED, ArrayImages, load_dataset
+from training.datasets import NAMED, ArrayImages, load_dataset, parts_among
 
 BATCH = 64  # images per call of an extractor; the batches are the same for any number of processes
 STATISTICS = {"pool": ("mu", "sigma", 2048), "spatial": ("mu_s", "sigma_s", 17 * 17 * 7)}  # names in a reference file, and D
@@ -182,6 +182,9 @@ class PictureFolder:
         self.paths = sorted(find_files(path, EXTENSIONS))
         if not self.paths:
             raise FileNotFoundError(f"{title} {path}: the folder holds no images ({' '.join(EXTENSIONS)})")
+        if len(parts := parts_among({file.relative_to(path).parts[0] for file in self.paths})) > 1:
+            raise UserError(f"{title} {path} holds the parts {', '.join(parts)} of a data set; name one of them, such as "
+                            f"{path / parts[-1]}")
         self.threads = ThreadPoolExecutor()  # decoding pictures releases Python's lock
         sizes = dict(zip(self.paths, self.threads.map(picture_size, self.paths)))
         self.size = size or sizes[self.paths[0]]

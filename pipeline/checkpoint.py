@@ -33,6 +33,7 @@ from pipeline.weights import WithoutDraws, find_weights, load_weights, stripped
 from runtime import UserError, files
 from runtime.cli import WRONG_VALUE, prefix_errors
 from runtime.files import sha256, sha256_file, write_json, write_text
+from runtime.processes import of_launch
 from small_models import Autoencoder_models
 
 # DiT's published weights; they carry their own non-commercial licence (CC BY-NC 4.0).
@@ -55,6 +56,7 @@ def save(path: Path, state: dict) -> None:
     """
     hashing = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed during the run
         with files.atomic(path) as file:
             hashing = files.HashingFile(file)
             torch.save(state, hashing)
@@ -83,12 +85,16 @@ class DamagedError(UserError):
 
 
 def verify(path: Path) -> None:
-    """Raises DamagedError if a checkpoint does not have the sha256 stored beside it. Files without one, such as DiT's, pass.
+    """Raises DamagedError if a checkpoint does not have the sha256 stored beside it. Files without one, such as DiT's, pass,
+    and so do those whose file beside them is empty or holds something else.
 
     Of the processes that torchrun started on a machine, the first one checks: its error ends the others.
     """
     beside = sha256_file(path)
-    if os.environ.get("LOCAL_RANK", "0") == "0" and beside.is_file() and beside.read_text().split()[:1] != [sha256(path)]:
+    if of_launch("LOCAL_RANK", 0) != 0 or not beside.is_file():
+        return
+    stored = re.search(r"\b[0-9a-f]{64}\b", beside.read_text(errors="replace").lower())
+    if stored and stored[0] != sha256(path):
         raise DamagedError(f"{path} is damaged: its sha256 differs from the one in {beside.name}")
 
 

@@ -33,6 +33,8 @@ def find_weights(state: dict, source: str | Path) -> tuple[Weights, str]:
     """
     found = sorted(state_dicts(state).items(), key=lambda entry: rank(entry[0]))
     names = [name for name, _ in found]
+    if names != [""] and isinstance(state.get("ema"), dict) and not any(name.partition(".")[0] == "ema" for name in names):
+        raise UserError(f"checkpoint {source}: its 'ema' is no state dict: torch.save the weights alone that you want")
     if not names or (len(names) > 1 and rank(names[0]) == UNKNOWN):
         raise UserError(f"checkpoint {source} holds {'several state dicts' if names else 'no state dict'}, neither 'ema' nor "
                         f"'model' nor weights alone. It has {shortened(names or state)}: torch.save the right one alone")

@@ -19,14 +19,15 @@ import yaml
 
 from runtime import UserError
 from runtime.files import check_writable, printable
-from runtime.processes import CommonError
+from runtime.processes import CommonError, of_launch
 
 MAX_SIZE = 8192  # pixels of a side of an image
 WRONG_VALUE = (ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError)  # what libraries raise for a wrong value
 
 # Of the system, not of the program; None: an error that we raise, with a sentence.
 FAULTS = {None, *(getattr(errno, name) for name in "EACCES EPERM EROFS ENOSPC EDQUOT EFBIG EIO ESTALE EMFILE ENFILE ENOMEM "
-                  "ETIMEDOUT ECONNREFUSED EHOSTUNREACH ENETUNREACH".split())}
+                  "ETIMEDOUT ECONNREFUSED ECONNRESET EHOSTUNREACH EHOSTDOWN ENETUNREACH ENOTCONN EPIPE ENODEV ENXIO "
+                  "ENAMETOOLONG ENOTDIR".split())}
 # Of gloo, NCCL and torch's store; NCCL's errors of the own GPU, such as its memory, are not among them.
 LOST = r"(?i)(connection (was likely )?(closed|reset|refused)|timed out waiting|remote process exited|broken pipe)[^\n]*"
 
@@ -256,10 +257,15 @@ def run(main: Callable[[jsonargparse.Namespace], None], parser: ArgumentParser) 
     except Exception as error:
         if not dist.is_initialized():
             raise
-        if isinstance(error, RuntimeError) and (lost := re.search(LOST, str(error))):
+        if lost := is_lost(error):
             fail(f"lost another process of this run ({lost[0]}); the same command continues it from its last checkpoint")
         traceback.print_exc()
         fail(f"{type(error).__name__}: {error}")
+
+
+def is_lost(error: BaseException) -> re.Match | None:
+    """Whether an error tells of the loss of another process."""
+    return re.search(LOST, str(error)) if isinstance(error, RuntimeError) else None
 
 
 def fail(message: object, common: bool = False) -> None:
@@ -277,7 +283,7 @@ def fail(message: object, common: bool = False) -> None:
 def first_to_fail() -> bool:
     """Whether no other process has reported a failure yet. If a process is lost, all the others fail at once."""
     if not dist.is_initialized():
-        return os.environ.get("LOCAL_RANK", "0") == "0"
+        return of_launch("LOCAL_RANK", 0) == 0
     try:
         return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
     except RuntimeError:  # the store was lost with its machine

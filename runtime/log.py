@@ -58,9 +58,11 @@ class Log:
         write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         self.metrics = folder / "metrics.jsonl"
         if self.metrics.exists():  # steps after the last checkpoint will be logged again
-            lines = self.metrics.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_text(self.metrics, "".join(kept))
+            lines = self.metrics.read_text(errors="replace").splitlines(keepends=True)
+            steps = [step_of(line) for line in lines if line.endswith("\n")]  # the last one may have been cut by a kill
+            write_text(self.metrics, "".join(line for line, of in zip(lines, steps) if of is not None and of <= step))
+            if spoilt := steps.count(None):
+                self.say(f"{self.metrics}: {spoilt} lines are damaged and were dropped")
         try:
             self.tracker = TRACKERS[tracker](folder, config, step)
         except Exception as error:  # a tracker's server can fail in any way
@@ -68,8 +70,7 @@ class Log:
 
     def say(self, text: str) -> None:
         if self.active:
-            with open(self.folder / "log.txt", "a", errors="backslashreplace") as file:
-                file.write(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n")
+            self._append("log.txt", f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n")
             tqdm.write(text)
             sys.stdout.flush()
 
@@ -78,10 +79,7 @@ class Log:
         if self.active:
             finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
             line = {"step": step, "time": round(time.time(), 1)} | finite
-            with open(self.metrics, "a") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())  # the log must survive a power cut if the checkpoint does
+            self._append("metrics.jsonl", json.dumps(line) + "\n", sync=True)
             self.say(", ".join(f"{name} {value:.5g}" for name, value in ({"step": step} | scalars).items()))
             self._track("scalars", step, scalars)
 
@@ -91,6 +89,14 @@ class Log:
     def close(self) -> None:
         self._track("close")
 
+    def _append(self, name: str, line: str, sync: bool = False) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)  # it may have been removed during the run
+        with open(self.folder / name, "a", errors="backslashreplace") as file:
+            file.write(line)
+            if sync:  # the log must survive a power cut if the checkpoint does
+                file.flush()
+                os.fsync(file.fileno())
+
     def _track(self, method: str, *values) -> None:
         """Call a method of the tracker. If the tracker fails, the run continues without it."""
         try:
@@ -98,6 +104,14 @@ class Log:
         except Exception as error:
             self.tracker = NoTracker(self.folder, {}, 0)
             self.say(f"tracker disabled after an error: {cli.one_line(error)}")
+
+
+def step_of(line: str) -> float | None:
+    """The step of a line of metrics.jsonl; None if the line is damaged."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 class NoTracker:

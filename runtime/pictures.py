@@ -20,6 +20,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # EXIF's orientation -> what turns a picture upright
 SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
+MAX_ASPECT = 100  # long side / short side of a picture that is resized whole, as memory grows with it
 LEGIBLE = 64  # pixels: smaller pictures are enlarged by an integer factor
 
 
@@ -31,6 +32,8 @@ def picture(file: str | Path | BinaryIO, name: str | None = None) -> Iterator[Im
             yield image
     except UnidentifiedImageError:
         raise OSError(f"cannot read the image {name or file}: it is no picture of a known format") from None
+    except MemoryError:
+        raise
     except Exception as error:  # decoders of damaged files raise anything: IndexError, KeyError, TypeError, struct.error, …
         kind = "" if isinstance(error, OSError | SyntaxError | ValueError) else f"{type(error).__name__}: "
         raise OSError(f"cannot read the image {name or file}: {kind}{error}") from None
@@ -102,6 +105,10 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
     Returns: (size, size, 3) uint8, or (size, size) for a greyscale image.
     """
+    width, height = image.size
+    if max(image.size) > (longest := MAX_ASPECT * min(image.size)):
+        left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+        image = image.crop((left, top, left + min(width, longest), top + min(height, longest)))
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -20,9 +20,10 @@ from runtime import UserError
 
 TIMEOUT = timedelta(hours=2)  # how long processes wait while the main one downloads or counts a folder's images
 STEP_TIMEOUT = 1800.0  # seconds, from the first step on; DINEXT_TIMEOUT in the environment changes it
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal, or ssh, was closed
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,  # SIGHUP: the terminal, or ssh, was closed
+           signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)  # of submitit, PBS, SGE and `ulimit -t` before they kill
 PATIENCE = 10  # seconds that a process which is to stop waits for its data, so that all can stop at the same step
-MAX_CALLS = 100  # steps between two questions for signals, should the steps become slower at once
+MAX_CALLS = 20  # steps between two questions for signals, should the steps become slower at once
 BUCKET_MB = 100  # of gradients in one message of DDP: its default, 25, suits one machine, where latency is lower
 
 
@@ -103,7 +104,7 @@ def start_world(device: str | None, tf32: bool = True) -> World:
     if kind == "cpu":
         keep_freed_memory()
         torch.set_flush_denormal(True)  # numbers below 1e-38 are slow: with them a step of ConvAdaLN took 4 times as long
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_rank, local_size = of_launch("LOCAL_RANK", 0), of_launch("LOCAL_WORLD_SIZE", 1)
     if kind == "cuda":
         if local_size > torch.cuda.device_count():
             raise UserError(f"--nproc_per_node {local_size} is more than this machine's {torch.cuda.device_count()} GPUs")
@@ -118,6 +119,11 @@ def start_world(device: str | None, tf32: bool = True) -> World:
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=size,
                             device_id=target if kind == "cuda" else None, timeout=TIMEOUT)
     return World(rank, size, target, store)
+
+
+def of_launch(name: str, alone: int) -> int:
+    """LOCAL_RANK or LOCAL_WORLD_SIZE. Without RANK this process is `alone`, and another program has left them there."""
+    return int(os.environ.get(name, alone)) if "RANK" in os.environ else alone
 
 
 def check_launch(env: Mapping[str, str]) -> None:
@@ -147,7 +153,7 @@ def step_timeout() -> timedelta:
     raise UserError(f"DINEXT_TIMEOUT={given} in the environment is not a number of seconds, at least 1")
 
 
-def shorten_timeouts(*groups: dist.ProcessGroup | None) -> None:
+def set_timeouts(*groups: dist.ProcessGroup | None) -> None:
     """From now on processes wait `step_timeout` for each other: nobody prepares data any more, so a silent one is lost."""
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # the second before torch 2.14
     for group in groups:
@@ -210,15 +216,19 @@ def distribute(model: nn.Module, world: World) -> nn.Module:
     return network
 
 
-class Stopped(Exception):
-    """Raised on all processes when they agree to stop."""
+class Stopped(BaseException):
+    """Raised on all processes when they agree to stop. Not an Exception, all of which decoders of pictures may raise."""
+
+
+class NoData(BaseException):
+    """Raised in the middle of reading, on a process that is to stop."""
 
 
 class StopSignal:
     """Stops all processes at the same step after one of SIGNALS to any of them. They agree over gloo, without the GPU."""
 
     def __init__(self, world: World):
-        self.name, self.waits = "", False
+        self.name, self.waits, self.failed = "", False, False  # failed: the data cannot be read on
         self.calls, self.every, self.asked = 0, 1, time.monotonic()
         self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
         for number in SIGNALS:
@@ -238,22 +248,25 @@ class StopSignal:
             Stopped: there is only this process.
             UserError: there are others, which wait for this one: they cannot be asked, and fail after it.
         """
-        self.waits = True
+        self.waits, self.failed = True, True
         if self.name:
             self._limit_wait()
-        yield
-        self.waits = False  # it stays true after an error: the data cannot be read on
-        if self.name:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        try:
+            yield
+            self.failed = False
+        except NoData:
+            raise UserError(f"stopped by {self.name} while no data came for {PATIENCE} s; the same command goes on") from None
+        finally:
+            self.waits = False
+            if self.name:
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _limit_wait(self) -> None:
         signal.signal(signal.SIGALRM, self._end_wait)
         signal.setitimer(signal.ITIMER_REAL, PATIENCE if self.group else 1)
 
     def _end_wait(self, number: int, frame) -> None:
-        if self.group is None:
-            raise Stopped(self.name)
-        raise UserError(f"stopped by {self.name} while no data came for {PATIENCE} s; the same command goes on")
+        raise NoData if self.group else Stopped(self.name)
 
     def check(self, paced: bool = False) -> None:
         """All processes must call this together. Raises Stopped on all of them if any received a signal.
@@ -284,7 +297,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class Delayed:
-    """A number of a device, as it is now, to be read later: it is copied without waiting for the device's pending work."""
+    """A number of a device, as it is now, to be read later. On CUDA it is copied without waiting for pending work."""
 
     def __init__(self, value: Tensor):
         self.value = value.to("cpu", copy=True, non_blocking=value.is_cuda)

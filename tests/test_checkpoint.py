@@ -69,6 +69,20 @@ def test_a_truncated_file_and_a_changed_one_are_named(tmp_path):
             checkpoint.load(path)
 
 
+def test_only_another_sha256_makes_a_checkpoint_damaged(tmp_path):
+    path, beside = tmp_path / "x.pt", tmp_path / "x.pt.sha256"
+    checkpoint.save(path, {"w": torch.ones(3)})
+    right = beside.read_text()
+    assert right.split() == [hashlib.sha256(path.read_bytes()).hexdigest(), "x.pt"]
+    for content in (b"", b"\n", b"not one", right.upper().encode(), b"\xff" + right.encode(), f"*{right}".encode("utf-16")):
+        beside.write_bytes(content)
+        checkpoint.load(path)
+    for content in (b"AB" * 32, b"\xff " + b"0" * 64, b"a" * 64 + b"  x.pt"):
+        beside.write_bytes(content)
+        with pytest.raises(checkpoint.DamagedError):
+            checkpoint.load(path)
+
+
 def test_a_file_is_hashed_once_and_by_one_process_of_a_machine(tmp_path, monkeypatch):
     hashed, digest = [], hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda *args: hashed.append(1) or digest(*args))
@@ -82,9 +96,14 @@ def test_a_file_is_hashed_once_and_by_one_process_of_a_machine(tmp_path, monkeyp
     assert len(hashed) == 2
     (tmp_path / "y.pt").write_bytes(path.read_bytes())
     (tmp_path / "y.pt.sha256").write_text("0" * 64)
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     checkpoint.load(tmp_path / "y.pt")
     monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(checkpoint.DamagedError):
+        checkpoint.load(tmp_path / "y.pt")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("RANK")  # this process is alone
     with pytest.raises(checkpoint.DamagedError):
         checkpoint.load(tmp_path / "y.pt")
     assert len(hashed) == 3

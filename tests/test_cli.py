@@ -173,6 +173,15 @@ def raise_(error):
     raise error
 
 
+def test_a_process_that_is_alone_prints_its_error_whatever_local_rank_another_program_left(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("RANK", raising=False)
+    assert failed(lambda args: raise_(UserError("no")), capsys) == "x.py: error: no\n"
+    monkeypatch.setenv("RANK", "1")
+    assert failed(lambda args: raise_(UserError("no")), capsys) == ""
+
+
 def test_only_the_loss_of_another_process_is_called_so(monkeypatch, capsys):
     for owner, name, value in ((sys, "argv", ["x.py"]), (os, "_exit", sys.exit), (cli, "first_to_fail", lambda: True),
                                (cli.dist, "is_initialized", lambda: True)):

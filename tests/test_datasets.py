@@ -53,6 +53,13 @@ def test_mnist_reads_the_original_files_and_resizes(tmp_path):
     assert torch.equal(images[:, 0], torch.from_numpy(pixels[[2, 0]]))
     assert labels.tolist() == [9, 5]
     assert load_dataset("mnist", 32, str(tmp_path)).images.shape == (3, 1, 32, 32)
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        content = (raw / name).read_bytes()
+        for length in (0, 3, 6, 8, len(content) - 1):
+            (raw / name).write_bytes(content[:length])
+            with pytest.raises(OSError, match=r"^`data_root` .*MNIST/raw is damaged: delete it.*$"):
+                load_dataset("mnist", data_root=str(tmp_path))
+        (raw / name).write_bytes(content)
 
 
 def test_a_folder_of_photographs_becomes_rgb_of_one_size_with_english_names(photographs):
@@ -118,6 +125,14 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path):
     assert load_dataset(str(tmp_path / "c")).classes == ["bus", "train"]
 
 
+def test_parts_within_the_classes_are_refused(tmp_path):
+    pictures(tmp_path / "a", "cat/train/1.png", "cat/test/1.png", "dog/test/1.png", "dog/train/1.png")
+    with pytest.raises(UserError, match=r"`data_path` .*a: each class holds the parts test, train .*a/test/cat in place of"):
+        load_dataset(str(tmp_path / "a"))
+    pictures(tmp_path / "b", "cat/train/1.png", "cat/test/1.png", "dog/1.png")
+    assert len(load_dataset(str(tmp_path / "b"))) == 3
+
+
 def test_edms_labels_of_pictures_are_read(tmp_path):
     folder = pictures(tmp_path / "edm", "00000/img0.png", "00000/img1.png", "00001/img2.png", "00001/img3.png")
     rows = [["00001/img2.png", 4], ["00000/img0.png", 0], ["00000/img1.png", 4]]
@@ -129,6 +144,8 @@ def test_edms_labels_of_pictures_are_read(tmp_path):
     assert data.classes == ["0", "1", "2", "3", "4"]
     assert data.remarks == [f"1 pictures are left out because dataset.json does not list them, such as {folder}/00001/img3.png"]
     for labels, words in ((None, "has no labels"), ([["00000/img0.png", [0, 1]]], r"label of 00000/img0.png is \[0, 1\]"),
+                          ([], "dataset.json is damaged: it lists no files"), ([[7, 0]], "it lists 7, which is not the name"),
+                          ([["00000/img0.png", 10**12]], r"edm has the label 1000000000000 in 1 rows; .* `num_classes`"),
                           ([["00000/img9.png", 0]], "1 files of .*dataset.json are missing, such as .*img9")):
         (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
         with pytest.raises((UserError, FileNotFoundError), match=words):

@@ -16,7 +16,7 @@ from PIL import Image
 
 import train
 from diffusion import OBJECTIVES, create_diffusion, supported_arguments
-from diffusion.flow import LOSSES, TIME_SAMPLING
+from diffusion.flow import LOSSES, PREDICTIONS, TIME_SAMPLING
 from diffusion.samplers import SAMPLERS
 from diffusion.schedules import SCHEDULES
 from models import DiT_models
@@ -34,6 +34,7 @@ EXAMPLES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", EXTENDING, flags
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TRAINING = (ROOT / "docs" / "training.md").read_text()
 CHOICES = {"objective": OBJECTIVES, "noise_schedule": SCHEDULES, "time_sampling": TIME_SAMPLING, "flow_loss": LOSSES,
+           "prediction": PREDICTIONS,
            "schedule": get_args(OptimizerArgs.__annotations__["schedule"]), "sampling": RECOMMENDED}
 
 
@@ -166,8 +167,10 @@ def test_the_table_of_arguments_has_the_values_that_are_allowed(run_here):
             if key in CHOICES or isinstance(default, bool):
                 assert re.findall("`(.*?)`", values) == [*CHOICES.get(key, ["true", "false"])], key
                 continue
-            wrong = "[-1, -1]" if isinstance(default, list) else "-1"
-            result = run_here(train, "--data-path", "digits", "--vae", "pixels", "--device", "cpu", f"{flag}.{key}", wrong)
+            wrong = ".inf" if key == "time_mean" else "[-1, -1]" if isinstance(default, list) else "-1"
+            objective = ["--diffusion-args.objective", min(group)] if min(group) in OBJECTIVES else []
+            result = run_here(train, "--data-path", "digits", "--vae", "pixels", "--device", "cpu", *objective,
+                              f"{flag}.{key}", wrong)
             assert_one_line(result, flag, f"{key} ", f"is not {values}\n")
 
 

@@ -289,6 +289,13 @@ def test_it_is_called_as_diffusers_pipelines_are(tmp_path, vae, monkeypatch):
         draw([2], generator=generators)
     with pytest.raises(ValueError, match=r"latents have the shape \(2, 4, 8, 8\); expected \(1, 4, 8, 8\)"):
         draw([2], latents=torch.zeros(2, 4, 8, 8))
+    for options, words in (
+            ({"guidance_interval": (900, 100)}, r"`guidance_interval` 900 100 is not LO HI"),
+            ({"guidance_interval": ()}, "is not LO HI"), ({"generator": []}, "generator is an empty list"),
+            ({"class_labels": []}, "no image is asked for"),
+            ({"latents": torch.full((1, 4, 8, 8), torch.nan), "output_type": "pil"}, "the images are not finite")):
+        with pytest.raises(ValueError, match=words):
+            draw(**{"class_labels": [2]} | options)
     assert len(pipe().images) == 1
     assert torch.equal(draw(None, batch_size=3), draw(None, batch_size=3))
 

@@ -115,6 +115,10 @@ def test_unreadable_images_are_listed_left_out_and_too_many_are_an_error(photogr
     assert data.__getitems__(Rows.plain(range(5)))[1].tolist() == [0, 0, 1, 1, 1]
     whole = np.load(out / "moments.npy")
     assert np.array_equal(data.__getitems__(Rows.plain([1]))[0][0].numpy(), whole[2, 0])
+    shutil.copy(photographs / "train" / "n02099601" / "1.jpg", bad)
+    for _ in range(2):  # it is said each time
+        result = run_here(extract_features, *flags(tmp_path / "p", tiny_vae, out), "--max-skipped", 0.2)
+        assert f"1 images that were left out have changed since: delete {out} to encode them" in result.stdout
 
 
 def test_images_whose_latents_overflow_are_left_out_and_named(photographs, tiny_vae, tmp_path, monkeypatch, run_here):

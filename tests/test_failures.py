@@ -67,6 +67,14 @@ def test_a_silent_process_ends_the_run_after_a_time_that_can_be_set(tmp_path):
 # --- numbers that are not finite -----------------------------------------------------------------
 
 
+def test_a_run_whose_last_step_is_skipped_is_saved_and_deletes_nothing(tmp_path, run_sabotaged):
+    """A streak below the limit is what the user allows, and the same command would meet it again for ever."""
+    flags = [*FLAGS, "--max-steps", 6, "--ckpt-every", 2, "--keep-last", 1]
+    assert run_sabotaged(lambda patch: saboteurs.nan_loss(patch, 0, 6), *flags).returncode == 0
+    assert checkpoints(tmp_path) == [4, 6]
+    assert run_sabotaged(saboteurs.nothing, *flags).returncode == 0
+
+
 def test_too_many_skipped_steps_in_a_row_end_the_run_which_a_restart_continues(tmp_path, run_sabotaged):
     """A step after the last one that is allowed, between two lines of the log. No checkpoint is written or deleted."""
     flags = [*FLAGS, "--max-steps", 9, "--log-every", 9, "--ckpt-every", 2, "--keep-last", 1, "--val-every", 4,
@@ -93,7 +101,8 @@ def test_within_a_streak_nothing_is_saved_and_what_was_due_is_saved_after_it(tmp
     result = run_sabotaged(poisoned(2, 3, signal_at=7), *flags, 12)  # steps 7 and 8
     assert "Stopped by SIGTERM" in result.stdout
     assert checkpoints(tmp_path) == [3, 4, 5, 6, 9]
-    (line,) = errors(run_sabotaged(poisoned(2), *flags, 11))
+    limit = ["--optimizer-args", '{"max_skipped_steps": 1}']
+    (line,) = errors(run_sabotaged(poisoned(2), *flags, 11, *limit))
     assert "1 steps in a row" in line
     assert "0000010.pt" in line
     assert checkpoints(tmp_path) == [3, 4, 5, 6, 9, 10]

@@ -75,7 +75,9 @@ def test_statistics_without_images_skip_what_needs_images_and_say_so(sets, figur
     assert value(swapped, "FID") == pytest.approx(0, abs=1e-9)
     assert swapped[0]["Inception Score"]["remark"] == "skipped: statistics without images in SAMPLES"
     monkeypatch.setattr(extractors, "Inception", None)  # there is nothing to show it
-    both = figures("bare.npz", "bare.npz")
+    both = figures("bare.npz", "./bare.npz")
+    assert "SAMPLES ./bare.npz is REF: the set is compared with itself" in both[1]["said"]
+    assert "is compared with itself" not in swapped[1]["said"]
     assert value(both, "FID") == pytest.approx(0, abs=1e-9)
     assert both[0]["Precision"]["remark"] == "skipped: statistics without images in REF and SAMPLES"
 

@@ -150,7 +150,7 @@ def test_mean_and_deviation_of_the_logit_normal():
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(prediction="v"), "prediction 'v'"), (dict(prediction="x0", flow_loss="velocity+epsilon+x0"), "needs prediction"),
-    (dict(time_mean=1.0), "apply only to time_sampling"), (dict(shift=0.0), "shift 0.0 must be positive"),
+    (dict(time_mean=1.0), "apply only to time_sampling"), (dict(shift=0.0), "shift 0.0 is not a positive number"),
     (dict(time_sampling="logit-normal", time_std=-1.0), "time_std -1.0")])
 def test_options_that_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):

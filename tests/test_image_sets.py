@@ -33,6 +33,16 @@ def test_an_npz_a_compressed_one_and_folders_hold_the_same_images(tmp_path):
     assert sets[1].labels is sets[2].labels is None
 
 
+def test_a_folder_of_the_parts_of_a_data_set_is_refused(tmp_path):
+    for i, image in enumerate(draw_images(8, 0)):
+        path = tmp_path / ("train", "val")[i % 2] / "cat" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    with pytest.raises(ValueError, match=r"^REF \S+ holds the parts train, val of a data set; .* \S+/val$"):
+        open_images(tmp_path)
+    assert len(open_images(tmp_path / "val")) == 4
+
+
 def test_a_named_set_is_its_held_out_part_in_colour_and_of_the_size_asked_for():
     digits, held_out = open_images("digits"), load_dataset("digits", split="val")
     assert (len(digits), digits.size) == (450, (8, 8))

@@ -1,3 +1,4 @@
+import shutil
 from unittest import mock
 
 import pytest
@@ -19,6 +20,27 @@ def test_a_continued_log_drops_steps_after_the_checkpoint(tmp_path):
         file.write('{"step": 4, "los')  # killed in the middle of a line
     Log(tmp_path, MAIN, 2, "none", {}).record(3, loss=0.5)
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 0.1), (2, 0.2), (3, 0.5)]
+
+
+def test_damaged_lines_of_a_continued_log_are_dropped_and_counted(tmp_path):
+    log = Log(tmp_path, MAIN, 0, "none", {})
+    for step, spoilt in enumerate((b"\0\0\xff", b'{"step": 1, "lo', b'{"loss": 1}', b"[1]", b'{"step": null}', b"3")):
+        log.record(step, loss=0.5)
+        with open(tmp_path / "metrics.jsonl", "ab") as file:
+            file.write(spoilt + b"\n")
+    Log(tmp_path, MAIN, 4, "none", {})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
+    assert "metrics.jsonl: 6 lines are damaged and were dropped\n" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_folder_removed_during_a_run_is_made_again(tmp_path):
+    folder = tmp_path / "results" / "run"
+    folder.mkdir(parents=True)
+    log = Log(folder, MAIN, 0, "none", {})
+    for step, write in enumerate((lambda: log.record(1, loss=0.5), lambda: log.say("still here"))):
+        shutil.rmtree(folder.parent)
+        write()
+        assert (folder / ("metrics.jsonl", "log.txt")[step]).read_text()
 
 
 def test_other_processes_log_nothing(tmp_path):

@@ -87,7 +87,10 @@ def test_the_part_is_told_by_the_names_of_files_or_folders_else_by_the_folder_be
     for case, names in enumerate((
             ["train-00000-of-00001.parquet", "val-0.parquet", "test-0.parquet"],
             ["data/train-0.parquet", "data/test-0.parquet"],
-            ["train/0000.parquet", "validation/0000.parquet"])):
+            ["train/0000.parquet", "validation/0000.parquet"],
+            ["default/partial-train/0000.parquet", "default/partial-validation/0000.parquet"],
+            ["cifar-train.parquet", "cifar-test.parquet"],
+            ["training-0.parquet", "Test-0.parquet"])):
         for i, name in enumerate(names):
             write(tmp_path / str(case) / name, [grey(i)], [0], plain=True)
         assert greys(tmp_path / str(case), "train") == [0]
@@ -98,6 +101,20 @@ def test_the_part_is_told_by_the_names_of_files_or_folders_else_by_the_folder_be
     assert greys(tmp_path / "beside" / "train", "val") == [2]
     with pytest.raises(FileNotFoundError, match="no held-out images"):
         load_dataset(str(tmp_path / "beside" / "val"), 8, split="val")
+
+
+def test_held_out_files_without_training_files_are_not_trained_on(tmp_path):
+    for case, names in enumerate((["0000.parquet", "cifar-test.parquet"], ["partial-validation/0.parquet"])):
+        folder = tmp_path / f"set {case}"
+        for name in names:
+            write(folder / name, [grey(0)], [0])
+        with pytest.raises(UserError, match=rf"`data_path` .*{case} has parquet files .*such as .*{names[-1]}, and none of"):
+            load_dataset(str(folder), 8)
+    for name in ("latest.parquet", "value-0.parquet", "contest.parquet"):  # no words of parts
+        write(tmp_path / "plain" / name, [grey(0)], [0])
+    assert len(greys(tmp_path / "plain", "train")) == 3
+    write(tmp_path / "val" / "validation-0.parquet", [grey(3)], [0])
+    assert greys(tmp_path / "val", "train") == [3]  # asked for by name
 
 
 def greys(folder, split):

@@ -2,6 +2,7 @@ import io
 import itertools
 import struct
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image, ImageOps
 from torchvision.utils import make_grid
 
 from runtime.pictures import center_crop, grid, open_rgb, picture, to_uint8, to_unit_range, upright_size
+from runtime.processes import Stopped
 
 
 def test_unit_range_reaches_both_ends_and_uint8_rounds_to_the_nearest_level():
@@ -28,6 +30,16 @@ def test_the_crop_is_the_middle_of_the_shorter_side_resized():
     assert np.array_equal(center_crop(Image.fromarray(image), 32), image)
     resized = np.asarray(Image.fromarray(image).resize((20, 20), Image.Resampling.BICUBIC))  # too small to be halved
     assert np.array_equal(center_crop(Image.fromarray(image), 20), resized)
+
+
+def test_a_very_long_picture_is_cut_before_it_is_enlarged(monkeypatch):
+    pixels, sizes, resize = np.random.default_rng(0).integers(0, 256, (1, 3000, 3), dtype=np.uint8), [], Image.Image.resize
+    whole = np.asarray(Image.fromarray(pixels).resize((24000, 8), Image.Resampling.BICUBIC))[:, 11996:12004]
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, **kwargs: sizes.append(size) or resize(self, size, **kwargs))
+    assert np.array_equal(center_crop(Image.fromarray(pixels), 8), whole)
+    upright = np.ascontiguousarray(pixels.swapaxes(0, 1))
+    assert np.array_equal(center_crop(Image.fromarray(upright), 8), whole.swapaxes(0, 1))
+    assert sizes == [(800, 8), (8, 800)]
 
 
 def test_a_grid_is_torchvision_s_with_small_pictures_enlarged():
@@ -182,3 +194,7 @@ def test_whatever_a_decoder_raises_is_a_picture_that_cannot_be_read(monkeypatch)
     monkeypatch.setattr(Image.Image, "convert", lambda image, mode: [][0])
     with pytest.raises(OSError, match=r"^cannot read the image x: IndexError: list index out of range$"):
         open_rgb(png(2, 8, 0, bytes([3, 6]), [3]), "x")
+    for error in (Stopped, MemoryError):  # a signal in the middle of a picture, and what is no fault of the picture
+        monkeypatch.setattr(Image.Image, "convert", mock.Mock(side_effect=error))
+        with pytest.raises(error):
+            open_rgb(png(2, 8, 0, bytes([3, 6]), [3]), "x")

@@ -35,7 +35,8 @@ def test_a_preview_names_its_classes_and_replaces_only_ddpm(tmp_path):
 
 
 def test_of_many_classes_ten_are_shown_evenly(tmp_path):
-    names, _, calls, size = drawn(spec_of([f"class {i}" for i in range(91)], num_sampling_steps=3), tmp_path / "x.png")
+    spec = spec_of([f"class {i}" for i in range(91)], num_sampling_steps=3)
+    names, _, calls, size = drawn(spec, tmp_path / "removed" / "x.png")
     assert names == [f"class {i}" for i in range(0, 91, 10)]
     assert set(calls) == {40}
     assert size == (10 * 72 + 8, 4 * 72 + 8)

@@ -11,7 +11,17 @@ from conftest import ROOT, run_script
 from foreign import ForeignNet
 
 from runtime import UserError
-from runtime.processes import Stopped, StopSignal, World, check_launch, distribute, fresh_store, start_world, step_timeout
+from runtime.processes import (
+    SIGNALS,
+    Stopped,
+    StopSignal,
+    World,
+    check_launch,
+    distribute,
+    fresh_store,
+    start_world,
+    step_timeout,
+)
 
 
 def test_one_place_sets_tf32():
@@ -46,7 +56,7 @@ def test_a_world_of_one_needs_no_torchrun(monkeypatch):
 
 
 def test_processes_ask_for_signals_once_a_second_and_stop_at_the_same_step(monkeypatch):
-    """Two processes as threads. Their clocks run at 0.02 and 0.0201 s a step; the second one hears a signal at step 100."""
+    """Two processes as threads. Their clocks run at 0.02 and 0.0201 s a step; the second one hears a signal at step 105."""
     clock, meeting, shared, asks = threading.local(), threading.Barrier(2, timeout=30), [None, None], []
 
     def all_reduce(tensor, op, group):
@@ -60,7 +70,7 @@ def test_processes_ask_for_signals_once_a_second_and_stop_at_the_same_step(monke
         clock.now, signals[rank].asked = 0.0, 0.0
         for step in range(1, 1000):
             clock.now += (0.02, 0.0201)[rank]
-            if (rank, step) == (1, 100):
+            if (rank, step) == (1, 105):
                 signals[rank].name = "SIGTERM"
             try:
                 signals[rank].check(paced=True)
@@ -76,8 +86,22 @@ def test_processes_ask_for_signals_once_a_second_and_stop_at_the_same_step(monke
         one.group = SimpleNamespace(rank=rank)
     monkeypatch.setattr("runtime.processes.time", SimpleNamespace(monotonic=lambda: clock.now))
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(train, range(2))) == [138, 138]
-    assert len(asks) == 2 * 8  # at steps 1, 3, 7, 15, 31, 40, 89 and 138
+        assert list(pool.map(train, range(2))) == [120, 120]
+    assert len(asks) == 2 * 10  # at steps 1, 3, 7, 15, 31, 40, 60, 80, 100 and 120
+
+
+def test_what_schedulers_send_before_they_kill_stops_a_run_too():
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
+        before = {other: signal.getsignal(other) for other in SIGNALS}
+        try:
+            stop = StopSignal(World(0, 1, torch.device("cpu")))
+            assert signal.getsignal(number) == stop._receive  # else it would end pytest
+            signal.raise_signal(number)
+            with pytest.raises(Stopped, match=number.name):
+                stop.check()
+        finally:
+            for other, handler in before.items():
+                signal.signal(other, handler)
 
 
 def test_setting_up_ddp_leaves_statistics_as_they_are():

@@ -1,16 +1,20 @@
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, TINY_RUN
 
+import train
 from diffusion import OBJECTIVES, create_diffusion
 from diffusion.flow import FlowMatching
 from pipeline import checkpoint
 from pipeline.autoencoders import Pixels
 from runtime import UserError
 from training.datasets import load_dataset
-from training.runs import build_run_spec, new_folder, open_run, save_step
+from training.runs import build_run_spec, list_skipped, new_folder, open_run, save_step
 
 # --- flags -> Spec -------------------------------------------------------------------------------
 
@@ -74,6 +78,79 @@ def test_a_run_is_a_folder_in_results(tmp_path):
         with pytest.raises(UserError, match=r"`run_name` .* is not the name of a folder in `results_dir`"):
             open_run(tmp_path / "results", name, "DiT-S/2")
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_a_folder_removed_during_a_run_is_made_again(tmp_path):
+    folder = tmp_path / "results" / "run"
+    for write in (lambda: save_step(folder, {"step": 3, "w": torch.ones(2)}, 0, 0), lambda: list_skipped(folder, ["x"])):
+        write()
+        shutil.rmtree(folder)
+        write()
+        shutil.rmtree(tmp_path / "results")
+    save_step(folder, {"step": 3, "w": torch.ones(2)}, 0, 0)
+    assert checkpoint.load(folder / "checkpoints" / "0000003.pt")["step"] == 3
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "previews").write_text("")
+    for name, words in (("file", r"file/checkpoints: Not a directory"), ("run", r"run/previews: File exists"),
+                        (256 * "x", "x/checkpoints: File name too long")):
+        with pytest.raises(OSError, match=rf"^cannot make the folder .*{words}; choose another `run_name`$") as error:
+            open_run(tmp_path, name, "DiT-S/2")
+        assert error.value.errno is None  # cli.run makes one line of it
+
+
+CONTINUED = [*TINY_RUN, "--diffusion-args", '{"objective": "flow"}', "--run-name", "r"]
+
+
+def changed(part, value):
+    def change(state):
+        weights = state[part] if part != "opt" else state["opt"]["state"][3]
+        name = next(name for name in weights if name != "step")
+        weights[name] = value(weights[name])
+    return change
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (changed("model", lambda w: w * torch.nan), "model: .* values of .* are not finite"),
+    (changed("ema", lambda w: w * torch.nan), "ema: .* values of .* are not finite"),
+    (changed("opt", lambda w: w - torch.inf), "opt: exp_avg 3 is not finite"),
+    (changed("opt", lambda w: w[..., :1]), r"opt: exp_avg 3 is \(.*\), the parameter \("),
+    (changed("ema", lambda w: w[..., :1]), "size mismatch"), (changed("ema", lambda w: None), "'NoneType' object has no"),
+    (lambda state: state["opt"]["state"].update({999: {}}), "list index out of range"),
+    (lambda state: state["opt"].pop("state"), "'state'"), (lambda state: state["meter"].pop("total"), "total")])
+def test_a_checkpoint_with_wrong_values_is_not_continued(tiny_run, tmp_path, run_here, monkeypatch, change, words):
+    newest = checkpoint.latest(tiny_run)
+    state = checkpoint.load(newest)
+    change(state)
+    path = tmp_path / "results" / "r" / "checkpoints" / newest.name
+    checkpoint.save(path, state)
+    monkeypatch.chdir(tmp_path)
+    result = run_here(train, *CONTINUED, "--max-steps", 1 + state["step"])
+    assert re.search(rf"^train.py: error: results/r/checkpoints/{newest.name} cannot be continued: .*{words}", result.stderr)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+
+
+def test_a_run_that_continues_says_what_it_does_not_read_and_knows_a_renamed_checkpoint(tiny_run, tmp_path, run_here,
+                                                                                        monkeypatch):
+    newest = checkpoint.latest(tiny_run)
+    state = checkpoint.load(newest)
+    checkpoints = tmp_path / "results" / "r" / "checkpoints"
+    checkpoint.save(checkpoints / newest.name, state)
+    monkeypatch.chdir(tmp_path)
+    flags = [*CONTINUED, "--max-steps", state["step"]]
+    for flag in ("--resume", "--init-from"):
+        result = run_here(train, *flags, flag, "gone.pt")
+        assert f"; {flag} gone.pt is not used: this run continues its own checkpoint; " in result.stdout, result.stderr
+    assert "not used" not in run_here(train, *flags).stdout
+    for old, new in ((newest.name, "0000900.pt"), (f"{newest.name}.sha256", "0000900.pt.sha256")):
+        (checkpoints / old).rename(checkpoints / new)
+    result = run_here(train, *flags)
+    assert result.stderr == (f"train.py: error: results/r/checkpoints/0000900.pt is of step {state['step']}: it was renamed; "
+                             f"call it {newest.name} again\n")
 
 
 def test_new_runs_are_numbered_after_the_highest_run(tmp_path):

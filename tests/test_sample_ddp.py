@@ -128,6 +128,9 @@ def test_a_finished_output_is_left_alone_and_pngs_are_made_of_it(draw, tmp_path,
     assert (result.returncode, drawn, output(tmp_path).stat().st_mtime_ns) == (0, [], before)
     assert "already drawn" in result.stdout
     assert_pictures(tmp_path, images)
+    (output(tmp_path).with_suffix("") / "000003.png").write_bytes(b"")  # as a lost power supply leaves it
+    draw("--balanced", "--png")
+    assert_pictures(tmp_path, images)
 
 
 def assert_pictures(cwd, images):

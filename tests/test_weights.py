@@ -29,7 +29,10 @@ def test_what_was_taken_and_what_lies_beside_it_is_said(state, said):
 
 
 def test_several_containers_that_nobody_knows_are_named():
-    for state, words in (({"g": W, "d": OTHER}, "several state dicts, .* has g, d"), ({"epoch": 3}, "no state dict.* epoch")):
+    torch_ema = {"decay": 0.99, "shadow_params": [torch.ones(2)]}
+    for state, words in (({"g": W, "d": OTHER}, "several state dicts, .* has g, d"), ({"epoch": 3}, "no state dict.* epoch"),
+                         ({"ema": torch_ema, "model": W}, "its 'ema' is no state dict"),
+                         ({"ema": {**W, "updates": 5}, "model": OTHER}, "its 'ema' is no state dict")):
         with pytest.raises(UserError, match=words):
             find_weights(state, "x.pt")
 

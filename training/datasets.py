@@ -113,12 +113,23 @@ def class_folders(path: Path, image_size: int | None) -> FolderImages:
 
 
 def check_classes(path: Path, folders: list[str]) -> None:
-    """Raises UserError if the folders below `path` are the parts of a data set: two or more, or one with folders in it."""
-    parts = [name for name in folders if name.lower() in PARTS]
+    """Raises UserError if the folders below `path` are the parts of a data set: two or more, or one with folders in it; or if
+    all of them hold the same two or more parts.
+    """
+    parts = parts_among(folders)
     if len(parts) > 1 or (parts == folders and next(os.walk(path / parts[0]), ("", [], []))[1]):
         likely = next((name for name in parts if name.lower().startswith("train")), parts[0])
         raise UserError(f"`data_path` {path} holds the parts {', '.join(parts)} of a data set, which are no classes; did you "
                         f"mean {path / likely}?")
+    below = (parts_among(next(os.walk(path / name), ("", [], []))[1]) for name in folders)  # lazy: most have none
+    if len(first := next(below)) > 1 and all(other == first for other in below):
+        raise UserError(f"`data_path` {path}: each class holds the parts {', '.join(first)} of a data set, which would be "
+                        f"mixed; move them apart, as {path / first[0] / folders[0]} in place of {path / folders[0] / first[0]}")
+
+
+def parts_among(folders: Iterable[str]) -> list[str]:
+    """Those of the names that are parts of a data set, sorted."""
+    return sorted(name for name in folders if name.lower() in PARTS)
 
 
 def listed_pictures(path: Path, names: list[str], labels: np.ndarray, image_size: int | None,
@@ -267,7 +278,10 @@ def torchvision_dataset(kind: str, root: str, split: str) -> Dataset:
 
     try:
         return getattr(torchvision.datasets, kind)(root, train=split == "train", download=True)  # only what is missing
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, AssertionError, ValueError, LookupError) as error:
+        raw = Path(root) / kind / "raw"
+        if not isinstance(error, OSError) and len(list(raw.glob("*-ubyte"))) == 4:  # torchvision only looks whether they exist
+            raise OSError(f"`data_root` {root}: a file in {raw} is damaged: delete it, then it is made again") from None
         reason = one_line(error)[:200]
         raise FileNotFoundError(f"`data_root` {root}: {kind} is missing and cannot be downloaded: {reason}") from None
 

@@ -224,7 +224,11 @@ def listed_rows(file: Path) -> tuple[list[str], np.ndarray] | None:
         rows = json.loads(file.read_text())["labels"]
         if rows is None:
             raise UserError("it has no labels (null); for one class, move all files into one folder, and delete dataset.json")
+        if not rows:
+            raise UserError("it lists no files")
         names, labels = map(list, zip(*rows))
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise UserError(f"it lists {wrong[0]!r}, which is not the name of a file")
         if not all(type(label) is int for label in labels):
             raise UserError(f"the label of {names[0]} is {labels[0]}; expected one integer for each file")
         return names, np.array(labels, dtype=np.int64)
@@ -248,7 +252,13 @@ def checked(folder: Path, size: tuple[int, int], given: int | None) -> tuple[int
 
 
 def classes_of(folder: Path, labels: np.ndarray, num_classes: int | None) -> list[str]:
-    """Names for labels 0..num_classes-1, by default 0 to the highest that occurs."""
+    """Names for labels 0..num_classes-1, by default 0 to the highest that occurs.
+
+    Raises:
+        UserError: labels are not among these; or the highest is taken for an error, as it has more classes than rows.
+    """
+    if num_classes is None and labels.max() >= max(1000, len(labels)):
+        raise UserError(f"{folder} has the label {labels.max()} in {len(labels):,} rows; if it is right, say `num_classes`")
     count = num_classes or int(labels.max()) + 1
     if not (0 <= labels.min() and labels.max() < count):
         raise UserError(f"`num_classes` {count}: {folder} has labels from {labels.min()} to {labels.max()}")

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from diffusion import create_diffusion
 from pipeline import checkpoint
-from pipeline.spec import BareWeights, ModelSpec, Spec, Weights, defaults_of, normal_name
+from pipeline.spec import BareWeights, ModelSpec, Spec, Statistics, Weights, defaults_of, normal_name
 from pipeline.weights import check_values, fitted
 from runtime import UserError
 from runtime.cli import check_arguments, prefix_errors, shortened
+from runtime.processes import World
 from training.runs import TRAINER_ARGS, TrainerArgs
 from training.state import Training
 
+DEFAULT_MODEL = "DiT-XL/2"
 FROM_DATA = {"input_size", "in_channels", "num_classes", "learn_sigma"}  # arguments of networks that data and process decide
 CLASS_TABLE = "embedding_table.weight"  # how the names of class embeddings end
 
@@ -44,6 +46,26 @@ def read_own(folder: Path) -> Initial | None:
         with suppress(checkpoint.DamagedError):
             return read_initial(str(path))
     return None
+
+
+def find_initial(flags: dict[str, Any],
+                 world: World) -> tuple[dict[str, Any], Initial | None, Initial | None, Statistics | None]:
+    """What a run begins with, by its flags.
+
+    Returns: the flags of the network, completed by `init_from` if `model` is not given; the checkpoint whose weights it begins
+    with; that whose settings it takes; and the statistics of the latents that its network has learnt. A run (of that
+    `run_name`) with a checkpoint of its own takes the last two from that: it continues even when the other is gone.
+    """
+    folder, own, source, taken = Path(flags["results_dir"], flags["run_name"] or ""), None, None, None
+    begun = world.on_main(lambda: bool(flags["run_name"] and checkpoint.latest(folder)))
+    chosen = {"model": flags["model"] or DEFAULT_MODEL}
+    if flags["init_from"]:
+        own = read_own(folder) if begun else None
+        with prefix_errors("`init_from`"):
+            source = own or world.main_first(lambda: read_initial(flags["init_from"]))
+            if flags["model"] is None:
+                taken, chosen = source, take_settings(source, flags)
+    return chosen, None if own else source, taken, source and source.spec.statistics
 
 
 # --- settings --------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from training.features import classes_of
 from training.rows import Rows, mirror, readable_names
 
 HELD_OUT = ("validation", "val", "test")  # the first that is there
+PART = re.compile(r"(?:^|[-_./ ])(train|validation|val|test)(?:(?<=train)ing)?(?![a-z])", re.IGNORECASE)  # in a name
 CACHE_BYTES = 128e6  # of row groups, in each process that reads
 
 
@@ -97,20 +98,34 @@ class ParquetImages(Dataset):
 def parquet_parts(folder: Path) -> dict[str, list[Path]]:
     """The parquet files below a folder, sorted, as "train" and, if any are held out, "val"; {} without parquet files.
 
-    The hub's names decide: `train-00000-of-00294.parquet`, `validation-…`, `val-…` or `test-…`, or folders of these names.
-    Held-out files are those of validation, else of test. Without files of `train`, all are "train".
+    The hub's names decide: `train-00000-of-00294.parquet`, `validation-…`, `val-…`, `test-…`, `cifar-test.parquet`, or folders
+    of such names, as `partial-train`. Held-out files are those of validation, else of test. Where no name tells of a part, or
+    the folder is itself a held-out one, all files are "train".
+
+    Raises:
+        UserError: there are held-out files and none of training.
     """
     if not begins_with_parquet(folder):  # saves listing a large folder of pictures
         return {}
     found: dict[str, list[Path]] = {}
+    own = part_in(folder.resolve().name)
     for file in find_files(folder, (".parquet",)):
-        parts = [re.match(r"(train|validation|val|test)(?![a-z])", part) for part in file.relative_to(folder).parts]
-        part = next((match[1] for match in reversed(parts) if match), "")
-        found.setdefault(part, []).append(file)
+        parts = filter(None, map(part_in, reversed(file.relative_to(folder).parts)))
+        found.setdefault(next(parts, "train" if own == "train" else ""), []).append(file)
     if "train" not in found:
+        held_out = next((name for name in HELD_OUT if name in found), None)
+        if held_out and own not in HELD_OUT:
+            raise UserError(f"`data_path` {folder} has parquet files of the part {held_out}, such as {found[held_out][0]}, and "
+                            "none of the part train; name the files of training train-….parquet, or a folder of them alone")
         return {"train": sorted(itertools.chain(*found.values()))} if found else {}
     held_out = [found[name] for name in HELD_OUT if name in found]
     return {"train": found["train"]} | ({"val": held_out[0]} if held_out else {})
+
+
+def part_in(name: str) -> str:
+    """The part of a data set that a file's or folder's name tells of, "" if none."""
+    match = PART.search(name)
+    return match[1].lower() if match else ""
 
 
 def begins_with_parquet(folder: Path) -> bool:

@@ -47,6 +47,7 @@ def preview(ema: nn.Module, autoencoder: nn.Module, spec: Spec, path: Path, worl
         images = drawn.new_empty(len(labels), *drawn.shape[1:])
         for rank, part in enumerate(parts[: len(labels)]):
             images[rank :: world.size] = part
+        path.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed during the run
         save_grid(images, path, len(shown), {"classes": names} | sampling.record())
     return names
 
@@ -58,6 +59,7 @@ def preview_reconstructions(ema: nn.Module, data: Readable, path: Path, precisio
     with autocast(device, precision), torch.no_grad():
         reconstructed = to_uint8(ema(to_unit_range(images.to(device)))).cpu()
     rows_of = [part.split(MAX_COLUMNS) for part in (images.permute(0, 2, 3, 1), reconstructed)]
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_grid(torch.cat([row for pair in zip(*rows_of) for row in pair]), path, MAX_COLUMNS)
 
 

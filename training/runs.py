@@ -144,7 +144,11 @@ def begin_or_continue(training: Training, spec: Spec, flags: dict[str, Any], rem
     newest, damaged = world.on_main(lambda: newest_undamaged(folder))
     if newest:
         remarks, as_described = continue_from(training, newest, spec, flags, data_flip)
+        if training.step != int(newest.stem):
+            raise UserError(f"{newest} is of step {training.step}: it was renamed; call it {training.step:07d}.pt again")
         training.saved = training.step if as_described else 0
+        remarks += [f"--{name.replace('_', '-')} {flags[name]} is not used: this run continues its own checkpoint"
+                    for name in ("resume", "init_from") if flags[name]]
     parameters = sum(p.numel() for p in training.parameters)
     return folder, [f"{spec.model.name}, {parameters:,} parameters", *damaged, *remarks]
 
@@ -177,9 +181,12 @@ def open_run(results: Path, run_name: str | None, model: str) -> Path:
     if folder is None and is_restart(launch):
         folder = next((file.parent for file in sorted(results.glob("[0-9][0-9][0-9]-*/launch"), reverse=True)
                        if file.read_text() == launch), None)
-    folder = folder or new_folder(results, model.replace("/", "-"))
-    for part in ("checkpoints", "previews"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+    try:
+        folder = folder or new_folder(results, model.replace("/", "-"))
+        for part in ("checkpoints", "previews"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the folder {error.filename}: {error.strerror}; choose another `run_name`") from None
     file = folder / "launch"
     restart = is_restart(launch) and file.read_text() == launch if file.is_file() else is_restart()
     lock_folder(folder, restart, "choose another `run_name`")
@@ -199,12 +206,14 @@ def new_folder(results: Path, model: str) -> Path:
             return folder
 
 
-def save_run(folder: Path, training: Training, spec: Spec, flags: dict[str, Any], name: str = "") -> int:
+def save_run(folder: Path, training: Training, spec: Spec, flags: dict[str, Any], name: str = "", tolerated: int = 0) -> int:
     """Write `checkpoints/{name}`; without a name this step's checkpoint, unless it exists, and delete old ones.
 
-    Within a streak of skipped steps nothing is written or deleted. Returns how many were just skipped in a row.
+    Within a streak of more than `tolerated` skipped steps nothing is written, and within any nothing is deleted.
+
+    Returns: how many were just skipped in a row, 0 if the checkpoint is there.
     """
-    if streak := int(training.meter.streak):
+    if (streak := int(training.meter.streak)) > tolerated:
         return streak
     training.undo_step()  # one that has begun: its data did not come, or it failed
     state = training.state_dict() | {"args": flags, "spec": spec.to_dict()}
@@ -212,7 +221,7 @@ def save_run(folder: Path, training: Training, spec: Spec, flags: dict[str, Any]
         checkpoint.save(folder / "checkpoints" / name, state)
     elif training.saved != training.step:
         keep_last, every = flags["keep_last"] if isinstance(flags["keep_last"], tuple) else (flags["keep_last"], 0)
-        save_step(folder, state, keep_last, every * flags["ckpt_every"])
+        save_step(folder, state, 0 if streak else keep_last, every * flags["ckpt_every"])
         training.saved = training.step
     return 0
 
@@ -239,6 +248,7 @@ def list_skipped(folder: Path, sentences: Iterable[str]) -> list[str]:
     known = path.read_text().splitlines() if path.exists() else []
     new = sorted(set(sentences) - set(known))
     if new:
+        folder.mkdir(parents=True, exist_ok=True)  # it may have been removed during the run
         write_text(path, "".join(f"{sentence}\n" for sentence in known + new))
     return new
 
@@ -281,7 +291,9 @@ def continue_from(training: Training, path: Path, spec: Spec, flags: dict[str, A
         if stored.get(key) != wanted.get(key):
             raise UserError(f"{path} was trained with {key} {stored.get(key)}, not {wanted.get(key)}: choose another "
                             "`run_name`, or take only its weights with `init_from`")
-    training.load_state_dict(state)
+    with prefix_errors(f"{path} cannot be continued:", LookupError, AttributeError, *WRONG_VALUE):
+        training.check(state)
+        training.load_state_dict(state)
     free = ("data_path", "max_steps", "epochs", "lr", "ema_decay", "diffusion_args", "optimizer_args", "precision")
     changed = [f"--{key.replace('_', '-')} was {state['args'][key]}, is now {flags[key]}"
                for key in free if state["args"][key] != flags[key]]

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.weights import check_values
 from runtime import UserError
 
 # What a line of the log holds beside the scalars of training_losses.
@@ -121,6 +122,18 @@ class Training:
     def state_dict(self) -> dict:
         parts = {name: getattr(self, name).state_dict() for name in ("model", "ema", "opt", "meter")}
         return parts | {name: getattr(self, name) for name in ("step", "validated", "best", "validations_since_best")}
+
+    def check(self, state: dict) -> None:
+        """Raises UserError if values of a checkpoint are not finite, or the optimizer's of other shapes than the parameters."""
+        for name in ("model", "ema"):
+            check_values(state[name], getattr(self, name).state_dict(), name)
+        for index, moments in state["opt"]["state"].items():
+            shape = self.parameters[index].shape
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != shape:
+                    raise UserError(f"opt: {name} {index} is {tuple(moments[name].shape)}, the parameter {tuple(shape)}")
+                if not moments[name].isfinite().all():
+                    raise UserError(f"opt: {name} {index} is not finite; take an earlier checkpoint")
 
     def load_state_dict(self, state: dict) -> None:
         group = {name: self.opt.param_groups[0][name] for name in ("betas", "weight_decay")}
