@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from runtime import UserError
+from runtime.processes import without_tf32
 
 from .flow import FlowMatching
 from .process import check_channels
@@ -154,14 +155,8 @@ def evaluating(model: Callable) -> Iterator[None]:
 @contextmanager
 def exactly(model: Callable, device: torch.device) -> Iterator[None]:
     """Without gradient, dropout, autocast and TF32, whose rounding is larger than the difference."""
-    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
-    allowed = matmul.allow_tf32, convolution.allow_tf32
-    matmul.allow_tf32 = convolution.allow_tf32 = False
-    try:
-        with torch.no_grad(), evaluating(model), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        matmul.allow_tf32, convolution.allow_tf32 = allowed
+    with torch.no_grad(), evaluating(model), torch.autocast(device.type, enabled=False), without_tf32():
+        yield
 
 
 def column(values: Tensor, x: Tensor) -> Tensor:

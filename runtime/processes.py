@@ -296,6 +296,18 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Exact fp32 products on CUDA in this block."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    allowed = matmul.allow_tf32, convolution.allow_tf32
+    matmul.allow_tf32 = convolution.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, convolution.allow_tf32 = allowed
+
+
 class Delayed:
     """A number of a device, as it is now, to be read later. On CUDA it is copied without waiting for pending work."""
 

@@ -42,7 +42,7 @@ def test_diffusion_args_are_checked_against_the_objective_s_factory(monkeypatch)
             (dict(objective="huber", sigma_small=True), "sigma_small.* is not supported with objective 'huber'"),
             (dict(delta=0.5), "`delta` is not supported with objective 'epsilon'"), (dict(label_drop="x"), "label_drop"),
             (dict(timestep_respacing="10"), "unknown key 'timestep_respacing'"),
-            (dict(objective="hubert"), "'hubert' is unknown; allowed: epsilon, x0, v, flow, huber")):
+            (dict(objective="hubert"), "'hubert' is unknown; allowed: epsilon, x0, v, flow, flow-map, huber")):
         with pytest.raises(UserError, match=f"^`diffusion_args`: .*{words}"):
             diffusion_of(**wrong)
 
