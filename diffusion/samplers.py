@@ -153,14 +153,17 @@ SDE_LAST = 0.04  # the last time of SiT's SDE before 0
 NEEDS = {"ddpm": ("p_mean_variance", "a Gaussian process"), "sde": ("shifted", "a flow"), "map": ("jump", "a flow map")}
 
 
+def samplers_of(process: Process) -> list[str]:
+    """The names of the samplers that support a process."""
+    return [name for name in SAMPLERS if name not in NEEDS or hasattr(process, NEEDS[name][0])]
+
+
 def get_sampler(name: str, process: Process, eta: float = 0.0) -> Callable[..., Steps]:
     """The sampler `name`. Raises UserError if it does not support the process, or eta."""
     if name not in SAMPLERS:
         raise UserError(f"`sampler` {name!r} is unknown; allowed: {', '.join(SAMPLERS)}")
-    member, kind = NEEDS.get(name, ("grid", ""))
-    if not hasattr(process, member):
-        allowed = [other for other in SAMPLERS if hasattr(process, NEEDS.get(other, ("grid", ""))[0])]
-        raise UserError(f"`sampler` {name} needs {kind}, not {type(process).__name__}; allowed: {', '.join(allowed)}")
+    if name not in (allowed := samplers_of(process)):
+        raise UserError(f"`sampler` {name} needs {NEEDS[name][1]}, not {type(process).__name__}; allowed: {', '.join(allowed)}")
     if not 0 <= eta <= 1:
         raise UserError(f"`eta` {eta} is not in 0..1")
     if eta and name not in ("ddim", "map"):

@@ -143,14 +143,12 @@ def check_launch(env: Mapping[str, str]) -> None:
 
 
 def step_timeout() -> timedelta:
-    given = os.environ.get("DINEXT_TIMEOUT", str(STEP_TIMEOUT))
-    try:
+    given, seconds = os.environ.get("DINEXT_TIMEOUT", str(STEP_TIMEOUT)), 0.0
+    with contextlib.suppress(ValueError):
         seconds = float(given)
-        if 1 <= seconds < 1e6:
-            return timedelta(seconds=seconds)
-    except ValueError:
-        pass
-    raise UserError(f"DINEXT_TIMEOUT={given} in the environment is not a number of seconds, at least 1")
+    if not 1 <= seconds < 1e6:
+        raise UserError(f"DINEXT_TIMEOUT={given} in the environment is not a number of seconds, at least 1")
+    return timedelta(seconds=seconds)
 
 
 def set_timeouts(*groups: dist.ProcessGroup | None) -> None:

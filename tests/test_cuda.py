@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from diffusion import create_diffusion
 from diffusion.guidance import guide, in_interval
 from diffusion.reuse import Reuse, plan
-from diffusion.samplers import NEEDS, SAMPLERS, evaluation_times
+from diffusion.samplers import SAMPLERS, evaluation_times, samplers_of
 from evaluation.extractors import Inception
 from pipeline import checkpoint
 from pipeline.generation import prepare_network
@@ -91,8 +91,7 @@ def test_a_network_its_loss_guidance_and_reuse_stay_on_the_device(name, kind):
 def test_samplers_stay_on_the_device():
     for objective in ("epsilon", "flow"):
         process = create_diffusion("4", objective=objective)
-        allowed = [name for name in SAMPLERS if hasattr(process, NEEDS.get(name, ("grid",))[0])]
-        check_on_fake_cuda("MLP", "none", objective, allowed)
+        check_on_fake_cuda("MLP", "none", objective, samplers_of(process))
 
 
 def sampling(model, process, sampler, kind):
