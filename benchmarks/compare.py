@@ -99,9 +99,9 @@ def build(network: Network, shape: tuple[int, int, int]) -> torch.nn.Module:
                                        "learn_sigma": False} | changes)
 
 
-def training_step(model: torch.nn.Module, task: Task) -> Callable[[], None]:
+def training_step(model: torch.nn.Module, task: Task, diffusion: dict = FLOW) -> Callable[[], None]:
     """What train.py does in a step, without reading data, as a function without arguments."""
-    process = create_diffusion("", **FLOW)
+    process = create_diffusion("", **diffusion)
     state, draws = Training.begin(model, 1e-3, OptimizerArgs()), torch.Generator().manual_seed(0)
     x, y = torch.randn(task.batch_size, *task.shape), torch.randint(10, (task.batch_size,))
 
