@@ -29,6 +29,7 @@ import models
 import small_models
 from diffusion import guidance
 from diffusion.flow import FlowMatching
+from diffusion.flow_map import FlowMap
 from diffusion.gaussian_diffusion import GaussianDiffusion
 from diffusion.process import Process
 from diffusion.schedules import named_betas
@@ -130,6 +131,7 @@ def write_diffusers(restored: checkpoint.Restored, args: Namespace, folder: Path
             "shape": [restored.model.in_channels, *restored.model.input_size], "num_classes": restored.model.num_classes,
             "steps": process.num_timesteps, "timesteps": timesteps, "cfg_scale": settings.cfg_scale,
             "cfg_channels": settings.cfg_channels, "guidance_interval": settings.guidance_interval,
+            "flow": isinstance(process, FlowMatching), "map": settings.sampler == "map",
             "prediction": prediction_of(process), "input_scale": process.input_scale,
             "bounded": autoencoder.bounded or settings.dynamic_thresholding,
             "dynamic_thresholding": settings.dynamic_thresholding, **scale_of(autoencoder)}}
@@ -177,15 +179,15 @@ def scale_of(autoencoder: torch.nn.Module) -> dict[str, list[float]]:
 
 
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}  # of objectives, in diffusers' terms
+FLOW_SCHEDULERS = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler",
+                   "map": "FlowMatchEulerDiscreteScheduler"}  # a map is Euler with r
 
 
 def prediction_of(process: Process) -> str:
-    """What the network predicts: "epsilon", "v", "x0" or "flow". UserError for any other process."""
-    if isinstance(process, GaussianDiffusion):
+    """What the network predicts: "epsilon", "v", "x0" or "velocity". UserError for a process that others registered."""
+    if isinstance(process, GaussianDiffusion) or type(process) in (FlowMatching, FlowMap):
         return process.prediction
-    if type(process) is FlowMatching and (process.prediction, process.shift) == ("velocity", 1):
-        return "flow"
-    raise UserError(f"--format diffusers has no form for a {type(process).__name__} like this one; the default format takes it")
+    raise UserError(f"--format diffusers has no form for a {type(process).__name__}; the default format takes it")
 
 
 def scheduler_of(settings: SamplingSettings, process: Process, diffusion: Config) -> tuple[Config, list[int] | None]:
@@ -194,15 +196,15 @@ def scheduler_of(settings: SamplingSettings, process: Process, diffusion: Config
     Raises:
         UserError: diffusers has none.
     """
-    objective, name = prediction_of(process), settings.sampler
-    if objective == "flow" and name in ("euler", "heun"):
-        return dict(_class_name=f"FlowMatch{name.title()}DiscreteScheduler", num_train_timesteps=process.num_timesteps,
-                    shift=1.0), None
+    prediction, name, flow = prediction_of(process), settings.sampler, isinstance(process, FlowMatching)
+    if flow and name in FLOW_SCHEDULERS:
+        return dict(_class_name=FLOW_SCHEDULERS[name], num_train_timesteps=process.num_timesteps, shift=process.shift), None
     kinds = {"ddpm": dict(_class_name="DDPMScheduler", clip_sample=False, timestep_spacing="linspace"),
              "ddim": dict(_class_name="DDIMScheduler", clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading"),
              "dpm++": dict(_class_name="DPMSolverMultistepScheduler", algorithm_type="dpmsolver++", solver_order=2,
                            final_sigmas_type="zero")}
-    if objective not in PREDICTIONS or name not in kinds:
+    if flow or name not in kinds:
+        objective = diffusion.get("objective", prediction)
         raise UserError(f"diffusers has no scheduler for sampler {name} with objective {objective}")
     steps = diffusion.get("diffusion_steps", 1000)
     stride, timesteps = steps // process.num_timesteps, process.timestep_map[::-1]
@@ -210,7 +212,7 @@ def scheduler_of(settings: SamplingSettings, process: Process, diffusion: Config
         raise UserError(f"diffusers' DDIM has steps of equal length: num_sampling_steps must be ddimN with an N that divides "
                         f"{steps}, not {settings.num_sampling_steps}")
     variance = dict(variance_type=process.variance) if name == "ddpm" else {}
-    config = kinds[name] | variance | dict(num_train_timesteps=steps, prediction_type=PREDICTIONS[objective],
+    config = kinds[name] | variance | dict(num_train_timesteps=steps, prediction_type=PREDICTIONS[prediction],
                                            trained_betas=named_betas(diffusion.get("noise_schedule", "linear"), steps).tolist())
     return config, None if name == "ddim" else timesteps
 

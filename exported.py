@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
@@ -26,7 +26,7 @@ class DiNextPipeline(DiffusionPipeline):
     """Draw images of a class-conditional model.
 
     Args:
-        network: (x, t in 0..1000, label) -> prediction.
+        network: (x, t in 0..1000, label) -> prediction; that of a flow map also takes r, the t where a step ends.
         vae: an AutoencoderKL, AutoencoderDC or TrainedAutoencoder; None: the network draws pixels.
         scheduler: of diffusers.
         sampling: export.py's record of the checkpoint: steps, timesteps, guidance, bounds.
@@ -98,11 +98,15 @@ class DiNextPipeline(DiffusionPipeline):
         x = latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         learned = getattr(self.scheduler.config, "variance_type", None) == "learned_range"
         options = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
-        guided = in_interval(times, scale, guidance_interval or settings["guidance_interval"])
+        guided = in_interval([round(t, 3) for t in times], scale, guidance_interval or settings["guidance_interval"])
         network = guide(self.evaluate, y, settings["num_classes"], scale, settings["cfg_channels"], guided)
-        for step, time in zip(self.progress_bar(self.scheduler.timesteps), times):
+        is_map = settings["map"] and isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)  # another draws as of a flow
+        ends = [{"r": end} for end in (*times[1:], 0.0)] if is_map else [{}] * len(times)
+        for step, time, end in zip(self.progress_bar(self.scheduler.timesteps), times, ends):
             scaled = self.scheduler.scale_model_input(x, step) if hasattr(self.scheduler, "scale_model_input") else x
-            out = self.limit_pixels(network(scaled, torch.full((len(x),), time, device=device)), scaled, step, time)
+            t_r = {name: torch.full((len(x),), value, device=device) for name, value in {"t": time, **end}.items()}
+            limit = settings["bounded"] and not end.get("r")  # the mean velocity of a step that ends elsewhere gives no x_0
+            out = self.prepare_prediction(network(scaled, **t_r), scaled, step, time, limit)
             x = self.scheduler.step(out if learned else out[:, : x.shape[1]], step, x, **options).prev_sample
 
         images = x if output_type == "latent" else self.decode(x)
@@ -131,8 +135,9 @@ class DiNextPipeline(DiffusionPipeline):
         """Set the scheduler's steps. Returns the network's t, 0..1000, at each evaluation."""
         settings, scheduler = self.config.sampling, self.scheduler
         count = count or settings["steps"]
-        if settings["prediction"] == "flow":  # its times are k / count
+        if settings["flow"]:  # its times are k / count, then shifted
             self.scheduler = scheduler = type(scheduler).from_config(scheduler.config, num_train_timesteps=count)
+            scheduler.sigma_min = 1 / count  # before the shift; diffusers' would be shifted twice
         elif scheduler.config.get("variance_type") and not isinstance(scheduler, DDPMScheduler):  # put in its place
             self.scheduler = scheduler = type(scheduler).from_config(scheduler.config, variance_type=None)
         takes_timesteps = "timesteps" in inspect.signature(scheduler.set_timesteps).parameters
@@ -142,26 +147,28 @@ class DiNextPipeline(DiffusionPipeline):
             scheduler.set_timesteps(count, device=device)
         return [float(t) * MODEL_TIME / scheduler.config.num_train_timesteps for t in scheduler.timesteps]
 
-    def evaluate(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.network(x.to(self.network.dtype), t, y).float()
+    def evaluate(self, x: Tensor, t: Tensor, y: Tensor, **r: Tensor) -> Tensor:
+        return self.network(x.to(self.network.dtype), t, y, **r).float()
 
-    def limit_pixels(self, out: Tensor, x: Tensor, step: Tensor, time: float) -> Tensor:
-        """The prediction with its x_0 limited to the range of pixels; for latents, the prediction itself."""
+    def prepare_prediction(self, out: Tensor, x: Tensor, step: Tensor, time: float, limit: bool) -> Tensor:
+        """What the scheduler takes: in a flow the velocity, else the prediction. `limit`: its x_0 to the range of pixels."""
         settings, channels = self.config.sampling, x.shape[1]
-        if not settings["bounded"]:
-            return out
         prediction, value = settings["prediction"], out[:, :channels]
-        if prediction == "flow":
+        scheduled = "velocity" if settings["flow"] else prediction
+        if not limit and prediction == scheduled:
+            return out
+        if settings["flow"]:
             alpha, sigma = 1 - time / MODEL_TIME, time / MODEL_TIME
-            x_0 = x - sigma * value
         else:
             abar = float(self.scheduler.alphas_cumprod[int(step)])
             alpha, sigma = abar**0.5, (1 - abar) ** 0.5
-            x_0 = {"epsilon": (x - sigma * value) / alpha, "v": alpha * x - sigma * value, "x0": value}[prediction]
-        limit = settings["input_scale"]
-        x_0 = limit * dynamic_threshold(x_0 / limit) if settings["dynamic_thresholding"] else x_0.clamp(-limit, limit)
+        x_0 = {"epsilon": (x - sigma * value) / alpha, "v": alpha * x - sigma * value, "x0": value,
+               "velocity": x - sigma * value}[prediction]
+        if limit:
+            bound = settings["input_scale"]
+            x_0 = bound * dynamic_threshold(x_0 / bound) if settings["dynamic_thresholding"] else x_0.clamp(-bound, bound)
         value = {"epsilon": (x - alpha * x_0) / sigma, "v": (alpha * x - x_0) / sigma, "x0": x_0,
-                 "flow": (x - x_0) / sigma}[prediction]
+                 "velocity": (x - x_0) / sigma}[scheduled]
         return torch.cat([value, out[:, channels:]], dim=1)
 
     def decode(self, x: Tensor) -> Tensor:
@@ -204,9 +211,9 @@ class Component(ModelMixin, ConfigMixin):
 
 
 class Network(Component):
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x (B, C, H, W), t (B,) in 0..1000, y (B,) -> (B, C or 2C, H, W)."""
-        return self.network(x, t, y)
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), t (B,) in 0..1000, y (B,) -> (B, C or 2C, H, W). r (B,): where the step of a flow map ends."""
+        return self.network(x, t, y, r)
 
 
 class TrainedAutoencoder(Component):

@@ -15,6 +15,7 @@ from test_autoencoders import kl, ldm_names
 
 import export
 from diffusion import create_diffusion
+from diffusion.flow import FlowMatching
 from models import DiT, DiT_models
 from pipeline import checkpoint, generation
 from pipeline.autoencoders import load_autoencoder
@@ -185,6 +186,16 @@ CASES = {
     "DiNext-U, DDPM, autoencoder of ours": ("DiNext-U-S", {"input_scale": 0.5, "sigma_small": True, "learn_sigma": False},
                                             dict(sampler="ddpm")),
     "DiT, cosine": ("DiT-S/2", {"noise_schedule": "squaredcos_cap_v2"}, dict(sampler="dpm++")),
+    "DiT, flow map": ("DiT-S/2", {"objective": "flow-map"}, dict(sampler="map")),
+    "DiNext-U, flow map, pixels, no guidance": ("DiNext-U-S", {"objective": "flow-map"}, dict(sampler="map", cfg_scale=1.0)),
+    "DiT, flow map, thresholded pixels, interval": (
+        "DiT-S/2", {"objective": "flow-map"}, dict(sampler="map", dynamic_thresholding=True, guidance_interval=(500, 800))),
+    "DiT, flow map, Heun, pixels": ("DiT-S/2", {"objective": "flow-map"}, dict(sampler="heun")),
+    "DiT, flow, x0": ("DiT-S/2", {"objective": "flow", "prediction": "x0"}, dict(sampler="euler")),
+    "DiT, flow, x0, Heun, pixels, shift": ("DiT-S/2", {"objective": "flow", "prediction": "x0", "shift": 0.3},
+                                           dict(sampler="heun")),
+    "DiNext, flow, shift, interval that begins at one of its times": (
+        "DiNext-S/2", {"objective": "flow", "shift": 3.0}, dict(sampler="euler", guidance_interval=(900, 1000))),
 }
 
 
@@ -203,17 +214,20 @@ def without_checkout(tmp_path, monkeypatch):
 
 
 def assert_diffusers_draws_the_same(run, out, monkeypatch, leave):
-    """Export and draw what generate draws, from the folder alone. Returns the pipeline."""
+    """Export and draw what generate draws, from the folder alone; a flow in 3 steps and in 1 too. Returns the pipeline."""
     from diffusers import DiffusionPipeline
     from diffusers.schedulers import scheduling_ddpm
 
     run_export("--ckpt", run, "--out", out, "--format", "diffusers")
     restored, decoded = checkpoint.restore(run), []
+    counts = [4, 3, 1] if restored.spec.diffusion.get("objective", "").startswith("flow") else [None]
     autoencoder = load_autoencoder(restored.spec.vae)
     to_uint8 = generation.to_uint8
     with monkeypatch.context() as patch:
         patch.setattr(generation, "to_uint8", lambda images: decoded.append(images) or to_uint8(images))
-        generate(restored.model, autoencoder, [2, 0], [0, 1], 0, Sampling.of(restored.spec))
+        for count in counts:
+            given = {"num_sampling_steps": count} if count else {}
+            generate(restored.model, autoencoder, [2, 0], [0, 1], 0, Sampling.of(restored.spec, given))
     noise = partial(addressed_noise, restored.model, 0, [0, 1])
     start, later = noise(), iter([noise(step) for step in range(4)])
 
@@ -222,8 +236,10 @@ def assert_diffusers_draws_the_same(run, out, monkeypatch, leave):
     pipe.set_progress_bar_config(disable=True)
     with monkeypatch.context() as patch:
         patch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **options: next(later))
-        found = 2 * pipe(class_labels=[restored.spec.classes[2], 0], latents=start, output_type="pt").images - 1
-    assert (found - decoded[0]).norm() / decoded[0].norm() < 1e-5
+        for count, expected in zip(counts, decoded, strict=True):
+            labels = [restored.spec.classes[2], 0]
+            found = 2 * pipe(labels, latents=start, num_inference_steps=count, output_type="pt").images - 1
+            assert (found - expected).norm() / expected.norm() < 1e-5
     return pipe
 
 
@@ -304,6 +320,23 @@ def test_it_is_called_as_diffusers_pipelines_are(tmp_path, vae, monkeypatch):
     assert draw([2], num_inference_steps=3).isfinite().all()
 
 
+def test_a_flow_map_with_another_scheduler_draws_as_a_flow(tmp_path, monkeypatch):
+    from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler
+    from diffusers.utils import dynamic_modules_utils
+
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    run = save(tmp_path, "pixels", "MLP", {"objective": "flow-map"})
+    run_export("--ckpt", run, "--out", tmp_path / "out", "--format", "diffusers")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    restored = checkpoint.restore(run)
+    sampling = Sampling.of(restored.spec, {"sampler": "heun"})
+    expected = generate(restored.model, load_autoencoder("pixels"), [2, 0], [0, 1], 0, sampling)
+    found = pipe([2, 0], latents=addressed_noise(restored.model, 0, [0, 1])).images
+    assert np.abs(np.stack(found).astype(int) - expected[..., 0].numpy()).max() <= 1
+
+
 def test_no_folder_of_this_machine_is_in_the_export(tmp_path, vae):
     run = save(tmp_path, vae)
     state = checkpoint.load(checkpoint.latest(run))
@@ -352,6 +385,14 @@ def test_what_diffusers_cannot_draw_is_refused(tmp_path, vae):
     for sampler, steps, words in (("heun", "4", "sampler heun with objective epsilon"), ("ddim", "4", "divides 1000, not 4")):
         with pytest.raises(UserError, match=words):
             export.scheduler_of(SamplingSettings(sampler=sampler, num_sampling_steps=steps), create_diffusion(steps), {})
+    for diffusion in ({"objective": "flow-map"}, {"objective": "flow", "prediction": "x0"}):
+        for sampler in ("sde", "dpm++", "ddim"):
+            words = f"sampler {re.escape(sampler)} with objective {diffusion['objective']}$"
+            with pytest.raises(UserError, match=words):
+                export.scheduler_of(SamplingSettings(sampler=sampler), create_diffusion("4", **diffusion), diffusion)
+    registered = type("Curved", (FlowMatching,), {})()  # by docs/extending.md
+    with pytest.raises(UserError, match="no form for a Curved; the default format takes it"):
+        export.scheduler_of(SamplingSettings(sampler="euler"), registered, {"objective": "curved"})
 
 
 def test_a_folder_is_pushed_to_the_branch(tmp_path, vae, monkeypatch, capsys):
