@@ -72,14 +72,16 @@ class ConvAdaLN(Backbone):
 
     Args: the defaults are those for the latents of Autoencoder on 32 x 32 images.
         hidden_size: D, the width of the blocks; a multiple of 8.
-        input_size, in_channels, depth, num_classes, learn_sigma, gradient_checkpointing: see DiT.
+        input_size, in_channels, depth, num_classes, learn_sigma, gradient_checkpointing, time_scale: see DiT.
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 8, in_channels: int = 8, hidden_size: int = 256, depth: int = 8,
-                 num_classes: int = 10, learn_sigma: bool = False, gradient_checkpointing: bool = False):
+                 num_classes: int = 10, learn_sigma: bool = False, gradient_checkpointing: bool = False,
+                 time_scale: float = 1.0):
         super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, size_multiple=1)
         if depth < 1 or hidden_size < 8 or hidden_size % 8:
             raise ValueError(f"depth ({depth}) must be at least 1, hidden_size ({hidden_size}) a multiple of 8")
+        self.time_scale = time_scale
         self.stem = nn.Conv2d(in_channels, hidden_size, kernel_size=3, padding=1)
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size // 2)
         self.embedder = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.Mish())
@@ -94,9 +96,9 @@ class ConvAdaLN(Backbone):
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
         """t (B,) in 0..1000, y (B,) in 0..L -> c (B, D)."""
-        label = self.embedding_table(y)                                                # (B, D/2)
-        time = TimestepEmbedder.timestep_embedding(t, label.shape[1]).to(label.dtype)  # (B, D/2)
-        return self.embedder(torch.cat([time, label], dim=1))
+        label = self.embedding_table(y)                                                  # (B, D/2)
+        time = TimestepEmbedder.timestep_embedding(self.time_scale * t, label.shape[1])  # (B, D/2)
+        return self.embedder(torch.cat([time.to(label.dtype), label], dim=1))
 
     def encode(self, x: Tensor, c: Tensor, split: int | None = None) -> tuple[Tensor]:
         """x (B, C, H, W) -> (B, D, H, W) after the first `split` blocks."""

@@ -4,11 +4,11 @@ FORMATS has one entry a format: how it is recognised, and how its `Source` becom
 
 - ours: a training checkpoint, or a folder of export.py
 - a folder of diffusers' DiTPipeline: model_index.json, transformer/, scheduler/, vae/
-- weights with DiT's keys: DiT's `.pt`; SiT's and REPA's, whose outputs mean something else; LightningDiT's
+- weights with DiT's keys: DiT's `.pt`; SiT's, REPA's and DMF's, whose outputs mean something else; LightningDiT's
 - LDM's autoencoder, as diffusers' AutoencoderKL
 
-Sources: SiT: Ma et al. (arXiv:2401.08740), REPA: Yu et al. (arXiv:2410.06940), LightningDiT: Yao et al. (arXiv:2501.01423),
-LDM: Rombach et al. (arXiv:2112.10752), diffusers' DiTTransformer2DModel.
+Sources: SiT: Ma et al. (arXiv:2401.08740), REPA: Yu et al. (arXiv:2410.06940), DMF: Lee et al. (arXiv:2510.24474),
+LightningDiT: Yao et al. (arXiv:2501.01423), LDM: Rombach et al. (arXiv:2112.10752), diffusers' DiTTransformer2DModel.
 """
 
 import math
@@ -61,11 +61,14 @@ def read_own(source: Source, bare: BareWeights) -> Contents:
 # --- weights with DiT's keys -----------------------------------------------------------------------
 
 PROJECTORS = "projectors."  # REPA's, which only training needs
-# The published sampling. SiT: Heun with 250 evaluations. REPA: 250 steps and an interval.
+UNCERTAINTY = "logvar_linear."  # DMF's, likewise
+# The published sampling. SiT: Heun with 250 evaluations. REPA: 250 steps and an interval. DMF: four, its guidance is learnt.
 FLOWS = {"sit": dict(sampler="heun", num_sampling_steps="125"),
-         "repa": dict(sampler="euler", num_sampling_steps="250", cfg_scale=1.8, cfg_channels=None, guidance_interval=(0, 700))}
-# LightningDiT-XL of 800 epochs. Its paper also shifts the times of the steps, which no sampler here does.
-LIGHTNING = dict(sampler="euler", num_sampling_steps="250", cfg_scale=6.7, guidance_interval=(0, 875))
+         "repa": dict(sampler="euler", num_sampling_steps="250", cfg_scale=1.8, cfg_channels=None, guidance_interval=(0, 700)),
+         "dmf": dict(sampler="map", num_sampling_steps="4", cfg_scale=1.0)}
+DMF_DEPTH = 20 / 28  # the share of blocks before its seam, if no flag of its trainer tells
+LIGHTNING = dict(sampler="euler", num_sampling_steps="250", cfg_scale=6.7, guidance_interval=(0, 875))  # XL, 800 epochs
+LIGHTNING_SHIFT = 10 / 3  # of the same: 0.3 in its direction of time
 
 
 def read_dit(source: Source, bare: BareWeights) -> Contents:
@@ -76,21 +79,27 @@ def read_dit(source: Source, bare: BareWeights) -> Contents:
 
 
 def read_flow(source: Source, bare: BareWeights, kind: str) -> Contents:
-    """SiT's or REPA's weights, with the flags of their trainers if the file has them. `kind` is a key of FLOWS."""
-    flags = source.flags
-    check_published_flow(flags)
-    names = {"image_size": "resolution", "num_classes": "num_classes", "vae": "vae"}  # SiT's flags, like DiT's -> REPA's
+    """SiT's, REPA's or DMF's weights, with the flags of their trainers if the file has them. `kind` is a key of FLOWS."""
+    flags, is_map = source.flags, kind == "dmf"
+    check_published_flow(flags, qk_norm=(False, True) if is_map else (False,))
+    names = {"image_size": "resolution", "num_classes": "num_classes", "vae": "vae"}  # SiT's flags, like DiT's -> the others'
     stored = {name: flags.get(name, flags.get(other)) for name, other in names.items() if {name, other} & set(flags)}
     if "model" in flags:
-        stored["model"] = str(flags["model"]).replace("SiT", "DiT")
+        stored["model"] = re.sub("SiT|DMFT", "DiT", str(flags["model"]))
     spec = bare.spec(stored, shape_of(source.weights))
     if spec.model.class_name != "DiT":
-        raise UserError(f"`model` {spec.model.name} is not a DiT, as the networks of SiT and REPA are")
-    model = replace(spec.model, args=spec.model.args | {"learn_sigma": False, "time_scale": 1e-3})
-    spec = replace(spec, model=model, diffusion={"objective": "flow"}, sampling=replace(spec.sampling, **FLOWS[kind]))
-    weights = {key: value for key, value in source.weights.items() if not key.startswith(PROJECTORS)}
+        raise UserError(f"`model` {spec.model.name} is not a DiT, as the networks of SiT, REPA and DMF are")
+    args = spec.model.args | {"learn_sigma": False, "time_scale": 1e-3}
+    if is_map:
+        args |= {"map_split": flags.get("dmf_depth", round(DMF_DEPTH * args["depth"])),
+                 "qk_norm": any(key.endswith("q_norm.scale") for key in source.weights)}
+    spec = replace(spec, model=replace(spec.model, args=args), diffusion={"objective": "flow-map" if is_map else "flow"},
+                   sampling=replace(spec.sampling, **FLOWS[kind]))
+    weights = {re.sub(r"(\.[qk]_norm)\.scale$", r"\1.weight", key): value for key, value in source.weights.items()
+               if not key.startswith((PROJECTORS, UNCERTAINTY))}
     weights = first_half(weights, spec.model.args)
-    return Contents(spec, reverse_time(weights) if kind == "sit" else weights, f"weights of {kind}'s flow")
+    return Contents(spec, reverse_time(weights) if kind == "sit" else weights,
+                    f"weights of {kind}'s {'flow map' if is_map else 'flow'}")
 
 
 def read_lightning(source: Source, bare: BareWeights) -> Contents:
@@ -105,11 +114,10 @@ def read_lightning(source: Source, bare: BareWeights) -> Contents:
     spec = bare.spec({}, shape | {"model": "LightningDiT-XL/1", "image_size": 2 * shape["image_size"]})
     mean, std = statistics
     args = {"in_channels": len(mean), "input_size": spec.image_size[0] // 16, "learn_sigma": False, "time_scale": 1e-3}
-    spec = replace(spec, model=replace(spec.model, args=spec.model.args | args), diffusion={"objective": "flow"},
+    spec = replace(spec, model=replace(spec.model, args=spec.model.args | args),
+                   diffusion={"objective": "flow", "shift": LIGHTNING_SHIFT},
                    sampling=replace(spec.sampling, **LIGHTNING), latents_mean=mean, latents_std=std)
-    return Contents(spec, reverse_time(first_half(weights, spec.model.args)),
-                    "weights of a LightningDiT; its published sampling also shifts the times of the steps (by 0.3), which "
-                    "is not done here: images differ from the published ones")
+    return Contents(spec, reverse_time(first_half(weights, spec.model.args)), "weights of a LightningDiT")
 
 
 def shape_of(weights: Weights) -> Config:
@@ -124,9 +132,9 @@ def shape_of(weights: Weights) -> Config:
             "image_size": 8 * patch * math.isqrt(tokens), "num_classes": max(1, rows - 1)}
 
 
-def check_published_flow(stored: Config) -> None:
-    """Raises UserError if SiT's or REPA's trainer was run with a path or prediction that is not supported here."""
-    for key, allowed in {"path_type": ("linear",), "prediction": ("velocity", "v"), "qk_norm": (False,)}.items():
+def check_published_flow(stored: Config, qk_norm: tuple[bool, ...]) -> None:
+    """Raises UserError if its trainer was run with a path, prediction or norm that is not supported here."""
+    for key, allowed in {"path_type": ("linear",), "prediction": ("velocity", "v"), "qk_norm": qk_norm}.items():
         value = stored.get(key, allowed[0])
         if (value.lower() if isinstance(value, str) else value) not in allowed:
             raise UserError(f"its {key} is {value}; only {' or '.join(map(str, allowed))} is supported")
@@ -322,6 +330,8 @@ FORMATS = (  # the first that matches is taken
     Format("diffusers", lambda source: "model_index.json" in source.configs, read_diffusers),
     Format("DiNext", lambda source: source.description is not None, read_own),
     Format("LightningDiT", lambda source: any(".mlp.w12." in key for key in source.weights), read_lightning),
+    Format("DMF", lambda source: str(source.flags.get("model")).startswith("DMFT") or any(
+        key.startswith(UNCERTAINTY) for key in source.weights), partial(read_flow, kind="dmf"), "dmf"),
     Format("REPA", lambda source: "resolution" in source.flags or any(key.startswith(PROJECTORS) for key in source.weights),
            partial(read_flow, kind="repa"), "repa"),
     Format("SiT", lambda source: str(source.flags.get("model")).startswith("SiT"), partial(read_flow, kind="sit"), "sit"),

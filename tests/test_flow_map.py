@@ -1,9 +1,14 @@
-"""Flow maps: closed forms of Gaussian data, and networks."""
+"""Flow maps: closed forms of Gaussian data, networks, and runs."""
 
 import math
+import shutil
 
 import pytest
 import torch
+from conftest import TINY_RUN, assert_one_line, run_script, train_here
+from foreign import ForeignNet
+from PIL import Image
+from test_train import assert_same, final, metrics
 from torch import nn
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,7 +17,8 @@ from diffusion import create_diffusion
 from diffusion.flow import FlowMatching
 from diffusion.flow_map import FlowMap, derivative, guidance
 from diffusion.samplers import evaluation_times, get_sampler
-from models import DiNext, DiNextU, DiT
+from models import DiNext, DiNextU, DiT, DiT_models
+from pipeline import checkpoint
 from runtime import UserError
 from runtime.randomness import generator
 
@@ -290,3 +296,78 @@ def test_what_is_refused():
     assert evaluation_times(get_sampler("map", process := create_diffusion("4", objective="flow-map")), process) == (
         1000, 750, 500, 250)
     assert len(evaluation_times(get_sampler("heun", process), process)) == 7  # as a flow
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+RUN = [*TINY_RUN, "--global-batch-size", "16", "--model-args", '{"hidden_size": 32, "depth": 2, "time_scale": 0.01}',
+       "--diffusion-args", '{"objective": "flow-map", "map_guidance": 0.5, "label_drop": 0.3}', "--max-steps", "6"]
+
+
+@pytest.fixture(scope="module")
+def map_run(tmp_path_factory):
+    """The folder of a run of six steps on digits, with validation."""
+    cwd = tmp_path_factory.mktemp("map")
+    train_here(cwd, *RUN, "--run-name", "r", "--val-every", "3", "--ckpt-every", "3")
+    return cwd / "results" / "r"
+
+
+def test_a_run_reports_both_errors_and_recommends_the_map(map_run):
+    for name in ("loss", "mse", "map_mse"):
+        assert len(metrics(map_run, name)) == 6
+        assert all(math.isfinite(value) for value in metrics(map_run, name))
+    for name in ("val_loss", "val_mse_ema", "val_map_mse_ema"):
+        assert all(math.isfinite(value) for value in metrics(map_run, name)), name
+        assert len(metrics(map_run, name)) == 2
+    settings = checkpoint.restore(map_run).spec.sampling
+    assert (settings.sampler, settings.num_sampling_steps, settings.cfg_scale) == ("map", 4, 1.0)
+    with Image.open(map_run / "previews" / "0000006.png") as preview:
+        assert preview.text["sampler"] == "map"
+
+
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(map_run, tmp_path):
+    broken = tmp_path / "results" / "r"
+    shutil.copytree(map_run, broken)
+    for path in (broken / "checkpoints").glob("0000006*"):
+        path.unlink()
+    train_here(tmp_path, *RUN, "--run-name", "r", "--val-every", "3", "--ckpt-every", "3")
+    assert_same(final(map_run), final(broken))
+    assert metrics(map_run, "map_mse") == metrics(broken, "map_mse")
+
+
+def test_two_processes_with_accumulation_agree_with_one_to_rounding(map_run, tmp_path):
+    run_script("train.py", *RUN, "--run-name", "r", "--val-every", "3", "--grad-accum", "2", cwd=tmp_path, nproc=2)
+    two = tmp_path / "results" / "r"
+    assert_same(final(map_run), final(two), tolerance=2e-4)
+    for name in ("loss", "mse", "map_mse", "val_loss", "val_map_mse_ema"):
+        assert metrics(two, name) == pytest.approx(metrics(map_run, name), rel=1e-3), name
+
+
+def test_compile_keeps_the_losses(map_run, tmp_path, monkeypatch):
+    calls, original = [], nn.Module.compile
+
+    def backend(module, inputs):
+        return lambda *values: calls.append(0) or module.forward(*values)
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: original(self, backend=backend, **options))
+    torch._dynamo.reset()
+    train_here(tmp_path, *RUN, "--run-name", "r", "--compile")
+    assert metrics(tmp_path / "results" / "r", "loss") == pytest.approx(metrics(map_run, "loss"), rel=1e-4)
+    assert len(calls) == 6 * 3  # guidance, derivative and the call with a gradient
+
+
+def test_what_a_run_refuses(tmp_path, run_here, monkeypatch):
+    import train
+
+    def refused(*words, **changes):
+        flags = {"diffusion_args": '{"objective": "flow-map"}', "model_args": '{"time_scale": 0.01}'} | changes
+        given = [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), value)]
+        assert_one_line(run_here(train, *TINY_RUN, "--max-steps", 1, *given, "--results-dir", tmp_path), *words)
+
+    refused("map_guidance 0.6 needs a label_drop above 0",
+            diffusion_args='{"objective": "flow-map", "map_guidance": 0.6, "label_drop": 0}')
+    refused("--model-args: time_scale 1.0 is too large for a flow map", model_args="{}")
+    refused("--global-batch-size leaves 3 samples", global_batch_size="6", grad_accum="2")
+    refused("--model-args: time_scale 1.0 is too large", model="ConvAdaLN", model_args="{}")
+    monkeypatch.setitem(DiT_models, "ForeignNet", ForeignNet)
+    refused("--model-args: ForeignNet has no argument r", model="ForeignNet", model_args="{}")

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import sample
+from diffusion.guidance import guide
 from models import DiT, DiT_models
 from pipeline import checkpoint, interchange
 from pipeline.autoencoders import load_autoencoder
+from pipeline.generation import Sampling
 from pipeline.interchange import interpret
 from pipeline.spec import BareWeights, Source
 from runtime import UserError, files
@@ -34,8 +36,12 @@ def random_weights(learn_sigma: bool, **changes) -> dict:
     return {key: value if key == "pos_embed" else torch.randn_like(value) * 0.2 for key, value in model.state_dict().items()}
 
 
-def written_out(w: dict, x, t, y, heads: int = TINY["num_heads"], depth: int = TINY["depth"], p: int = TINY["patch_size"]):
-    """SiT's, REPA's and LightningDiT's networks from their papers and DiT's: (B, C or 2C, H, W). t is embedded as it is."""
+def written_out(w: dict, x, t, y, heads: int = TINY["num_heads"], depth: int = TINY["depth"], p: int = TINY["patch_size"],
+                r=None, split: int | None = None):
+    """SiT's, REPA's, DMF's and LightningDiT's networks from their papers and DiT's: (B, C or 2C, H, W).
+
+    t is embedded as it is. With r and a split it is DMF's: the blocks after the split, and the last layer, see r.
+    """
     lightning = "blocks.0.mlp.w12.weight" in w
 
     def linear(name, x):
@@ -57,20 +63,23 @@ def written_out(w: dict, x, t, y, heads: int = TINY["num_heads"], depth: int = T
         angles = torch.cat([row[:, None] * speeds, column[:, None] * speeds], dim=1)
         return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
-    frequencies = torch.tensor([10_000 ** (-i / 128) for i in range(128)])
-    angles = t[:, None] * frequencies
-    c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=1))))
-    c = F.silu(c + w["y_embedder.embedding_table.weight"][y])
+    def condition(t):
+        angles = t[:, None] * torch.tensor([10_000 ** (-i / 128) for i in range(128)])
+        c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=1))))
+        return F.silu(c + w["y_embedder.embedding_table.weight"][y])
+
+    c = condition(t)
     b, _, height, width = x.shape
     x = F.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=p).flatten(2).mT + w["pos_embed"]
     for i in range(depth):
-        block = f"blocks.{i}"
+        block, c = f"blocks.{i}", condition(r) if i == split else c
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(f"{block}.adaLN_modulation.1", c).chunk(6, dim=1)
         q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2)
                    for part in linear(f"{block}.attn.qkv", modulated(x, shift_a, scale_a, f"{block}.norm1")).chunk(3, dim=2))
-        if f"{block}.attn.q_norm.weight" in w:
-            q, k = (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{block}.attn.{name}_norm.weight"]
-                    for z, name in ((q, "q"), (k, "k")))
+        for kind in ("weight", "scale"):
+            if f"{block}.attn.q_norm.{kind}" in w:
+                q, k = (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{block}.attn.{name}_norm.{kind}"]
+                        for z, name in ((q, "q"), (k, "k")))
         if lightning:
             q, k = turned(q.contiguous()), turned(k.contiguous())
         attended = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
@@ -133,6 +142,37 @@ def test_the_flags_of_a_trainer_tell_what_it_trained():
     assert (spec.image_size, spec.sampling.cfg_scale) == ((64, 64), 1.8)  # not SiT's
 
 
+def test_dmfs_network_is_ours(tmp_path):
+    """u(x, t, r), times on 0..1, 1 = noise; its last blocks see r. Published: x_r = x_t + (r - t) u, four steps."""
+    path, (x, t, y), r = tmp_path / "published.pt", batch(), torch.tensor([0.0, 0.1, 0.5])
+    weights = random_weights(learn_sigma=False)
+    torch.save(weights | {"logvar_linear.weight": torch.ones(1, 256), "logvar_linear.bias": torch.ones(1)}, path)
+    ours = checkpoint.restore(path, BareWeights("DiT-tiny", 64, 10))
+    assert_equal(ours.model(x, 1000 * t, y, 1000 * r), written_out(weights, x, t, y, r=r, split=2))  # of 3, as 20 of 28
+    assert_equal(ours.model(x, 1000 * t, y), written_out(weights, x, t, y))
+    sampling = ours.spec.sampling
+    assert (sampling.sampler, sampling.num_sampling_steps, sampling.cfg_scale) == ("map", "4", 1.0)
+    noise = torch.randn(3, 4, 8, 8)
+    steps = Sampling.of(ours.spec, {"num_sampling_steps": 2})
+    *_, last = steps.solver(steps.process, guide(ours.model, y, 10, 1.0, 4), noise, None)
+    middle = noise + (0.5 - 1) * written_out(weights, noise, torch.ones(3), y, r=torch.full((3,), 0.5), split=2)
+    expected = middle + (0 - 0.5) * written_out(weights, middle, torch.full((3,), 0.5), y, r=torch.zeros(3), split=2)
+    assert_equal(last["sample"], expected)
+
+    weights = random_weights(learn_sigma=False, qk_norm=True)
+    theirs = {key.replace("_norm.weight", "_norm.scale"): value for key, value in weights.items()}
+    assert any(key.endswith("k_norm.scale") for key in theirs)
+    torch.save(theirs, path)  # without the part that tells
+    ours = checkpoint.restore(path, BareWeights("DiT-tiny", 64, 10, objective="dmf"))
+    assert_equal(ours.model(x, 1000 * t, y, 1000 * r), written_out(theirs, x, t, y, r=r, split=2))
+    trainer = dict(model="DMFT-tiny", resolution=64, num_classes=10, dmf_depth=1, qk_norm=True, path_type="linear")
+    spec = read(theirs, **trainer).spec
+    assert (spec.model.name, spec.model.args["map_split"], spec.diffusion) == ("DiT-tiny", 1, {"objective": "flow-map"})
+    with torch.device("meta"):
+        weights = DiT_models["DiT-XL/2"](input_size=16, num_classes=7, learn_sigma=False).state_dict()
+    assert read(weights, BareWeights(objective="dmf")).spec.model.args["map_split"] == 20
+
+
 def test_what_is_assumed_is_said_and_what_contradicts_the_file_is_refused():
     weights = random_weights(learn_sigma=True)
     assert "assumed to predict epsilon" in read(weights, BareWeights("DiT-tiny", 64, 10)).remark
@@ -175,7 +215,8 @@ def test_lightningdits_network_is_ours(lightning):
     assert (spec.image_size, len(spec.classes), spec.statistics) == ((128, 128), 10, ([1, 2, 3], [4, 5, 6]))
     assert (sampling.sampler, sampling.cfg_scale, sampling.cfg_channels) == ("euler", 6.7, 3)
     assert sampling.guidance_interval == (0, 875)
-    assert "shifts the times of the steps (by 0.3), which is not done here" in ours.remark
+    theirs = [0.3 * u / (1 + (0.3 - 1) * u) for u in (0, 0.25, 0.5, 0.75, 1)]  # the published shift; 1 = data
+    assert Sampling.of(spec, {"num_sampling_steps": 4}).process.grid == pytest.approx([1 - u for u in theirs])
 
 
 def test_a_lightningdit_without_what_it_needs_is_refused(lightning):

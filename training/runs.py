@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from diffusion import OBJECTIVES, create_diffusion, supported_arguments
-from diffusion.flow_map import check_network
+from diffusion.flow_map import FlowMap, check_network
 from diffusion.process import Network, Process, check
 from pipeline import checkpoint
 from pipeline.autoencoders import Pixels
@@ -60,6 +60,8 @@ def build_run_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[
         diffusion = check_objective_arguments({name: diffusion_args[name] for name in diffusion_args if name not in given})
         process = create_diffusion("", **diffusion)
         check(process, Process, "a process needs")
+        if label_drop == 0 and isinstance(process, FlowMap) and process.omega:
+            raise UserError(f"map_guidance {process.omega} needs a label_drop above 0, which teaches the null label")
     with prefix_errors("`vae`"):
         channels, *size = autoencoder.latent_shape(data.image_size, data.channels)
     from_data = dict(input_size=tuple(size), in_channels=channels, num_classes=len(data.classes))
