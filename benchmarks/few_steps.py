@@ -6,7 +6,7 @@
 
 For each task of compare.py and each seed: a flow is trained; a map from it, for as long again; and a flow of twice the time.
 Each draws 5,000 images by several samplers, and evaluate.py measures them. `run` may be killed at any moment; the same command
-continues. Each run writes one JSON to --results. The classifiers, and how to get the data of `cifar`, are compare.py's.
+continues. Each run writes one JSON to --results. Classifiers, floors, and how to get the data of `cifar`, are compare.py's.
 """
 
 import json
@@ -90,7 +90,7 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("what", choices=list(ACTIONS), help="time first, then run; table at any time")
     parser.add_argument("--tasks", nargs="+", default=list(STUDIES), choices=list(STUDIES), help="in this order")
     parser.add_argument("--results", default="benchmarks/results/flow-map", help="folder of JSON, and of the table")
-    parser.add_argument("--classifiers", default="benchmarks/results/compare", help="folder of compare.py's classifiers")
+    parser.add_argument("--compared", default="benchmarks/results/compare", help="compare.py's results: classifiers and floors")
     parser.add_argument("--work", default="results/few-steps", help="folder of runs and samples")
     parser.add_argument("--data-root", default="data", help="where MNIST lies")
     parser.add_argument("--cifar", default="data/cifar10-jpg", help="CIFAR-10's pictures, with train and test")
@@ -176,31 +176,46 @@ def measure(task: str, folder: Path, sampler: Sampler, args: Namespace) -> list[
           "250", "--sample-dir", str(samples), *sampler.flags])
     (npz,) = samples.glob("*.npz")
     call(["evaluate.py", *expand(TASKS[task].real[0], args), str(npz), "--weights", "none", "--classifier",
-          f"{args.classifiers}/classifier-{task}.pt", "--data-root", args.data_root, "--json", str(samples / "figures.json")])
+          f"{args.compared}/classifier-{task}.pt", "--data-root", args.data_root, "--json", str(samples / "figures.json")])
     return json.loads((samples / "figures.json").read_text())["figures"]
 
 
 def write_table(args: Namespace) -> None:
-    """Write table.md: a row a sampler of a stage, mean and standard deviation over the seeds."""
+    """Write table.md: a row a sampler of a stage, mean and standard deviation over the seeds.
+
+    "of Heun's" is a distance above the floor, divided by that of the longer flow's best sampler without guidance.
+    """
     results, lines = read_results(Path(args.results)), []
     for task in args.tasks:
-        done = [report for report in results.values() if report.get("task") == task]
-        if not done:
+        reports = [report for report in results.values() if report.get("task") == task]
+        values = {(stage, sampler): [report["figures"][sampler.title] for report in reports if report["stage"] == stage]
+                  for stage, samplers in STAGES.items() for sampler in samplers}
+        values = {row: [[figure({"figures": found}, name)["value"] for name in FIGURES] for found in all_seeds]
+                  for row, all_seeds in values.items() if all_seeds}
+        if not values:
             continue
-        rows = []
-        for stage, samplers in STAGES.items():
-            for sampler in samplers:
-                figures = [report["figures"][sampler.title] for report in done if report["stage"] == stage]
-                if figures:
-                    rows.append([stage, sampler.title, sampler.calls, len(figures), *(
-                        spread([figure({"figures": found}, name)["value"] for found in figures]) for name in FIGURES)])
-        floors = [f"{figure({'figures': next(iter(done[0]['figures'].values()))}, name)['floor']:.3g}" for name in FIGURES]
-        lines += [f"## {task}", "", *table(["network", "sampler", "calls", "seeds", *FIGURES],
-                                           [*rows, ["real images", "-", "-", "-", *floors]]), ""]
+        floor = floors_of(task, Path(args.compared))
+        means = {row: [statistics.mean(column) for column in zip(*all_seeds)] for row, all_seeds in values.items()}
+        best = means.get(("longer flow", HEUN[-1]))
+        rows = [[stage, sampler.title, sampler.calls, len(all_seeds), *map(spread, zip(*all_seeds)),
+                 *(f"{(means[stage, sampler][i] - floor[i]) / (best[i] - floor[i]):.2f}" if best else "-" for i in (0, 1))]
+                for (stage, sampler), all_seeds in values.items()]
+        lines += [f"## {task}", "", *table(
+            ["network", "sampler", "calls", "seeds", *FIGURES, *(f"{name}, of Heun's" for name in FIGURES[:2])],
+            [*rows, ["real images", *3 * ["-"], *(f"{value:.3g}" for value in floor), "0", "0"]]), ""]
     if not lines:
         raise UserError(f"`results` {args.results} has no result of {' or '.join(args.tasks)}")
     write_text(Path(args.results) / "table.md", "\n".join(lines))
     print(f"Wrote {args.results}/table.md")
+
+
+def floors_of(task: str, compared: Path) -> list[float]:
+    """FIGURES of as many real images, from compare.py's results; for latents, of images encoded and decoded."""
+    results = read_results(compared)
+    if decoded := results.get(f"{task}-reconstructions"):
+        return [figure(decoded, name)["value"] for name in FIGURES]
+    main = next(report for report in results.values() if report.get("task") == task and report["stage"] == "main")
+    return [figure(main, name)["floor"] for name in FIGURES]
 
 
 ACTIONS = {"time": time_steps, "run": run_all, "table": write_table}

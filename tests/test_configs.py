@@ -81,6 +81,9 @@ def test_every_config_trains_two_steps(name, small, trains, tmp_path):
     config = small(name)
     if config["vae"].startswith("./results/"):
         trains("cifar-autoencoder", small("cifar_autoencoder"))
+    if flow := config.get("init_from"):  # as the config's first command
+        flags = dict(init_from=None, diffusion_args=dict(objective="flow", time_sampling="logit-normal"))
+        trains(flow.removeprefix("./results/"), config | flags)
     spec = trains(name, config)
     assert spec.model.name == load(name)["model"]
     assert spec.model.args | config["model_args"] == spec.model.args
