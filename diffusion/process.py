@@ -1,7 +1,7 @@
 """What a process and a network must offer. Training, sampling and a checkpoint's description use only these members.
 
-A process turns data x_0 (B, C, H, W) into noise, and defines what a network learns. GaussianDiffusion and FlowMatching are
-processes; so is any other class with these members. `check` names all missing members in one line.
+A process turns data x_0 (B, C, H, W) into noise, and defines what a network learns. GaussianDiffusion, FlowMatching and FlowMap
+are processes; so is any other class with these members. `check` names all missing members in one line.
 """
 
 import inspect
@@ -20,11 +20,14 @@ class TrainingProcess(Protocol):
     validation_terms: tuple[str, ...]  # which entries of training_losses a validation reports
 
     def sample_times(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw the t of `count` training samples, (count,), on the generator's device."""
+        """Draw the times of `count` training samples on the generator's device: (count,), or (count, K) if a loss takes K."""
 
     def training_losses(self, model: Callable, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None,
                         noise: Tensor | None = None) -> dict[str, Tensor]:
-        """"loss" and its terms, (B,) each, for data x_start (B, C, H, W) at t (B,). The model receives t in 0..1000."""
+        """"loss" and its terms, (B,) each, for data x_start (B, C, H, W) at t (B,) or (B, K). The model receives t in 0..1000.
+
+        A term may be nan for rows where it is not defined: means leave them out.
+        """
 
 
 class Process(TrainingProcess, Protocol):
@@ -51,7 +54,10 @@ class Network(Protocol):
     num_classes: int             # L; label L is the null class
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x (B, C, H, W), t (B,) in 0..1000, y (B,) in 0..L -> (B, C or 2C, H, W)."""
+        """x (B, C, H, W), t (B,) in 0..1000, y (B,) in 0..L -> (B, C or 2C, H, W).
+
+        That of a flow map also takes r (B,) in 0..1000, the time where a step ends.
+        """
 
 
 class Seam(Protocol):

@@ -1,9 +1,12 @@
 """Flow maps: closed forms of Gaussian data, networks, and runs."""
 
+import argparse
 import math
 import shutil
+from functools import partial
 
 import pytest
+import test_interchange as interchange
 import torch
 from conftest import TINY_RUN, assert_one_line, run_script, train_here
 from foreign import ForeignNet
@@ -354,6 +357,27 @@ def test_compile_keeps_the_losses(map_run, tmp_path, monkeypatch):
     train_here(tmp_path, *RUN, "--run-name", "r", "--compile")
     assert metrics(tmp_path / "results" / "r", "loss") == pytest.approx(metrics(map_run, "loss"), rel=1e-4)
     assert len(calls) == 6 * 3  # guidance, derivative and the call with a gradient
+
+
+def test_a_map_begins_from_repas_weights(tmp_path, monkeypatch, run_here):
+    """Their t is on 0..1 already. (Names of classes are not digits': their embeddings begin anew.)"""
+    import train
+
+    monkeypatch.setitem(DiT_models, "DiT-tiny", partial(DiT, **interchange.TINY))
+    weights = interchange.random_weights(learn_sigma=False, in_channels=1)
+    flags = argparse.Namespace(model="SiT-tiny", resolution=64, num_classes=10, path_type="linear", prediction="v")
+    torch.save({"ema": weights, "args": flags}, tmp_path / "repa.pt")
+    monkeypatch.chdir(tmp_path)
+    begin = ["--data-path", "digits", "--vae", "pixels", "--image-size", 8, "--init-from", "repa.pt", "--global-batch-size", 8,
+             "--num-workers", 0, "--max-steps", 1, "--run-name", "r"]
+    done = run_here(train, *begin, "--diffusion-args", '{"objective": "flow-map", "map_guidance": 0.6}')
+    assert done.returncode == 0, done.stderr[-500:]
+    spec = checkpoint.restore("results/r").spec
+    assert (spec.model.name, spec.model.args["time_scale"], spec.sampling.sampler) == ("DiT-tiny", 1e-3, "map")
+    assert f"Initialised {len(weights)} of {len(weights)} tensors from repa.pt" in (tmp_path / "results/r/log.txt").read_text()
+    refused = run_here(train, *begin, "--results-dir", "other", "--model", "DiT-tiny", "--model-args", '{"time_scale": 0.01}',
+                       "--diffusion-args", '{"objective": "flow-map"}')
+    assert_one_line(refused, "--init-from: its time_scale is 0.001, that of --model-args 0.01")
 
 
 def test_what_a_run_refuses(tmp_path, run_here, monkeypatch):
