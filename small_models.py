@@ -88,7 +88,7 @@ class ConvAdaLN(Backbone):
         self.blocks = nn.ModuleList(ConvAdaLNBlock(hidden_size) for _ in range(depth))
         self.head = nn.Sequential(nn.Mish(), nn.GroupNorm(8, hidden_size),
                                   nn.Conv2d(hidden_size, self.out_channels, kernel_size=3, padding=1))
-        self.default_split = round(depth * 18 / 28)  # the share of Isotropic
+        self.default_split = min(depth - 1, round(depth * 18 / 28))  # the share of Isotropic; the head has no condition
         for conv in (self.head[-1], *(block.conv0 for block in self.blocks)):
             nn.init.zeros_(conv.weight)
             nn.init.zeros_(conv.bias)

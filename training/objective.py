@@ -25,7 +25,7 @@ class Draws(NamedTuple):
     """All random numbers of one step, for the samples of a batch. They depend only on the address."""
 
     noise: Tensor             # (B, C, H, W) for the diffusion
-    t: Tensor                 # (B,)
+    t: Tensor                 # (B,), or (B, K) for a process of K times
     drop_uniform: Tensor      # (B,) in [0, 1): where it is below label_drop, the label becomes the null class
     posterior: Tensor | None  # (B, C, H, W) for the autoencoder's posterior, if it has one
 

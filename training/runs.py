@@ -77,6 +77,9 @@ def build_run_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[
     with prefix_errors("`diffusion_args`: sampling:", *WRONG_VALUE):
         settings = SamplingSettings.recommend(process, label_drop, sampling)
     spec = assemble_spec(model, model_args, from_data, diffusion, data, autoencoder, settings)
+    if isinstance(process, FlowMap):
+        with prefix_errors("`model_args`:"):
+            check_network(spec.model.outline(), spec.model.args.get("time_scale"))
     with prefix_errors("`diffusion_args`: sampling:", *WRONG_VALUE):
         check_thresholding(Sampling.of(spec).settings, autoencoder)
     return (replace(spec, heads=heads_of_run(heads, spec, process, data)) if heads else spec), label_drop
@@ -134,9 +137,6 @@ def assemble_spec(model: str, model_args: dict[str, Any], from_data: dict[str, A
         network = spec.model.outline()
     if sampling:
         check(network, Network, "training needs")
-    if diffusion.get("objective") == "flow-map":
-        with prefix_errors("`model_args`:"):
-            check_network(network, spec.model.args.get("time_scale"))
     return spec
 
 
