@@ -33,7 +33,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.instruments import describe, median_ratio, name_of, open_report, time_in_turn
 from diffusion import FlowMatching
-from evaluation.extractors import pixel_features
 from evaluation.metrics import Gaussian, RunningCovariance, frechet_distance
 from pipeline import checkpoint
 from pipeline.generation import BATCH, Sampling, generate, prepare_network, restore_autoencoder, restore_checkpoint
@@ -42,6 +41,7 @@ from pipeline.spec import BareWeights, Spec
 from runtime import UserError, cli
 from runtime.files import in_batches, write_json
 from runtime.processes import start_world
+from small_models import pixel_features
 from training.datasets import load_dataset
 from training.rows import Rows
 
