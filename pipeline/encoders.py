@@ -56,14 +56,14 @@ class Encoder(nn.Module):
     def train(self, mode: bool = True) -> "Encoder":
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         assert images.dtype == torch.uint8, "not what a data set of images returns"
         return self.tokens(images.expand(-1, 3, -1, -1)).float()
 
 
 class ViT(Encoder):
-    """A ViT of timm. Its tokens are those of the patches after the last norm, without class token and registers.
+    """A ViT of timm. Its tokens are those of the patches after the last norm (before it, in models that average patches and then
+    normalise), without class token and registers.
 
     Images are normalised and resized as timm's description of the weights says, to 16 tokens for each 256 pixels of a side,
     and to 16 below 512 pixels: the grid of a DiT-XL/2. For DINOv2's patches of 14 pixels that is REPA's size,
@@ -135,9 +135,8 @@ def load_encoder(name: str, device: torch.device) -> Encoder:
     Raises:
         UserError, OSError: there is no such encoder, or it cannot be loaded.
     """
-    kind, _, path = name.partition(":")
-    encoder = ClassifierGrid(name, path) if kind == "classifier" else ViT(name, load_vit(name))
-    return encoder.to(device)
+    path = name.removeprefix("classifier:")
+    return (ClassifierGrid(name, path) if path != name else ViT(name, load_vit(name))).to(device)
 
 
 def load_vit(name: str) -> nn.Module:
@@ -146,11 +145,11 @@ def load_vit(name: str) -> nn.Module:
 
     full = SHORT_NAMES.get(name, name)
     if not timm.is_model_pretrained(full):
-        known = [*SHORT_NAMES, *timm.list_models(), *timm.list_pretrained()]
-        raise UserError(f"encoder {name} is not a model of timm with weights; {ALLOWED}{nearest(full, known)}")
+        known = nearest(full, [*SHORT_NAMES, *timm.list_pretrained()])
+        raise UserError(f"encoder {name} is not a model of timm with weights; {ALLOWED}{known}")
 
     def create(**options) -> nn.Module:
-        with warnings.catch_warnings(action="ignore"):  # of deprecated names, and in the hub's client
+        with warnings.catch_warnings(action="ignore"):  # of deprecations in the hub's client
             return timm.create_model(full, dynamic_img_size=True, **options).eval()
 
     check_vit(name, create)
@@ -164,7 +163,6 @@ def load_vit(name: str) -> nn.Module:
                         f"network, fetch them elsewhere ({source}) and copy that machine's cache here") from None
 
 
-@torch.no_grad()
 def check_vit(name: str, create: Callable[..., nn.Module]) -> None:
     """Raises UserError if a model of timm, built without memory for weights, has no token for each patch of an image."""
     with prefix_errors(f"encoder {name} is not a ViT with a token a patch; {ALLOWED};", AttributeError, *WRONG_VALUE), \
