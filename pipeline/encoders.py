@@ -62,8 +62,8 @@ class Encoder(nn.Module):
 
 
 class ViT(Encoder):
-    """A ViT of timm. Its tokens are those of the patches after the last norm (before it, in models that average patches and then
-    normalise), without class token and registers.
+    """A ViT of timm. Its tokens are those of the patches after the last norm (before it, in models that normalise the average
+    of patches), without class token and registers.
 
     Images are normalised and resized as timm's description of the weights says, to 16 tokens for each 256 pixels of a side,
     and to 16 below 512 pixels: the grid of a DiT-XL/2. For DINOv2's patches of 14 pixels that is REPA's size,
