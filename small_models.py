@@ -1,4 +1,4 @@
-"""The networks of small systems: MLP, ConvAdaLN, Autoencoder. NETWORKS joins all registries.
+"""The networks of small systems: MLP, ConvAdaLN, Autoencoder, Classifier. NETWORKS joins all registries.
 
 Legend: B batch, C channels of the image or latent, H W its size, D width, L number of classes.
 """
@@ -184,6 +184,34 @@ class Autoencoder(nn.Module):
     def forward(self, x: Tensor, t: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """The reconstruction of x (B, C, H, W). t and y are ignored."""
         return self.decode(self.encode(x))
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier of `pixel_features` (B, 3, h, w). benchmarks/classifier.py trains it.
+
+    Its features stand in for Inception's (evaluation/extractors.py), and for DINOv2's (pipeline/encoders.py).
+    """
+
+    FACTOR = 4  # of the size of feature_map
+
+    def __init__(self, num_classes: int, width: int = 32):
+        def conv(channels: int, out_channels: int) -> list[nn.Module]:
+            return [nn.Conv2d(channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()]
+
+        super().__init__()
+        self.features = nn.Sequential(  # (B, 3, h, w) -> (B, 4 width)
+            *conv(3, width),
+            nn.MaxPool2d(2), *conv(width, 2 * width), *conv(2 * width, 2 * width),
+            nn.MaxPool2d(2), *conv(2 * width, 4 * width), *conv(4 * width, 4 * width),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(4 * width, num_classes)
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, 4 width, h // 4, w // 4), whose mean over positions is `features`."""
+        return self.features[:-2](x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
 
 
 # -------------------------------------------------------------------------------------------------

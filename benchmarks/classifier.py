@@ -18,12 +18,13 @@ from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluation.extractors import Classifier, pixel_features
 from pipeline import checkpoint
+from pipeline.encoders import pixel_features
 from runtime import UserError, cli
 from runtime.files import in_batches
 from runtime.processes import start_world
 from runtime.randomness import generator
+from small_models import Classifier
 from training.datasets import load_dataset, load_held_out
 from training.rows import Rows
 

@@ -33,9 +33,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.instruments import describe, median_ratio, name_of, open_report, time_in_turn
 from diffusion import FlowMatching
-from evaluation.extractors import pixel_features
 from evaluation.metrics import Gaussian, RunningCovariance, frechet_distance
 from pipeline import checkpoint
+from pipeline.encoders import pixel_features
 from pipeline.generation import BATCH, Sampling, generate, prepare_network, restore_autoencoder, restore_checkpoint
 from pipeline.settings import SamplingSettings, add_sampling_arguments
 from pipeline.spec import BareWeights, Spec

@@ -5,20 +5,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d
 
 from evaluation.image_sets import ImageSet
-from pipeline import checkpoint
+from pipeline.encoders import check_size, load_classifier, pixel_features
 from runtime import UserError
 from runtime.cli import prefix_errors
 from runtime.files import download, sha256
-from runtime.pictures import to_unit_range
 
 # FID's network: torch-fidelity's conversion of TensorFlow's weights of 2015.
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-PIXELS = 32  # FD-pixel32: images are averaged to at most this many pixels per side
 STAND_INS = {"pixels": "FD-pixel32", "classifier": "FD-classifier"}
 
 
@@ -67,33 +64,9 @@ def inception_weights(path: str | None) -> Path:
     return file
 
 
-def pixel_features(images: Tensor) -> Tensor:
-    """(B, C, H, W) uint8 -> (B, C, h, w) in [-1, 1], area-averaged to at most PIXELS per side."""
-    return adaptive_avg_pool2d(to_unit_range(images), [min(PIXELS, side) for side in images.shape[2:]])
-
-
 def flat_pixels(images: Tensor) -> dict[str, Tensor]:
     """Images (B, H, W, 3) uint8 -> each image's pixels as one vector, channel after channel."""
     return {"pixels": pixel_features(images.permute(0, 3, 1, 2)).flatten(1)}
-
-
-class Classifier(nn.Module):
-    """A small convolutional classifier of `pixel_features` (B, 3, h, w), whose features stand in for Inception's."""
-
-    def __init__(self, num_classes: int, width: int = 32):
-        def conv(channels: int, out_channels: int) -> list[nn.Module]:
-            return [nn.Conv2d(channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()]
-
-        super().__init__()
-        self.features = nn.Sequential(  # (B, 3, h, w) -> (B, 4 width)
-            *conv(3, width),
-            nn.MaxPool2d(2), *conv(width, 2 * width), *conv(2 * width, 2 * width),
-            nn.MaxPool2d(2), *conv(2 * width, 4 * width), *conv(4 * width, 4 * width),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Linear(4 * width, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
 
 
 class ClassifierFeatures:
@@ -101,15 +74,9 @@ class ClassifierFeatures:
 
     def __init__(self, path: str, size: tuple[int, int], device: torch.device):
         with prefix_errors("`classifier`"):
-            state = checkpoint.load(path)
-        if "classifier" not in state:
-            raise UserError(f"`classifier` {path} was not written by benchmarks/classifier.py")
-        spec, given = state["spec"], [min(PIXELS, side) for side in size]
-        if spec["size"] != given:
-            raise UserError("`classifier` {} was trained on images of {}x{}, not {}x{}".format(path, *spec["size"], *given))
-        self.network = Classifier(**spec["network"])
-        checkpoint.load_weights(self.network, state["classifier"], Path(path))
-        self.network.to(device).eval()
+            self.network, spec = load_classifier(path)
+            check_size(spec, path, size)
+        self.network.to(device)
         self.about = {"path": path, "sha256": sha256(Path(path)),
                       **{key: spec[key] for key in ("data", "test_images", "test_accuracy")}}
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion.process import Process, Seam, check
-from models import ChannelsLastConv2d, DiNextU, FinalLayer
+from models import ChannelsLastConv2d, DiNextU, FinalLayer, channels_first
+from pipeline.encoders import load_encoder
 from pipeline.spec import Config, Spec
 from runtime import UserError
 from runtime.cli import check_arguments, prefix_errors
@@ -33,11 +34,12 @@ SPLIT = 8 / 28  # the share of blocks before the heads' seam; of a DiNext-U it i
 class Place(NamedTuple):
     """The shapes where heads sit."""
 
-    width: int              # D of the features
-    condition_width: int    # of c
-    grid: tuple[int, int]   # (h, w)
-    patch: tuple[int, int]  # (H / h, W / w)
-    channels: int           # C of a prediction, without a variance
+    width: int                    # D of the features
+    condition_width: int          # of c
+    grid: tuple[int, int]         # (h, w)
+    patch: tuple[int, int]        # (H / h, W / w)
+    channels: int                 # C of a prediction, without a variance
+    images: tuple[int, int, int]  # (C, H, W) of the pictures
 
 
 class Step(NamedTuple):
@@ -106,6 +108,8 @@ class Internal(Head):
 class Align(Head):
     """REPA: a projection of the features resembles a frozen encoder's tokens of the picture. The negative mean cosine.
 
+    Where the grids differ, both are averaged to the coarser one.
+
     Args:
         encoder: of pipeline/encoders.py: "dinov2", a ViT of timm by its name, or "classifier:FILE".
         kind: "mlp": three linear layers; "conv": one 3x3 convolution.
@@ -116,13 +120,13 @@ class Align(Head):
 
     def __init__(self, place: Place, encoder: str = "dinov2", kind: str = "mlp", weight: float = 0.5,
                  stop_step: int | None = None, hidden_size: int = 2048):
-        from pipeline.encoders import load_encoder  # with timm, which is slow to import
-
         super().__init__(weight, stop_step)
         if kind not in ("mlp", "conv"):
             raise UserError(f"kind {kind!r} is unknown; allowed: mlp, conv")
-        self.encoder = Frozen(load_encoder(encoder))
-        width = self.encoder.module.width
+        self.encoder = Frozen(load_encoder(encoder, torch.device("cpu")))
+        channels, *size = place.images
+        *grid, width = self.encoder.module.token_shape(tuple(size), channels)
+        self.grid = tuple(map(min, grid, place.grid))
         self.projector = ChannelsLastConv2d(place.width, width, 3, padding=1) if kind == "conv" else nn.Sequential(
             nn.Linear(place.width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size), nn.SiLU(),
             nn.Linear(hidden_size, width))
@@ -131,10 +135,9 @@ class Align(Head):
         return self.projector(features)  # (B, h, w, Z)
 
     def loss(self, out: Tensor, step: Step) -> Tensor:
-        tokens = self.encoder.module.to(out.device)(step.images)                              # (B, h', w', Z)
-        if tokens.shape[1:3] != out.shape[1:3]:
-            tokens = F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), out.shape[1:3]).permute(0, 2, 3, 1)
-        return -F.cosine_similarity(out.float(), tokens.float(), dim=-1).flatten(1).mean(dim=1)
+        tokens = self.encoder.module.to(out.device)(step.images)                                # (B, h', w', Z)
+        ours, theirs = (F.adaptive_avg_pool2d(channels_first(x.float()), self.grid) for x in (out, tokens))
+        return -F.cosine_similarity(ours, theirs, dim=1).flatten(1).mean(dim=1)
 
 
 class Frozen:
@@ -203,15 +206,15 @@ def split_of(network: nn.Module, heads: Config) -> int:
     return split
 
 
-def place_of(outline: nn.Module, split: int) -> Place:
-    """Where heads sit in a network. `outline` may be on the meta device."""
+def place_of(outline: nn.Module, split: int, images: tuple[int, int, int]) -> Place:
+    """Where heads sit in a network for `images` (C, H, W). `outline` may be on the meta device."""
     device = next(outline.parameters()).device
     channels, (height, width) = outline.in_channels, outline.input_size
     c = outline.condition(torch.zeros(1, device=device), torch.zeros(1, dtype=torch.long, device=device))
     state = outline.encode(torch.zeros(1, channels, height, width, device=device), c, split)
     features = as_grid(state[0], outline)
     h, w, features_width = features.shape[1:]
-    return Place(features_width, fitting(c, features_width).shape[1], (h, w), (height // h, width // w), channels)
+    return Place(features_width, fitting(c, features_width).shape[1], (h, w), (height // h, width // w), channels, images)
 
 
 def check_heads(heads: Config, outline: nn.Module) -> Config:
@@ -236,7 +239,7 @@ def with_heads(network: nn.Module, spec: Spec, names: Iterable[str] | None = Non
     """The network with the heads of its spec (of these names), freshly initialised; the network itself if it has none."""
     if not spec.heads:
         return network
-    place = place_of(spec.model.outline().eval(), spec.heads["split"])
+    place = place_of(spec.model.outline().eval(), spec.heads["split"], (spec.channels, *spec.image_size))
     heads = {}
     for name in spec.heads if names is None else names:
         if name != "split":

@@ -1,11 +1,14 @@
+import itertools
 import shutil
 
 import classifier as classifier_script
+import numpy as np
 import torch
 from conftest import assert_one_line
 
 from evaluation.extractors import ClassifierFeatures
 from pipeline import checkpoint
+from pipeline.encoders import pixel_features
 from training.datasets import load_dataset
 from training.rows import Rows
 
@@ -67,3 +70,15 @@ def test_few_small_pictures_are_enough_and_fewer_are_one_line(photographs, tmp_p
         (tmp_path / "photos" / split / "cat").mkdir(parents=True)
         shutil.copy(photographs / split / "tabby cat" / "0.jpg", f"photos/{split}/cat")
     assert_one_line(run_here(classifier_script, *flags, 8), "--data-path photos/train holds one image")
+
+
+def test_pixel_features_are_means_of_blocks():
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 64, 96), dtype=np.uint8))
+    features = pixel_features(images)
+    values = images / 127.5 - 1
+    assert features.shape == (2, 3, 32, 32)
+    for y, x in itertools.product((0, 7, 31), repeat=2):
+        block = values[..., 2 * y : 2 * y + 2, 3 * x : 3 * x + 3]
+        assert torch.allclose(features[..., y, x], block.mean(dim=(2, 3)), atol=1e-6)
+    assert torch.equal(pixel_features(images[..., :20, :30]), values[..., :20, :30])
+    assert pixel_features(torch.tensor([[[[0, 255]]]], dtype=torch.uint8)).tolist() == [[[[-1, 1]]]]

@@ -9,10 +9,11 @@ from conftest import assert_one_line, draw_images, numpys_distance, value
 from PIL import Image
 
 import evaluate
-from evaluation.extractors import Classifier, open_extractors
+from evaluation.extractors import open_extractors
 from evaluation.image_sets import open_set
 from pipeline import checkpoint
 from runtime.files import sha256
+from small_models import Classifier
 from training.datasets import load_dataset
 
 # --- whole runs on digits ------------------------------------------------------------------------

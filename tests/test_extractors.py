@@ -1,4 +1,3 @@
-import itertools
 import sys
 
 import numpy as np
@@ -8,7 +7,7 @@ from conftest import draw_images
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Library
 
 from evaluation import extractors
-from evaluation.extractors import INCEPTION, INCEPTION_SHA256, Inception, inception_weights, pixel_features
+from evaluation.extractors import INCEPTION, INCEPTION_SHA256, Inception, inception_weights
 from evaluation.image_sets import STATISTICS
 from runtime.files import sha256
 
@@ -95,15 +94,3 @@ def test_without_torch_fidelity_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     with pytest.raises(ValueError, match=r"pip install '\.\[eval\]'"):
         Inception(None, torch.device("cpu"))
-
-
-def test_pixel_features_are_means_of_blocks():
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 64, 96), dtype=np.uint8))
-    features = pixel_features(images)
-    values = images / 127.5 - 1
-    assert features.shape == (2, 3, 32, 32)
-    for y, x in itertools.product((0, 7, 31), repeat=2):
-        block = values[..., 2 * y : 2 * y + 2, 3 * x : 3 * x + 3]
-        assert torch.allclose(features[..., y, x], block.mean(dim=(2, 3)), atol=1e-6)
-    assert torch.equal(pixel_features(images[..., :20, :30]), values[..., :20, :30])
-    assert pixel_features(torch.tensor([[[[0, 255]]]], dtype=torch.uint8)).tolist() == [[[[-1, 1]]]]

@@ -1,19 +1,23 @@
 """Heads on the features at the seam: their shapes and losses, and runs that have them."""
 
+import copy
+import json
 import shutil
 
 import pytest
 import torch
-from conftest import TINY_RUN, assert_one_line, run_script, train_here
+from conftest import ROOT, TINY_RUN, assert_one_line, run_script, train_here
 from test_train import assert_same, final, metrics
 from torch import nn
 
 from diffusion import create_diffusion
 from models import DiNext, DiNextU, DiT
 from pipeline import checkpoint
-from pipeline.heads import Internal, Place, Step, Tap, WithHeads, backbone, check_heads, place_of, split_of
+from pipeline.encoders import load_encoder
+from pipeline.heads import Align, Head, Internal, Place, Step, Tap, WithHeads, backbone, check_heads, place_of, split_of
 from pipeline.weights import find_weights
 from runtime import UserError
+from runtime.pictures import to_unit_range
 from small_models import MLP, ConvAdaLN
 
 COMMON = dict(input_size=(8, 16), in_channels=2, num_classes=3, learn_sigma=False)
@@ -43,7 +47,7 @@ def batch():
 def placed(network, **heads):
     """The network with an internal head with random weights."""
     split = split_of(network, heads)
-    return WithHeads(network, {"internal": randomised(Internal(place_of(network, split)))}, split)
+    return WithHeads(network, {"internal": randomised(Internal(place_of(network, split, (3, 8, 16))))}, split)
 
 
 # --- shapes --------------------------------------------------------------------------------------
@@ -58,7 +62,7 @@ def test_the_prediction_is_the_backbone_s_and_a_head_sees_its_features(network):
     assert outputs["internal"].shape == x.shape
     others = [model(x, *other)[1]["internal"] for other in ((t + 1, y), (t, (y + 1) % 4))]
     assert all((outputs["internal"] - other).abs().max() > 1e-4 for other in others)  # by features and by c
-    place = place_of(network, model.split)
+    place = place_of(network, model.split, (3, 8, 16))
     grid = {DiT: (4, 8), DiNext: (2, 4), DiNextU: (2, 4), ConvAdaLN: (8, 16), MLP: (1, 1)}[type(network)]
     assert (place.grid, place.patch) == (grid, (8 // grid[0], 16 // grid[1]))
 
@@ -76,7 +80,7 @@ def test_the_internal_head_is_dits_final_layer():
 
 
 def test_pixels_of_a_patch_lie_where_they_belong():
-    place = Place(width=5, condition_width=7, grid=(2, 3), patch=(2, 4), channels=3)
+    place = Place(width=5, condition_width=7, grid=(2, 3), patch=(2, 4), channels=3, images=(3, 4, 12))
     head = Internal(place)
     values = torch.arange(2 * 2 * 3 * 2 * 4 * 3.0).view(2, 2, 3, 2, 4, 3)  # (B, h, w, H/h, W/w, C)
     head.final_layer.forward = lambda features, c: values.flatten(3)
@@ -121,9 +125,31 @@ def test_the_loss_of_the_internal_head_is_the_process_s_mse(process):
     assert found.requires_grad
 
 
-def test_a_weight_ends_with_its_step():
-    from pipeline.heads import Head
+CLASSIFIER = f"classifier:{ROOT}/benchmarks/results/compare/classifier-cifar.pt"
 
+
+@pytest.mark.parametrize(("grid", "kind"), [((8, 8), "mlp"), ((16, 16), "conv"), ((4, 4), "mlp")])
+def test_alignment_is_repas_formula(grid, kind):
+    """The negative mean over positions of the cosine, at the coarser of both grids; the encoder's is 8x8."""
+    place = Place(width=5, condition_width=7, grid=grid, patch=(1, 1), channels=3, images=(3, 32, 32))
+    head, images = randomised(Align(place, CLASSIFIER, kind, hidden_size=6)), torch.randint(0, 256, (2, 3, 32, 32)).byte()
+    projected = head(torch.randn(2, *grid, 5), None)
+    tokens, projection = load_encoder(CLASSIFIER, torch.device("cpu"))(images), projected
+    if grid == (16, 16):
+        projection = torch.stack([projected[:, a::2, b::2] for a in (0, 1) for b in (0, 1)]).mean(dim=0)
+    if grid == (4, 4):
+        tokens = torch.stack([tokens[:, a::2, b::2] for a in (0, 1) for b in (0, 1)]).mean(dim=0)
+    cosines = [[nn.functional.normalize(z, dim=0) @ nn.functional.normalize(zt, dim=0) for z, zt in zip(*pair)]
+               for pair in zip(projection.flatten(1, 2), tokens.flatten(1, 2))]
+    expected = [-sum(of_image) / len(of_image) for of_image in cosines]
+    found = head.loss(projected, Step(None, None, None, None, None, images))
+    assert torch.allclose(found, torch.stack(expected), atol=1e-5)
+    names = {name.partition(".")[0] for name in head.state_dict()}
+    assert names == {"projector"}  # the encoder is not saved
+    assert copy.deepcopy(head).encoder is head.encoder
+
+
+def test_a_weight_ends_with_its_step():
     assert [Head(0.5, 10).weight_at(step) for step in (0, 9, 10)] == [0.5, 0.5, 0.0]
     assert Head(0.5).weight_at(10**9) == 0.5
 
@@ -186,6 +212,27 @@ def test_heads_of_another_run_are_taken_where_they_fit(head_run, tmp_path):
     assert "heads" not in final(results / "none")
 
 
+def test_alignment_sees_the_pictures_as_they_are_mirrored_and_ends(photographs, tmp_path, monkeypatch, run_here):
+    """Through a classifier; cached latents have no pictures."""
+    import train
+
+    seen, original = [], Align.loss
+    monkeypatch.setattr(Align, "loss", lambda self, out, step: seen.append(step[1:6:4]) or original(self, out, step))
+    flags = ["--data-path", photographs / "train", "--image-size", 32, "--vae", "pixels", "--model", "DiNext-S/2",
+             "--model-args", '{"hidden_size": 16, "depth": 2, "patch_size": 4}', "--diffusion-args", '{"objective": "flow"}', "--num-workers", 0,
+             "--global-batch-size", 4, "--max-steps", 3, "--log-every", 1, "--preview-every", 0, "--run-name", "r", "--heads"]
+    heads = {"align": {"encoder": CLASSIFIER, "kind": "conv", "stop_step": 2}}
+    monkeypatch.chdir(tmp_path)
+    done = run_here(train, *flags, json.dumps(heads))
+    assert done.returncode == 0, done.stderr[-500:]
+    assert all(torch.equal(to_unit_range(images), x_start) for x_start, images in seen)  # in pixels: the same flips
+    logged = [metrics(tmp_path / "results/r", name) for name in ("loss", "mse", "align")]
+    for step, (loss, mse, align) in enumerate(zip(*logged)):
+        assert loss == pytest.approx(mse + (0.5 * align if step < 2 else 0), rel=1e-5)
+    wrong = run_here(train, *flags, json.dumps({"align": {"encoder": "classifier:none.pt"}}), "--run-name", "x")
+    assert_one_line(wrong, "--heads: align: ", "none.pt")
+
+
 @pytest.mark.slow
 def test_two_processes_and_compile_agree_with_one_to_rounding(head_run, tmp_path, monkeypatch):
     run_script("train.py", *RUN, "--val-every", "3", "--grad-accum", "2", cwd=tmp_path, nproc=2)
@@ -215,5 +262,5 @@ def test_what_is_refused(tmp_path, run_here):
     refused("--heads are for networks that are sampled from", model="Autoencoder-F4C8", diffusion_args="{}", model_args="{}",
             image_size="16")
     refused("--heads: internal needs a loss with an mse", diffusion_args='{"use_kl": true}')
-    with pytest.raises(UserError, match="Sequential lacks blocks, .* which heads need"):
+    with pytest.raises(UserError, match=r"Sequential lacks blocks, .* which heads need"):
         check_heads({"internal": {}}, nn.Sequential())

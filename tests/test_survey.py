@@ -8,8 +8,8 @@ from conftest import draw_images, numpys_distance, run_processes, value
 import evaluate
 from evaluation import metrics
 from evaluation import survey as survey_module
-from evaluation.extractors import Classifier
 from pipeline import checkpoint
+from small_models import Classifier
 
 
 def test_two_processes_give_the_figures_of_one(sets, tmp_path, monkeypatch, run_here):
