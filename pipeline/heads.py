@@ -248,6 +248,24 @@ def with_heads(network: nn.Module, spec: Spec, names: Iterable[str] | None = Non
     return WithHeads(network, heads, spec.heads["split"])
 
 
+def guided_inside(model: WithHeads, scale: float, guided: Iterable[bool]) -> Callable:
+    """Internal guidance: (x, t, y) -> middle + scale (final - middle), where "internal" gives the middle; one forward pass.
+
+    Args:
+        guided: for each call, whether it is guided; the others run the backbone alone. A learned variance is the final one's.
+    """
+    calls = iter(guided)
+
+    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if not next(calls):
+            return model.network(x, t, y)
+        final, outputs = model(x, t, y)
+        middle, channels = outputs["internal"].float(), x.shape[1]
+        return torch.cat([torch.lerp(middle, final[:, :channels].float(), scale), final[:, channels:].float()], dim=1)
+
+    return predict
+
+
 class Tap:
     """A network with heads as a process calls it, x, t, y -> prediction. It keeps the heads' outputs of the last call."""
 
