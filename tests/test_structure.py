@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = """
-runtime/__init__ runtime/files runtime/randomness runtime/pictures runtime/processes runtime/cli runtime/log
+runtime/__init__ runtime/files runtime/npz runtime/randomness runtime/pictures runtime/processes runtime/cli runtime/log
 diffusion/process diffusion/schedules diffusion/samplers diffusion/gaussian_diffusion diffusion/flow diffusion/flow_map
 diffusion/guidance diffusion/reuse diffusion/__init__
 models small_models
