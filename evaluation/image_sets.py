@@ -1,5 +1,6 @@
 """Read and write the image sets and statistics that evaluate.py compares."""
 
+import hashlib
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import numpy as np
 
 from evaluation.metrics import Gaussian
 from runtime import UserError
-from runtime.files import find_files, in_batches
+from runtime.files import find_files, in_batches, sha256
 from runtime.npz import NpzImages, array_names, damage_as_oserror, save_npz
 from runtime.pictures import EXTENSIONS, center_crop, open_rgb, picture, upright_size
 from training.datasets import NAMED, ArrayImages, load_dataset, parts_among
@@ -44,6 +45,10 @@ class ImageSet:
         count, size = (len(self.images), list(self.images.size)) if self.images else (None, None)
         return {"source": self.source, "images": count, "size": size, "cropped": self.cropped,
                 "statistics": bool(self.statistics), "statistics_of": self.statistics_of}
+
+    def sha256(self) -> str:
+        """Of the file; of the bytes of a named set (N, C, H, W); of a folder: of the lines of its pictures' sha256."""
+        return self.images.sha256() if hasattr(self.images, "sha256") else sha256(Path(self.source))
 
     def say(self) -> str:
         """One line: how many images the figures are based on."""
@@ -150,6 +155,9 @@ class PictureFolder:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def sha256(self) -> str:
+        return hashlib.sha256("".join(f"{found}\n" for found in self.threads.map(sha256, self.paths)).encode()).hexdigest()
+
     def picture(self, index: int) -> np.ndarray:
         image = open_rgb(self.paths[index])
         return center_crop(image, self.size[0]) if self.cropped else np.asarray(image)
@@ -168,6 +176,9 @@ class NamedImages:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self.images.contiguous().numpy()).hexdigest()
 
     def read(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for indices in batches:

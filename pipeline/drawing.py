@@ -93,12 +93,13 @@ def label_rule(seed: int, balanced: bool, num_classes: int) -> Callable[[int], i
 @cache
 def versions() -> dict[str, str]:
     """Of what computes images: torch, numpy, diffusers, and this code as git describes it, "unknown" without git."""
-    root, code = Path(__file__).resolve().parent.parent, ""
+    code, root = "", Path(__file__).resolve().parent.parent
     command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--tags"]
     with suppress(OSError):  # git is not installed
         if (root / ".git").exists():
             code = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
-    return {name: version(name) for name in ("torch", "numpy", "diffusers")} | {"code": code or "unknown"}
+    return {"torch": str(torch.__version__), "numpy": np.__version__, "diffusers": version("diffusers"),
+            "code": code or "unknown"}
 
 
 class Left(Exception):
