@@ -94,10 +94,10 @@ def label_rule(seed: int, balanced: bool, num_classes: int) -> Callable[[int], i
 def versions() -> dict[str, str]:
     """Of what computes images: torch, numpy, diffusers, and this code as git describes it, "unknown" without git."""
     code, root = "", Path(__file__).resolve().parent.parent
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--tags"]
-    with suppress(OSError):  # git is not installed
-        if (root / ".git").exists():
-            code = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
+    if (root / ".git").exists():
+        with suppress(OSError):  # git is not installed
+            code = subprocess.run(["git", "--no-optional-locks", "describe", "--always", "--dirty", "--tags"], cwd=root,
+                                  capture_output=True, text=True).stdout.strip()
     return {"torch": str(torch.__version__), "numpy": np.__version__, "diffusers": version("diffusers"),
             "code": code or "unknown"}
 
@@ -115,21 +115,22 @@ class Work(NamedTuple):
 
 
 def draw_images(task: Task, out: Path, record: dict[str, Any], world: World, batch_size: int = BATCH, overwrite: bool = False,
-                png: bool = False, locked: bool = False, leaving: Callable[[], bool] = lambda: False) -> Work | None:
+                png: bool = False, locked: bool = False, leaving: Callable[[], bool] = lambda: False,
+                check: Callable[[Tensor], object] = check_samples) -> Work | None:
     """Draw the missing images of an output, and write `out`.
 
     Args:
         record: of the task.
         locked: whether the folder is the caller's already.
         leaving: asked after each step of the sampler; True: this process draws no more. The others should soon hear the same.
+        check: called with the samples of a batch. It may raise Left, to leave too.
 
     Returns: what was done; on all processes None if one of them left: the same call goes on from the batches that are there.
 
     Raises:
         UserError: the output exists with other settings, or samples are not finite.
     """
-    height, width = task.restored.spec.image_size
-    label = task.label
+    (height, width), label = task.restored.spec.image_size, task.label
     done, todo = world.on_main(lambda: open_output(out, record, overwrite, task.count, batch_size, height * width * 3, locked))
 
     def draw_batch(indices: range) -> Tensor:
@@ -142,7 +143,7 @@ def draw_images(task: Task, out: Path, record: dict[str, Any], world: World, bat
 
         images = generate(task.restored.model, task.autoencoder, [label(i) for i in indices], indices, task.seed,
                           task.sampling, on_step)
-        check_samples(last["sample"])
+        check(last["sample"])
         return images
 
     start = time.perf_counter()
@@ -150,8 +151,7 @@ def draw_images(task: Task, out: Path, record: dict[str, Any], world: World, bat
     seconds = time.perf_counter() - start
     if waited is None:
         return None
-    batches = sorted(done + todo, key=lambda part: part.start)
-    world.on_main(lambda: finish(out, batches, (height, width), label, png))
+    world.on_main(lambda: finish(out, sorted(done + todo, key=lambda part: part.start), (height, width), label, png))
     return Work(sum(map(len, todo)), seconds, waited)
 
 

@@ -251,6 +251,23 @@ def test_what_a_name_does_not_tell_is_in_the_record(tiny_run):
         assert words in record["reuse"]
 
 
+def test_versions_are_told_and_neither_they_nor_an_older_record_refuse_an_output(draw, draw_failing, tmp_path, monkeypatch):
+    assert draw_failing(drawing, "generate", 2, KeyboardInterrupt, "--per-proc-batch-size", 4)[0].returncode == 130
+    (path,) = (tmp_path / "samples").glob("*.json")
+    record = json.loads(path.read_text())
+    assert record["weights"] == "ema"
+    assert record["versions"] == drawing.versions()
+    assert record["versions"]["torch"] == torch.__version__
+    monkeypatch.setattr(drawing, "versions", lambda: record["versions"] | {"torch": "9.9"})
+    result, drawn = draw("--per-proc-batch-size", 4)
+    assert (result.returncode, drawn) == (0, [*range(4, 11)])
+    assert json.loads(path.read_text())["versions"] == record["versions"] | {"torch": f"{torch.__version__}, 9.9"}
+    path.write_text(json.dumps({key: value for key, value in record.items() if key not in ("weights", "versions")}))
+    result, drawn = draw()
+    assert (result.returncode, drawn) == (0, [])
+    assert "versions" not in json.loads(path.read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("owner", "name"), [
     (os, "replace"), (Path, "unlink"), (shutil, "rmtree"), (np, "save"), (drawing, "write_json"), (os, "fsync")],

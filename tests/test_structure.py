@@ -20,6 +20,7 @@ pipeline/autoencoders pipeline/generation pipeline/drawing
 training/__init__ training/rows training/features training/parquet training/datasets training/order training/objective
 training/state training/runs training/initial training/previews
 evaluation/__init__ evaluation/metrics evaluation/image_sets evaluation/extractors evaluation/survey evaluation/figures
+evaluation/monitor
 exported
 """.split()  # a file imports those that stand before it
 SCRIPTS = ["train", "sample", "sample_ddp", "extract_features", "evaluate", "export"]
