@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import Backbone, DiT_models, TimestepEmbedder, check_size
+from models import Backbone, DiT_models, TimestepEmbedder, channels_first, channels_last, check_size
 
 
 class MLP(Backbone):
@@ -88,7 +88,7 @@ class ConvAdaLN(Backbone):
         self.blocks = nn.ModuleList(ConvAdaLNBlock(hidden_size) for _ in range(depth))
         self.head = nn.Sequential(nn.Mish(), nn.GroupNorm(8, hidden_size),
                                   nn.Conv2d(hidden_size, self.out_channels, kernel_size=3, padding=1))
-        self.default_split = round(depth * 18 / 28)  # the share of Isotropic
+        self.default_split = min(depth - 1, round(depth * 18 / 28))  # the share of Isotropic; the head has no condition
         for conv in (self.head[-1], *(block.conv0 for block in self.blocks)):
             nn.init.zeros_(conv.weight)
             nn.init.zeros_(conv.bias)
@@ -101,13 +101,14 @@ class ConvAdaLN(Backbone):
         return self.embedder(torch.cat([time.to(label.dtype), label], dim=1))
 
     def encode(self, x: Tensor, c: Tensor, split: int | None = None) -> tuple[Tensor]:
-        """x (B, C, H, W) -> (B, D, H, W) after the first `split` blocks."""
+        """x (B, C, H, W) -> (B, H, W, D) after the first `split` blocks."""
         x = self.stem(x).to(x.dtype)  # (B, D, H, W)
-        return (self.run_blocks(self.blocks[: self.resolve_split(split)], x, c),)
+        return (channels_last(self.run_blocks(self.blocks[: self.resolve_split(split)], x, c)),)
 
     def decode(self, state: tuple[Tensor], c: Tensor, split: int | None = None) -> Tensor:
         """What encode returned for the same split -> (B, C or 2C, H, W)."""
-        return self.head(self.run_blocks(self.blocks[self.resolve_split(split) :], state[0], c)).contiguous()
+        x = self.run_blocks(self.blocks[self.resolve_split(split) :], channels_first(state[0]), c)  # (B, D, H, W)
+        return self.head(x).contiguous()
 
 
 class ConvAdaLNBlock(nn.Module):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from evaluation.monitor import add_figure_arguments, open_monitor
 from pipeline.autoencoders import check_features, load_autoencoder
+from pipeline.heads import backbone, with_heads
 from runtime import UserError, cli, processes
 from runtime.files import check_writable
 from runtime.log import TRACKERS, Log, Stopwatch, check_tracker, peak_memory
@@ -46,6 +47,7 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--model", type=str | None, registry=NETWORKS,
                         help=f"a preset of models.py; default: that of --init-from, else {DEFAULT_MODEL}")
     parser.add_argument("--model-args", type=dict, default={}, help="arguments of the network, over its preset's")
+    parser.add_argument("--heads", type=dict, default={}, help="pipeline/heads.py: internal, align: what is learnt beside")
     parser.add_argument("--diffusion-args", type=dict, default={}, help="of create_diffusion; label_drop (0.1); sampling")
     parser.add_argument("--optimizer-args", type=dict, default={}, help="training/state.py's OptimizerArgs: betas, schedule, …")
     parser.add_argument("--epochs", type=int, default=1400, help="passes over the data")
@@ -129,7 +131,8 @@ class Trainer:
             self.autoencoder = world.main_first(lambda: load_autoencoder(args.vae, world.device, statistics))
             check_features(self.autoencoder, self.data, self.held_out)
         self.flags = {name: value for name, value in args.as_dict().items() if name != "config"}  # as checkpoints hold them
-        self.spec, label_drop = build_run_spec(args.model, args.model_args, args.diffusion_args, self.data, self.autoencoder)
+        self.spec, label_drop = build_run_spec(args.model, args.model_args, args.diffusion_args, self.data, self.autoencoder,
+                                               args.heads)
         self.objective = Objective(process_of(self.spec), self.autoencoder, self.data, label_drop, args.precision)
         check_rows(self.objective.process, self.order.rows)
         self.changes = changes(self.spec, label_drop, taken) if taken else []
@@ -137,7 +140,8 @@ class Trainer:
             check_fit(self.spec.model.outline().state_dict(), self.initial, self.spec.classes)
             check_time_scale(self.spec, self.initial.spec)
         torch.manual_seed(args.global_seed)  # only the initialisation draws from it
-        model = self.spec.model.build().to(world.device).train()
+        model = world.main_first(lambda: with_heads(self.spec.model.build(), self.spec)).to(world.device).train()
+        self.objective = self.objective._replace(heads=getattr(model, "heads", None))
         self.state = Training.begin(model, args.lr, self.optim)
 
     def begin(self) -> None:
@@ -212,7 +216,7 @@ class Trainer:
                 batch, labels = next(self.batches)
             seed_global("network", self.args.global_seed, self.state.step, self.world.rank, micro)  # ours draw nothing from it
             with nullcontext() if last or self.world.size == 1 else self.network.no_sync():
-                losses = self.objective.losses(self.network, batch, labels, draws.rows(rows))
+                losses = self.objective.losses(self.network, batch, labels, draws.rows(rows), self.state.step)
                 (losses["loss"].mean() / len(self.order.rows)).backward()
             means = means + torch.stack(means_of(losses)) / len(self.order.rows)
         return dict(zip(losses, self.world.mean(means)))
@@ -239,7 +243,8 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> None:
         """The mean loss of raw and of EMA weights, always on the same held-out samples, at the same t and noise."""
-        state, world, device, objective = self.state, self.world, self.world.device, self.objective._replace(label_drop=0.0)
+        state, world, device = self.state, self.world, self.world.device
+        objective = self.objective._replace(label_drop=0.0, heads=None)
         terms = objective.process.validation_terms
         totals = torch.zeros(2, 1 + len(terms), device=device)  # sums, counts: the loss of raw weights, terms of EMA weights
         order = torch.randperm(len(self.held_out), generator=generator("val", len(self.held_out)))[:VAL_IMAGES]
@@ -252,7 +257,7 @@ class Trainer:
                 batch, labels = (part.to(device) for part in parts)
                 draws = objective.draw(("val", self.args.global_seed, k), len(rows), state.model, device)
                 state.model.eval()
-                raw, ema = (objective.losses(network, batch, labels, draws) for network in (state.model, state.ema))
+                raw, ema = (objective.losses(backbone(net), batch, labels, draws) for net in (state.model, state.ema))
                 state.model.train()
                 values = torch.stack([raw["loss"], *(ema[name] for name in terms)])
                 undefined = values.isnan() & torch.tensor([[name != "loss"] for name in ("loss", *terms)], device=device)

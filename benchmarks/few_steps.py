@@ -181,10 +181,7 @@ def measure(task: str, folder: Path, sampler: Sampler, args: Namespace) -> list[
 
 
 def write_table(args: Namespace) -> None:
-    """Write table.md: a row a sampler of a stage, mean and standard deviation over the seeds.
-
-    "of Heun's" is a distance above the floor, divided by that of the longer flow's best sampler without guidance.
-    """
+    """Write table.md: a row a sampler of a stage, mean and standard deviation over the seeds, and the means above the floor."""
     results, lines = read_results(Path(args.results)), []
     for task in args.tasks:
         reports = [report for report in results.values() if report.get("task") == task]
@@ -195,13 +192,11 @@ def write_table(args: Namespace) -> None:
         if not values:
             continue
         floor = floors_of(task, Path(args.compared))
-        means = {row: [statistics.mean(column) for column in zip(*all_seeds)] for row, all_seeds in values.items()}
-        best = means.get(("longer flow", HEUN[-1]))
         rows = [[stage, sampler.title, sampler.calls, len(all_seeds), *map(spread, zip(*all_seeds)),
-                 *(f"{(means[stage, sampler][i] - floor[i]) / (best[i] - floor[i]):.2f}" if best else "-" for i in (0, 1))]
+                 *(f"{statistics.mean(column) - floor[i]:.3g}" for i, column in enumerate(list(zip(*all_seeds))[:2]))]
                 for (stage, sampler), all_seeds in values.items()]
         lines += [f"## {task}", "", *table(
-            ["network", "sampler", "calls", "seeds", *FIGURES, *(f"{name}, of Heun's" for name in FIGURES[:2])],
+            ["network", "sampler", "calls", "seeds", *FIGURES, *(f"{name}, above the floor" for name in FIGURES[:2])],
             [*rows, ["real images", *3 * ["-"], *(f"{value:.3g}" for value in floor), "0", "0"]]), ""]
     if not lines:
         raise UserError(f"`results` {args.results} has no result of {' or '.join(args.tasks)}")

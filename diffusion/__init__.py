@@ -93,14 +93,14 @@ def straight_path(timesteps: list[int], time_sampling: str = "uniform", flow_los
     return FlowMatching(len(timesteps), time_sampling, flow_loss, prediction, time_mean, time_std, shift, shift_training)
 
 
-def mean_velocities(timesteps: list[int], map_share: float = 0.5, map_guidance: float = 0.0) -> FlowMap:
+def mean_velocities(timesteps: list[int], map_share: float = 0.5, map_guidance: float = 0.0, shift: float = 1.0) -> FlowMap:
     """Flow matching and its map; see FlowMap.
 
     Args:
         map_share: 0, 0.5 or 1: of the rows of a batch, how many learn the map.
         map_guidance: omega of guidance in training; 0: none.
     """
-    return FlowMap(len(timesteps), map_share, map_guidance)
+    return FlowMap(len(timesteps), map_share, map_guidance, shift)
 
 
 # A factory takes the kept `timesteps` and builds a process. Its signature says what else it takes: arguments of

@@ -36,7 +36,7 @@ class FlowMatching(SamplingLoops):
         loss: "velocity": the squared error of the velocity; "velocity+epsilon+x0" (MinDiff's): plus the squared errors of
             the epsilon and x_0 that follow from it. These are (1 - t)^2 and t^2 times the first.
         prediction: what the network gives. With "x0" the velocity follows from it, and t is at least 0.05 in the loss.
-        shift: s; t becomes s t / (1 + (s - 1) t), in the grid of samplers, and with `shift_training` where training draws t.
+        shift: s; t becomes s t / (1 - t + s t), in the grid of samplers, and with `shift_training` where training draws t.
             Above 1 there are more steps, or draws, near noise.
     """
 
@@ -71,7 +71,7 @@ class FlowMatching(SamplingLoops):
 
     def shifted(self, t: Time) -> Time:
         """SD3's shift of a time in [0, 1] (Esser et al., Eq. 23)."""
-        return t if self.shift == 1 else self.shift * t / (1 + (self.shift - 1) * t)
+        return t if self.shift == 1 else self.shift * t / (1 - t + self.shift * t)  # exact at 0 and 1
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_t = (1 - t) x_0 + t eps at t (B,): (B, C, H, W)."""

@@ -38,13 +38,14 @@ class FlowMap(FlowMatching):
         share: of the rows of a batch that learn the map: 0, 1/2 (rows 1, 3, 5, ...) or 1.
         omega: guidance in training: v + omega (u(x, t, t, y) - u(x, t, t, null)) takes the place of v, where the label was not
             dropped and t is at most 0.7. A map with it needs no guidance when it is sampled.
+        shift: of the grid of samplers.
     """
 
     validation_terms = ("loss", "mse", "map_mse")
     recommended = {"sampler": "map", "num_sampling_steps": 4, "cfg_scale": 1.0}
 
-    def __init__(self, num_timesteps: int = 1000, share: float = 0.5, omega: float = 0.0):
-        super().__init__(num_timesteps, "logit-normal")
+    def __init__(self, num_timesteps: int = 1000, share: float = 0.5, omega: float = 0.0, shift: float = 1.0):
+        super().__init__(num_timesteps, "logit-normal", shift=shift)
         if share not in SHARES:
             raise UserError(f"map_share {share} is not 0, 0.5 or 1")
         if not 0 <= omega < float("inf"):
@@ -72,24 +73,23 @@ class FlowMap(FlowMatching):
 
         Args:
             t: (B, 2), from sample_times.
+            model_kwargs: labels alone, {"y": (B,)}.
         """
         noise, kwargs = torch.randn_like(x_start) if noise is None else noise, model_kwargs or {}
-        (t, r), rows = t.unbind(1), self.map_rows(len(x_start))
+        (t, r), rows, network = t.unbind(1), self.map_rows(len(x_start)), unwrapped(model)
         x, velocity = self.q_sample(x_start, t, noise), noise - x_start
         if self.omega:
-            velocity = velocity + self.omega * guidance(model, x, t, kwargs)
+            velocity = velocity + self.omega * guidance(network, x, t, kwargs["y"])
         out = model(x, MODEL_TIME * t, **kwargs, r=MODEL_TIME * r).float()
         check_channels(out, x_start, learn_sigma=False)
-        target, learns_map = velocity.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        learns_map[rows] = True
-        if self.share:
+        target = velocity.clone()
+        if len(t[rows]):
             of_rows = {name: value[rows] for name, value in kwargs.items()}
-            slope = derivative(model, x[rows], t[rows], r[rows], velocity[rows], of_rows)
-            target[rows] -= column(t - r, x)[rows] * slope
+            target[rows] -= column(t - r, x)[rows] * derivative(network, x[rows], t[rows], r[rows], velocity[rows], of_rows)
         error = ((out - target) ** 2).flatten(1).mean(dim=1)
-        shown = error.detach()
-        return {"loss": (error + OFFSET).log(), "mse": shown.masked_fill(learns_map, torch.nan),
-                "map_mse": shown.masked_fill(~learns_map, torch.nan)}
+        mse, map_mse = error.detach().clone(), torch.full_like(error, torch.nan)
+        map_mse[rows], mse[rows] = mse[rows].clone(), torch.nan
+        return {"loss": (error + OFFSET).log(), "mse": mse, "map_mse": map_mse}
 
     def jump(self, model: Callable, x: Tensor, t: float, r: float) -> tuple[Tensor, Tensor]:
         """x_r = x_t - (t - r) u(x_t, t, r), and the mean velocity u."""
@@ -101,34 +101,37 @@ class FlowMap(FlowMatching):
 
 def check_network(network: Callable, time_scale: float | None) -> None:
     """Raises UserError if a network cannot be a flow map. `time_scale` is its argument, None if it has none."""
+    name = type(network).__name__
     if "r" not in inspect.signature(getattr(network, "forward", network)).parameters:
-        raise UserError(f"{type(network).__name__} has no argument r, the time where a step ends, which a flow map needs")
+        raise UserError(f"{name} has no argument r, the time where a step ends, which a flow map needs")
+    if len(getattr(network, "blocks", "two")) < 2:
+        raise UserError(f"{name} has one block; a flow map needs at least two, of which the last see r")
     if time_scale is not None and time_scale > LARGEST_SCALE:
-        raise UserError(f"time_scale {time_scale} is too large for a flow map, whose derivatives are differences: give 0.001, "
-                        "as SiT and REPA have")
+        raise UserError(f"time_scale {time_scale} is too large for a flow map, whose derivatives are differences: at most "
+                        f"{LARGEST_SCALE} (SiT and REPA have 0.001)")
 
 
-def derivative(model: Callable, x: Tensor, t: Tensor, r: Tensor, velocity: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def derivative(network: Callable, x: Tensor, t: Tensor, r: Tensor, velocity: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """du/dt along (v, 1, 0) at x_t, by central differences, without gradient: (B, C, H, W). Both sides are one call.
 
-    Near the ends of [0, 1] it is taken at a t whose two sides lie inside, on the line through x_t along v.
+    Near the ends of [0, 1] it is taken at a t whose two sides lie inside, on the line through x_t along v. Autocast and TF32
+    are off: their rounding is larger than the difference.
     """
     centre = t.clamp(STEP, 1 - STEP)
     times = torch.cat([centre + STEP, centre - STEP])
     points = torch.cat([x, x]) + column(times - torch.cat([t, t]), x) * torch.cat([velocity, velocity])
     doubled = {name: torch.cat([value, value]) for name, value in kwargs.items()}
-    with exactly(model, x.device):
-        out = unwrapped(model)(points, MODEL_TIME * times, **doubled, r=MODEL_TIME * torch.cat([r, r])).float()
+    with torch.no_grad(), evaluating(network), torch.autocast(x.device.type, enabled=False), without_tf32():
+        out = network(points, MODEL_TIME * times, **doubled, r=MODEL_TIME * torch.cat([r, r])).float()
     after, before = out.chunk(2)
     return (after - before) / (2 * STEP)
 
 
-def guidance(model: Callable, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def guidance(network: Callable, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """u(x, t, t, y) - u(x, t, t, null) where the label is not null and t <= 0.7, else 0: (B, C, H, W), without gradient."""
-    y, null = kwargs["y"], torch.full_like(kwargs["y"], unwrapped(model).num_classes)
-    times = MODEL_TIME * torch.cat([t, t])
-    with torch.no_grad(), evaluating(model):
-        out = unwrapped(model)(torch.cat([x, x]), times, torch.cat([y, null]), r=times).float()
+    null, times = torch.full_like(y, network.num_classes), MODEL_TIME * torch.cat([t, t])
+    with torch.no_grad(), evaluating(network):
+        out = network(torch.cat([x, x]), times, torch.cat([y, null]), r=times).float()
     conditional, unconditional = out.chunk(2)
     return torch.where(column((y != null) & (t <= GUIDED_UP_TO), x), conditional - unconditional, 0.0)
 
@@ -139,9 +142,8 @@ def unwrapped(model: Callable) -> Callable:
 
 
 @contextmanager
-def evaluating(model: Callable) -> Iterator[None]:
+def evaluating(network: Callable) -> Iterator[None]:
     """The network in evaluation mode: dropout would swamp a difference, and a BatchNorm would move."""
-    network = unwrapped(model)
     training = getattr(network, "training", False)
     if training:
         network.eval()
@@ -150,13 +152,6 @@ def evaluating(model: Callable) -> Iterator[None]:
     finally:
         if training:
             network.train()
-
-
-@contextmanager
-def exactly(model: Callable, device: torch.device) -> Iterator[None]:
-    """Without gradient, dropout, autocast and TF32, whose rounding is larger than the difference."""
-    with torch.no_grad(), evaluating(model), torch.autocast(device.type, enabled=False), without_tf32():
-        yield
 
 
 def column(values: Tensor, x: Tensor) -> Tensor:

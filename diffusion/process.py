@@ -70,7 +70,9 @@ class Seam(Protocol):
         """The conditioning of the blocks."""
 
     def encode(self, x: Tensor, c: Any, split: int | None = None) -> tuple[Tensor, ...]:
-        """The state after the first `split` blocks: tensors whose first dimension is the batch."""
+        """The state after the first `split` blocks: tensors whose first dimension is the batch. The first one has the features
+        in its last dimension: (B, h, w, D), (B, N, D) or (B, D).
+        """
 
     def decode(self, state: tuple[Tensor, ...], c: Any, split: int | None = None) -> Tensor:
         """Run the other blocks. Returns what `forward` returns."""

@@ -118,11 +118,11 @@ def flow_map(process: Process, model: Callable, x: Tensor, noise_source: NoiseSo
 def sde(process: Process, model: Callable, x: Tensor, noise_source: NoiseSource, denoised_fn: DenoisedFn = None) -> Steps:
     """SiT's SDE on the straight path, by Euler and Maruyama (Ma et al., arXiv:2401.08740).
 
-    dx = (v - w s / 2) dt + sqrt(w) dW, with w = 2t and the score s = -(x + (1 - t) v) / t. The times run from 1 to 0.04; from
-    there the last step goes to 0 without noise.
+    dx = (v - w s / 2) dt + sqrt(w) dW, with w = 2t and the score s = -(x + (1 - t) v) / t. The times run from 1 to 0.04,
+    shifted as the grid is; from there the last step goes to 0 without noise.
     """
     count = len(process.grid) - 1
-    times = [1 - (1 - SDE_LAST) * step / max(count - 1, 1) for step in range(count)] + [0.0]
+    times = [process.shifted(1 - (1 - SDE_LAST) * step / max(count - 1, 1)) for step in range(count)] + [0.0]
     for step, (t, t_next) in enumerate(pairwise(times)):
         x_0, eps = process.predict(model, x, t, denoised_fn)
         velocity, dt = eps - x_0, t_next - t

@@ -22,6 +22,7 @@ from diffusion.reuse import Plan, Reuse, add_prior_noise, plan
 from diffusion.samplers import Steps, evaluation_times, get_sampler
 from pipeline import checkpoint
 from pipeline.autoencoders import check_autoencoder, load_autoencoder
+from pipeline.heads import backbone
 from pipeline.settings import SamplingSettings
 from pipeline.spec import BareWeights, Spec
 from runtime import UserError
@@ -207,6 +208,7 @@ def generate(model: nn.Module, autoencoder: nn.Module, labels: list[int], indice
     settings, device = sampling.settings, next(model.parameters()).device
     y = to_device(torch.tensor(labels), device)
     with torch.no_grad(), autocast(device, settings.precision):
+        model = backbone(model)
         network = Reuse(model, sampling.plan, len(labels)) if sampling.plan else model
         network = guide(network, y, model.num_classes, settings.cfg_scale, settings.cfg_channels, sampling.guided)
         noise = addressed_noise(model, seed, indices)

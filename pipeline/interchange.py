@@ -65,8 +65,9 @@ UNCERTAINTY = "logvar_linear."  # DMF's, likewise
 # The published sampling. SiT: Heun with 250 evaluations. REPA: 250 steps and an interval. DMF: four, its guidance is learnt.
 FLOWS = {"sit": dict(sampler="heun", num_sampling_steps="125"),
          "repa": dict(sampler="euler", num_sampling_steps="250", cfg_scale=1.8, cfg_channels=None, guidance_interval=(0, 700)),
-         "dmf": dict(sampler="map", num_sampling_steps="4", cfg_scale=1.0)}
+         "dmf": dict(sampler="map", num_sampling_steps="4", cfg_scale=1.0, cfg_channels=None)}
 DMF_DEPTH = 20 / 28  # the share of blocks before its seam, if no flag of its trainer tells
+DMF_SHIFT = 1.5      # of its grid at 512 pixels
 LIGHTNING = dict(sampler="euler", num_sampling_steps="250", cfg_scale=6.7, guidance_interval=(0, 875))  # XL, 800 epochs
 LIGHTNING_SHIFT = 10 / 3  # of the same: 0.3 in its direction of time
 
@@ -93,7 +94,9 @@ def read_flow(source: Source, bare: BareWeights, kind: str) -> Contents:
     if is_map:
         args |= {"map_split": flags.get("dmf_depth", round(DMF_DEPTH * args["depth"])),
                  "qk_norm": any(key.endswith("q_norm.scale") for key in source.weights)}
-    spec = replace(spec, model=replace(spec.model, args=args), diffusion={"objective": "flow-map" if is_map else "flow"},
+    diffusion = {"objective": "flow-map" if is_map else "flow"} | (
+        {"shift": DMF_SHIFT} if is_map and spec.image_size[0] >= 512 else {})
+    spec = replace(spec, model=replace(spec.model, args=args), diffusion=diffusion,
                    sampling=replace(spec.sampling, **FLOWS[kind]))
     weights = {re.sub(r"(\.[qk]_norm)\.scale$", r"\1.weight", key): value for key, value in source.weights.items()
                if not key.startswith((PROJECTORS, UNCERTAINTY))}

@@ -46,7 +46,7 @@ class SamplingSettings:
     dynamic_thresholding: bool = False                     # for pixels only
     sampler: str = "ddpm"                                  # of diffusion/samplers.py
     num_sampling_steps: str | int = 250                    # the respacing of the process
-    eta: float = 0.0                                       # of ddim
+    eta: float = 0.0                                       # of ddim and map
     reuse: str = "none"                                    # of features, see diffusion/reuse.py
     key_steps: str | None = None                           # the rule of reuse; None: the default of its kind
     reuse_args: dict[str, Any] = field(default_factory=dict)  # further arguments of reuse.plan
@@ -76,7 +76,7 @@ class SamplingSettings:
         recommended("--dynamic-thresholding", "true, false: Imagen's bound of predicted pixels", type=bool | None)
         recommended("--sampler", "the solver", choices=list(SAMPLERS))
         recommended("--num-sampling-steps", "steps, or a respacing string such as ddim50", type=str | int | None)
-        parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0..1")
+        parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0..1; of map, 0 or 1")
         parser.add_argument("--reuse", choices=["none", *DEFAULTS], default="none",
                             help="run most blocks on key steps only, and reuse or forecast their features elsewhere")
         parser.add_argument("--key-steps", type=str | None,

@@ -9,6 +9,7 @@ In memory it is a `Spec`; in the file it is a plain dict of numbers, strings, li
     image_size      (H, W) of an image;  channels: its number of channels
     classes         names, in the order of their ids
     sampling        the recommended settings of sampling; None for an autoencoder, from which nothing is sampled
+    heads           split and arguments of the heads that were trained with the network, see heads.py
 """
 
 import argparse
@@ -35,7 +36,7 @@ Config = dict[str, Any]
 Statistics = tuple[list[float], list[float]]  # mean and standard deviation of each channel of raw latents
 
 OWN_VAE = "vae"  # a Spec's vae if the autoencoder lies in a folder of this name beside the weights
-OPTIONAL = {"vae_sha256", "latents_mean", "latents_std"}  # fields of a Spec that a checkpoint may lack
+OPTIONAL = {"vae_sha256", "latents_mean", "latents_std", "heads"}  # fields of a Spec that a checkpoint may lack
 
 # --- the network -----------------------------------------------------------------------------------
 
@@ -136,6 +137,7 @@ class Spec:
     vae_sha256: str | None = None      # of the autoencoder's weights, where train.py trained it
     latents_mean: list[float] | None = None  # of each channel of the autoencoder's raw latents, if they are normalised by
     latents_std: list[float] | None = None   # these instead of the autoencoder's own scale
+    heads: dict[str, Any] | None = None      # trained with the network
 
     @property
     def is_autoencoder(self) -> bool:

@@ -21,7 +21,7 @@ FIRST = ("ema", "model")  # the containers of DiT's checkpoints and of ours, in 
 EMA = re.compile(r"(^|[._])(ema|averaged?|shadow)\d*([._]|$)", re.IGNORECASE)
 COMMON = ("state_dict", "model_state_dict", "module", "net", "params", "weights")  # then these
 UNKNOWN = len(FIRST) + 2  # the rank of all others
-NOT_WEIGHTS = re.compile(r"opt|lr_|sched|loss|meter")  # how names of what else has tensors begin
+NOT_WEIGHTS = re.compile(r"opt|lr_|sched|loss|meter|heads$")  # how names of what else has tensors begin
 WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # anywhere in a name
 
 

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -206,12 +207,19 @@ def distribute(model: nn.Module, world: World) -> nn.Module:
     before = [buffer.clone() for buffer in model.buffers()]
     x, t = (torch.zeros(2, *shape, device=world.device) for shape in ((model.in_channels, *model.input_size), ()))
     for _ in range(2):  # buckets are sorted at the start of the second pass
-        network(x, t, t.long()).sum().backward()
+        total(network(x, t, t.long())).backward()
         model.zero_grad(set_to_none=True)
     with torch.no_grad():
         for buffer, value in zip(model.buffers(), before):
             buffer.copy_(value)
     return network
+
+
+def total(output: Any) -> Tensor:
+    """The sum of all numbers in a network's output: a tensor, or tuples and dicts of them."""
+    if isinstance(output, Tensor):
+        return output.sum()
+    return sum(map(total, output.values() if isinstance(output, dict) else output))
 
 
 class Stopped(BaseException):

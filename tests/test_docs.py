@@ -1,5 +1,7 @@
 """The examples of docs/extending.md and docs/python.md run as they stand, and are short; links of the documents hold."""
 
+import contextlib
+import math
 import re
 import runpy
 import shlex
@@ -21,6 +23,7 @@ from diffusion.samplers import SAMPLERS
 from diffusion.schedules import SCHEDULES
 from models import DiT_models
 from pipeline import checkpoint
+from pipeline.heads import HEADS
 from pipeline.settings import RECOMMENDED
 from pipeline.spec import defaults_of
 from runtime.cli import load_yaml
@@ -46,7 +49,9 @@ def mine(tmp_path, monkeypatch, call_here):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     modules = {name.removesuffix(".py") for name in EXAMPLES}
-    with mock.patch.dict(DiT_models), mock.patch.dict(OBJECTIVES), mock.patch.dict(SAMPLERS), mock.patch.dict(NAMED):
+    with contextlib.ExitStack() as registries:
+        for registry in (HEADS, DiT_models, OBJECTIVES, SAMPLERS, NAMED):
+            registries.enter_context(mock.patch.dict(registry))
         yield lambda *words: call_here(lambda: runpy.run_path(words[0], run_name="__main__"), *words)
     for name in modules & set(sys.modules):
         del sys.modules[name]
@@ -54,7 +59,7 @@ def mine(tmp_path, monkeypatch, call_here):
 
 def test_all_additions_train_and_sample_together(mine, monkeypatch):
     """The commands of the document. Its examples are short."""
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 7
     assert max(code.strip().count("\n") + 1 for code in EXAMPLES.values()) <= 30
     commands = re.search(r"```bash\n(python mine.*?)```", EXTENDING, flags=re.S)[1].replace("\\\n", " ").strip().splitlines()
     assert len(commands) == 2
@@ -76,6 +81,19 @@ def test_a_network_of_other_blocks_has_the_seam(mine):
     assert mine("mine.py", "train", *flags, "--run-name", "gated", "--num-workers", 0).returncode == 0
     result = mine("mine.py", "sample", "--ckpt", "results/gated", "--num-sampling-steps", 8, "--reuse", "encoder")
     assert result.returncode == 0, result.stderr
+
+
+def test_a_head_of_one_s_own_is_trained(mine):
+    """Its loss is the formula, written out; and the document's command runs."""
+    (command,) = re.findall(r"^python (mine.py train --model Gated.*)$", EXTENDING, flags=re.M)
+    words = [*shlex.split(command), "--num-workers", 0, "--global-batch-size", 4, "--log-every", 1, "--run-name", "head"]
+    result = mine(*words, "--max-steps", 2)
+    assert result.returncode == 0, result.stderr
+    assert "disperse" in Path("results/head/metrics.jsonl").read_text()
+    out = torch.randn(3, 5)
+    terms = [math.exp(-((out[i] - out[j]) ** 2).mean().item() / 0.5) for i in range(3) for j in range(3)]
+    found = HEADS["disperse"](None).loss(out, None)
+    assert found.tolist() == pytest.approx([math.log(sum(terms) / 9)] * 3, rel=1e-5)
 
 
 def test_mine_runs_every_script(mine):

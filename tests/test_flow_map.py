@@ -149,6 +149,8 @@ def test_the_shift_moves_the_grid_and_training_if_asked():
     plain, grid, both = (FlowMatching(4, **given).sample_times(64, generator("t"))
                          for given in ({}, dict(shift=3), dict(shift=3, shift_training=True)))
     assert torch.equal(plain, grid)
+    assert all(FlowMatching(3, shift=shift).grid[::3] == (1, 0) for shift in (0.1, 0.2, 0.3, 10 / 3))  # exactly
+    assert FlowMap(4, shift=3).grid == FlowMatching(4, shift=3).grid
     assert torch.allclose(both, 3 * plain / (1 + 2 * plain))
 
 
@@ -175,6 +177,9 @@ def test_the_sde_keeps_the_moments_of_a_gaussian():
     found = states[-1]["sample"]
     assert [found.mean().item(), found.std().item()] == pytest.approx([MU, S], abs=0.015)
     assert (found - (MU + S * noise)).abs().mean() > 0.1  # not the ODE's
+    shifted = FlowMatching(3, shift=3)
+    assert evaluation_times(get_sampler("sde", shifted), shifted) == pytest.approx(
+        [1000 * shifted.shifted(t) for t in (1, 0.52, 0.04)])
     with pytest.raises(UserError, match="`sampler` sde needs a flow, not GaussianDiffusion"):
         get_sampler("sde", create_diffusion("4"))
 
@@ -247,6 +252,13 @@ def test_near_the_ends_both_sides_lie_inside():
                torch.zeros(2), torch.zeros(2, 1, 1, 1), {})
     assert torch.allclose(seen[0], torch.tensor([1, 0.01, 0.99, 0]), atol=1e-6)
 
+    def straight(x, t, r):  # the velocity to the point 0.5, constant along its path
+        return (x - 0.5) / (t / 1000).view(-1, 1, 1, 1)
+
+    t, noise = instants(0.999, 0.002), torch.randn(2, 1, 2, 2).double()
+    x = 0.5 + t.view(-1, 1, 1, 1) * (noise - 0.5)
+    assert derivative(straight, x, t[:1].repeat(2), 0 * t, noise - 0.5, {})[0].abs().max() < 1e-3  # in fp32
+
 
 class Fickle(nn.Module):
     """A network with dropout and BatchNorm."""
@@ -268,7 +280,7 @@ def test_dropout_and_batch_norm_do_not_disturb_the_differences():
     before = network.norm.running_mean.clone()
     slope = derivative(network, x, t, r, torch.zeros_like(x), dict(y=y))
     assert torch.allclose(slope, x / math.sqrt(1 + network.norm.eps), atol=1e-3)
-    guidance(network, x, t, dict(y=y))
+    guidance(network, x, t, y)
     assert torch.equal(network.norm.running_mean, before)
     assert network.training
     process.training_losses(network, x, process.sample_times(4, generator("f")), dict(y=y))
@@ -285,11 +297,34 @@ def test_guidance_in_training_is_for_kept_labels_and_small_t():
 
     x, y = torch.zeros(4, 1, 2, 2), torch.tensor([0, 1, 3, 2])
     t = torch.tensor([0.5, 0.71, 0.5, 0.7])
-    added = guidance(Label(), x, t, dict(y=y))[:, 0, 0, 0]
+    added = guidance(Label(), x, t, y)[:, 0, 0, 0]
     assert added.tolist() == [-3, 0, 0, -1]
     process = FlowMap(share=0, omega=0.5)
     losses = process.training_losses(Label(), x, torch.stack([t, t], dim=1), dict(y=y), torch.zeros_like(x))
     assert torch.allclose(losses["mse"], (y + torch.tensor([1.5, 0, 0, 0.5])) ** 2)
+
+
+def test_a_batch_of_one_row_has_no_map_row():
+    """As the last one of a validation may have."""
+    x, y, t = torch.randn(1, 2, 8, 8), torch.tensor([1]), times(FlowMap(), 1)
+    for network in networks():
+        losses = FlowMap().training_losses(network, x, t, dict(y=y))
+        assert losses["mse"].isfinite()
+        assert losses["map_mse"].isnan()
+
+
+def test_gradients_in_bf16_are_those_in_fp32_to_its_rounding():
+    """Calls without a gradient come first, under the same autocast: they must leave nothing behind."""
+    x, y, process = torch.randn(8, 2, 8, 8), torch.randint(0, 3, (8,)), FlowMap(omega=0.5)
+    t, noise, gradients = times(process, 8), torch.randn(8, 2, 8, 8), []
+    network = networks()[0]
+    for enabled in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            process.training_losses(network, x, t, dict(y=y), noise)["loss"].mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.requires_grad]))
+    exact, rounded = gradients
+    assert 0 < (exact - rounded).norm() < 0.05 * exact.norm()
 
 
 def test_what_is_refused():
@@ -391,6 +426,7 @@ def test_what_a_run_refuses(tmp_path, run_here, monkeypatch):
     refused("map_guidance 0.6 needs a label_drop above 0",
             diffusion_args='{"objective": "flow-map", "map_guidance": 0.6, "label_drop": 0}')
     refused("--model-args: time_scale 1.0 is too large for a flow map", model_args="{}")
+    refused("--model-args: MLP has one block; a flow map needs at least two", model="MLP", model_args="{}")
     refused("--global-batch-size leaves 3 samples", global_batch_size="6", grad_accum="2")
     refused("--model-args: time_scale 1.0 is too large", model="ConvAdaLN", model_args="{}")
     monkeypatch.setitem(DiT_models, "ForeignNet", ForeignNet)

@@ -152,6 +152,7 @@ def test_dmfs_network_is_ours(tmp_path):
     assert_equal(ours.model(x, 1000 * t, y), written_out(weights, x, t, y))
     sampling = ours.spec.sampling
     assert (sampling.sampler, sampling.num_sampling_steps, sampling.cfg_scale) == ("map", "4", 1.0)
+    assert sampling.cfg_channels is None
     noise = torch.randn(3, 4, 8, 8)
     steps = Sampling.of(ours.spec, {"num_sampling_steps": 2})
     *_, last = steps.solver(steps.process, guide(ours.model, y, 10, 1.0, 4), noise, None)
@@ -171,6 +172,7 @@ def test_dmfs_network_is_ours(tmp_path):
     with torch.device("meta"):
         weights = DiT_models["DiT-XL/2"](input_size=16, num_classes=7, learn_sigma=False).state_dict()
     assert read(weights, BareWeights(objective="dmf")).spec.model.args["map_split"] == 20
+    assert read(theirs, **trainer | dict(resolution=512)).spec.diffusion == {"objective": "flow-map", "shift": 1.5}  # published
 
 
 def test_what_is_assumed_is_said_and_what_contradicts_the_file_is_refused():

@@ -5,10 +5,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion import create_diffusion
 from pipeline import checkpoint
+from pipeline.heads import backbone
 from pipeline.spec import BareWeights, ModelSpec, Spec, Statistics, Weights, defaults_of, normal_name
 from pipeline.weights import check_values, fitted
 from runtime import UserError
@@ -30,6 +31,7 @@ class Initial(NamedTuple):
     weights: Weights
     remark: str               # a sentence about what was assumed, or ""
     label_drop: float | None  # of its training, if it tells
+    heads: Weights            # of the heads that were trained with it, see heads.py; {} if there are none
 
 
 def read_initial(source: str) -> Initial:
@@ -37,7 +39,7 @@ def read_initial(source: str) -> Initial:
     found, (spec, weights, remark) = checkpoint.read(checkpoint.resolve(source), BareWeights(vae="ema"))
     flags = found.facts.get("args")
     drop = flags.get("diffusion_args", {}).get("label_drop", TrainerArgs.label_drop) if isinstance(flags, dict) else None
-    return Initial(source, spec, weights, remark, drop)
+    return Initial(source, spec, weights, remark, drop, found.facts.get("heads", {}).get("ema", {}))
 
 
 def read_own(folder: Path) -> Initial | None:
@@ -127,15 +129,25 @@ def init_from(training: Training, initial: Initial, classes: list[str]) -> str:
 
     Returns: a remark that says which weights matched and which did not.
     """
-    state, weights, source = training.model.state_dict(), initial.weights, initial.source
+    state, weights, source = backbone(training.model).state_dict(), initial.weights, initial.source
     taken, fresh = matching(state, initial, classes)
-    for network in (training.model, training.ema):
+    for network, heads in training.networks().values():
         network.load_state_dict(taken, strict=False)
+        if heads is not None:
+            heads.load_state_dict(fitting_heads(heads, initial), strict=False)
     differing, unused = [key for key in state if key not in taken], [key for key in fitted(weights, state) if key not in state]
     remark = "" if fresh is None else (f"; embeddings of no label and of {len(classes) - len(fresh)} of {len(classes)} "
                                        f"classes, by name; fresh classes: {shortened(fresh)}")
     return (f"Initialised {len(taken)} of {len(state)} tensors from {source}{initial.remark and f' ({initial.remark})'}; "
             f"fresh: {shortened(differing)}; unused: {shortened(unused)}{remark}")
+
+
+def fitting_heads(heads: nn.ModuleDict, initial: Initial) -> Weights:
+    """The weights of heads of the same name, each if all of its tensors fit."""
+    fit = {name for name, head in heads.items() if all(
+        f"{name}.{key}" in initial.heads and initial.heads[f"{name}.{key}"].shape == value.shape
+        for key, value in head.state_dict().items())}
+    return {key: value for key, value in initial.heads.items() if key.partition(".")[0] in fit}
 
 
 def check_fit(state: dict[str, Tensor], initial: Initial, classes: list[str]) -> None:

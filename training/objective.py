@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from diffusion import create_diffusion
 from diffusion.process import TrainingProcess
 from pipeline.autoencoders import latents_of
+from pipeline.heads import Step, Tap
 from pipeline.spec import Spec
 from runtime import UserError
 from runtime.processes import autocast
@@ -24,7 +25,7 @@ class Draws(NamedTuple):
     """All random numbers of one step, for the samples of a batch. They depend only on the address."""
 
     noise: Tensor             # (B, C, H, W) for the diffusion
-    t: Tensor                 # (B,)
+    t: Tensor                 # (B,), or (B, K) for a process of K times
     drop_uniform: Tensor      # (B,) in [0, 1): where it is below label_drop, the label becomes the null class
     posterior: Tensor | None  # (B, C, H, W) for the autoencoder's posterior, if it has one
 
@@ -40,6 +41,7 @@ class Objective(NamedTuple):
     data: TrainingData  # the data set of the batches
     label_drop: float   # the share of labels that become the null class
     precision: str
+    heads: nn.ModuleDict | None = None  # of the network that is trained, see heads.py
 
     def draw(self, address: tuple, batch_size: int, model: nn.Module, device: torch.device) -> Draws:
         """The random numbers at an address that this process, autoencoder and data set need, on the device."""
@@ -50,12 +52,19 @@ class Objective(NamedTuple):
         has_posterior = self.autoencoder.stochastic and self.data.kind != "latents"
         return Draws(noise, t, drop_uniform, normal() if has_posterior else None)  # last: the others do not depend on it
 
-    def losses(self, model: nn.Module, batch: Tensor, labels: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """batch (B, ...), labels (B,) -> "loss", its terms and related figures: (B,) each."""
+    def losses(self, model: nn.Module, batch: Tensor, labels: Tensor, draws: Draws, step: int = 0) -> dict[str, Tensor]:
+        """batch (B, ...), labels (B,) of a step -> "loss", its terms and related figures, and each head's loss: (B,) each."""
         latents = latents_of(self.autoencoder, batch, self.data.kind, draws.posterior)
         y = torch.where(draws.drop_uniform < self.label_drop, len(self.data.classes), labels)
         with autocast(batch.device, self.precision):
-            return self.process.training_losses(model, latents, draws.t, dict(y=y), draws.noise)
+            if not self.heads:
+                return self.process.training_losses(model, latents, draws.t, dict(y=y), draws.noise)
+            tap = Tap(model)
+            losses = self.process.training_losses(tap, latents, draws.t, dict(y=y), draws.noise)
+            seen = Step(self.process, latents, draws.t, dict(y=y), draws.noise, batch if self.data.kind == "images" else None)
+            of_heads = {name: head.loss(tap.outputs[name], seen) for name, head in self.heads.items()}
+        loss = losses["loss"] + sum(head.weight_at(step) * of_heads[name] for name, head in self.heads.items())
+        return losses | of_heads | {"loss": loss}
 
 
 def means_of(losses: dict[str, Tensor]) -> list[Tensor]:

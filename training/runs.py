@@ -4,7 +4,7 @@ import os
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from diffusion.process import Network, Process, check
 from pipeline import checkpoint
 from pipeline.autoencoders import Pixels
 from pipeline.generation import Sampling, check_thresholding
+from pipeline.heads import HEADS, check_heads
 from pipeline.settings import SamplingSettings
 from pipeline.spec import ModelSpec, Spec, constructor_of, defaults_of
 from runtime import UserError
@@ -42,15 +43,18 @@ TRAINER_ARGS = [entry.name for entry in fields(TrainerArgs)]
 
 
 def build_run_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[str, Any], data: TrainingData,
-                   autoencoder: nn.Module) -> tuple[Spec, float]:
+                   autoencoder: nn.Module, heads: dict[str, Any] | None = None) -> tuple[Spec, float]:
     """The Spec of a network to be trained, every argument checked, and the share of labels to drop.
 
     Args:
         model: a name in NETWORKS.
         model_args: of its constructor, over its preset's.
         diffusion_args: of create_diffusion, of the objective's factory, and of TrainerArgs.
+        heads: see pipeline/heads.py.
     """
     if model in Autoencoder_models:
+        if heads:
+            raise UserError(f"`heads` are for networks that are sampled from, not for `model` {model}")
         return build_autoencoder_spec(model, model_args, diffusion_args, data, autoencoder), 0.0
     with prefix_errors("`diffusion_args`:", *WRONG_VALUE):
         given = {name: diffusion_args[name] for name in TRAINER_ARGS if name in diffusion_args}
@@ -73,9 +77,24 @@ def build_run_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[
     with prefix_errors("`diffusion_args`: sampling:", *WRONG_VALUE):
         settings = SamplingSettings.recommend(process, label_drop, sampling)
     spec = assemble_spec(model, model_args, from_data, diffusion, data, autoencoder, settings)
+    if isinstance(process, FlowMap):
+        with prefix_errors("`model_args`:"):
+            check_network(spec.model.outline(), spec.model.args.get("time_scale"))
     with prefix_errors("`diffusion_args`: sampling:", *WRONG_VALUE):
         check_thresholding(Sampling.of(spec).settings, autoencoder)
-    return spec, label_drop
+    return (replace(spec, heads=heads_of_run(heads, spec, process, data)) if heads else spec), label_drop
+
+
+def heads_of_run(heads: dict[str, Any], spec: Spec, process: Process, data: TrainingData) -> dict[str, Any]:
+    """The flag `heads`, checked against the network, the process and the data, with every argument."""
+    if isinstance(process, FlowMap):
+        raise UserError("`heads` are not for objective 'flow-map': train them with the flow")
+    checked = check_heads(heads, spec.model.outline())
+    if spec.diffusion.get("use_kl") and "internal" in checked:
+        raise UserError("`heads`: internal needs a loss with an mse, which use_kl of `diffusion_args` leaves out")
+    if data.kind != "images" and (blind := [name for name in checked if getattr(HEADS.get(name), "needs_images", False)]):
+        raise UserError(f"`heads`: {blind[0]} needs pictures, and `data_path` holds cached latents alone")
+    return checked
 
 
 def check_objective_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -118,9 +137,6 @@ def assemble_spec(model: str, model_args: dict[str, Any], from_data: dict[str, A
         network = spec.model.outline()
     if sampling:
         check(network, Network, "training needs")
-    if diffusion.get("objective") == "flow-map":
-        with prefix_errors("`model_args`:"):
-            check_network(network, spec.model.args.get("time_scale"))
     return spec
 
 
@@ -162,7 +178,7 @@ def fixed_settings(spec: Spec, flags: dict[str, Any]) -> dict[str, Any]:
     model = {"model": spec.model.name, **{f"model argument {key}": value for key, value in spec.model.args.items()}}
     model.pop("model argument gradient_checkpointing", None)
     vae = "vae_sha256" if spec.vae_sha256 else "vae"  # a folder may have moved
-    of_data = (vae, "image_size", "channels", "classes", "latents_mean", "latents_std")
+    of_data = (vae, "image_size", "channels", "classes", "latents_mean", "latents_std", "heads")
     return model | fixed | {key: getattr(spec, key) for key in of_data}
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.heads import WithHeads, backbone
 from pipeline.weights import check_values
 from runtime import UserError
 
@@ -119,14 +120,24 @@ class Training:
         self.best = loss if better else self.best
         return better
 
+    def networks(self) -> dict[str, tuple[nn.Module, nn.Module | None]]:
+        """Of "model" and "ema" the network, and its heads, if it has some. A checkpoint holds the heads apart."""
+        both = {"model": self.model, "ema": self.ema}
+        return {name: (backbone(model), model.heads if isinstance(model, WithHeads) else None) for name, model in both.items()}
+
     def state_dict(self) -> dict:
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "ema", "opt", "meter")}
+        parts = {name: network.state_dict() for name, (network, _) in self.networks().items()}
+        heads = {name: heads.state_dict() for name, (_, heads) in self.networks().items() if heads is not None}
+        parts |= {"heads": heads} if heads else {}
+        parts |= {name: getattr(self, name).state_dict() for name in ("opt", "meter")}
         return parts | {name: getattr(self, name) for name in ("step", "validated", "best", "validations_since_best")}
 
     def check(self, state: dict) -> None:
         """Raises UserError if values of a checkpoint are not finite, or the optimizer's of other shapes than the parameters."""
-        for name in ("model", "ema"):
-            check_values(state[name], getattr(self, name).state_dict(), name)
+        for name, (network, heads) in self.networks().items():
+            check_values(state[name], network.state_dict(), name)
+            if heads is not None:
+                check_values(state["heads"][name], heads.state_dict(), f"heads of {name}")
         for index, moments in state["opt"]["state"].items():
             shape = self.parameters[index].shape
             for name in ("exp_avg", "exp_avg_sq"):
@@ -137,7 +148,11 @@ class Training:
 
     def load_state_dict(self, state: dict) -> None:
         group = {name: self.opt.param_groups[0][name] for name in ("betas", "weight_decay")}
-        for name in ("model", "ema", "opt", "meter"):
+        for name, (network, heads) in self.networks().items():
+            network.load_state_dict(state[name])
+            if heads is not None:
+                heads.load_state_dict(state["heads"][name])
+        for name in ("opt", "meter"):
             getattr(self, name).load_state_dict(state[name])
         self.opt.param_groups[0].update(group)  # use the current --optimizer-args
         for name in ("step", "validated", "best", "validations_since_best"):

@@ -1,0 +1,256 @@
+"""Heads: what a network learns besides its prediction, from its features at the seam.
+
+    network = with_heads(backbone, spec)     # WithHeads
+    prediction, outputs = network(x, t, y)   # outputs[name] = heads[name](features, c)
+
+A run has them by `heads`, a dictionary: {"internal": {…}, "align": {…}, "split": 8}. They share one seam, after `split` blocks.
+A checkpoint keeps their weights apart from the backbone's, which loads without them. Your own is an entry of HEADS
+(docs/extending.md).
+
+Sources: internal guidance: arXiv:2512.24176; alignment: REPA (Yu et al., arXiv:2410.06940), its convolution: iREPA (Singh et
+al., arXiv:2512.10794), its early end: HASTE.
+
+Legend: B batch, C channels, H W size, h w grid of the features, D their width, Z width of an encoder's tokens.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusion.process import Process, Seam, check
+from models import ChannelsLastConv2d, DiNextU, FinalLayer
+from pipeline.spec import Config, Spec
+from runtime import UserError
+from runtime.cli import check_arguments, prefix_errors
+
+SPLIT = 8 / 28  # the share of blocks before the heads' seam; of a DiNext-U it is after the middle stage
+
+
+class Place(NamedTuple):
+    """The shapes where heads sit."""
+
+    width: int              # D of the features
+    condition_width: int    # of c
+    grid: tuple[int, int]   # (h, w)
+    patch: tuple[int, int]  # (H / h, W / w)
+    channels: int           # C of a prediction, without a variance
+
+
+class Step(NamedTuple):
+    """What a loss of a head may look at: a batch."""
+
+    process: Process
+    x_start: Tensor               # (B, C, H, W), and so on: the arguments of the process's training_losses
+    t: Tensor                     # (B,)
+    model_kwargs: dict[str, Any]
+    noise: Tensor                 # (B, C, H, W)
+    images: Tensor | None         # (B, 1 or 3, …) uint8; None if the data set holds latents
+
+
+# --- heads -----------------------------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """forward(features (B, h, w, D), c (B, condition_width)) -> its output, and the loss of that output.
+
+    Args:
+        weight: of its loss, beside the process's.
+        stop_step: from this step on the weight is 0; None: never.
+    """
+
+    needs_images = False
+
+    def __init__(self, weight: float, stop_step: int | None = None):
+        super().__init__()
+        if not 0 <= weight < math.inf or (stop_step is not None and stop_step < 0):
+            raise UserError(f"weight {weight} and stop_step {stop_step} must be at least 0")
+        self.weight, self.stop_step = weight, stop_step
+
+    def loss(self, out: Tensor, step: Step) -> Tensor:
+        """(B,)"""
+        raise NotImplementedError
+
+    def weight_at(self, step: int) -> float:
+        return self.weight if self.stop_step is None or step < self.stop_step else 0.0
+
+
+class Internal(Head):
+    """A second, weaker prediction, by DiT's final layer. Its loss is the process's `mse`, with its output for the network's."""
+
+    def __init__(self, place: Place, weight: float = 0.5):
+        super().__init__(weight)
+        self.patch, self.channels = place.patch, place.channels
+        self.final_layer = FinalLayer(place.width, 1, place.channels * math.prod(place.patch))
+        self.final_layer.adaLN_modulation[-1] = nn.Linear(place.condition_width, 2 * place.width)
+        for linear in (self.final_layer.linear, self.final_layer.adaLN_modulation[-1]):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, features: Tensor, c: Tensor) -> Tensor:
+        x = self.final_layer(features, c).unflatten(-1, (*self.patch, self.channels))  # (B, h, w, H/h, W/w, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                    # (B, C, H, W)
+
+    def loss(self, out: Tensor, step: Step) -> Tensor:
+        if step.process.learn_sigma:
+            out = torch.cat([out, torch.zeros_like(out)], dim=1)
+        losses = step.process.training_losses(lambda x, t, **kwargs: out, *step[1:5])
+        if "mse" not in losses:
+            raise UserError("`heads`: internal needs a loss with an mse, which this process does not have")
+        return losses["mse"]
+
+
+class Align(Head):
+    """REPA: a projection of the features resembles a frozen encoder's tokens of the picture. The negative mean cosine.
+
+    Args:
+        encoder: of pipeline/encoders.py: "dinov2", a ViT of timm by its name, or "classifier:FILE".
+        kind: "mlp": three linear layers; "conv": one 3x3 convolution.
+        hidden_size: of the MLP.
+    """
+
+    needs_images = True
+
+    def __init__(self, place: Place, encoder: str = "dinov2", kind: str = "mlp", weight: float = 0.5,
+                 stop_step: int | None = None, hidden_size: int = 2048):
+        from pipeline.encoders import load_encoder  # with timm, which is slow to import
+
+        super().__init__(weight, stop_step)
+        if kind not in ("mlp", "conv"):
+            raise UserError(f"kind {kind!r} is unknown; allowed: mlp, conv")
+        self.encoder = Frozen(load_encoder(encoder))
+        width = self.encoder.module.width
+        self.projector = ChannelsLastConv2d(place.width, width, 3, padding=1) if kind == "conv" else nn.Sequential(
+            nn.Linear(place.width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size), nn.SiLU(),
+            nn.Linear(hidden_size, width))
+
+    def forward(self, features: Tensor, c: Tensor) -> Tensor:
+        return self.projector(features)  # (B, h, w, Z)
+
+    def loss(self, out: Tensor, step: Step) -> Tensor:
+        tokens = self.encoder.module.to(out.device)(step.images)                              # (B, h', w', Z)
+        if tokens.shape[1:3] != out.shape[1:3]:
+            tokens = F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), out.shape[1:3]).permute(0, 2, 3, 1)
+        return -F.cosine_similarity(out.float(), tokens.float(), dim=-1).flatten(1).mean(dim=1)
+
+
+class Frozen:
+    """A module that is used, but not trained, saved or copied with the head that holds it."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __deepcopy__(self, memo: dict) -> "Frozen":
+        return self
+
+
+# A head takes a Place and arguments of its own with defaults, which are the entries of its dictionary in `heads`.
+HEADS: dict[str, Callable[..., Head]] = {"internal": Internal, "align": Align}
+
+
+# --- a network with heads --------------------------------------------------------------------------
+
+
+class WithHeads(nn.Module):
+    """A backbone and its heads, in one forward pass: what a trainer wraps and compiles.
+
+    Args:
+        split: blocks before the heads' seam.
+    """
+
+    def __init__(self, network: nn.Module, heads: dict[str, Head], split: int):
+        super().__init__()
+        self.network, self.heads, self.split = network, nn.ModuleDict(heads), split
+        self.in_channels, self.input_size, self.num_classes = network.in_channels, network.input_size, network.num_classes
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The backbone's prediction, and each head's output."""
+        c = self.network.condition(t, y)
+        state = self.network.encode(x, c, self.split)
+        features = as_grid(state[0], self.network)
+        outputs = {name: head(features, fitting(c, features.shape[-1])) for name, head in self.heads.items()}
+        return self.network.decode(state, c, self.split), outputs
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The network without its heads."""
+    return model.network if isinstance(model, WithHeads) else model
+
+
+def as_grid(features: Tensor, network: nn.Module) -> Tensor:
+    """(B, h, w, D), (B, N, D) or (B, D), the features at a seam -> (B, h, w, D). N tokens have the proportions of the input."""
+    if features.dim() == 3:
+        height, width = network.input_size
+        rows = round(math.sqrt(features.shape[1] * height / width))
+        return features.unflatten(1, (rows, -1))
+    return features if features.dim() == 4 else features[:, None, None]
+
+
+def fitting(c: Tensor | tuple[Tensor, ...], width: int) -> Tensor:
+    """The condition of features of that width: of several, one a resolution, that of the same width."""
+    return next(part for part in c if part.shape[1] == width) if isinstance(c, tuple) else c
+
+
+def split_of(network: nn.Module, heads: Config) -> int:
+    """How many blocks are before the seam of `heads`."""
+    usual = network.default_split if isinstance(network, DiNextU) else max(1, round(SPLIT * len(network.blocks)))
+    split = heads.get("split", usual)
+    if not isinstance(split, int) or not 1 <= split < max(2, len(network.blocks)):
+        raise UserError(f"`heads`: split {split} is not in 1..{len(network.blocks) - 1}, the blocks before the heads")
+    return split
+
+
+def place_of(outline: nn.Module, split: int) -> Place:
+    """Where heads sit in a network. `outline` may be on the meta device."""
+    device = next(outline.parameters()).device
+    channels, (height, width) = outline.in_channels, outline.input_size
+    c = outline.condition(torch.zeros(1, device=device), torch.zeros(1, dtype=torch.long, device=device))
+    state = outline.encode(torch.zeros(1, channels, height, width, device=device), c, split)
+    features = as_grid(state[0], outline)
+    h, w, features_width = features.shape[1:]
+    return Place(features_width, fitting(c, features_width).shape[1], (h, w), (height // h, width // w), channels)
+
+
+def check_heads(heads: Config, outline: nn.Module) -> Config:
+    """Check the flag `heads` against a network. Returns it, with every argument.
+
+    Raises:
+        UserError: a name or an argument is unknown, or the network has no seam.
+    """
+    check(outline, Seam, "heads need")
+    checked = {"split": split_of(outline, heads)}
+    for name, arguments in heads.items():
+        if name == "split":
+            continue
+        if name not in HEADS:
+            raise UserError(f"`heads`: {name!r} is unknown; allowed: split, {', '.join(HEADS)}")
+        with prefix_errors(f"`heads`: {name}:"):
+            checked[name] = check_arguments(HEADS[name], arguments, {"place"})
+    return checked
+
+
+def with_heads(network: nn.Module, spec: Spec, names: Iterable[str] | None = None) -> nn.Module:
+    """The network with the heads of its spec (of these names), freshly initialised; the network itself if it has none."""
+    if not spec.heads:
+        return network
+    place = place_of(spec.model.outline().eval(), spec.heads["split"])
+    heads = {}
+    for name in spec.heads if names is None else names:
+        if name != "split":
+            with prefix_errors(f"`heads`: {name}:"):
+                heads[name] = HEADS[name](place, **spec.heads[name])
+    return WithHeads(network, heads, spec.heads["split"])
+
+
+class Tap:
+    """A network with heads as a process calls it, x, t, y -> prediction. It keeps the heads' outputs of the last call."""
+
+    def __init__(self, model: Callable):
+        self.model, self.outputs = model, {}
+
+    def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        prediction, self.outputs = self.model(x, t, **kwargs)
+        return prediction

@@ -1,0 +1,219 @@
+"""Heads on the features at the seam: their shapes and losses, and runs that have them."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import TINY_RUN, assert_one_line, run_script, train_here
+from test_train import assert_same, final, metrics
+from torch import nn
+
+from diffusion import create_diffusion
+from models import DiNext, DiNextU, DiT
+from pipeline import checkpoint
+from pipeline.heads import Internal, Place, Step, Tap, WithHeads, backbone, check_heads, place_of, split_of
+from pipeline.weights import find_weights
+from runtime import UserError
+from small_models import MLP, ConvAdaLN
+
+COMMON = dict(input_size=(8, 16), in_channels=2, num_classes=3, learn_sigma=False)
+
+
+def networks():
+    torch.manual_seed(0)
+    made = [DiT(hidden_size=32, depth=3, num_heads=2, patch_size=2, **COMMON),
+            DiT(hidden_size=32, depth=3, num_heads=2, patch_size=2, adaln="single", class_token=True, **COMMON),
+            DiNext(hidden_size=16, depth=3, patch_size=4, **COMMON), DiNextU(hidden_size=8, depths=(1, 1, 2, 1, 1), **COMMON),
+            ConvAdaLN(hidden_size=16, depth=3, **COMMON), MLP(hidden_size=32, label_features=8, **COMMON)]
+    return [randomised(network) for network in made]
+
+
+def randomised(network):
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    return network
+
+
+def batch():
+    torch.manual_seed(1)
+    return torch.randn(3, 2, 8, 16), torch.tensor([0.0, 400.0, 999.0]), torch.tensor([0, 2, 3])
+
+
+def placed(network, **heads):
+    """The network with an internal head with random weights."""
+    split = split_of(network, heads)
+    return WithHeads(network, {"internal": randomised(Internal(place_of(network, split)))}, split)
+
+
+# --- shapes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", networks(), ids=lambda network: type(network).__name__)
+def test_the_prediction_is_the_backbone_s_and_a_head_sees_its_features(network):
+    x, t, y = batch()
+    model = placed(network)
+    prediction, outputs = model(x, t, y)
+    assert torch.equal(prediction, network(x, t, y))
+    assert outputs["internal"].shape == x.shape
+    others = [model(x, *other)[1]["internal"] for other in ((t + 1, y), (t, (y + 1) % 4))]
+    assert all((outputs["internal"] - other).abs().max() > 1e-4 for other in others)  # by features and by c
+    place = place_of(network, model.split)
+    grid = {DiT: (4, 8), DiNext: (2, 4), DiNextU: (2, 4), ConvAdaLN: (8, 16), MLP: (1, 1)}[type(network)]
+    assert (place.grid, place.patch) == (grid, (8 // grid[0], 16 // grid[1]))
+
+
+def test_the_internal_head_is_dits_final_layer():
+    """With the weights of the network's own last layer it gives what the network would from these features."""
+    x, t, y = batch()
+    for network in networks()[::2][:2]:  # DiT and DiNext
+        model = placed(network)
+        model.heads["internal"].final_layer.load_state_dict(network.final_layer.state_dict())
+        c = network.condition(t, y)
+        (features,) = network.encode(x, c, model.split)
+        expected = network.unpatchify(network.final_layer(features, c))
+        assert torch.equal(model(x, t, y)[1]["internal"], expected)
+
+
+def test_pixels_of_a_patch_lie_where_they_belong():
+    place = Place(width=5, condition_width=7, grid=(2, 3), patch=(2, 4), channels=3)
+    head = Internal(place)
+    values = torch.arange(2 * 2 * 3 * 2 * 4 * 3.0).view(2, 2, 3, 2, 4, 3)  # (B, h, w, H/h, W/w, C)
+    head.final_layer.forward = lambda features, c: values.flatten(3)
+    out = head(None, None)
+    assert out.shape == (2, 3, 4, 12)
+    assert all(out[1, c, 2 * i + a, 4 * j + b] == values[1, i, j, a, b, c]
+               for c in range(3) for i in range(2) for j in range(3) for a in range(2) for b in range(4))
+
+
+def test_the_seam_is_a_third_of_the_blocks_or_a_us_middle():
+    splits = [split_of(network, {}) for network in networks()]
+    assert splits == [1, 1, 1, 4, 1, 1]  # round(8/28 * 3); the U's four blocks down and in the middle
+    with torch.device("meta"):
+        assert split_of(DiT(), {}) == 8  # of 28
+        assert split_of(DiNextU(depths=(3, 6, 12, 6, 3)), {}) == 21
+    assert split_of(networks()[0], {"split": 2}) == 2
+    with pytest.raises(UserError, match=r"split 3 is not in 1\.\.2"):
+        split_of(networks()[0], {"split": 3})
+
+
+# --- losses --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("process", [dict(objective="flow"), dict(objective="v"), dict(objective="epsilon", learn_sigma=False),
+                                     dict(objective="flow", prediction="x0"), dict()], ids=str)
+def test_the_loss_of_the_internal_head_is_the_process_s_mse(process):
+    process = create_diffusion("", **process)
+    network = DiT(hidden_size=32, depth=3, num_heads=2, patch_size=2, **COMMON | {"learn_sigma": process.learn_sigma})
+    model = placed(randomised(network))
+    x, noise, y = batch()[0], torch.randn(3, 2, 8, 16), torch.tensor([0, 2, 3])
+    t = process.sample_times(3, torch.Generator().manual_seed(0))
+    tap = Tap(model)
+    losses = process.training_losses(tap, x, t, dict(y=y), noise)
+    assert torch.equal(losses["loss"], process.training_losses(network, x, t, dict(y=y), noise)["loss"])
+    found = model.heads["internal"].loss(tap.outputs["internal"], Step(process, x, t, dict(y=y), noise, None))
+
+    def weaker(x, t, y):
+        out = model(x, t, y)[1]["internal"]
+        return torch.cat([out, torch.zeros_like(out)], dim=1) if process.learn_sigma else out
+
+    assert torch.equal(found, process.training_losses(weaker, x, t, dict(y=y), noise)["mse"])
+    assert found.requires_grad
+
+
+def test_a_weight_ends_with_its_step():
+    from pipeline.heads import Head
+
+    assert [Head(0.5, 10).weight_at(step) for step in (0, 9, 10)] == [0.5, 0.5, 0.0]
+    assert Head(0.5).weight_at(10**9) == 0.5
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+RUN = [*TINY_RUN, "--model-args", '{"hidden_size": 32, "depth": 3}', "--diffusion-args", '{"objective": "flow"}',
+       "--heads", '{"internal": {"weight": 0.25}}', "--max-steps", "6", "--run-name", "r"]
+
+
+@pytest.fixture(scope="module")
+def head_run(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("heads")
+    train_here(cwd, *RUN, "--ckpt-every", "3", "--val-every", "3")
+    return cwd / "results" / "r"
+
+
+def test_the_loss_is_the_weighted_sum_and_heads_lie_apart(head_run):
+    for loss, mse, internal in zip(*(metrics(head_run, name) for name in ("loss", "mse", "internal"))):
+        assert loss == pytest.approx(mse + 0.25 * internal, rel=1e-5)
+    state = final(head_run)
+    assert state["model"].keys() == state["ema"].keys() == backbone(checkpoint.restore(head_run).model).state_dict().keys()
+    assert {key.partition(".")[0] for part in ("model", "ema") for key in state["heads"][part]} == {"internal"}
+    weights, average = (state["heads"][part]["internal.final_layer.linear.weight"] for part in ("model", "ema"))
+    assert 0 < (weights - average).abs().max()
+    assert state["spec"]["heads"] == {"split": 1, "internal": {"weight": 0.25}}
+    assert find_weights(state, "x")[1] == ""  # nothing else could be meant
+    assert all(value == value for value in metrics(head_run, "val_loss_ema"))
+
+
+def test_without_weight_a_head_does_not_change_the_network(tmp_path):
+    for name, flags in (("with", ["--heads", '{"internal": {"weight": 0.0}}']), ("without", ["--heads", "{}"])):
+        train_here(tmp_path, *RUN, *flags, "--run-name", name)
+    a, b = (final(tmp_path / "results" / name) for name in ("with", "without"))
+    assert "heads" not in b
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][key], b[part][key]) for key in b[part])
+
+
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(head_run, tmp_path):
+    broken = tmp_path / "results" / "r"
+    shutil.copytree(head_run, broken)
+    for path in (broken / "checkpoints").glob("0000006*"):
+        path.unlink()
+    train_here(tmp_path, *RUN, "--ckpt-every", "3", "--val-every", "3")
+    assert_same(final(head_run), final(broken))
+    for part, weights in final(head_run)["heads"].items():
+        assert all(torch.equal(value, final(broken)["heads"][part][key]) for key, value in weights.items())
+
+
+def test_heads_of_another_run_are_taken_where_they_fit(head_run, tmp_path):
+    flags = ["--init-from", head_run, "--max-steps", 1, "--lr", 1e-12]
+    train_here(tmp_path, *RUN, *flags)
+    train_here(tmp_path, *RUN, *flags, "--run-name", "other", "--heads", '{"internal": {}, "split": 2}')
+    train_here(tmp_path, *RUN, *flags, "--run-name", "none", "--heads", "{}")
+    key, results = "internal.final_layer.linear.weight", tmp_path / "results"
+    taken = final(results / "r")["heads"]["model"][key]
+    assert torch.allclose(taken, final(head_run)["heads"]["ema"][key], atol=1e-6)
+    assert taken.abs().max() > 1e-4
+    assert "heads" not in final(results / "none")
+
+
+@pytest.mark.slow
+def test_two_processes_and_compile_agree_with_one_to_rounding(head_run, tmp_path, monkeypatch):
+    run_script("train.py", *RUN, "--val-every", "3", "--grad-accum", "2", cwd=tmp_path, nproc=2)
+    assert_same(final(head_run), final(tmp_path / "results" / "r"), tolerance=2e-5)
+    calls, original = [], nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: original(
+        self, backend=lambda module, inputs: lambda *values: calls.append(0) or module.forward(*values), **options))
+    torch._dynamo.reset()
+    train_here(tmp_path, *RUN, "--compile", "--run-name", "c")
+    assert len(calls) == 6
+    assert metrics(tmp_path / "results" / "c", "loss") == pytest.approx(metrics(head_run, "loss"), rel=1e-5)
+
+
+def test_what_is_refused(tmp_path, run_here):
+    import train
+
+    def refused(*words, **changes):
+        flags = {"heads": '{"internal": {}}', "diffusion_args": '{"objective": "flow"}'} | changes
+        given = [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), value)]
+        assert_one_line(run_here(train, *TINY_RUN, "--max-steps", 1, *given, "--results-dir", tmp_path), *words)
+
+    refused("--heads: 'inner' is unknown; allowed: split, internal, align", heads='{"inner": {}}')
+    refused("--heads: internal: unknown key 'wait'; allowed: weight", heads='{"internal": {"wait": 1}}')
+    refused("weight -1.0 and stop_step", heads='{"internal": {"weight": -1}}')
+    refused("--heads are not for objective 'flow-map'", diffusion_args='{"objective": "flow-map"}',
+            model_args='{"time_scale": 0.01}')
+    refused("--heads are for networks that are sampled from", model="Autoencoder-F4C8", diffusion_args="{}", model_args="{}",
+            image_size="16")
+    refused("--heads: internal needs a loss with an mse", diffusion_args='{"use_kl": true}')
+    with pytest.raises(UserError, match="Sequential lacks blocks, .* which heads need"):
+        check_heads({"internal": {}}, nn.Sequential())
