@@ -12,22 +12,24 @@ A set is an `.npz` of images (`arr_0` uint8 NHWC, as sample_ddp.py writes), a fo
   arXiv:2105.05233), on torch-fidelity's port of its Inception.
 - FD-pixel32 and FD-classifier: the same Fréchet distance, of pixels averaged to at most 32x32 and of a small classifier's
   features, without a download. They are not FID: each is printed with the distance between two sets of real images.
+- Protocol: what decides these figures, in a line for a paper, where sample_ddp.py has written SAMPLES and NAME.json.
 - Memorisation: how far samples are from the nearest training image, and how far held-out images are.
 """
 
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
 
 from evaluation.extractors import INCEPTION, INCEPTION_SHA256, open_extractors
-from evaluation.figures import Figure, inception_figures, memorisation_figures, stand_in_figures
+from evaluation.figures import Figure, kept_of, measure, protocol
 from evaluation.image_sets import REFERENCE_IMAGES, STATISTICS, ImageSet, open_set, save_statistics
-from evaluation.survey import survey, survey_floor, survey_nearest
+from evaluation.survey import survey
 from runtime import UserError, cli
-from runtime.files import write_json
+from runtime.files import read_json, write_json
 from runtime.log import peak_memory
 from runtime.processes import start_world
 from training.datasets import NAMED
@@ -59,22 +61,18 @@ def main(args: Namespace) -> None:
     ref, samples, training = world.main_first(lambda: open_sets(args))
     extractors = world.main_first(lambda: open_extractors(
         ref, samples or ref, world.device, args.weights, args.classifier, pixels=bool(args.training_images)))
-    kept = [name for name, needed in {"pool": samples, "pixels": training}.items() if needed]
 
-    seen = survey(ref, extractors, world, kept)
+    seen = survey(ref, extractors, world, kept_of(training) if samples else ())
     if args.save_stats:
         world.on_main(lambda: save_statistics(Path(args.save_stats), ref, seen.gaussians(STATISTICS)))
     if samples is None:
         return
-    drawn = survey(samples, extractors, world, kept)
-    floor = survey_floor(ref, samples, training, seen, extractors, world)
-    nearest = survey_nearest(training, [seen, drawn], world) if training else None
-    figures = world.on_main(lambda: [
-        *(inception_figures(ref, samples, seen, drawn, args.pr_precision, world.device) if args.weights != "none" else ()),
-        *stand_in_figures(seen, drawn, floor, extractors),
-        *(memorisation_figures(nearest) if nearest else ())])
+    figures = measure(ref, samples, training, seen, extractors, world, args.weights != "none", args.pr_precision)
+    ref_sha256, made = world.on_main(lambda: (ref.sha256(), how_made(args.samples)))
+    line = protocol(made, ref.source, ref_sha256) if made else None
     report = {
-        "ref": ref.describe(), "samples": samples.describe(), "training_images": training and training.describe(),
+        "protocol": line, "made": made, "ref": ref.describe() | {"sha256": ref_sha256}, "samples": samples.describe(),
+        "training_images": training and training.describe(),
         "weights": INCEPTION_SHA256 if "inception" in extractors else None,
         "classifier": extractors["classifier"].about if "classifier" in extractors else None,
         "pr_precision": args.pr_precision, "figures": [asdict(figure) for figure in figures],
@@ -84,6 +82,8 @@ def main(args: Namespace) -> None:
         if samples and Path(args.ref).resolve() == Path(args.samples).resolve():
             print(f"SAMPLES {args.samples} is REF: the set is compared with itself")
         print(*(side.say() for side in (ref, samples, training) if side), *say(figures), sep="\n")
+        if line:
+            print(f"Protocol: {line}")
         print(f"{report['seconds']} s, {report['peak_memory_gib']} GiB at most; processes: {world.size}")
         if args.json:
             write_json(Path(args.json), report)
@@ -134,6 +134,15 @@ def check_images(side: ImageSet, args: Namespace, size: tuple[int, int] | None) 
     if size and (height, width) != size:
         raise UserError(f"SAMPLES are {size[0]}x{size[1]} (height x width), the images of {side.title} {height}x{width}; "
                         "expected one size")
+
+
+def how_made(samples: str) -> dict[str, Any] | None:
+    """The settings that sample_ddp.py has written beside SAMPLES, an `.npz` or a folder of its pictures; None without them."""
+    try:
+        made = read_json(Path(f"{str(Path(samples)).removesuffix('.npz')}.json"))
+    except (OSError, UserError):
+        return None
+    return made if {"checkpoint", "sampler", "steps", "labels", "seed", "precision"} <= made.keys() else None
 
 
 def say(figures: list[Figure]) -> list[str]:

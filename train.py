@@ -17,22 +17,13 @@ from jsonargparse import ActionYesNo, Namespace
 from torch import Tensor
 from tqdm import tqdm
 
+from evaluation.monitor import add_figure_arguments, open_monitor
 from pipeline.autoencoders import check_features, load_autoencoder
 from pipeline.heads import backbone, with_heads
-from runtime import UserError, cli
+from runtime import UserError, cli, processes
 from runtime.files import check_writable
 from runtime.log import TRACKERS, Log, Stopwatch, check_tracker, peak_memory
-from runtime.processes import (
-    CommonError,
-    Delayed,
-    Stopped,
-    StopSignal,
-    World,
-    distribute,
-    set_timeouts,
-    start_world,
-    step_timeout,
-)
+from runtime.processes import CommonError, Delayed, Stopped, StopSignal, World, distribute, set_timeouts, start_world
 from runtime.randomness import generator, seed_global
 from small_models import NETWORKS, Autoencoder_models
 from training.datasets import load_dataset, load_everywhere, load_held_out
@@ -76,6 +67,7 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--keep-last", type=int | tuple[int, int], default=0, help="K (0: all), or [K, M]: every M-th too")
     parser.add_argument("--preview-every", type=int, default=50_000, help="steps between EMA samples; 0: only at the end")
     parser.add_argument("--val-every", type=int, default=0, help="steps between validation losses; 0: none")
+    add_figure_arguments(parser)
     parser.add_argument("--tracker", default="none", choices=list(TRACKERS), help="mirrors the log to it")
     return parser
 
@@ -155,6 +147,8 @@ class Trainer:
     def begin(self) -> None:
         """Open the run's folder, continue its newest checkpoint, and start to read."""
         args, world, state = self.args, self.world, self.state
+        self.monitor = open_monitor(args.figures_ref, args.figures_every, args.figures_samples, args.data_root,
+                                    args.results_dir, self.spec, self.autoencoder, world)
         world.on_main(lambda: check_writable(args.results_dir, state.size))
         weights = init_from(state, self.initial, self.spec.classes) if self.initial else "Fresh weights"
         self.folder, remarks = begin_or_continue(state, self.spec, self.flags, [weights, *self.changes], world, self.data.flip)
@@ -228,11 +222,12 @@ class Trainer:
         return dict(zip(losses, self.world.mean(means)))
 
     def finish_step(self) -> None:
-        """Validate, save and preview where due, skipping what was already done. Raises Stopped on a signal."""
+        """Validate, save, preview and measure where due, skipping what was already done. Raises Stopped on a signal."""
         args, state, world = self.args, self.state, self.world
         if self.held_out and self.due(args.val_every) and state.validated < state.step:
             self.validate()
-        if self.due(args.ckpt_every) or self.owed:
+        measured = self.monitor is not None and self.due(args.figures_every)
+        if self.due(args.ckpt_every) or self.owed or measured:
             self.owed = not self.save()
         picture = self.folder / "previews" / f"{state.step:07d}.png"
         if self.due(args.preview_every) and (state.step > self.first or not world.on_main(picture.exists)):
@@ -240,6 +235,8 @@ class Trainer:
                             self.stop.check, Readable(self.held_out or self.data, self.max_unreadable))
             self.log.image(state.step, picture)
             self.log.say(f"{picture}{': ' if shown else ''}{', '.join(shown)}")
+        if measured and not self.owed:
+            self.monitor.measure(state.ema, state.step, state.step == self.first, self.log, self.stop)
         if not self.over:
             self.stop.check(paced=True)
 
@@ -305,7 +302,7 @@ class Trainer:
         if not world.is_main:
             if isinstance(error, CommonError):  # torchrun kills the main one half a minute after this one has ended
                 with suppress(RuntimeError):
-                    world.store.wait(["rescued"], step_timeout())
+                    world.store.wait(["rescued"], processes.step_timeout())
             return
         try:
             if self.sound and self.state.saved != step and not self.half_a_sum(error) and not save_run(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from evaluation.extractors import STAND_INS
 from evaluation.image_sets import STATISTICS, ImageSet
 from evaluation.metrics import Gaussian, frechet_distance, precision_and_recall
-from evaluation.survey import Survey
+from evaluation.survey import Survey, survey, survey_floor, survey_nearest
+from runtime.processes import World
 
 ENOUGH = 50_000  # images behind a published FID
 
@@ -24,6 +26,59 @@ class Figure:
     remark: str = ""
     floor: float | None = None
     floor_of: str = ""
+
+
+def measure(ref: ImageSet, samples: ImageSet, training: ImageSet | None, seen: Survey, extractors: dict[str, Callable],
+            world: World, inception: bool, pr_precision: str = "adm", progress: Callable[[], object] = lambda: None,
+            ) -> list[Figure]:
+    """All figures of a set of samples, on every process.
+
+    Args:
+        training: images for the check of memorisation, or None.
+        seen: the survey of `ref`, which has kept "pool" (and "pixels" with `training`).
+        inception: whether ADM's figures are asked for; `extractors` lacks their network where both sides have statistics only.
+        progress: see `survey`.
+    """
+    drawn = survey(samples, extractors, world, kept_of(training), progress=progress)
+    floor = survey_floor(ref, samples, training, seen, extractors, world, progress)
+    nearest = survey_nearest(training, [seen, drawn], world) if training else None
+    return world.on_main(lambda: [
+        *(inception_figures(ref, samples, seen, drawn, pr_precision, world.device) if inception else ()),
+        *stand_in_figures(seen, drawn, floor, extractors),
+        *(memorisation_figures(nearest) if nearest else ())])
+
+
+def kept_of(training: ImageSet | None) -> list[str]:
+    """The features of which every single one is needed."""
+    return ["pool", "pixels"] if training else ["pool"]
+
+
+def protocol(made: dict[str, Any], ref: str, ref_sha256: str) -> str:
+    """What decides a figure, in one line fit for a paper.
+
+    Args:
+        made: how the samples were drawn, as in NAME.json. What an older version did not write is left out.
+        ref, ref_sha256: the reference.
+    """
+    def hashed(name: str, sha256: str | None, *also: str) -> str:
+        inside = ", ".join([*([f"sha256 {sha256[:16]}"] if sha256 else []), *also])
+        return f"{name} ({inside})" if inside else name
+
+    made = dict(made)
+    take = made.pop
+    scale, channels, interval = take("cfg_scale", 1.0), take("cfg_channels", None), take("guidance_interval", None)
+    limits = "at all t" if interval is None else "at t {:g}..{:g}".format(*interval)
+    weights, identity, versions = take("weights", None), take("vae_identity", {}), take("versions", {})
+    parts = [
+        f"N = {take('images', 0):,}", f"reference {hashed(ref, ref_sha256)}",
+        hashed(take("checkpoint"), take("checkpoint_sha256", None), *([weights.replace("ema", "EMA")] if weights else [])),
+        f"sampler {take('sampler')}, {take('steps')} steps",
+        "no guidance" if scale == 1 else f"guidance {scale:g} of {channels} channels {limits}",
+        f"{take('labels')} labels, seed {take('seed')}", take("precision") + (" (TF32 allowed)" if take("tf32", False) else ""),
+        f"decoder {hashed(str(take('vae', 'unknown')), identity.get('sha256') or identity.get('vae_sha256'))}"]
+    told = ("model", "image_size", "statistics", "objective")  # by the checkpoint
+    further = [f"{name} {value}" for name, value in made.items() if name not in told and value not in (None, False, "none")]
+    return ", ".join([*parts, *further, *(f"{name} {value}" for name, value in versions.items())])
 
 
 def inception_figures(ref: ImageSet, samples: ImageSet, seen: Survey, drawn: Survey, pr_precision: str,

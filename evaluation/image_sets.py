@@ -1,19 +1,18 @@
 """Read and write the image sets and statistics that evaluate.py compares."""
 
+import hashlib
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from evaluation.metrics import Gaussian
 from runtime import UserError
-from runtime.files import atomic, find_files, in_batches
+from runtime.files import find_files, in_batches, sha256
+from runtime.npz import NpzImages, array_names, damage_as_oserror, save_npz
 from runtime.pictures import EXTENSIONS, center_crop, open_rgb, picture, upright_size
 from training.datasets import NAMED, ArrayImages, load_dataset, parts_among
 
@@ -46,6 +45,10 @@ class ImageSet:
         count, size = (len(self.images), list(self.images.size)) if self.images else (None, None)
         return {"source": self.source, "images": count, "size": size, "cropped": self.cropped,
                 "statistics": bool(self.statistics), "statistics_of": self.statistics_of}
+
+    def sha256(self) -> str:
+        """Of the file; of the bytes of a named set (N, C, H, W); of a folder: of the lines of its pictures' sha256."""
+        return self.images.sha256() if hasattr(self.images, "sha256") else sha256(Path(self.source))
 
     def say(self) -> str:
         """One line: how many images the figures are based on."""
@@ -122,53 +125,6 @@ def open_set(source: str, title: str, data_root: str = "data", size: tuple[int, 
     return ImageSet(title, source, images, statistics, count)
 
 
-class NpzImages:
-    """`arr_0` (N, H, W, 3) uint8 of an `.npz`, read on demand, and the labels `arr_1` (N,), if any. No pickle is read."""
-
-    def __init__(self, path: Path, title: str = "the file"):
-        self.path, self.name = path, f"{title} {path}"
-        with damage_as_oserror(self.name), zipfile.ZipFile(path) as file:
-            self.arrays = array_names(file)
-            if "arr_0" not in self.arrays:
-                raise UserError(f"{self.name} is not a set of images: no arr_0 among its arrays "
-                                f"({', '.join(self.arrays) or 'none'}); expected images (N, H, W, 3) uint8 as arr_0")
-            with file.open("arr_0.npy") as array:
-                shape, fortran_order, dtype = npy_header(array, self.name)
-                self.start = array.tell()
-        if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran_order:
-            raise UserError(f"{self.name}: arr_0 is {dtype} {shape}{' in Fortran order' if fortran_order else ''}; expected "
-                            f"uint8 (N, H, W, 3){', as np.ascontiguousarray makes it' if fortran_order else ''}")
-        self.count, self.size = shape[0], shape[1:3]
-
-    def __len__(self) -> int:
-        return self.count
-
-    @cached_property
-    def labels(self) -> np.ndarray | None:
-        """The labels, if any. Raises UserError if they are not one integer per image."""
-        if "arr_1" not in self.arrays:
-            return None
-        with damage_as_oserror(self.name), zipfile.ZipFile(self.path) as file, file.open("arr_1.npy") as array:
-            shape, _, dtype = npy_header(array, self.name)
-            if shape != (self.count,) or dtype.kind not in "iu":
-                raise UserError(f"{self.name}: arr_1 is {dtype} {shape}; expected labels, integers ({self.count},)")
-            content = array.read()
-            if len(content) != self.count * dtype.itemsize:
-                raise EOFError("arr_1 ends early")
-            return np.frombuffer(content, dtype=dtype).astype(np.int64)
-
-    def read(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Indices should ascend from batch to batch. A step back reads the file again from the start."""
-        with damage_as_oserror(self.name), zipfile.ZipFile(self.path) as file, file.open("arr_0.npy") as array:
-            for indices in batches:
-                images = np.empty((len(indices), *self.size, 3), dtype=np.uint8)
-                for image, index in zip(images, indices):
-                    array.seek(self.start + int(index) * image.nbytes)
-                    if array.readinto(image.reshape(-1)) != image.nbytes:
-                        raise EOFError("arr_0 ends early")
-                yield images
-
-
 class PictureFolder:
     """All pictures of a folder and its sub-folders as RGB, in the order of their paths.
 
@@ -199,6 +155,9 @@ class PictureFolder:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def sha256(self) -> str:
+        return hashlib.sha256("".join(f"{found}\n" for found in self.threads.map(sha256, self.paths)).encode()).hexdigest()
+
     def picture(self, index: int) -> np.ndarray:
         image = open_rgb(self.paths[index])
         return center_crop(image, self.size[0]) if self.cropped else np.asarray(image)
@@ -218,6 +177,9 @@ class NamedImages:
     def __len__(self) -> int:
         return len(self.images)
 
+    def sha256(self) -> str:
+        return hashlib.sha256(self.images.contiguous().numpy()).hexdigest()
+
     def read(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for indices in batches:
             yield self.images[indices].permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
@@ -227,42 +189,3 @@ def picture_size(path: Path) -> tuple[int, int]:
     """(H, W), without reading the pixels."""
     with picture(path) as image:
         return upright_size(image)
-
-
-@contextmanager
-def damage_as_oserror(name: str):
-    """Turn any error from reading a damaged `.npz` into an OSError of one line."""
-    try:
-        yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: encrypted
-        raise OSError(f"{name} is truncated or not an .npz: {error}") from None
-
-
-def array_names(file: zipfile.ZipFile) -> list[str]:
-    """The names of the arrays in an `.npz`."""
-    return [name.removesuffix(".npy") for name in file.namelist() if name.endswith(".npy")]
-
-
-def npy_header(array: zipfile.ZipExtFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran order, and type of a `.npy`. Only the header is read; nothing is unpickled."""
-    try:
-        version = np.lib.format.read_magic(array)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return read(array)
-    except ValueError as error:
-        raise OSError(f"{name} is damaged: {error}") from None
-
-
-def save_npz(path: Path, shape: tuple[int, ...], images: Iterable[np.ndarray], **arrays: np.ndarray) -> None:
-    """Write an `.npz`, completely or not at all: `arr_0` uint8 of this shape, given in blocks, and the other arrays."""
-    try:
-        with atomic(path) as whole, zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as file:
-            with file.open("arr_0.npy", "w", force_zip64=True) as array:
-                np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                for block in images:
-                    array.write(block.tobytes())
-            for name, values in arrays.items():
-                with file.open(f"{name}.npy", "w") as array:
-                    np.lib.format.write_array(array, np.asarray(values), allow_pickle=False)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from None

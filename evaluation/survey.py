@@ -61,18 +61,25 @@ class Survey:
 
 
 def survey(image_set: ImageSet, extractors: dict[str, Callable], world: World, kept: list[str] = (),
-           indices: np.ndarray | None = None, title: str = "") -> Survey:
-    """Run the extractors on the images of a set, or on those at `indices`. The main process returns the whole Survey."""
+           indices: np.ndarray | None = None, title: str = "", progress: Callable[[], object] = lambda: None) -> Survey:
+    """Run the extractors on the images of a set, or on those at `indices`. The main process returns the whole Survey.
+
+    Args:
+        progress: called after each batch that all processes have, by all together. It may raise an exception, to stop.
+    """
     share, whole = Survey(), Survey()
     if image_set.images is None:
         return whole
     indices = np.arange(len(image_set.images)) if indices is None else indices
     labels = image_set.images.labels if "classifier" in extractors else None
-    for positions, images in read_batches(image_set.images, indices, world, title or image_set.title):
+    rounds = -(-len(indices) // BATCH) // world.size
+    for k, (positions, images) in enumerate(read_batches(image_set.images, indices, world, title or image_set.title)):
         features = {}
         for extract in extractors.values():
             features |= extract(images)
         share.update(positions, None if labels is None else labels[indices[positions]], features, kept)
+        if k < rounds:
+            progress()
     for part in world.gather(share.cpu()):
         whole.merge(part)
     return whole
@@ -94,7 +101,7 @@ def read_batches(images, indices: np.ndarray, world: World, title: str) -> Itera
 
 
 def survey_floor(ref: ImageSet, samples: ImageSet, training: ImageSet | None, seen: Survey, extractors: dict[str, Callable],
-                 world: World) -> tuple[Survey, Survey, str] | None:
+                 world: World, progress: Callable[[], object] = lambda: None) -> tuple[Survey, Survey, str] | None:
     """Real images against real ones: as many training images as samples against REF, or two parts of REF without them.
 
     Returns: both surveys and the number of images in each, or None if there is nothing to compare.
@@ -105,8 +112,9 @@ def survey_floor(ref: ImageSet, samples: ImageSet, training: ImageSet | None, se
     real, most = (training, len(training.images)) if training else (ref, len(ref.images) // 2)
     order = torch.randperm(len(real.images), generator=generator("floor")).numpy()
     count = min(len(samples.images), most)
-    first = survey(real, extractors, world, indices=np.sort(order[:count]), title="real images")
-    rest = seen if training else survey(real, extractors, world, indices=np.sort(order[count:]), title="real images")
+    first, rest = (seen if part is None else survey(real, extractors, world, indices=np.sort(part), title="real images",
+                                                    progress=progress)
+                   for part in (order[:count], None if training else order[count:]))
     return first, rest, f"N = {count:,} against {len(ref.images) if training else len(order) - count:,}"
 
 

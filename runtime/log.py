@@ -1,4 +1,4 @@
-"""The log of a run, trackers that mirror it, a stopwatch, and peak memory."""
+"""The log of a run, trackers that mirror it, what measures time, and peak memory."""
 
 import importlib.util
 import json
@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from runtime import UserError, cli
 from runtime.files import write_text
-from runtime.processes import World
+from runtime.processes import World, synchronize
 
 
 class Stopwatch:
@@ -38,6 +39,33 @@ class Stopwatch:
         values = {"images_per_second": self.steps * batch_size / self.seconds, "data_wait_share": waited / self.seconds}
         self.seconds, self.steps = 0.0, 0
         return values
+
+
+class IdleTime:
+    """The share of time that the device is idle between batches. Call `mark` at the start and at the end of each.
+
+    Not counted: the delay before the first kernel of a batch, and gaps between its kernels, as with a network so small that
+    it runs faster than it is launched. A profiler sees these.
+    """
+
+    def __init__(self, world: World):
+        self.world, self.marks = world, []
+
+    def mark(self) -> None:
+        if self.world.device.type == "cuda":  # by the device's clock, as it runs asynchronously
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def share(self) -> float:
+        """The mean share over all processes."""
+        synchronize(self.world.device)
+        cuda = self.world.device.type == "cuda"
+        spans = [a.elapsed_time(b) if cuda else b - a for a, b in pairwise(self.marks)]  # busy, idle, busy, …, busy
+        share = sum(spans[1::2]) / sum(spans) if spans else 0.0
+        return self.world.mean(torch.tensor(share, device=self.world.device)).item()
 
 
 def peak_memory(device: torch.device) -> float:

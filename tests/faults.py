@@ -57,7 +57,7 @@ FAULTS = [
     Fault("seam split", "models.py", "split) :], *state", "split) + 1 :], *state", "test_models.py"),
     Fault("resume's order", "train.py", "range(self.first, self.max_steps)", "range(self.max_steps - self.first)",
           "test_train.py::test_a_resumed_run_equals_an_unbroken_one_bit_for_bit"),
-    Fault("npz order", "sample_ddp.py", "sorted(done + todo, key=lambda part: part.start)", "done + todo",
+    Fault("npz order", "pipeline/drawing.py", "sorted(done + todo, key=lambda part: part.start)", "done + todo",
           "test_sample_ddp.py::test_a_stopped_output_is_continued_with_other_batches_no_image_lost_or_twice"),
     Fault("crop", "runtime/pictures.py", "Resampling.BICUBIC", "Resampling.BILINEAR", "test_pictures.py"),
     Fault("16-bit scale", "runtime/pictures.py", "- 1\n    levels", "\n    levels", "test_pictures.py"),

@@ -93,15 +93,16 @@ def sample_and_measure_memory(*flags):
 def sample_ddp_with(before_batch, flags):
     """Run sample_ddp.py, with a call before each batch of this process: 1, 2, …"""
     import sample_ddp
+    from pipeline import drawing
 
-    generate, batches = sample_ddp.generate, []
+    generate, batches = drawing.generate, []
 
     def generate_after(*args):
         batches.append(1)
         before_batch(len(batches))
         return generate(*args)
 
-    sample_ddp.generate, sys.argv = generate_after, ["sample_ddp.py", *flags]
+    drawing.generate, sys.argv = generate_after, ["sample_ddp.py", *flags]
     cli.run(sample_ddp.main, sample_ddp.build_parser())
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import get_worker_info
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from pipeline import checkpoint
+from pipeline import checkpoint, drawing
 from runtime import UserError, cli, files
 from training import datasets, objective, order, state
 
@@ -74,6 +74,13 @@ def signal_in_validation(patch, rank=0):
 def signal_in_preview(patch, rank=0, step=3):
     """Ctrl-C when the preview of a step begins."""
     before(patch, train, "preview", lambda *args: int(args[3].stem) == step and rank == RANK and kill(signal.SIGINT))
+
+
+def signal_in_figures(patch, rank=0):
+    """SIGTERM in the middle of the first batch that this process draws for figures; another process waits for it."""
+    calls = []
+    before(patch, drawing, "generate", lambda *_: (calls.append(1), time.sleep(0.5), len(calls) == 1 and rank == RANK
+                                                   and kill(signal.SIGTERM)))
 
 
 def signal_in_checkpoint(patch):

@@ -1,3 +1,4 @@
+import hashlib
 import re
 import zipfile
 
@@ -12,9 +13,11 @@ import evaluate
 from evaluation.extractors import open_extractors
 from evaluation.image_sets import open_set
 from pipeline import checkpoint
-from runtime.files import sha256
+from runtime.files import sha256, write_json
 from small_models import Classifier
 from training.datasets import load_dataset
+
+DIGITS = hashlib.sha256(load_dataset("digits", split="val").images.numpy().tobytes()).hexdigest()
 
 # --- whole runs on digits ------------------------------------------------------------------------
 
@@ -94,6 +97,46 @@ def test_photographs_are_cropped_to_the_samples_size_which_is_reported(sets, pho
     with pytest.raises(ValueError, match=r"--image-size 8: SAMPLES small.npz"):
         sets_of(folder, "small.npz", *flags, "--image-size", 8)
     assert sets_of(folder, "--save-stats", "r.npz", "--image-size", 8)[0].images.size == (8, 8)
+
+
+MADE = {"checkpoint": "r-0000007", "checkpoint_sha256": "12" * 32, "model": "DiT-S/2", "image_size": [8, 8], "vae": "ema",
+        "vae_identity": {"sha256": "ab" * 32}, "images": 70, "seed": 3, "labels": "balanced", "tf32": True, "compile": False,
+        "cfg_scale": 1.5, "cfg_channels": 3, "guidance_interval": [0, 600.0], "dynamic_thresholding": False, "sampler": "heun",
+        "steps": "25", "eta": 0.0, "reuse": "none", "precision": "bf16", "internal_scale": 1.4, "weights": "ema",
+        "versions": {"torch": "2.11", "code": "v1-2-gabc"}}
+
+
+def test_what_decides_a_figure_is_one_line(sets, figures, tmp_path):
+    """Of an .npz and of a folder of its pictures; also by an older version; none of another's JSON."""
+    def line(ref, samples):
+        _, report = figures(ref, samples, "--weights", "none")
+        return report["protocol"], report
+
+    (tmp_path / "samples").mkdir()
+    for i, image in enumerate(sets[1][:9]):
+        Image.fromarray(image).save(tmp_path / "samples" / f"{i}.png")
+    write_json(tmp_path / "samples.json", MADE)
+    found, report = line("ref.npz", "samples.npz")
+    file = sha256(tmp_path / "ref.npz")
+    assert found == (
+        f"N = 70, reference ref.npz (sha256 {file[:16]}), r-0000007 (sha256 1212121212121212, EMA), sampler heun, 25 steps, "
+        "guidance 1.5 of 3 channels at t 0..600, balanced labels, seed 3, bf16 (TF32 allowed), decoder ema (sha256 "
+        "abababababababab), internal_scale 1.4, torch 2.11, code v1-2-gabc")
+    assert (report["made"], report["ref"]["sha256"]) == (MADE, file)
+    assert f"Protocol: {found}\n" in report["said"]
+    assert line("digits", "samples/")[0] == found.replace(f"ref.npz (sha256 {file[:16]}", f"digits (sha256 {DIGITS[:16]}")
+    names = sorted((tmp_path / "samples").iterdir())
+    of_files = hashlib.sha256("".join(f"{sha256(path)}\n" for path in names).encode()).hexdigest()
+    assert line("samples", "samples.npz")[1]["ref"]["sha256"] == of_files
+
+    write_json(tmp_path / "samples.json", {key: MADE[key] for key in MADE if key not in ("weights", "versions")})
+    older = line("ref.npz", "samples.npz")[0]
+    assert "(sha256 1212121212121212), sampler" in older
+    assert "torch" not in older
+    write_json(tmp_path / "samples.json", {"checkpoint": "x"})
+    found, report = line("ref.npz", "samples.npz")
+    assert found is None
+    assert "Protocol" not in report["said"]
 
 
 # --- wrong input: the checks -----------------------------------------------------------------------

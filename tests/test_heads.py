@@ -219,8 +219,9 @@ def test_alignment_sees_the_pictures_as_they_are_mirrored_and_ends(photographs, 
     seen, original = [], Align.loss
     monkeypatch.setattr(Align, "loss", lambda self, out, step: seen.append(step) or original(self, out, step))
     flags = ["--data-path", photographs / "train", "--image-size", 32, "--vae", "pixels", "--model", "DiNext-S/2",
-             "--model-args", '{"hidden_size": 16, "depth": 2, "patch_size": 4}', "--diffusion-args", '{"objective": "flow"}', "--num-workers", 0,
-             "--global-batch-size", 4, "--max-steps", 3, "--log-every", 1, "--preview-every", 0, "--run-name", "r", "--heads"]
+             "--model-args", '{"hidden_size": 16, "depth": 2, "patch_size": 4}',
+             "--diffusion-args", '{"objective": "flow"}', "--num-workers", 0, "--global-batch-size", 4, "--max-steps", 3,
+             "--log-every", 1, "--preview-every", 0, "--run-name", "r", "--heads"]
     heads = {"align": {"encoder": CLASSIFIER, "kind": "conv", "stop_step": 2}}
     monkeypatch.chdir(tmp_path)
     done = run_here(train, *flags, json.dumps(heads))

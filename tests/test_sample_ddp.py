@@ -20,9 +20,9 @@ from conftest import ROOT, assert_one_line, assert_same_images, free_port, run_s
 from PIL import Image
 
 import sample_ddp
-from pipeline import checkpoint
+from pipeline import checkpoint, drawing
 from pipeline.generation import Sampling
-from runtime import UserError
+from runtime import UserError, log
 from runtime.processes import World
 
 FLAGS = ["--num-fid-samples", "11", "--num-sampling-steps", "3", "--device", "cpu"]
@@ -33,7 +33,7 @@ OTHER = ROOT / "tests" / "other_process.py"
 def draw(tiny_run, tmp_path, monkeypatch, run_here):
     """sample_ddp.py in this process and in tmp_path: (finished process, number of images it drew)."""
     monkeypatch.chdir(tmp_path)
-    drawn, original = [], sample_ddp.generate
+    drawn, original = [], drawing.generate
 
     def counting(model, autoencoder, labels, indices, *rest):
         drawn.extend(indices)
@@ -42,7 +42,7 @@ def draw(tiny_run, tmp_path, monkeypatch, run_here):
     def run(*flags, ckpt=tiny_run):
         drawn.clear()
         return run_here(sample_ddp, "--ckpt", ckpt, *FLAGS, *flags), sorted(drawn)
-    monkeypatch.setattr(sample_ddp, "generate", counting)
+    monkeypatch.setattr(drawing, "generate", counting)
     return run
 
 
@@ -110,7 +110,7 @@ def test_images_do_not_depend_on_processes_nor_batches(one_process, tiny_run, tm
 
 def test_labels_are_uniform_and_addressed_or_all_in_turn():
     """A chi-square test with 9 degrees of freedom; 33.7 is its quantile of 0.9999."""
-    rule, other, balanced = (sample_ddp.label_rule(*key, 10) for key in ((0, False), (1, False), (0, True)))
+    rule, other, balanced = (drawing.label_rule(*key, 10) for key in ((0, False), (1, False), (0, True)))
     labels = [rule(i) for i in range(5000)]
     assert ((np.bincount(labels, minlength=10) - 500) ** 2 / 500).sum() < 33.7
     assert rule(1234) == labels[1234]
@@ -123,7 +123,7 @@ def test_a_finished_output_is_left_alone_and_pngs_are_made_of_it(draw, tmp_path,
     images, labels = arrays(tmp_path)
     assert labels.tolist() == [*range(10), 0]
     before = output(tmp_path).stat().st_mtime_ns
-    monkeypatch.setattr(sample_ddp, "PNG_BLOCK", 4)
+    monkeypatch.setattr(drawing, "PNG_BLOCK", 4)
     result, drawn = draw("--balanced", "--per-proc-batch-size", 5, "--png")
     assert (result.returncode, drawn, output(tmp_path).stat().st_mtime_ns) == (0, [], before)
     assert "already drawn" in result.stdout
@@ -169,7 +169,7 @@ def two_weights(tiny_run, tmp_path):
 
 def test_a_stopped_output_is_continued_with_other_batches_no_image_lost_or_twice(draw, draw_failing, one_process, tmp_path):
     for call, size in ((3, 2), (2, 3)):
-        result, _ = draw_failing(sample_ddp, "generate", call, KeyboardInterrupt, "--per-proc-batch-size", size)
+        result, _ = draw_failing(drawing, "generate", call, KeyboardInterrupt, "--per-proc-batch-size", size)
         assert result.returncode == 130
     parts = output_parts(tmp_path)
     assert [path.name for path in parts] == ["00000000-00000002.npy", "00000002-00000004.npy", "00000004-00000007.npy"]
@@ -216,7 +216,7 @@ def test_a_cut_output_is_not_taken_for_a_finished_one_nor_a_cut_part(draw, draw_
     assert_same(one_process, tmp_path)
 
     output(tmp_path).unlink()
-    assert draw_failing(sample_ddp, "generate", 3, KeyboardInterrupt, "--per-proc-batch-size", 4)[0].returncode == 130
+    assert draw_failing(drawing, "generate", 3, KeyboardInterrupt, "--per-proc-batch-size", 4)[0].returncode == 130
     cut, other = output_parts(tmp_path)
     cut.write_bytes(cut.read_bytes()[:-1])
     np.save(other, np.zeros((3, 8, 8, 3), np.uint8))
@@ -232,7 +232,8 @@ def test_what_a_name_does_not_tell_is_in_the_record(tiny_run):
         args = sample_ddp.build_parser().parse_args(flags)
         changed, given = replace(restored, spec=replace(restored.spec, **changes)), dict(vars(args), reuse=reuse)
         sampling = Sampling.of(changed.spec, sample_ddp.SamplingSettings.given(given), restored.model)
-        return sample_ddp.name_of(changed, sampling, args), sample_ddp.record_of(changed, autoencoder, sampling, args)
+        task = drawing.Task(changed, autoencoder, sampling, args.num_fid_samples, args.global_seed, args.balanced)
+        return task.name, task.record(args.tf32, args.compile, args.objective)
 
     name, record = describe()
     assert name.endswith("vae-pixels-cfg-1.0-1-heun-50-fp32-seed-0-50000")
@@ -250,9 +251,26 @@ def test_what_a_name_does_not_tell_is_in_the_record(tiny_run):
         assert words in record["reuse"]
 
 
+def test_versions_are_told_and_neither_they_nor_an_older_record_refuse_an_output(draw, draw_failing, tmp_path, monkeypatch):
+    assert draw_failing(drawing, "generate", 2, KeyboardInterrupt, "--per-proc-batch-size", 4)[0].returncode == 130
+    (path,) = (tmp_path / "samples").glob("*.json")
+    record = json.loads(path.read_text())
+    assert record["weights"] == "ema"
+    assert record["versions"] == drawing.versions()
+    assert record["versions"]["torch"] == torch.__version__
+    monkeypatch.setattr(drawing, "versions", lambda: record["versions"] | {"torch": "9.9"})
+    result, drawn = draw("--per-proc-batch-size", 4)
+    assert (result.returncode, drawn) == (0, [*range(4, 11)])
+    assert json.loads(path.read_text())["versions"] == record["versions"] | {"torch": f"{torch.__version__}, 9.9"}
+    path.write_text(json.dumps({key: value for key, value in record.items() if key not in ("weights", "versions")}))
+    result, drawn = draw()
+    assert (result.returncode, drawn) == (0, [])
+    assert "versions" not in json.loads(path.read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("owner", "name"), [
-    (os, "replace"), (Path, "unlink"), (shutil, "rmtree"), (np, "save"), (sample_ddp, "write_json"), (os, "fsync")],
+    (os, "replace"), (Path, "unlink"), (shutil, "rmtree"), (np, "save"), (drawing, "write_json"), (os, "fsync")],
     ids=lambda value: value if isinstance(value, str) else "")
 def test_stopped_at_any_write_the_same_command_ends_the_same(draw, draw_failing, two_weights, tmp_path, owner, name):
     """An output of older weights is overwritten, with pictures, and stopped before each call in turn until none is left."""
@@ -287,7 +305,7 @@ def test_an_output_that_another_process_writes_is_left_alone(draw, tmp_path, mon
     assert draw(ckpt="c.pt")[0].returncode == 0
     before = sorted((tmp_path / "samples").iterdir())
     two_weights[1]()
-    monkeypatch.setattr(sample_ddp, "lock_folder", Mock(side_effect=UserError("locked")))
+    monkeypatch.setattr(drawing, "lock_folder", Mock(side_effect=UserError("locked")))
     result, drawn = draw("--overwrite", ckpt="c.pt")
     assert_one_line(result, "locked")
     assert drawn == []
@@ -316,8 +334,8 @@ def test_killed_at_any_moment_the_same_command_ends_the_same(one_process, tiny_r
 
 def test_the_time_that_the_device_waits(monkeypatch):
     clock = iter([0.0, 3.0, 4.0, 8.0, 8.0, 10.0])  # busy 3, idle 1, busy 4, idle 0, busy 2
-    monkeypatch.setattr(sample_ddp.time, "perf_counter", lambda: next(clock))
-    idle = sample_ddp.IdleTime(World(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(log.time, "perf_counter", lambda: next(clock))
+    idle = log.IdleTime(World(0, 1, torch.device("cpu")))
     for _ in range(6):
         idle.mark()
     assert idle.share() == pytest.approx(0.1)
@@ -328,20 +346,20 @@ def test_what_is_there_and_what_is_missing(tmp_path):
             ([], [], [(0, 4), (4, 8), (8, 10)]), ([(8, 10), (0, 3)], [(0, 3), (8, 10)], [(3, 7), (7, 8)]),
             ([(0, 4), (2, 6), (3, 5), (6, 10)], [(0, 4), (6, 10)], [(4, 6)])):  # two launches with other batch sizes
         expected = [range(*part) for part in done], [range(*part) for part in todo]
-        assert sample_ddp.share_out([range(*part) for part in found], 10, 4) == expected
+        assert drawing.share_out([range(*part) for part in found], 10, 4) == expected
     for name in ("notes.npy", "00000000-00000002-good.npy", "0000000_0-00000002.npy", "00000002-00000004.npy"):
         (tmp_path / name).touch()
-    assert list(sample_ddp.found_parts(tmp_path)) == [range(2, 4)]  # others' files are left alone
+    assert list(drawing.found_parts(tmp_path)) == [range(2, 4)]  # others' files are left alone
 
 
 def test_images_of_a_process_that_outlived_its_launch_are_not_joined_twice(draw, one_process, tmp_path, monkeypatch):
     """It writes its part just before the parts are joined, when all others are known."""
-    original = sample_ddp.finish
+    original = drawing.finish
 
     def finish(out, *rest):
-        np.save(sample_ddp.part_path(sample_ddp.parts_of(out), range(1, 3)), np.zeros((2, 8, 8, 3), np.uint8))
+        np.save(drawing.part_path(drawing.parts_of(out), range(1, 3)), np.zeros((2, 8, 8, 3), np.uint8))
         original(out, *rest)
-    monkeypatch.setattr(sample_ddp, "finish", finish)
+    monkeypatch.setattr(drawing, "finish", finish)
     assert draw("--per-proc-batch-size", 4)[0].returncode == 0
     assert_same(one_process, tmp_path)
 

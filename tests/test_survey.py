@@ -8,7 +8,10 @@ from conftest import draw_images, numpys_distance, run_processes, value
 import evaluate
 from evaluation import metrics
 from evaluation import survey as survey_module
+from evaluation.extractors import flat_pixels
+from evaluation.image_sets import open_set
 from pipeline import checkpoint
+from runtime.processes import World
 from small_models import Classifier
 
 
@@ -43,6 +46,16 @@ def test_fd_pixel32_and_the_floor_of_as_many_training_images(sets, figures):
     few = figures("ref.npz", "samples.npz", "--weights", "none", "--training-images", "few.npz")[0]["FD-pixel32"]
     assert few["floor"] == pytest.approx(numpys_distance(real, train[:50].reshape(50, -1) / 127.5 - 1), rel=1e-4)
     assert (few["value"], few["floor_of"]) == (value(found, "FD-pixel32"), "N = 50 against 150")
+
+
+def test_progress_is_called_after_each_batch_also_of_the_floor(sets, monkeypatch):
+    monkeypatch.setattr(survey_module, "BATCH", 16)
+    ref, samples, calls = open_set("ref.npz", "REF"), open_set("samples.npz", "SAMPLES"), []
+    world, extractors = World(0, 1, torch.device("cpu")), {"pixels": flat_pixels}
+    seen = survey_module.survey(ref, extractors, world, progress=lambda: calls.append(1))
+    assert len(calls) == 10  # of 150 images
+    survey_module.survey_floor(ref, samples, None, seen, extractors, world, progress=lambda: calls.append(1))
+    assert len(calls) == 10 + 5 + 5  # of 70, and of the other 80
 
 
 def test_without_training_images_the_floor_is_of_two_parts_of_ref(sets, figures, monkeypatch):
