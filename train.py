@@ -36,6 +36,7 @@ from training.runs import begin_or_continue, build_run_spec, list_skipped, save_
 from training.state import OptimizerArgs, Training
 
 VAL_IMAGES, VAL_BATCH = 4096, 64
+GRAPHS = 32  # of torch.compile: a flow map's calls, in training and validation, are nine
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -162,6 +163,7 @@ class Trainer:
                 self.log.say(f"--data-path {args.data_path}: {remark}")
         self.network = distribute(state.model, world)
         if args.compile:
+            torch._dynamo.config.recompile_limit = GRAPHS
             state.model.compile(dynamic=False)  # else a second shape, as of a validation, makes every step a slower one
         self.batches = Batches(Readable(self.data, self.max_unreadable), self.order, range(self.first, self.max_steps),
                                args.num_workers, world.device)
