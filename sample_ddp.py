@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from evaluation.image_sets import NpzImages, save_npz
-from pipeline import checkpoint
+from pipeline import checkpoint, generation
 from pipeline.generation import Sampling, check_samples, generate, prepare_network, restore_autoencoder, restore_checkpoint
 from pipeline.settings import SamplingSettings, add_sampling_arguments
 from pipeline.spec import BareWeights
@@ -66,9 +66,11 @@ def main(args: Namespace) -> None:
     bare = BareWeights(args.model, args.image_size, args.num_classes, "ema", 1.5, args.objective)  # as DiT's sample_ddp.py
 
     restored = restore_checkpoint(world, args.ckpt, bare, args.vae)
-    sampling = Sampling.of(restored.spec, given, restored.model)
+    guide = generation.restore_guide(world, args.guide_ckpt, bare, args.vae)
+    sampling = Sampling.of(restored.spec, given, restored.model, guide)
     autoencoder = restore_autoencoder(world, restored, sampling, same=args.vae is None)
-    prepare_network(restored.model, sampling.settings.precision, args.compile)
+    for network in sampling.networks(restored.model):
+        prepare_network(network, sampling.settings.precision, args.compile)
     count, (height, width) = args.num_fid_samples, restored.spec.image_size
     label = label_rule(args.global_seed, args.balanced, restored.model.num_classes)
     out = Path(args.sample_dir) / f"{name_of(restored, sampling, args)}.npz"

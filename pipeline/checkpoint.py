@@ -292,25 +292,27 @@ class Restored:
         return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()
 
 
-def restore(ckpt: str | Path | None, bare: BareWeights = BareWeights(), vae: str | None = None) -> Restored:
+def restore(ckpt: str | Path | None, bare: BareWeights = BareWeights(), vae: str | None = None,
+            name: str = "ckpt") -> Restored:
     """Rebuild what a checkpoint holds.
 
     Args:
         ckpt: see `resolve`; None for the published DiT-XL/2 of bare.image_size.
         bare: the description of weights that do not describe themselves; it must not contradict a checkpoint that does.
         vae: the autoencoder, in place of the checkpoint's.
+        name: of the parameter, for errors.
     """
     if ckpt is None:
         size, model = bare.image_size or 256, bare.model or "DiT-XL/2"
         ckpt = f"DiT-XL-2-{size}x{size}.pt"
         if model != "DiT-XL/2" or ckpt not in PUBLISHED:
             raise UserError(f"`ckpt` is needed: only DiT-XL/2 at `image_size` 256 and 512 is published, not {model} at {size}")
-    with prefix_errors("`ckpt`"):
+    with prefix_errors(f"`{name}`"):
         source, (spec, weights, remark) = read(resolve(ckpt), bare)
     stored = {"model": spec.model.name, "image_size": spec.image_size[0], "num_classes": len(spec.classes)}
-    for name, value in stored.items():
-        if (given := getattr(bare, name)) not in (None, value):
-            raise UserError(f"`{name}` {given} contradicts the checkpoint {ckpt}, which was trained with {value}")
+    for entry, value in stored.items():
+        if (given := getattr(bare, entry)) not in (None, value):
+            raise UserError(f"`{entry}` {given} contradicts the checkpoint {ckpt}, which was trained with {value}")
     model = rebuild(spec.model, weights, source.path)
     if not spec.is_autoencoder and len(spec.classes) != model.num_classes:
         raise UserError(f"{source.path}: its description names {len(spec.classes)} classes, its network has "

@@ -24,6 +24,8 @@ def add_sampling_arguments(parser: ArgumentParser) -> None:
     """Add the flags of every script that samples: which checkpoint, and how."""
     parser.add_shared_arguments()
     parser.add_argument("--ckpt", type=str | None, help="checkpoint, run folder or published name; default: DiT-XL/2's")
+    parser.add_argument("--guide-ckpt", type=str | None,
+                        help="autoguidance: a weaker checkpoint, whose prediction replaces the unconditional one")
     parser.add_argument("--model", registry=DIFFUSION_NETWORKS, help="for bare weights (DiT-XL/2)")
     parser.add_argument("--image-size", type=int | None, help="for bare weights (256)")
     parser.add_argument("--num-classes", type=int | None, help="for bare weights (1000)")
