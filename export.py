@@ -20,6 +20,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -94,7 +95,8 @@ def write_dinext(restored: checkpoint.Restored, args: Namespace, folder: Path) -
             trained = checkpoint.restore(spec.vae)
             checkpoint.save_folder(folder / OWN_VAE, trained.spec, trained.model.state_dict())
         spec = spec.with_vae(OWN_VAE)
-    checkpoint.save_folder(folder, spec, restored.model.state_dict())
+    heads = restored.facts["heads"]["ema"] if spec.sampling and spec.sampling.internal_scale != 1 else None  # else unused
+    checkpoint.save_folder(folder, spec if heads else replace(spec, heads=None), restored.model.state_dict(), heads)
 
 
 def save_vae(vae: torch.nn.Module, folder: Path) -> None:
@@ -113,6 +115,8 @@ def write_diffusers(restored: checkpoint.Restored, args: Namespace, folder: Path
         return
     spec, sampling = restored.spec, Sampling.of(restored.spec)
     settings, process = sampling.settings, sampling.process
+    if settings.internal_scale != 1:
+        raise UserError("--format diffusers has no internal guidance (internal_scale); the default format takes it")
     scheduler, timesteps = scheduler_of(settings, process, spec.diffusion)
     autoencoder, vae = open_autoencoder(spec), [None, None]
     if isinstance(autoencoder, SDVAE):

@@ -48,11 +48,12 @@ def main(args: Namespace) -> None:
     bare = BareWeights(args.model, args.image_size, args.num_classes, "mse", 4.0, args.objective)  # as DiT's sample.py
 
     restored = generation.restore_checkpoint(world, args.ckpt, bare, args.vae)
-    sampling = Sampling.of(restored.spec, given, restored.model)
+    guide = generation.restore_guide(world, args.guide_ckpt, bare, args.vae)
+    sampling = Sampling.of(restored.spec, given, restored.model, guide)
     autoencoder = generation.restore_autoencoder(world, restored, sampling, same=args.vae is None)
     labels = parse_labels(args.class_labels, restored.spec.classes)
     cli.check_output_flag(args, "out", ".png")
-    generation.prepare_network(restored.model, sampling.settings.precision, args.compile)
+    generation.prepare(restored, sampling, args.compile)
     if sampling.plan:
         print(sampling.plan)
 

@@ -15,7 +15,7 @@ import torch
 from jsonargparse import ActionYesNo, Namespace
 
 from pipeline.drawing import BATCH, Task, draw_images
-from pipeline.generation import Sampling, prepare_network, restore_autoencoder, restore_checkpoint
+from pipeline.generation import Sampling, prepare, restore_autoencoder, restore_checkpoint, restore_guide
 from pipeline.settings import SamplingSettings, add_sampling_arguments
 from pipeline.spec import BareWeights
 from runtime import cli
@@ -46,9 +46,10 @@ def main(args: Namespace) -> None:
     bare = BareWeights(args.model, args.image_size, args.num_classes, "ema", 1.5, args.objective)  # as DiT's sample_ddp.py
 
     restored = restore_checkpoint(world, args.ckpt, bare, args.vae)
-    sampling = Sampling.of(restored.spec, given, restored.model)
+    guide = restore_guide(world, args.guide_ckpt, bare, args.vae)
+    sampling = Sampling.of(restored.spec, given, restored.model, guide)
     autoencoder = restore_autoencoder(world, restored, sampling, same=args.vae is None)
-    prepare_network(restored.model, sampling.settings.precision, args.compile)
+    prepare(restored, sampling, args.compile)
     task = Task(restored, autoencoder, sampling, args.num_fid_samples, args.global_seed, args.balanced)
     out = Path(args.sample_dir) / f"{task.name}.npz"
     world.on_main(lambda: check_writable(out.parent))

@@ -6,7 +6,8 @@
 
 A row is a way to sample, given as a difference from the reference: DDPM with 250 steps, or Heun with 50 for a flow
 checkpoint. All rows take guidance, its channels, thresholding and precision from the checkpoint or the flags. Only the row
-`flags` and, without reuse, the row `plain` take sampler, steps, eta and reuse from the flags.
+`flags` and, without reuse, the row `plain` take sampler, steps, eta and reuse from the flags. --guide-ckpt guides all rows, and
+then none reuses features.
 
 - calls: of the model and of its blocks, per image, in both branches of guidance together.
 - s/image: sampling and decoding; the median over --repeats rounds after a warm-up round. A round is one batch of each row,
@@ -36,7 +37,7 @@ from diffusion import FlowMatching
 from evaluation.metrics import Gaussian, RunningCovariance, frechet_distance
 from pipeline import checkpoint
 from pipeline.encoders import pixel_features
-from pipeline.generation import BATCH, Sampling, generate, prepare_network, restore_autoencoder, restore_checkpoint
+from pipeline.generation import BATCH, Sampling, generate, prepare, restore_autoencoder, restore_checkpoint, restore_guide
 from pipeline.settings import SamplingSettings, add_sampling_arguments
 from pipeline.spec import BareWeights, Spec
 from runtime import UserError, cli
@@ -87,7 +88,8 @@ def main(args: Namespace) -> None:
     world = start_world(args.device)
     bare = BareWeights(args.model, args.image_size, args.num_classes, objective=args.objective)
     restored = restore_checkpoint(world, args.ckpt, bare, args.vae)
-    flags = Sampling.of(restored.spec, SamplingSettings.given(vars(args)), restored.model)
+    guide = restore_guide(world, args.guide_ckpt, bare, args.vae)
+    flags = Sampling.of(restored.spec, SamplingSettings.given(vars(args)), restored.model, guide)
     autoencoder = restore_autoencoder(world, restored, flags, same=args.vae is None)
     rows = make_rows(args, restored, flags)
     settings = report_settings(args, rows, restored, world.device)
@@ -98,8 +100,8 @@ def main(args: Namespace) -> None:
         if row.plan:
             print(f"{name}: {row.plan}", flush=True)
 
+    prepare(restored, flags, args.compile)
     model = restored.model
-    prepare_network(model, flags.settings.precision, args.compile)
 
     def draw(row: Sampling, indices: range, seed: int) -> Tensor:
         """Images (B, H, W, C) uint8, with the classes in turn as labels."""
@@ -144,16 +146,19 @@ def make_rows(args: Namespace, restored: checkpoint.Restored, flags: Sampling) -
     reference = "heun-50" if isinstance(flags.process, FlowMatching) else "ddpm-250"
     every = [reference, *(name for name in ROWS if name != "interval" or flags.settings.cfg_scale != 1),
              *(["plain", "flags"] if flags.plan else [])]
+    if flags.guide:
+        every = [name for name in every if "reuse" not in ROWS.get(name, {})]
     no_reuse = vars(flags.settings) | dict(reuse="none", key_steps=None, reuse_args={})
 
     def make(name: str) -> Sampling:
         if name in ("plain", "flags"):
-            return flags if name == "flags" else Sampling.of(restored.spec, no_reuse)
+            return flags if name == "flags" else Sampling.of(restored.spec, no_reuse, restored.model, flags.guide)
         difference = REFERENCES.get(name) or REFERENCES[reference] | ROWS[name]
         if "guidance_interval" in difference and args.guidance_interval:
             difference = difference | {"guidance_interval": args.guidance_interval}
         with cli.prefix_errors(f"--rows {name}:", *cli.WRONG_VALUE):
-            return Sampling.of(restored.spec, no_reuse | dict(guidance_interval=None, eta=0.0) | difference, restored.model)
+            return Sampling.of(restored.spec, no_reuse | dict(guidance_interval=None, eta=0.0) | difference, restored.model,
+                               flags.guide)
 
     return {name: make(name) for name in args.rows or every}
 

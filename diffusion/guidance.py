@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans, arXiv:2207.12598), and two ways to limit it: interval and thresholding."""
+"""Classifier-free guidance (Ho & Salimans, arXiv:2207.12598), autoguidance, and two limits: interval and thresholding."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from .schedules import MODEL_TIME
 
 
 def guide(model: Callable, y: Tensor, null_label: int, scale: float, channels: int,
-          guided: Iterable[bool] | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+          guided: Iterable[bool] | None = None, guiding: Callable | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """Bind labels and guidance to a model. Returns a function (x, t) -> prediction; r=r (B,) goes on to the model.
 
     Args:
@@ -25,6 +25,8 @@ def guide(model: Callable, y: Tensor, null_label: int, scale: float, channels: i
             variance, are the conditional model's.
         guided: for each call, whether it is guided (see `in_interval`). A call that is not guided does not compute the
             unconditional half. All by default.
+        guiding: a weaker network, called as `model`. Its prediction for y takes the place of the unconditional one:
+            autoguidance (Karras et al., arXiv:2406.02507).
     """
     check_scale(scale)
     calls = iter([] if scale == 1 else itertools.repeat(True) if guided is None else guided)
@@ -33,9 +35,12 @@ def guide(model: Callable, y: Tensor, null_label: int, scale: float, channels: i
     def predict(x: Tensor, t: Tensor, **times: Tensor) -> Tensor:
         if scale == 1 or not next(calls):
             return model(x, t, y, **times)
-        doubled = {name: torch.cat([time, time]) for name, time in times.items()}
-        conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), both, **doubled).chunk(2)
-        eps = torch.lerp(unconditional[:, :channels].float(), conditional[:, :channels].float(), scale)
+        if guiding is not None:
+            conditional, weaker = model(x, t, y, **times), guiding(x, t, y, **times)
+        else:
+            doubled = {name: torch.cat([time, time]) for name, time in times.items()}
+            conditional, weaker = model(torch.cat([x, x]), torch.cat([t, t]), both, **doubled).chunk(2)
+        eps = torch.lerp(weaker[:, :channels].float(), conditional[:, :channels].float(), scale)
         return torch.cat([eps, conditional[:, channels:].float()], dim=1)
 
     return predict
@@ -56,15 +61,15 @@ def dynamic_threshold(x_start: Tensor, percentile: float = 0.99, maximum: float 
     return x_start.clamp(-limit, limit) / limit
 
 
-def check_scale(scale: float) -> None:
+def check_scale(scale: float, name: str = "cfg_scale") -> None:
     if not (isinstance(scale, int | float) and math.isfinite(scale) and scale >= 0):
-        raise UserError(f"`cfg_scale` {scale} is not a finite number of at least 0 (1 = no guidance)")
+        raise UserError(f"`{name}` {scale} is not a finite number of at least 0 (1 = no guidance)")
 
 
-def check_interval(interval: tuple[float, float] | None) -> None:
+def check_interval(interval: tuple[float, float] | None, name: str = "guidance_interval") -> None:
     if interval is None:
         return
     numbers = [value for value in interval if isinstance(value, int | float)]
     if not (len(interval) == len(numbers) == 2 and 0 <= numbers[0] <= numbers[1] <= MODEL_TIME):
         given = " ".join(f"{value:g}" if value in numbers else str(value) for value in interval)
-        raise UserError(f"`guidance_interval` {given} is not LO HI with 0 <= LO <= HI <= {MODEL_TIME}")
+        raise UserError(f"`{name}` {given} is not LO HI with 0 <= LO <= HI <= {MODEL_TIME}")

@@ -41,7 +41,7 @@ PUBLISHED = {f"DiT-XL-2-{size}.pt": f"https://dl.fbaipublicfiles.com/DiT/models/
              for size in ("256x256", "512x512")}
 
 # The files that are fetched from a repository of the hub; and those that are fetched if these lack the weights.
-HUB_FILES = ["*.json", "model.safetensors*", "*/*.json", "*/model.safetensors*",
+HUB_FILES = ["*.json", "model.safetensors*", "heads.safetensors*", "*/*.json", "*/model.safetensors*",
              *(f"*/diffusion_pytorch_model{part}.{kind}" for part in ("", "-*-of-*") for kind in ("safetensors", "bin"))]
 HUB_VARIANTS = ["*/diffusion_pytorch_model*fp16*", "*/diffusion_pytorch_model*bf16*"]
 
@@ -71,13 +71,14 @@ def save(path: Path, state: dict) -> None:
         raise OSError(f"cannot write the checkpoint {path}: {cause.strerror}") from None
 
 
-def save_folder(folder: Path, spec: Spec, weights: dict[str, Tensor]) -> None:
-    """Write a folder that describes itself: config.json, model.safetensors and its sha256."""
+def save_folder(folder: Path, spec: Spec, weights: dict[str, Tensor], heads: dict[str, Tensor] | None = None) -> None:
+    """Write a folder that describes itself: config.json, model.safetensors, heads.safetensors if there are any, and sha256s."""
     folder.mkdir(exist_ok=True)
     write_json(folder / "config.json", spec.to_dict())
-    path = folder / "model.safetensors"
-    save_file({key: value.contiguous() for key, value in weights.items()}, path)
-    write_text(sha256_file(path), f"{sha256(path)}  {path.name}\n")
+    for name, tensors in (("model.safetensors", weights), (HEADS, heads)):
+        if tensors:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name)
+            write_text(sha256_file(folder / name), f"{sha256(folder / name)}  {name}\n")
 
 
 class DamagedError(UserError):
@@ -176,6 +177,7 @@ def latest(folder: Path) -> Path | None:
 
 CONFIGS = ("config.json", "model_index.json", "transformer/config.json", "scheduler/scheduler_config.json")
 DIFFUSERS = "diffusion_pytorch_model"  # diffusers' name of a component's weights
+HEADS = "heads.safetensors"  # beside our model.safetensors
 
 
 def component_file(folder: Path) -> Path | None:
@@ -217,7 +219,8 @@ def open_source(path: Path) -> Source:
         file = component_file(path / "transformer") if "model_index.json" in configs else own if own.is_file() else None
         vae = str(path / OWN_VAE) if (path / OWN_VAE).is_dir() else None
         variant = file and variant_of(file)
-        return Source(file or path, load_component(file) if file else {}, {}, configs, vae,
+        facts = {"heads": {"ema": load(path / HEADS)}} if (path / HEADS).is_file() else {}
+        return Source(file or path, load_component(file) if file else {}, facts, configs, vae,
                       remark=f"its transformer is there as the variant {variant} only" if variant else "")
     state = load(path)
     weights, remark = find_weights(state, path)
@@ -292,25 +295,27 @@ class Restored:
         return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()
 
 
-def restore(ckpt: str | Path | None, bare: BareWeights = BareWeights(), vae: str | None = None) -> Restored:
+def restore(ckpt: str | Path | None, bare: BareWeights = BareWeights(), vae: str | None = None,
+            name: str = "ckpt") -> Restored:
     """Rebuild what a checkpoint holds.
 
     Args:
         ckpt: see `resolve`; None for the published DiT-XL/2 of bare.image_size.
         bare: the description of weights that do not describe themselves; it must not contradict a checkpoint that does.
         vae: the autoencoder, in place of the checkpoint's.
+        name: of the parameter, for errors.
     """
     if ckpt is None:
         size, model = bare.image_size or 256, bare.model or "DiT-XL/2"
         ckpt = f"DiT-XL-2-{size}x{size}.pt"
         if model != "DiT-XL/2" or ckpt not in PUBLISHED:
             raise UserError(f"`ckpt` is needed: only DiT-XL/2 at `image_size` 256 and 512 is published, not {model} at {size}")
-    with prefix_errors("`ckpt`"):
+    with prefix_errors(f"`{name}`"):
         source, (spec, weights, remark) = read(resolve(ckpt), bare)
     stored = {"model": spec.model.name, "image_size": spec.image_size[0], "num_classes": len(spec.classes)}
-    for name, value in stored.items():
-        if (given := getattr(bare, name)) not in (None, value):
-            raise UserError(f"`{name}` {given} contradicts the checkpoint {ckpt}, which was trained with {value}")
+    for entry, value in stored.items():
+        if (given := getattr(bare, entry)) not in (None, value):
+            raise UserError(f"`{entry}` {given} contradicts the checkpoint {ckpt}, which was trained with {value}")
     model = rebuild(spec.model, weights, source.path)
     if not spec.is_autoencoder and len(spec.classes) != model.num_classes:
         raise UserError(f"{source.path}: its description names {len(spec.classes)} classes, its network has "

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion import create_diffusion
+from diffusion import OBJECTIVES, create_diffusion
 from diffusion.guidance import dynamic_threshold, guide, in_interval
 from diffusion.process import Network, Process, Seam, check, offers
 from diffusion.reuse import Plan, Reuse, add_prior_noise, plan
 from diffusion.samplers import Steps, evaluation_times, get_sampler
 from pipeline import checkpoint
 from pipeline.autoencoders import check_autoencoder, load_autoencoder
-from pipeline.heads import backbone
+from pipeline.heads import backbone, guided_inside, restore_heads
 from pipeline.settings import SamplingSettings
-from pipeline.spec import BareWeights, Spec
+from pipeline.spec import BareWeights, Spec, defaults_of
 from runtime import UserError
 from runtime.cli import WRONG_VALUE, prefix_errors
 from runtime.pictures import MAX_COLUMNS, to_uint8
@@ -45,24 +45,24 @@ def default_labels(count: int) -> list[int]:
 
 
 def restore_checkpoint(world: World, ckpt: str | None, bare: BareWeights = BareWeights(),
-                       vae: str | None = None) -> checkpoint.Restored:
+                       vae: str | None = None, name: str = "ckpt") -> checkpoint.Restored:
     """The network of a checkpoint on this process's device, and its spec.
 
     Args:
-        ckpt, bare, vae: see checkpoint.restore. A run's folder stands for its newest checkpoint. All processes take the same
-            one, even if the run writes another meanwhile.
+        ckpt, bare, vae, name: see checkpoint.restore. A run's folder stands for its newest checkpoint. All processes take the
+            same one, even if the run writes another meanwhile.
 
     Raises:
         UserError: it is an autoencoder, or lacks what sampling needs.
     """
     def newest() -> str | None:
-        with prefix_errors("`ckpt`"):
+        with prefix_errors(f"`{name}`"):
             return str(checkpoint.resolve(ckpt)) if ckpt is not None and Path(ckpt).is_dir() else ckpt
 
     path = world.on_main(newest)
-    restored = world.main_first(lambda: checkpoint.restore(path, bare, vae))
+    restored = world.main_first(lambda: checkpoint.restore(path, bare, vae, name))
     if restored.spec.is_autoencoder:
-        raise UserError(f"`ckpt` {restored.path} is an autoencoder, from which nothing can be sampled; pass it as `vae`")
+        raise UserError(f"`{name}` {restored.path} is an autoencoder, from which nothing can be sampled; pass it as `vae`")
     check(restored.model, Network, "sampling needs")
     if restored.remark and world.is_main:
         print(restored.remark)
@@ -70,24 +70,55 @@ def restore_checkpoint(world: World, ckpt: str | None, bare: BareWeights = BareW
     return restored
 
 
+def restore_guide(world: World, ckpt: str | None, bare: BareWeights = BareWeights(),
+                  vae: str | None = None) -> checkpoint.Restored | None:
+    """The checkpoint that guides another one, see `restore_checkpoint`; None without `ckpt`. Its preset may be another."""
+    return None if ckpt is None else restore_checkpoint(world, ckpt, replace(bare, model=None), vae, "guide_ckpt")
+
+
+def check_guide(guide: checkpoint.Restored, spec: Spec, model: nn.Module) -> None:
+    """Raises UserError that says what differs, if a guide has another process, other latents or classes than a network."""
+    theirs, ours = facts_of(guide.spec, guide.model), facts_of(spec, model)
+    for name in ours | theirs:
+        if theirs.get(name) != ours.get(name):
+            remedy = "; if their latents are the same, pass one `vae` for both" if name == "vae" else ""
+            raise UserError(f"`guide_ckpt` {guide.path}: its {name} is {theirs.get(name)}, that of the checkpoint to be guided "
+                            f"is {ours.get(name)}{remedy}")
+
+
+def facts_of(spec: Spec, model: nn.Module) -> dict[str, Any]:
+    """What a network and its guide must share, by names for an error."""
+    common = defaults_of(create_diffusion)
+    objective = spec.diffusion.get("objective", common["objective"])
+    own = defaults_of(OBJECTIVES[objective]) if objective in OBJECTIVES else {}
+    return {"objective": objective, **common, **own, **spec.diffusion,
+            "latent shape": (model.in_channels, *model.input_size), "vae_sha256": spec.vae_sha256,
+            "vae": None if spec.vae_sha256 else spec.vae, "latents_mean and latents_std": spec.statistics,
+            "number of classes": len(spec.classes), **{f"class {i}": name for i, name in enumerate(spec.classes)}}
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """Settings resolved for one network: the number of guided channels, the process, the sampler, and the plan of reuse."""
+    """Settings resolved for one network: the number of guided channels, the process, the sampler, plan of reuse, and guide."""
 
     settings: SamplingSettings
     process: Process
     solver: Callable[..., Steps]
     plan: Plan | None = None  # None without reuse
+    guide: checkpoint.Restored | None = None  # of autoguidance, in place of the unconditional half
 
     @classmethod
-    def of(cls, spec: Spec, given: dict[str, Any] | None = None, model: nn.Module | None = None) -> "Sampling":
+    def of(cls, spec: Spec, given: dict[str, Any] | None = None, model: nn.Module | None = None,
+           guide: checkpoint.Restored | None = None) -> "Sampling":
         """The settings that a spec recommends, overridden by `given`.
 
         Args:
-            model: the network; needed for `reuse` only.
+            model: the network; needed for `reuse` and a guide only.
+            guide: a weaker checkpoint, for autoguidance.
 
         Raises:
-            UserError: a setting is not allowed for this network and process, or the network has no seam for `reuse`.
+            UserError: a setting is not allowed for this network and process, the network has no seam for `reuse`, or the
+                guide does not fit the network.
         """
         settings = replace(spec.sampling, **given or {})
         with prefix_errors("the checkpoint's process:", *WRONG_VALUE):
@@ -99,7 +130,15 @@ class Sampling:
         if not isinstance(guided, int) or not 1 <= guided <= channels:
             raise UserError(f"`cfg_channels` {guided} is not in 1..{channels}, the channels of this model")
         solver = get_sampler(settings.sampler, process, settings.eta)
-        sampling = cls(replace(settings, cfg_channels=guided), process, solver)
+        if guide:
+            check_guide(guide, spec, model)
+            if settings.cfg_scale == 1:
+                raise UserError("`guide_ckpt` needs a `cfg_scale` other than 1, which is no guidance")
+            if settings.reuse != "none":
+                raise UserError(f"`guide_ckpt` and `reuse` {settings.reuse} cannot be combined")
+        if settings.internal_scale != 1:
+            check_internal(settings, spec)
+        sampling = cls(replace(settings, cfg_channels=guided), process, solver, guide=guide)
         if settings.reuse == "none":
             return sampling
         if settings.sampler == "map":
@@ -120,21 +159,45 @@ class Sampling:
 
     @property
     def model_calls(self) -> int:
-        """How often the model computes an image, both branches of guidance counted."""
+        """How often the model computes an image, both branches of guidance counted; the guide's calls too."""
         return len(self.times) + sum(self.guided)
 
     def block_calls(self, model: nn.Module) -> int | None:
-        """How many blocks are computed for an image; None if the model has no `blocks`."""
+        """How many blocks are computed for an image, the guide's too; None if a network has no `blocks`."""
         if self.plan:
             return self.plan.block_calls()
-        return len(model.blocks) * self.model_calls if hasattr(model, "blocks") else None
+        model = backbone(model)
+        weaker = self.guide.model if self.guide else model
+        if not (hasattr(model, "blocks") and hasattr(weaker, "blocks")):
+            return None
+        return len(model.blocks) * len(self.times) + len(weaker.blocks) * sum(self.guided)
+
+    def called(self, model: nn.Module, images: int) -> Callable:
+        """What guidance calls, (x, t, y) -> prediction, for so many images: the network, its reuse or its internal guidance."""
+        settings = self.settings
+        if settings.internal_scale != 1:
+            guided = in_interval(self.times, settings.internal_scale, settings.internal_interval)
+            return guided_inside(model, settings.internal_scale, guided)
+        return Reuse(backbone(model), self.plan, images) if self.plan else backbone(model)
 
     def record(self) -> dict[str, Any]:
         """The settings for NAME.json and the text chunks of a PNG."""
-        return self.settings.record(str(self.plan or "none"))
+        guide = {"guide": self.guide.name, "guide_sha256": self.guide.sha256()} if self.guide else {}
+        return self.settings.record(str(self.plan or "none")) | guide
 
     def file_name_parts(self) -> list[str]:
-        return self.settings.file_name_parts(f"{self.settings.reuse}-{sum(self.plan.keys)}-keys" if self.plan else None)
+        parts = self.settings.file_name_parts(f"{self.settings.reuse}-{sum(self.plan.keys)}-keys" if self.plan else None)
+        return [*parts, "autoguided"] if self.guide else parts
+
+
+def check_internal(settings: SamplingSettings, spec: Spec) -> None:
+    """Raises UserError if internal guidance does not go with a network, or with other settings."""
+    if "internal" not in (spec.heads or {}):
+        raise UserError(f"`internal_scale` {settings.internal_scale} needs a network that was trained with the head internal "
+                        "(`heads` of train.py)")
+    for name, value in {"sampler": settings.sampler == "map", "reuse": settings.reuse != "none"}.items():
+        if value:
+            raise UserError(f"`internal_scale` and `{name}` {getattr(settings, name)} cannot be combined")
 
 
 def restore_autoencoder(world: World, restored: checkpoint.Restored, sampling: Sampling, same: bool = True) -> nn.Module:
@@ -168,12 +231,21 @@ def check_thresholding(settings: SamplingSettings, autoencoder: nn.Module) -> No
         raise UserError(f"`dynamic_thresholding` is for pixels in [-1, 1]; {autoencoder.spec['vae']} has unbounded latents")
 
 
+def prepare(restored: checkpoint.Restored, sampling: Sampling, compile: bool) -> None:
+    """Make the network of a checkpoint ready, in place, and its guide: heads for internal guidance; see prepare_network."""
+    if sampling.settings.internal_scale != 1:
+        restored.model = restore_heads(restored)
+    for network in [restored.model, sampling.guide.model] if sampling.guide else [restored.model]:
+        prepare_network(network, sampling.settings.precision, compile)
+
+
 def prepare_network(model: nn.Module, precision: str, compile: bool) -> None:
     """Make a restored network fast, in place: bf16 weights for precision "bf16", and torch.compile.
 
     If a network has a seam, its two halves are compiled one by one, because reuse calls them so.
     """
     cast_weights(model, precision)
+    model = backbone(model)
     if not compile:
         return
     if offers(model, Seam):
@@ -208,9 +280,9 @@ def generate(model: nn.Module, autoencoder: nn.Module, labels: list[int], indice
     settings, device = sampling.settings, next(model.parameters()).device
     y = to_device(torch.tensor(labels), device)
     with torch.no_grad(), autocast(device, settings.precision):
-        model = backbone(model)
-        network = Reuse(model, sampling.plan, len(labels)) if sampling.plan else model
-        network = guide(network, y, model.num_classes, settings.cfg_scale, settings.cfg_channels, sampling.guided)
+        network = sampling.called(model, len(labels))
+        network = guide(network, y, model.num_classes, settings.cfg_scale, settings.cfg_channels, sampling.guided,
+                        sampling.guide.model if sampling.guide else None)
         noise = addressed_noise(model, seed, indices)
         steps = sampling.solver(sampling.process, network, noise, partial(addressed_noise, model, seed, indices),
                                 pixel_limit(sampling, autoencoder))

@@ -23,8 +23,10 @@ from torch.nn import functional as F
 
 from diffusion.process import Process, Seam, check
 from models import ChannelsLastConv2d, DiNextU, FinalLayer, channels_first
+from pipeline.checkpoint import Restored
 from pipeline.encoders import load_encoder
 from pipeline.spec import Config, Spec
+from pipeline.weights import load_weights
 from runtime import UserError
 from runtime.cli import check_arguments, prefix_errors
 
@@ -246,6 +248,16 @@ def with_heads(network: nn.Module, spec: Spec, names: Iterable[str] | None = Non
             with prefix_errors(f"`heads`: {name}:"):
                 heads[name] = HEADS[name](place, **spec.heads[name])
     return WithHeads(network, heads, spec.heads["split"])
+
+
+def restore_heads(restored: Restored, names: Iterable[str] = ("internal",)) -> WithHeads:
+    """A checkpoint's network with its heads of these names, on the network's device."""
+    stored = restored.facts.get("heads", {}).get("ema", {})
+    model = with_heads(restored.model, restored.spec, names)
+    own = {key: value for key, value in stored.items() if key.partition(".")[0] in model.heads}
+    load_weights(model.heads, own, restored.path)
+    device = next(restored.model.parameters()).device
+    return model.to(device).eval().requires_grad_(False)
 
 
 def guided_inside(model: WithHeads, scale: float, guided: Iterable[bool]) -> Callable:

@@ -16,7 +16,8 @@ from runtime.cli import ArgumentParser, check_arguments, prefix_errors
 from small_models import DIFFUSION_NETWORKS
 
 BARE_OBJECTIVES = ("epsilon", "sit", "repa", "dmf")  # of weights that do not describe themselves; interchange.py reads them
-RECOMMENDED = ("cfg_scale", "cfg_channels", "guidance_interval", "dynamic_thresholding", "sampler", "num_sampling_steps")
+RECOMMENDED = ("cfg_scale", "cfg_channels", "guidance_interval", "internal_scale", "internal_interval", "dynamic_thresholding",
+               "sampler", "num_sampling_steps")
 DERIVED = {"kind", "times", "guided", "depth", "default_split", "key_steps"}  # arguments of reuse.plan not in `reuse_args`
 
 
@@ -24,6 +25,8 @@ def add_sampling_arguments(parser: ArgumentParser) -> None:
     """Add the flags of every script that samples: which checkpoint, and how."""
     parser.add_shared_arguments()
     parser.add_argument("--ckpt", type=str | None, help="checkpoint, run folder or published name; default: DiT-XL/2's")
+    parser.add_argument("--guide-ckpt", type=str | None,
+                        help="autoguidance: a weaker checkpoint, whose prediction replaces the unconditional one")
     parser.add_argument("--model", registry=DIFFUSION_NETWORKS, help="for bare weights (DiT-XL/2)")
     parser.add_argument("--image-size", type=int | None, help="for bare weights (256)")
     parser.add_argument("--num-classes", type=int | None, help="for bare weights (1000)")
@@ -43,6 +46,8 @@ class SamplingSettings:
     cfg_scale: float = 1.0                                 # of classifier-free guidance
     cfg_channels: int | None = None                        # how many of the first channels are guided; None: all
     guidance_interval: tuple[float, float] | None = None   # timesteps, 0..1000, with guidance; None: all
+    internal_scale: float = 1.0                            # of internal guidance, by a head of the network (see heads.py)
+    internal_interval: tuple[float, float] | None = None   # timesteps, 0..1000, with it; None: all
     dynamic_thresholding: bool = False                     # for pixels only
     sampler: str = "ddpm"                                  # of diffusion/samplers.py
     num_sampling_steps: str | int = 250                    # the respacing of the process
@@ -55,6 +60,8 @@ class SamplingSettings:
     def __post_init__(self):
         check_scale(self.cfg_scale)
         check_interval(self.guidance_interval)
+        check_scale(self.internal_scale, "internal_scale")
+        check_interval(self.internal_interval, "internal_interval")
         if not isinstance(self.dynamic_thresholding, bool):
             raise UserError(f"`dynamic_thresholding` {self.dynamic_thresholding!r} is neither true nor false")
         if self.reuse == "none" and (self.key_steps is not None or self.reuse_args):
@@ -73,6 +80,8 @@ class SamplingSettings:
         recommended("--cfg-channels", "guided channels", type=int | None)
         recommended("--guidance-interval", "timesteps with guidance, 0..1000; at others only the conditional half is computed",
                     type=float, nargs=2, metavar=("LO", "HI"))
+        recommended("--internal-scale", "internal guidance by a trained head, 1 = none", type=float | None)
+        recommended("--internal-interval", "timesteps with internal guidance", type=float, nargs=2, metavar=("LO", "HI"))
         recommended("--dynamic-thresholding", "true, false: Imagen's bound of predicted pixels", type=bool | None)
         recommended("--sampler", "the solver", choices=list(SAMPLERS))
         recommended("--num-sampling-steps", "steps, or a respacing string such as ddim50", type=str | int | None)
@@ -116,14 +125,18 @@ class SamplingSettings:
 
     def record(self, reuse: str) -> dict[str, Any]:
         """What NAME.json and the text chunks of a PNG say. `reuse` describes the plan, with key steps and arguments."""
+        internal = {"internal_scale": self.internal_scale, "internal_interval": self.internal_interval}
         return {"cfg_scale": self.cfg_scale, "cfg_channels": self.cfg_channels, "guidance_interval": self.guidance_interval,
-                "dynamic_thresholding": self.dynamic_thresholding, "sampler": self.sampler, "steps": self.num_sampling_steps,
-                "eta": self.eta, "reuse": reuse, "precision": self.precision}
+                **(internal if self.internal_scale != 1 else {}), "dynamic_thresholding": self.dynamic_thresholding,
+                "sampler": self.sampler, "steps": self.num_sampling_steps, "eta": self.eta, "reuse": reuse,
+                "precision": self.precision}
 
     def file_name_parts(self, reuse: str | None) -> list[str]:
         """The parts of a file name. Less common settings appear only if they are not the default."""
+        inside = [f"internal-{self.internal_scale:g}", *map("{:g}".format, self.internal_interval or ())]
         parts = [f"cfg-{self.cfg_scale}", str(self.cfg_channels),
                  "interval-{:g}-{:g}".format(*self.guidance_interval) if self.guidance_interval else None,
+                 "-".join(inside) if self.internal_scale != 1 else None,
                  "thresholded" if self.dynamic_thresholding else None,
                  self.sampler, str(self.num_sampling_steps), f"eta-{self.eta}" if self.eta else None, reuse, self.precision]
         return [part for part in parts if part is not None]

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from test_models import inputs, tiny
 
 from diffusion.guidance import check_interval, dynamic_threshold, guide, in_interval
 
@@ -28,6 +29,59 @@ def test_guidance_of_1_is_the_conditional_model_in_one_call():
     assert sizes == [2, 4]
     assert in_interval((999.0, 0.0), 1.0, None) == (False, False)
     assert in_interval((999.0, 0.0), 0.0, None) == (True, True)
+
+
+# --- autoguidance --------------------------------------------------------------------------------
+
+
+def test_the_guides_answer_for_the_same_label_takes_the_place_of_the_unconditional_one():
+    """Guided channels: 7 y + 4 (y - 7 y); the others and the variance are the main network's. r reaches both."""
+    x, t, y, ends = torch.zeros(2, 4, 1, 1), torch.zeros(2), torch.tensor([1, 2]), []
+
+    def main(x, t, y, r):
+        ends.append(r.tolist())
+        return label_model(x, t, y)
+
+    predict = guide(main, y, 5, 4.0, 3, guiding=lambda x, t, y, r: 7 * main(x, t, y, r))
+    assert predict(x, t, r=t + 3).flatten(1).tolist() == [[-17] * 3 + [1] + [10] * 4, [-34] * 3 + [2] + [20] * 4]
+    assert ends == [[3, 3]] * 2
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 2.5])
+def test_autoguidance_of_two_networks(scale):
+    """Written out, for a DiT and a smaller DiNext; a network that guides itself is the network alone, at any scale."""
+    model, weaker = tiny("DiT-S/2", in_channels=2), tiny("DiNext-S/2", in_channels=2, depth=1)
+    x, t, _ = inputs(model)
+    y = torch.tensor([0, 1, 4])
+    with torch.no_grad():
+        out, alone = guide(model, y, 5, scale, 2, guiding=weaker)(x, t), model(x, t, y)
+        low = weaker(x, t, y)
+        assert torch.equal(guide(model, y, 5, scale, 2, guiding=model)(x, t), alone)
+    assert (low[:, :2] - alone[:, :2]).abs().max() > 0.1
+    assert (out[:, :2] - (low + scale * (alone - low))[:, :2]).abs().max() < 1e-4
+    assert torch.equal(out[:, 2:], alone[:, 2:])
+
+
+def test_a_guide_that_is_told_the_null_label_is_classifier_free_guidance_bit_for_bit():
+    def model(x, t, y):
+        return torch.cat([torch.sin(x * (y + 1).view(-1, 1, 1, 1)) + t.view(-1, 1, 1, 1) / 1000, x.cos()], dim=1)
+
+    x, t, y = torch.linspace(-3, 3, 72).view(2, 4, 3, 3), torch.tensor([9.0, 700]), torch.tensor([1, 2])
+    for scale, channels in ((0.0, 4), (0.3, 4), (1.7, 3), (4.0, 1)):
+        expected = guide(model, y, 5, scale, channels)(x, t)
+        found = guide(model, y, 5, scale, channels, guiding=lambda x, t, y: model(x, t, torch.full_like(y, 5)))(x, t)
+        assert torch.equal(found, expected)
+
+
+def test_outside_the_interval_the_guide_is_not_called():
+    x, y, sizes = torch.zeros(2, 4, 1, 1), torch.tensor([1, 2]), []
+    predict = guide(label_model, y, 5, 4.0, 4, [False, True, False], guiding=recording(sizes))
+    for _ in range(3):
+        predict(x, torch.zeros(2))
+    assert sizes == [2]
+
+
+# --- limits --------------------------------------------------------------------------------------
 
 
 def test_wrong_scales_and_intervals_are_refused():

@@ -3,18 +3,39 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, assert_one_line, run_script, train_here
+from PIL import Image
 from test_train import assert_same, final, metrics
 from torch import nn
 
+import export
+import sample
+import sample_ddp
 from diffusion import create_diffusion
+from diffusion.guidance import guide
 from models import DiNext, DiNextU, DiT
 from pipeline import checkpoint
+from pipeline.autoencoders import load_autoencoder
 from pipeline.encoders import load_encoder
-from pipeline.heads import Align, Head, Internal, Place, Step, Tap, WithHeads, backbone, check_heads, place_of, split_of
+from pipeline.generation import Sampling, generate, prepare
+from pipeline.heads import (
+    Align,
+    Head,
+    Internal,
+    Place,
+    Step,
+    Tap,
+    WithHeads,
+    backbone,
+    check_heads,
+    guided_inside,
+    place_of,
+    split_of,
+)
 from pipeline.weights import find_weights
 from runtime import UserError
 from runtime.pictures import to_unit_range
@@ -154,6 +175,28 @@ def test_a_weight_ends_with_its_step():
     assert Head(0.5).weight_at(10**9) == 0.5
 
 
+# --- internal guidance ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", [dict(objective="flow"), {}], ids=str)
+def test_internal_guidance_is_written_out(objective):
+    """middle + W (final - middle) in its interval, before other guidance; the variance is the final one's."""
+    process = create_diffusion("4", **objective)
+    model = placed(randomised(DiT(hidden_size=32, depth=3, num_heads=2, patch_size=2,
+                                  **COMMON | {"learn_sigma": process.learn_sigma})))
+    x, t, y = batch()
+    final, outputs = model(x, t, y)
+    inside = guided_inside(model, 1.4, [True, False])
+    out = inside(x, t, y)
+    expected = outputs["internal"] + 1.4 * (final[:, :2] - outputs["internal"])
+    assert torch.allclose(out[:, :2], expected, atol=1e-5)
+    assert torch.equal(out[:, 2:], final[:, 2:])
+    assert torch.equal(inside(x, t, y), final)  # outside of the interval
+    guided = guide(guided_inside(model, 1.4, [True]), y, 3, 2.0, 2)(x, t)
+    null = guided_inside(model, 1.4, [True])(x, t, torch.full_like(y, 3))
+    assert torch.allclose(guided[:, :2], null[:, :2] + 2 * (expected - null[:, :2]), atol=1e-4)
+
+
 # --- runs ----------------------------------------------------------------------------------------
 
 RUN = [*TINY_RUN, "--model-args", '{"hidden_size": 32, "depth": 3}', "--diffusion-args", '{"objective": "flow"}',
@@ -232,6 +275,64 @@ def test_alignment_sees_the_pictures_as_they_are_mirrored_and_ends(photographs, 
         assert loss == pytest.approx(mse + (0.5 * align if step < 2 else 0), rel=1e-5)
     wrong = run_here(train, *flags, json.dumps({"align": {"encoder": "classifier:none.pt"}}), "--run-name", "x")
     assert_one_line(wrong, "--heads: align: ", "none.pt")
+
+
+def draw(ckpt, **given):
+    restored = checkpoint.restore(ckpt)
+    sampling = Sampling.of(restored.spec, {"num_sampling_steps": 4} | given, restored.model)
+    prepare(restored, sampling, False)
+    return generate(restored.model, load_autoencoder("pixels"), [1, 7], [0, 1], 0, sampling)
+
+
+@pytest.fixture(scope="module")
+def uneven(head_run, tmp_path_factory):
+    """The run with larger weights of its head, so that guidance shows in a picture."""
+    state, run = final(head_run), tmp_path_factory.mktemp("uneven") / "results" / "r"
+    torch.manual_seed(0)
+    state["heads"]["ema"] = {key: torch.randn_like(value) for key, value in state["heads"]["ema"].items()}
+    checkpoint.save(run / "checkpoints" / "0000006.pt", state)
+    return run
+
+
+def test_pictures_with_internal_guidance(uneven, tmp_path, monkeypatch, run_here):
+    """By the scripts: the file's name, the record and the PNG tell; W = 1 and an empty interval are the plain pictures."""
+    plain, inside = draw(uneven), draw(uneven, internal_scale=1.4)
+    assert not torch.equal(plain, inside)
+    assert torch.equal(plain, draw(uneven, internal_scale=1.4, internal_interval=(0, 1)))
+    monkeypatch.chdir(tmp_path)
+    flags = ["--ckpt", uneven, "--internal-scale", 1.4, "--internal-interval", 0, 700, "--num-sampling-steps", 4]
+    assert run_here(sample, *flags, "--class-labels", "1 7").returncode == 0
+    with Image.open("sample.png") as picture:
+        assert (picture.text["internal_scale"], picture.text["internal_interval"]) == ("1.4", "[0.0, 700.0]")
+    assert run_here(sample_ddp, *flags, "--num-fid-samples", 2, "--sample-dir", "s").returncode == 0
+    (record,) = Path("s").glob("*-internal-1.4-0-700-heun-4-*.json")
+    assert json.loads(record.read_text())["internal_scale"] == 1.4
+
+
+def test_an_exported_folder_has_heads_only_where_it_recommends_them(uneven, tmp_path):
+    def exported(run, name, *flags):
+        export.main(export.build_parser().parse_args(["--ckpt", str(run), "--out", str(tmp_path / name), *flags]))
+        return tmp_path / name
+
+    assert not (exported(uneven, "plain") / "heads.safetensors").exists()
+    with pytest.raises(UserError, match="`internal_scale` 1.4 needs a network that was trained with the head internal"):
+        draw(tmp_path / "plain", internal_scale=1.4)
+    state = final(uneven)
+    state["spec"]["sampling"]["internal_scale"] = 1.4
+    checkpoint.save(tmp_path / "results/r/checkpoints/0000006.pt", state)
+    run = tmp_path / "results/r"
+    assert torch.equal(draw(exported(run, "guided")), draw(uneven, internal_scale=1.4))
+    with pytest.raises(UserError, match="--format diffusers has no internal guidance"):
+        exported(run, "d", "--format", "diffusers")
+
+
+def test_what_internal_guidance_does_not_go_with(uneven):
+    with pytest.raises(UserError, match="`internal_scale` and `reuse` encoder cannot be combined"):
+        draw(uneven, internal_scale=2.0, reuse="encoder")
+    with pytest.raises(UserError, match="`internal_scale` -1 is not a finite number"):
+        draw(uneven, internal_scale=-1)
+    with pytest.raises(UserError, match="`internal_interval` 5 3 is not LO HI"):
+        draw(uneven, internal_scale=2.0, internal_interval=(5, 3))
 
 
 @pytest.mark.slow
