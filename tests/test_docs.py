@@ -162,8 +162,8 @@ def accepted_arguments():
     names = {objective: {*supported_arguments(objective)} for objective in OBJECTIVES}
     common = set.intersection(*names.values())
     groups = {frozenset(["--diffusion-args"]): {*common, *vars(TrainerArgs())}}
-    for own in {frozenset(accepted - common) for accepted in names.values()}:
-        groups[frozenset(objective for objective in names if names[objective] == {*own, *common})] = own
+    for key in set.union(*names.values()) - common:
+        groups.setdefault(frozenset(objective for objective in names if key in names[objective]), set()).add(key)
     described = {group: {key: defaults[key] for key in keys} for group, keys in groups.items()}
     return described | {frozenset(["--optimizer-args"]): vars(OptimizerArgs())}
 

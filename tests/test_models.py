@@ -393,7 +393,7 @@ def test_a_conv_adaln_block_is_the_written_formula():
     assert_close(block(x, c), x + conv(h, block.conv0.weight, block.conv0.bias, padding=1))
     h, (_, norm, last) = torch.randn(1, 16, 4, 4), model.head
     expected = conv(group_norm(h * torch.tanh(torch.log(1 + h.exp())), norm), last.weight, last.bias, padding=1)
-    assert_close(model.decode((h,), c, split=len(model.blocks)), expected)
+    assert_close(model.decode((h.permute(0, 2, 3, 1),), c, split=len(model.blocks)), expected)
     t, y = torch.tensor([250.0]), torch.tensor([3])
     linear, label = model.embedder[0], model.embedding_table(y)
     embedded = torch.cat([TimestepEmbedder.timestep_embedding(t, 8), label], dim=1) @ linear.weight.T + linear.bias
