@@ -5,14 +5,16 @@
     python benchmarks/few_steps.py table    # table.md, from the results
 
 For each task of compare.py and each seed: a flow is trained; a map from it, for as long again; and a flow of twice the time.
-Each draws 5,000 images by several samplers, and evaluate.py measures them. `run` may be killed at any moment; the same command
-continues. Each run writes one JSON to --results. Classifiers, floors, and how to get the data of `cifar`, are compare.py's.
+Each draws images by several samplers, and evaluate.py measures them. `run` may be killed at any moment; the same command
+continues. Each run writes one JSON to --results. How to get the data of `cifar`, is told in docs/comparison.md. Classifiers are
+compare.py's; one that is not there is trained into --results.
 """
 
 import json
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +35,6 @@ from runtime.processes import start_world
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 30  # of timed steps
-SAMPLES = 5000
 OMEGA = 0.6               # of guidance in training
 SCALE = 1 / (1 - OMEGA)   # of the same guidance at sampling: u = v + OMEGA (u - u_null) is v_null + SCALE (v - v_null)
 INTERVAL = (0, 700)       # timesteps with guidance
@@ -79,10 +80,12 @@ class Study(NamedTuple):
     network: str
     seconds: float  # of training a flow, and of training its map
     lr: float
+    samples: int    # of each sampler
 
 
-STUDIES = {"digits": Study("DiNext-U", "DiNext-U 16", 60, 5e-3), "mnist16": Study("DiNext-U", "DiNext-U 32", 240, 3e-3),
-           "cifar": Study("DiT", "DiT/1 96x3", 480, 6e-3)}
+STUDIES = {"digits": Study("DiNext-U", "DiNext-U 16", 60, 5e-3, 5000),
+           "mnist16": Study("DiNext-U", "DiNext-U 32", 240, 3e-3, 2000),
+           "cifar": Study("DiT", "DiT/1 96x3", 480, 6e-3, 2000)}
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -131,8 +134,15 @@ def run_all(args: Namespace) -> None:
     """Do the missing runs. Several processes may share the work; one that needs the flow of another takes other runs first."""
     results = Path(args.results)
     check_writable(args.work)
+    check_writable(args.results)
     for task in args.tasks:
         steps_of(task, "flow", read_results(results))
+        while not (classifier := classifier_of(task, args)).exists():
+            if claim(Path(args.work) / "claims" / task):
+                call(["benchmarks/classifier.py", *expand(TASKS[task].classifier, args), "--data-root", args.data_root,
+                      "--out", str(classifier)])
+            else:
+                time.sleep(10)  # another process trains it
     left = None
     while left != (left := [run for run in plan(args.tasks) if not (results / name_of(*run)).exists()]):
         for task, seed, stage in left:
@@ -141,6 +151,12 @@ def run_all(args: Namespace) -> None:
             if ready and claim(Path(args.work) / "claims" / name_of(task, seed, stage)) and not (
                     results / name_of(task, seed, stage)).exists():
                 write_json(results / name_of(task, seed, stage), execute(task, seed, stage, args))
+
+
+def classifier_of(task: str, args: Namespace) -> Path:
+    """compare.py's, which its results hold for some tasks; else one of our own."""
+    name = f"classifier-{task}.pt"
+    return path if (path := Path(args.compared) / name).exists() else Path(args.results) / name
 
 
 def plan(tasks: list[str]) -> Iterator[tuple[str, int, str]]:
@@ -172,11 +188,13 @@ def execute(task: str, seed: int, stage: str, args: Namespace) -> dict[str, Any]
 def measure(task: str, folder: Path, sampler: Sampler, args: Namespace) -> list[dict[str, Any]]:
     """evaluate.py's figures of a run's samples."""
     samples = folder / sampler.title.replace(" ", "-")
-    call(["sample_ddp.py", "--ckpt", str(folder), "--balanced", "--num-fid-samples", str(SAMPLES), "--per-proc-batch-size",
-          "250", "--sample-dir", str(samples), *sampler.flags])
+    call(["sample_ddp.py", "--ckpt", str(folder), "--balanced", "--num-fid-samples", str(STUDIES[task].samples),
+          "--per-proc-batch-size", "250", "--sample-dir", str(samples), *sampler.flags])
     (npz,) = samples.glob("*.npz")
-    call(["evaluate.py", *expand(TASKS[task].real[0], args), str(npz), "--weights", "none", "--classifier",
-          f"{args.compared}/classifier-{task}.pt", "--data-root", args.data_root, "--json", str(samples / "figures.json")])
+    held_out, training = expand(" ".join(TASKS[task].real), args)
+    call(["evaluate.py", held_out, str(npz), "--weights", "none", "--classifier", str(classifier_of(task, args)),
+          "--data-root", args.data_root, "--json", str(samples / "figures.json"),
+          *(["--training-images", training] if sampler == EULER[0] else [])])  # then the floor is of as many real images
     return json.loads((samples / "figures.json").read_text())["figures"]
 
 
@@ -191,7 +209,7 @@ def write_table(args: Namespace) -> None:
                   for row, all_seeds in values.items() if all_seeds}
         if not values:
             continue
-        floor = floors_of(task, Path(args.compared))
+        floor = floors_of(task, reports, Path(args.compared))
         rows = [[stage, sampler.title, sampler.calls, len(all_seeds), *map(spread, zip(*all_seeds)),
                  *(f"{statistics.mean(column) - floor[i]:.3g}" for i, column in enumerate(list(zip(*all_seeds))[:2]))]
                 for (stage, sampler), all_seeds in values.items()]
@@ -204,13 +222,12 @@ def write_table(args: Namespace) -> None:
     print(f"Wrote {args.results}/table.md")
 
 
-def floors_of(task: str, compared: Path) -> list[float]:
-    """FIGURES of as many real images, from compare.py's results; for latents, of images encoded and decoded."""
-    results = read_results(compared)
-    if decoded := results.get(f"{task}-reconstructions"):
+def floors_of(task: str, reports: list[dict], compared: Path) -> list[float]:
+    """FIGURES of as many real images; for latents, compare.py's of images encoded and decoded."""
+    if decoded := read_results(compared).get(f"{task}-reconstructions"):
         return [figure(decoded, name)["value"] for name in FIGURES]
-    main = next(report for report in results.values() if report.get("task") == task and report["stage"] == "main")
-    return [figure(main, name)["floor"] for name in FIGURES]
+    first = next(report["figures"][EULER[0].title] for report in reports if EULER[0].title in report["figures"])
+    return [figure({"figures": first}, name)["floor"] for name in FIGURES]
 
 
 ACTIONS = {"time": time_steps, "run": run_all, "table": write_table}
