@@ -41,6 +41,7 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--epochs", type=int | None, help=f"default: 10, or more for a small set: at least {STEPS:,} steps")
     parser.add_argument("--lr", type=float, default=4e-3, help="the maximum of a one-cycle schedule")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--width", type=int, default=32, help="channels of the first layer")
     parser.add_device_argument()
     return parser
 
@@ -49,7 +50,7 @@ def main(args: Namespace) -> None:
     world, start = start_world(args.device), time.perf_counter()
     if world.size > 1:
         raise UserError("this script runs in one process; start it without torchrun")
-    cli.check_numbers(args, ["epochs"], "at least 1", lambda n: n >= 1)
+    cli.check_numbers(args, ["epochs", "width"], "at least 1", lambda n: n >= 1)
     cli.check_numbers(args, ["lr"], "above 0", lambda x: x > 0)
     cli.check_numbers(args, ["image_size"], f"in {SMALLEST}..{cli.MAX_SIZE}", lambda n: SMALLEST <= n <= cli.MAX_SIZE)
     cli.check_output_flag(args, "out", ".pt")
@@ -61,7 +62,7 @@ def main(args: Namespace) -> None:
         raise UserError(f"`data_path` {args.data_path} holds one image; a classifier needs at least two")
     images, labels = read_all(data)
     torch.manual_seed(args.seed)
-    network = {"num_classes": len(data.classes)}
+    network = {"num_classes": len(data.classes), "width": args.width}
     classifier = Classifier(**network).to(world.device)
     train(classifier, images, labels, data.flip, args, world.device)
     accuracy = measure(classifier.eval(), *read_all(held_out), world.device)
