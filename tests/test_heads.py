@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ from pipeline.weights import find_weights
 from runtime import UserError
 from runtime.pictures import to_unit_range
 from small_models import MLP, ConvAdaLN
+from training.runs import heads_of_run
 
 COMMON = dict(input_size=(8, 16), in_channels=2, num_classes=3, learn_sigma=False)
 
@@ -364,5 +366,9 @@ def test_what_is_refused(tmp_path, run_here):
     refused("--heads are for networks that are sampled from", model="Autoencoder-F4C8", diffusion_args="{}", model_args="{}",
             image_size="16")
     refused("--heads: internal needs a loss with an mse", diffusion_args='{"use_kl": true}')
+    spec = SimpleNamespace(diffusion={}, model=SimpleNamespace(outline=lambda: networks()[0]))
+    assert heads_of_run({"internal": {}}, spec, None, SimpleNamespace(kind="moments")) == {"split": 1, "internal": {}}
+    with pytest.raises(UserError, match="align needs pictures, and `data_path` holds cached latents alone"):
+        heads_of_run({"align": {}}, spec, None, SimpleNamespace(kind="moments"))
     with pytest.raises(UserError, match=r"Sequential lacks blocks, .* which heads need"):
         check_heads({"internal": {}}, nn.Sequential())
