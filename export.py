@@ -95,8 +95,11 @@ def write_dinext(restored: checkpoint.Restored, args: Namespace, folder: Path) -
             trained = checkpoint.restore(spec.vae)
             checkpoint.save_folder(folder / OWN_VAE, trained.spec, trained.model.state_dict())
         spec = spec.with_vae(OWN_VAE)
-    heads = restored.facts["heads"]["ema"] if spec.sampling and spec.sampling.internal_scale != 1 else None  # else unused
-    checkpoint.save_folder(folder, spec if heads else replace(spec, heads=None), restored.model.state_dict(), heads)
+    of_heads, used = None, None  # heads that sampling does not use stay behind
+    if spec.sampling and spec.sampling.internal_scale != 1:
+        used = {name: spec.heads[name] for name in ("split", "internal")}
+        of_heads = {key: value for key, value in restored.facts["heads"]["ema"].items() if key.startswith("internal.")}
+    checkpoint.save_folder(folder, replace(spec, heads=used), restored.model.state_dict(), of_heads)
 
 
 def save_vae(vae: torch.nn.Module, folder: Path) -> None:

@@ -121,7 +121,9 @@ class Monitor:
             Stopped: on a signal. The same call goes on from the batches that were finished.
         """
         world, out, start = self.world, log.folder / "figures" / f"{step:07d}.npz", time.perf_counter()
-        if continued and world.on_main(lambda: is_done(out)):
+        classifier = getattr(self.extractors.get("classifier"), "about", {}).get("sha256")
+        asked = world.on_main(lambda: {"images": self.count, "ref": self.ref.sha256(), "classifier": classifier})
+        if continued and world.on_main(lambda: is_done(out, asked)):
             return
         restored = Restored(ema, self.spec, log.folder / "checkpoints" / f"{step:07d}.pt", "", {"spec": self.spec.to_dict()})
         task = Task(restored, self.autoencoder, self.sampling, self.count, balanced=True)
@@ -129,7 +131,7 @@ class Monitor:
         with undisturbed(world.device):
             made = world.on_main(lambda: task.record(torch.backends.cuda.matmul.allow_tf32, compiled=False))
             figures = self.draw_and_measure(task, out, made, stop)
-        report = {"step": step, "protocol": world.on_main(lambda: protocol(made, self.ref.source, self.ref.sha256())),
+        report = {"step": step, "asked": asked, "protocol": protocol(made, self.ref.source, asked["ref"]),
                   "figures": [asdict(figure) for figure in figures], "made": made,
                   "seconds": round(time.perf_counter() - start, 1), "processes": world.size}
         world.on_main(lambda: finish(out, report, log, continued))
@@ -170,10 +172,10 @@ class Leaving:
             raise Left from None
 
 
-def is_done(out: Path) -> bool:
-    """Whether a step has its figures. Its images may have outlived a kill: they are deleted then."""
+def is_done(out: Path, asked: dict[str, Any]) -> bool:
+    """Whether a step has the figures that are asked for. Its images may have outlived a kill: they are deleted then."""
     try:
-        done = "figures" in read_json(out.with_suffix(".json"))
+        done = read_json(out.with_suffix(".json")).get("asked") == asked
     except (FileNotFoundError, UserError):
         return False
     if done:
@@ -193,7 +195,7 @@ def finish(out: Path, report: dict[str, Any], log: Log, continued: bool) -> None
               for figure in report["figures"] if figure["value"] is not None}
     if not report["figures"]:
         log.say(f"No figures of step {step}: its samples are not finite")
-    elif not (continued and any(line.get("step") == step and values.keys() <= line.keys() for line in lines_of(log))):
+    elif not (continued and any(line.get("step") == step and values.items() <= line.items() for line in lines_of(log))):
         log.record(step, **values)
     write_json(out.with_suffix(".json"), report)
     out.unlink(missing_ok=True)

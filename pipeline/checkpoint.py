@@ -289,9 +289,13 @@ class Restored:
         return folder.name
 
     def sha256(self) -> str:
-        """The sha256 of the file: from the file beside it, which `load` has checked, else computed now. Of parts: of theirs."""
+        """The sha256 of the file: from the file beside it, which `load` has checked, else computed now. Of several: of theirs.
+
+        Several are the parts that an index names, and model.safetensors with heads.safetensors.
+        """
+        heads = [self.path.parent / HEADS] if (self.path.parent / HEADS).is_file() else []
         found = [beside.read_text().split()[0] if (beside := sha256_file(part)).is_file() else sha256(part)
-                 for part in parts_of(self.path)]
+                 for part in [*parts_of(self.path), *heads]]
         return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()
 
 

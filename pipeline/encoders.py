@@ -20,6 +20,7 @@ from runtime.pictures import to_unit_range
 from small_models import Classifier
 
 SHORT_NAMES = {"dinov2": "vit_base_patch14_dinov2"}  # of timm's models; its weights: Meta AI, Apache 2.0
+CLASSIFIER = "classifier:"  # how a name begins that is of a file
 ALLOWED = "allowed: dinov2, a ViT of timm by its name, classifier:FILE"
 PIXELS = 32  # images are averaged to at most this many pixels per side for a classifier and for FD-pixel32
 TOKENS, TOKENS_OF = 16, 256  # tokens per side of an image of that many pixels per side
@@ -147,7 +148,7 @@ def load_encoder(name: str, device: torch.device) -> Encoder:
     Raises:
         UserError, OSError: there is no such encoder, or it cannot be loaded.
     """
-    path = name.removeprefix("classifier:")
+    path = name.removeprefix(CLASSIFIER)
     return (ClassifierGrid(name, path) if path != name else ViT(name, load_vit(name))).to(device)
 
 

@@ -3,6 +3,7 @@
     restored = restore_checkpoint(world, ckpt)                    # network and spec
     sampling = Sampling.of(restored.spec, given, restored.model)  # settings, made ready for that network
     autoencoder = restore_autoencoder(world, restored, sampling)  # latent -> image
+    prepare(restored, sampling)                                   # heads for internal guidance, bf16, torch.compile
     images = generate(restored.model, autoencoder, labels, indices, seed, sampling)
 """
 
@@ -22,7 +23,7 @@ from diffusion.reuse import Plan, Reuse, add_prior_noise, plan
 from diffusion.samplers import Steps, evaluation_times, get_sampler
 from pipeline import checkpoint
 from pipeline.autoencoders import check_autoencoder, load_autoencoder
-from pipeline.heads import backbone, guided_inside, restore_heads
+from pipeline.heads import WithHeads, backbone, guided_inside, restore_heads
 from pipeline.settings import SamplingSettings
 from pipeline.spec import BareWeights, Spec, defaults_of
 from runtime import UserError
@@ -33,6 +34,8 @@ from runtime.randomness import generator
 
 DIT_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # the eight classes of DiT's figures
 BATCH = 64  # images drawn at once
+TRAINING_ONLY = {"learn_sigma", "use_kl", "rescale_learned_sigmas", "time_sampling", "time_mean", "time_std", "flow_loss",
+                 "shift_training", "map_share", "map_guidance"}  # arguments of processes in which a guide may differ
 DECODE_BATCH = 16  # a VAE's decoder takes far more memory an image than the network
 
 
@@ -87,11 +90,12 @@ def check_guide(guide: checkpoint.Restored, spec: Spec, model: nn.Module) -> Non
 
 
 def facts_of(spec: Spec, model: nn.Module) -> dict[str, Any]:
-    """What a network and its guide must share, by names for an error."""
+    """What a network and its guide must share, by names for an error. (Of the process what sampling depends on.)"""
     common = defaults_of(create_diffusion)
     objective = spec.diffusion.get("objective", common["objective"])
     own = defaults_of(OBJECTIVES[objective]) if objective in OBJECTIVES else {}
-    return {"objective": objective, **common, **own, **spec.diffusion,
+    process = {"objective": objective, **common, **own, **spec.diffusion}
+    return {**{name: value for name, value in process.items() if name not in TRAINING_ONLY},
             "latent shape": (model.in_channels, *model.input_size), "vae_sha256": spec.vae_sha256,
             "vae": None if spec.vae_sha256 else spec.vae, "latents_mean and latents_std": spec.statistics,
             "number of classes": len(spec.classes), **{f"class {i}": name for i, name in enumerate(spec.classes)}}
@@ -176,6 +180,8 @@ class Sampling:
         """What guidance calls, (x, t, y) -> prediction, for so many images: the network, its reuse or its internal guidance."""
         settings = self.settings
         if settings.internal_scale != 1:
+            if not isinstance(model, WithHeads):
+                raise UserError("internal guidance needs the network with its head: call prepare(restored, sampling) first")
             guided = in_interval(self.times, settings.internal_scale, settings.internal_interval)
             return guided_inside(model, settings.internal_scale, guided)
         return Reuse(backbone(model), self.plan, images) if self.plan else backbone(model)
@@ -187,7 +193,7 @@ class Sampling:
 
     def file_name_parts(self) -> list[str]:
         parts = self.settings.file_name_parts(f"{self.settings.reuse}-{sum(self.plan.keys)}-keys" if self.plan else None)
-        return [*parts, "autoguided"] if self.guide else parts
+        return [*parts, f"autoguided-by-{self.guide.name}"] if self.guide else parts
 
 
 def check_internal(settings: SamplingSettings, spec: Spec) -> None:
@@ -231,7 +237,7 @@ def check_thresholding(settings: SamplingSettings, autoencoder: nn.Module) -> No
         raise UserError(f"`dynamic_thresholding` is for pixels in [-1, 1]; {autoencoder.spec['vae']} has unbounded latents")
 
 
-def prepare(restored: checkpoint.Restored, sampling: Sampling, compile: bool) -> None:
+def prepare(restored: checkpoint.Restored, sampling: Sampling, compile: bool = False) -> None:
     """Make the network of a checkpoint ready, in place, and its guide: heads for internal guidance; see prepare_network."""
     if sampling.settings.internal_scale != 1:
         restored.model = restore_heads(restored)

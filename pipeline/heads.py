@@ -15,6 +15,7 @@ Legend: B batch, C channels, H W size, h w grid of the features, D their width, 
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion.process import Process, Seam, check
-from models import ChannelsLastConv2d, DiNextU, FinalLayer, channels_first
+from models import ChannelsLastConv2d, DiNextU, FinalLayer, RMSNorm, channels_first
 from pipeline.checkpoint import Restored
-from pipeline.encoders import load_encoder
-from pipeline.spec import Config, Spec
+from pipeline.encoders import CLASSIFIER, load_encoder
+from pipeline.spec import Config, Spec, defaults_of
 from pipeline.weights import load_weights
 from runtime import UserError
 from runtime.cli import check_arguments, prefix_errors
+from runtime.files import sha256
 
 SPLIT = 8 / 28  # the share of blocks before the heads' seam; of a DiNext-U it is after the middle stage
 
@@ -41,6 +43,7 @@ class Place(NamedTuple):
     grid: tuple[int, int]         # (h, w)
     patch: tuple[int, int]        # (H / h, W / w)
     channels: int                 # C of a prediction, without a variance
+    rms_norm: bool                # whether the network's last norm is one, as LightningDiT's
     images: tuple[int, int, int]  # (C, H, W) of the pictures
 
 
@@ -90,6 +93,8 @@ class Internal(Head):
         self.patch, self.channels = place.patch, place.channels
         self.final_layer = FinalLayer(place.width, 1, place.channels * math.prod(place.patch))
         self.final_layer.adaLN_modulation[-1] = nn.Linear(place.condition_width, 2 * place.width)
+        if place.rms_norm:
+            self.final_layer.norm_final = RMSNorm(place.width)
         for linear in (self.final_layer.linear, self.final_layer.adaLN_modulation[-1]):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -114,17 +119,18 @@ class Align(Head):
 
     Args:
         encoder: of pipeline/encoders.py: "dinov2", a ViT of timm by its name, or "classifier:FILE".
-        kind: "mlp": three linear layers; "conv": one 3x3 convolution.
+        kind: "mlp": three linear layers; "conv": one 3x3 convolution (iREPA's, without its normalisation of the tokens).
         hidden_size: of the MLP.
+        sha256: of an encoder's file, which check_heads fills in.
     """
 
     needs_images = True
 
     def __init__(self, place: Place, encoder: str = "dinov2", kind: str = "mlp", weight: float = 0.5,
-                 stop_step: int | None = None, hidden_size: int = 2048):
+                 stop_step: int | None = None, hidden_size: int = 2048, sha256: str | None = None):
         super().__init__(weight, stop_step)
-        if kind not in ("mlp", "conv"):
-            raise UserError(f"kind {kind!r} is unknown; allowed: mlp, conv")
+        if kind not in ("mlp", "conv") or hidden_size < 1:
+            raise UserError(f"kind {kind!r} must be mlp or conv, hidden_size {hidden_size} at least 1")
         self.encoder = Frozen(load_encoder(encoder, torch.device("cpu")))
         channels, *size = place.images
         *grid, width = self.encoder.module.token_shape(tuple(size), channels)
@@ -132,6 +138,10 @@ class Align(Head):
         self.projector = ChannelsLastConv2d(place.width, width, 3, padding=1) if kind == "conv" else nn.Sequential(
             nn.Linear(place.width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size), nn.SiLU(),
             nn.Linear(hidden_size, width))
+        for module in self.projector.modules() if kind == "mlp" else ():
+            if isinstance(module, nn.Linear):  # as REPA's
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
 
     def forward(self, features: Tensor, c: Tensor) -> Tensor:
         return self.projector(features)  # (B, h, w, Z)
@@ -202,9 +212,9 @@ def fitting(c: Tensor | tuple[Tensor, ...], width: int) -> Tensor:
 def split_of(network: nn.Module, heads: Config) -> int:
     """How many blocks are before the seam of `heads`."""
     usual = network.default_split if isinstance(network, DiNextU) else max(1, round(SPLIT * len(network.blocks)))
-    split = heads.get("split", usual)
-    if not isinstance(split, int) or not 1 <= split < max(2, len(network.blocks)):
-        raise UserError(f"`heads`: split {split} is not in 1..{len(network.blocks) - 1}, the blocks before the heads")
+    split, most = heads.get("split", usual), max(1, len(network.blocks) - 1)
+    if type(split) is not int or not 1 <= split <= most:
+        raise UserError(f"`heads`: split {split} is not in 1..{most}, the blocks before the heads")
     return split
 
 
@@ -216,7 +226,9 @@ def place_of(outline: nn.Module, split: int, images: tuple[int, int, int]) -> Pl
     state = outline.encode(torch.zeros(1, channels, height, width, device=device), c, split)
     features = as_grid(state[0], outline)
     h, w, features_width = features.shape[1:]
-    return Place(features_width, fitting(c, features_width).shape[1], (h, w), (height // h, width // w), channels, images)
+    rms_norm = isinstance(getattr(getattr(outline, "final_layer", None), "norm_final", None), RMSNorm)
+    return Place(features_width, fitting(c, features_width).shape[1], (h, w), (height // h, width // w), channels, rms_norm,
+                 images)
 
 
 def check_heads(heads: Config, outline: nn.Module) -> Config:
@@ -226,15 +238,26 @@ def check_heads(heads: Config, outline: nn.Module) -> Config:
         UserError: a name or an argument is unknown, or the network has no seam.
     """
     check(outline, Seam, "heads need")
-    checked = {"split": split_of(outline, heads)}
-    for name, arguments in heads.items():
-        if name == "split":
-            continue
+    checked, names = {"split": split_of(outline, heads)}, [name for name in heads if name != "split"]
+    if not names:
+        raise UserError(f"`heads` names none; allowed: {', '.join(HEADS)}")
+    for name in names:
         if name not in HEADS:
             raise UserError(f"`heads`: {name!r} is unknown; allowed: split, {', '.join(HEADS)}")
+        if not isinstance(heads[name], dict):
+            raise UserError(f"`heads`: {name} is {heads[name]!r}, not a dictionary of arguments")
         with prefix_errors(f"`heads`: {name}:"):
-            checked[name] = check_arguments(HEADS[name], arguments, {"place"})
+            checked[name] = defaults_of(HEADS[name]) | check_arguments(HEADS[name], heads[name], {"place"})
+            file = str(checked[name].get("encoder", "")).removeprefix(CLASSIFIER)
+            if checked[name].get("encoder") != file and Path(file).is_file():
+                checked[name]["sha256"] = sha256(Path(file))  # another file of this name is another encoder
     return checked
+
+
+def identity_of(heads: Config) -> Config:
+    """What must stay when a run is continued: an encoder from a file is known by its sha256, not by its path."""
+    return {name: {key: value for key, value in arguments.items() if key != "encoder" or not arguments.get("sha256")}
+            if isinstance(arguments, dict) else arguments for name, arguments in heads.items()}
 
 
 def with_heads(network: nn.Module, spec: Spec, names: Iterable[str] | None = None) -> nn.Module:
@@ -255,6 +278,8 @@ def restore_heads(restored: Restored, names: Iterable[str] = ("internal",)) -> W
     stored = restored.facts.get("heads", {}).get("ema", {})
     model = with_heads(restored.model, restored.spec, names)
     own = {key: value for key, value in stored.items() if key.partition(".")[0] in model.heads}
+    if not own:
+        raise UserError(f"`ckpt` {restored.path} has no weights of its heads; of a folder they are in heads.safetensors")
     load_weights(model.heads, own, restored.path)
     device = next(restored.model.parameters()).device
     return model.to(device).eval().requires_grad_(False)

@@ -117,7 +117,7 @@ def test_a_guide_of_another_process_latents_autoencoder_or_classes_is_refused(pa
     names = restored.spec.classes
     for changes, words in (
             (dict(diffusion={"objective": "v"}), "its objective is v, .* is epsilon"),
-            (dict(diffusion={"learn_sigma": False}), "its learn_sigma is False, .* is True"),
+            (dict(diffusion={"noise_schedule": "squaredcos_cap_v2"}), "its noise_schedule is squaredcos_cap_v2, .* is linear"),
             (dict(diffusion={"input_scale": 0.5}), r"its input_scale is 0\.5, .* is 1\.0"),
             (dict(vae="mse"), "its vae is mse, .* is pixels; if .* pass one `vae` for both"),
             (dict(vae_sha256="ab"), "its vae_sha256 is ab, .* is None$"),
@@ -133,11 +133,13 @@ def test_a_guide_of_another_process_latents_autoencoder_or_classes_is_refused(pa
 
 
 def test_a_guide_whose_description_says_the_same_in_other_words_is_taken(pair):
-    """Defaults written out, as diffusers' folders have them; an autoencoder that was moved."""
+    """Defaults written out, as diffusers' folders have them; an autoencoder that was moved; what only training depends on."""
     restored, guide = pair
     spec = replace(restored.spec, vae_sha256="ab", vae="results/vae")
     other = replace(spec, vae="moved/vae", diffusion={"objective": "epsilon", "noise_schedule": "linear", "input_scale": 1.0})
     assert Sampling.of(spec, {}, restored.model, replace(guide, spec=other)).guide
+    trained = replace(spec, diffusion={"use_kl": True, "rescale_learned_sigmas": True, "learn_sigma": False})
+    assert Sampling.of(spec, {}, restored.model, replace(guide, spec=trained)).guide
 
 
 @pytest.mark.parametrize("script", [sample, sample_ddp, benchmark])
@@ -189,7 +191,7 @@ def test_an_output_names_its_guide_and_is_not_continued_with_another(tiny_run, g
     assert run().returncode == 0
     assert run("--guide-ckpt", guide).returncode == 0
     plain, guided = sorted((tmp_path / "samples").glob("*.npz"), key=lambda path: "-autoguided-" in path.name)
-    assert guided.name == plain.name.replace("fp32-", "fp32-autoguided-")
+    assert guided.name == plain.name.replace("fp32-", "fp32-autoguided-by-guide-")
     records = [json.loads(path.with_suffix(".json").read_text()) for path in (plain, guided)]
     assert records[1] == records[0] | {"guide": "guide", "guide_sha256": sha256(guide)}
     with np.load(plain) as first, np.load(guided) as second:

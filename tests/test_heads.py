@@ -24,6 +24,7 @@ from pipeline.autoencoders import load_autoencoder
 from pipeline.encoders import load_encoder
 from pipeline.generation import Sampling, generate, prepare
 from pipeline.heads import (
+    HEADS,
     Align,
     Head,
     Internal,
@@ -103,7 +104,7 @@ def test_the_internal_head_is_dits_final_layer():
 
 
 def test_pixels_of_a_patch_lie_where_they_belong():
-    place = Place(width=5, condition_width=7, grid=(2, 3), patch=(2, 4), channels=3, images=(3, 4, 12))
+    place = Place(width=5, condition_width=7, grid=(2, 3), patch=(2, 4), channels=3, rms_norm=False, images=(3, 4, 12))
     head = Internal(place)
     values = torch.arange(2 * 2 * 3 * 2 * 4 * 3.0).view(2, 2, 3, 2, 4, 3)  # (B, h, w, H/h, W/w, C)
     head.final_layer.forward = lambda features, c: values.flatten(3)
@@ -154,7 +155,7 @@ CLASSIFIER = f"classifier:{ROOT}/benchmarks/results/compare/classifier-cifar.pt"
 @pytest.mark.parametrize(("grid", "kind"), [((8, 8), "mlp"), ((16, 16), "conv"), ((4, 4), "mlp")])
 def test_alignment_is_repas_formula(grid, kind):
     """The negative mean over positions of the cosine, at the coarser of both grids; the encoder's is 8x8."""
-    place = Place(width=5, condition_width=7, grid=grid, patch=(1, 1), channels=3, images=(3, 32, 32))
+    place = Place(width=5, condition_width=7, grid=grid, patch=(1, 1), channels=3, rms_norm=False, images=(3, 32, 32))
     head, images = randomised(Align(place, CLASSIFIER, kind, hidden_size=6)), torch.randint(0, 256, (2, 3, 32, 32)).byte()
     projected = head(torch.randn(2, *grid, 5), None)
     tokens, projection = load_encoder(CLASSIFIER, torch.device("cpu"))(images), projected
@@ -275,6 +276,15 @@ def test_alignment_sees_the_pictures_as_they_are_mirrored_and_ends(photographs, 
     logged = [metrics(tmp_path / "results/r", name) for name in ("loss", "mse", "align")]
     for step, (loss, mse, align) in enumerate(zip(*logged)):
         assert loss == pytest.approx(mse + (0.5 * align if step < 2 else 0), rel=1e-5)
+    assert len(seen) == 2  # then the encoder does not run any more
+    other = tmp_path / "other.pt"  # the same file is the same encoder, by any path; another one is not
+    shutil.copy(CLASSIFIER.removeprefix("classifier:"), other)
+    heads["align"]["encoder"] = f"classifier:{other}"
+    assert run_here(train, *flags, json.dumps(heads), "--max-steps", 4).returncode == 0
+    state = torch.load(other, weights_only=True)
+    state["spec"]["test_accuracy"] = 0.5
+    torch.save(state, other)
+    assert_one_line(run_here(train, *flags, json.dumps(heads), "--max-steps", 5), "was trained with --heads", "not")
     wrong = run_here(train, *flags, json.dumps({"align": {"encoder": "classifier:none.pt"}}), "--run-name", "x")
     assert_one_line(wrong, "--heads: align: ", "none.pt")
 
@@ -311,6 +321,29 @@ def test_pictures_with_internal_guidance(uneven, tmp_path, monkeypatch, run_here
     assert json.loads(record.read_text())["internal_scale"] == 1.4
 
 
+def test_a_run_may_recommend_internal_guidance(tmp_path, monkeypatch, run_here):
+    """Its preview is guided; a run that begins from it takes the recommendation only with the head."""
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    guided = ["--diffusion-args", '{"objective": "flow", "sampling": {"internal_scale": 1.5, "num_sampling_steps": 2}}']
+    assert run_here(train, *RUN, *guided, "--max-steps", 1).returncode == 0
+    with Image.open("results/r/previews/0000001.png") as picture:
+        assert picture.text["internal_scale"] == "1.5"
+    begin = [*TINY_RUN[:4], *TINY_RUN[8:], "--init-from", "results/r", "--max-steps", 1]
+    for name, heads, scale in (("with", '{"internal": {}}', 1.5), ("without", "{}", 1.0)):
+        done = run_here(train, *begin, "--run-name", name, "--heads", heads)
+        assert done.returncode == 0, done.stderr[-300:]
+        assert checkpoint.restore(f"results/{name}").spec.sampling.internal_scale == scale
+
+
+def test_the_python_call_says_what_it_lacks(uneven):
+    restored = checkpoint.restore(uneven)
+    sampling = Sampling.of(restored.spec, {"internal_scale": 1.4}, restored.model)
+    with pytest.raises(UserError, match=r"needs the network with its head: call prepare\(restored, sampling\) first"):
+        generate(restored.model, load_autoencoder("pixels"), [1, 7], [0, 1], 0, sampling)
+
+
 def test_an_exported_folder_has_heads_only_where_it_recommends_them(uneven, tmp_path):
     def exported(run, name, *flags):
         export.main(export.build_parser().parse_args(["--ckpt", str(run), "--out", str(tmp_path / name), *flags]))
@@ -323,7 +356,14 @@ def test_an_exported_folder_has_heads_only_where_it_recommends_them(uneven, tmp_
     state["spec"]["sampling"]["internal_scale"] = 1.4
     checkpoint.save(tmp_path / "results/r/checkpoints/0000006.pt", state)
     run = tmp_path / "results/r"
-    assert torch.equal(draw(exported(run, "guided")), draw(uneven, internal_scale=1.4))
+    guided = exported(run, "guided")
+    assert torch.equal(draw(guided), draw(uneven, internal_scale=1.4))
+    digest = checkpoint.restore(guided).sha256()
+    for path in guided.glob("heads.*"):
+        path.unlink()
+    assert checkpoint.restore(guided).sha256() != digest  # pictures depend on them
+    with pytest.raises(UserError, match="has no weights of its heads"):
+        draw(guided)
     with pytest.raises(UserError, match="--format diffusers has no internal guidance"):
         exported(run, "d", "--format", "diffusers")
 
@@ -350,7 +390,7 @@ def test_two_processes_and_compile_agree_with_one_to_rounding(head_run, tmp_path
     assert metrics(tmp_path / "results" / "c", "loss") == pytest.approx(metrics(head_run, "loss"), rel=1e-5)
 
 
-def test_what_is_refused(tmp_path, run_here):
+def test_what_is_refused(tmp_path, run_here, monkeypatch):
     import train
 
     def refused(*words, **changes):
@@ -367,8 +407,17 @@ def test_what_is_refused(tmp_path, run_here):
             image_size="16")
     refused("--heads: internal needs a loss with an mse", diffusion_args='{"use_kl": true}')
     spec = SimpleNamespace(diffusion={}, model=SimpleNamespace(outline=lambda: networks()[0]))
-    assert heads_of_run({"internal": {}}, spec, None, SimpleNamespace(kind="moments")) == {"split": 1, "internal": {}}
+    process, latents = SimpleNamespace(validation_terms=("mse",)), SimpleNamespace(kind="moments")
+    assert heads_of_run({"internal": {}}, spec, process, latents) == {"split": 1, "internal": {"weight": 0.5}}
     with pytest.raises(UserError, match="align needs pictures, and `data_path` holds cached latents alone"):
-        heads_of_run({"align": {}}, spec, None, SimpleNamespace(kind="moments"))
+        heads_of_run({"align": {}}, spec, process, latents)
+    for name in ("mse", "loss", "lr", "keys", "a.b"):
+        monkeypatch.setitem(HEADS, name, Internal)
+        with pytest.raises(UserError, match=f"a head cannot have the name '{name}'"):
+            heads_of_run({name: {}}, spec, process, latents)
+    for heads, words in (({"split": 1}, "names none"), ({"internal": None}, "internal is None, not a dictionary"),
+                         ({"internal": {}, "split": True}, "split True is not in 1..2")):
+        with pytest.raises(UserError, match=words):
+            heads_of_run(heads, spec, process, latents)
     with pytest.raises(UserError, match=r"Sequential lacks blocks, .* which heads need"):
         check_heads({"internal": {}}, nn.Sequential())

@@ -79,8 +79,8 @@ def take_settings(initial: Initial, given: dict[str, Any]) -> dict[str, Any]:
     The autoencoder is not among them, because features know theirs.
 
     Args:
-        given: image_size (None: not given), model_args and diffusion_args, which override entry by entry. (Another objective
-            begins from its own defaults.)
+        given: image_size (None: not given), heads; model_args and diffusion_args, which override entry by entry. (Another
+            objective begins from its own defaults.)
 
     Raises:
         UserError: the checkpoint's preset is not known here.
@@ -98,6 +98,8 @@ def take_settings(initial: Initial, given: dict[str, Any]) -> dict[str, Any]:
             recommended = spec.sampling.to_dict()
             if trainers.get("label_drop") == 0:
                 del recommended["cfg_scale"]  # there will be nothing to guide by
+            if "internal" not in given["heads"]:
+                del recommended["internal_scale"], recommended["internal_interval"]
             trainers["sampling"] = recommended | trainers.get("sampling", {})
             diffusion_args = spec.diffusion | diffusion_args
         diffusion_args = diffusion_args | trainers
@@ -131,15 +133,18 @@ def init_from(training: Training, initial: Initial, classes: list[str]) -> str:
     """
     state, weights, source = backbone(training.model).state_dict(), initial.weights, initial.source
     taken, fresh = matching(state, initial, classes)
+    begun = []
     for network, heads in training.networks().values():
         network.load_state_dict(taken, strict=False)
         if heads is not None:
-            heads.load_state_dict(fitting_heads(heads, initial), strict=False)
+            of_heads = fitting_heads(heads, initial)
+            heads.load_state_dict(of_heads, strict=False)
+            begun = sorted({*heads} - {key.partition(".")[0] for key in of_heads})
     differing, unused = [key for key in state if key not in taken], [key for key in fitted(weights, state) if key not in state]
     remark = "" if fresh is None else (f"; embeddings of no label and of {len(classes) - len(fresh)} of {len(classes)} "
                                        f"classes, by name; fresh classes: {shortened(fresh)}")
     return (f"Initialised {len(taken)} of {len(state)} tensors from {source}{initial.remark and f' ({initial.remark})'}; "
-            f"fresh: {shortened(differing)}; unused: {shortened(unused)}{remark}")
+            f"fresh: {shortened([*differing, *(f'head {name}' for name in begun)])}; unused: {shortened(unused)}{remark}")
 
 
 def fitting_heads(heads: nn.ModuleDict, initial: Initial) -> Weights:

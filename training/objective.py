@@ -14,7 +14,7 @@ from pipeline.autoencoders import latents_of
 from pipeline.heads import Step, Tap
 from pipeline.spec import Spec
 from runtime import UserError
-from runtime.processes import autocast
+from runtime.processes import autocast, total
 from runtime.randomness import generator
 from training.rows import TrainingData
 
@@ -62,8 +62,15 @@ class Objective(NamedTuple):
             tap = Tap(model)
             losses = self.process.training_losses(tap, latents, draws.t, dict(y=y), draws.noise)
             seen = Step(self.process, latents, draws.t, dict(y=y), draws.noise, batch if self.data.kind == "images" else None)
-            of_heads = {name: head.loss(tap.outputs[name], seen) for name, head in self.heads.items()}
-        loss = losses["loss"] + sum(head.weight_at(step) * of_heads[name] for name, head in self.heads.items())
+            loss, of_heads = losses["loss"], {}
+            for name, head in self.heads.items():
+                if weight := head.weight_at(step):
+                    of_heads[name] = head.loss(tap.outputs[name], seen)
+                    if of_heads[name].shape != loss.shape:
+                        raise UserError(f"`heads`: {name}'s loss has the shape {tuple(of_heads[name].shape)}, not (B,)")
+                    loss = loss + weight * of_heads[name]
+                else:  # for DDP all parameters take part
+                    loss = loss + 0 * total(tap.outputs[name])
         return losses | of_heads | {"loss": loss}
 
 

@@ -16,7 +16,7 @@ from diffusion.process import Network, Process, check
 from pipeline import checkpoint
 from pipeline.autoencoders import Pixels
 from pipeline.generation import Sampling, check_thresholding
-from pipeline.heads import HEADS, check_heads
+from pipeline.heads import HEADS, check_heads, identity_of
 from pipeline.settings import SamplingSettings
 from pipeline.spec import ModelSpec, Spec, constructor_of, defaults_of
 from runtime import UserError
@@ -26,7 +26,7 @@ from runtime.processes import CommonError, World
 from small_models import NETWORKS, Autoencoder_models
 from training.objective import SSIM_WINDOW
 from training.rows import TrainingData
-from training.state import Training
+from training.state import LOGGED, Training
 
 # --- flags -> Spec -----------------------------------------------------------------------------------
 
@@ -80,9 +80,11 @@ def build_run_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[
     if isinstance(process, FlowMap):
         with prefix_errors("`model_args`:"):
             check_network(spec.model.outline(), spec.model.args.get("time_scale"))
+    if heads:
+        spec = replace(spec, heads=heads_of_run(heads, spec, process, data))
     with prefix_errors("`diffusion_args`: sampling:", *WRONG_VALUE):
         check_thresholding(Sampling.of(spec).settings, autoencoder)
-    return (replace(spec, heads=heads_of_run(heads, spec, process, data)) if heads else spec), label_drop
+    return spec, label_drop
 
 
 def heads_of_run(heads: dict[str, Any], spec: Spec, process: Process, data: TrainingData) -> dict[str, Any]:
@@ -90,6 +92,9 @@ def heads_of_run(heads: dict[str, Any], spec: Spec, process: Process, data: Trai
     if isinstance(process, FlowMap):
         raise UserError("`heads` are not for objective 'flow-map': train them with the flow")
     checked = check_heads(heads, spec.model.outline())
+    for name in {*checked} - {"split"}:
+        if name in {"loss", *LOGGED, *process.validation_terms} or "." in name or hasattr(nn.ModuleDict, name):
+            raise UserError(f"`heads`: a head cannot have the name {name!r}, which means something else")
     if spec.diffusion.get("use_kl") and "internal" in checked:
         raise UserError("`heads`: internal needs a loss with an mse, which use_kl of `diffusion_args` leaves out")
     if data.kind != "images" and (blind := [name for name in checked if getattr(HEADS.get(name), "needs_images", False)]):
@@ -178,8 +183,8 @@ def fixed_settings(spec: Spec, flags: dict[str, Any]) -> dict[str, Any]:
     model = {"model": spec.model.name, **{f"model argument {key}": value for key, value in spec.model.args.items()}}
     model.pop("model argument gradient_checkpointing", None)
     vae = "vae_sha256" if spec.vae_sha256 else "vae"  # a folder may have moved
-    of_data = (vae, "image_size", "channels", "classes", "latents_mean", "latents_std", "heads")
-    return model | fixed | {key: getattr(spec, key) for key in of_data}
+    of_data = (vae, "image_size", "channels", "classes", "latents_mean", "latents_std")
+    return model | fixed | {key: getattr(spec, key) for key in of_data} | {"`heads`": identity_of(spec.heads or {})}
 
 
 def open_run(results: Path, run_name: str | None, model: str) -> Path:
