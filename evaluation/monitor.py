@@ -20,7 +20,7 @@ from evaluation.figures import Figure, kept_of, measure, protocol
 from evaluation.image_sets import ImageSet, open_set
 from evaluation.survey import survey
 from pipeline.checkpoint import Restored
-from pipeline.drawing import Left, Task, draw_images, parts_of
+from pipeline.drawing import Left, Task, draw_images
 from pipeline.generation import Sampling, check_samples
 from pipeline.spec import Spec
 from runtime import UserError
@@ -120,10 +120,11 @@ class Monitor:
         Raises:
             Stopped: on a signal. The same call goes on from the batches that were finished.
         """
-        world, out, start = self.world, log.folder / "figures" / f"{step:07d}.npz", time.perf_counter()
+        world, report_file, start = self.world, log.folder / "figures" / f"{step:07d}.json", time.perf_counter()
+        out = report_file.parent / "drawing" / f"{step:07d}.npz"
         classifier = getattr(self.extractors.get("classifier"), "about", {}).get("sha256")
         asked = world.on_main(lambda: {"images": self.count, "ref": self.ref.sha256(), "classifier": classifier})
-        if continued and world.on_main(lambda: is_done(out, asked)):
+        if continued and world.on_main(lambda: is_done(report_file, out, asked)):
             return
         restored = Restored(ema, self.spec, log.folder / "checkpoints" / f"{step:07d}.pt", "", {"spec": self.spec.to_dict()})
         task = Task(restored, self.autoencoder, self.sampling, self.count, balanced=True)
@@ -134,7 +135,7 @@ class Monitor:
         report = {"step": step, "asked": asked, "protocol": protocol(made, self.ref.source, asked["ref"]),
                   "figures": [asdict(figure) for figure in figures], "made": made,
                   "seconds": round(time.perf_counter() - start, 1), "processes": world.size}
-        world.on_main(lambda: finish(out, report, log, continued))
+        world.on_main(lambda: finish(report_file, out, report, log, continued))
 
     def draw_and_measure(self, task: Task, out: Path, made: dict[str, Any], stop: StopSignal) -> list[Figure]:
         """The figures; none if samples are not finite, which must not end a run."""
@@ -172,14 +173,14 @@ class Leaving:
             raise Left from None
 
 
-def is_done(out: Path, asked: dict[str, Any]) -> bool:
+def is_done(report_file: Path, out: Path, asked: dict[str, Any]) -> bool:
     """Whether a step has the figures that are asked for. Its images may have outlived a kill: they are deleted then."""
     try:
-        done = read_json(out.with_suffix(".json")).get("asked") == asked
+        done = read_json(report_file).get("asked") == asked
     except (FileNotFoundError, UserError):
         return False
     if done:
-        out.unlink(missing_ok=True)
+        shutil.rmtree(out.parent, ignore_errors=True)
     return done
 
 
@@ -188,7 +189,7 @@ def lines_of(log: Log) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.metrics.read_text().splitlines()] if log.metrics.exists() else []
 
 
-def finish(out: Path, report: dict[str, Any], log: Log, continued: bool) -> None:
+def finish(report_file: Path, out: Path, report: dict[str, Any], log: Log, continued: bool) -> None:
     """Log the figures of a step, keep them in its JSON, and delete its images."""
     step, count = report["step"], report["made"]["images"]
     values = {f"{figure['name'].removesuffix(f'-{count}').replace(' ', '_')}-{count}": figure["value"]
@@ -197,6 +198,5 @@ def finish(out: Path, report: dict[str, Any], log: Log, continued: bool) -> None
         log.say(f"No figures of step {step}: its samples are not finite")
     elif not (continued and any(line.get("step") == step and values.items() <= line.items() for line in lines_of(log))):
         log.record(step, **values)
-    write_json(out.with_suffix(".json"), report)
-    out.unlink(missing_ok=True)
-    shutil.rmtree(parts_of(out), ignore_errors=True)
+    write_json(report_file, report)
+    shutil.rmtree(out.parent, ignore_errors=True)

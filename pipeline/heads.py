@@ -73,8 +73,9 @@ class Head(nn.Module):
 
     def __init__(self, weight: float, stop_step: int | None = None):
         super().__init__()
-        if not 0 <= weight < math.inf or (stop_step is not None and stop_step < 0):
-            raise UserError(f"weight {weight} and stop_step {stop_step} must be at least 0")
+        for name, value in {"weight": weight, "stop_step": stop_step or 0}.items():
+            if not 0 <= value < math.inf:
+                raise UserError(f"{name} {value} is not at least 0")
         self.weight, self.stop_step = weight, stop_step
 
     def loss(self, out: Tensor, step: Step) -> Tensor:

@@ -136,7 +136,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         key = re.search(r"unknown key '(\w+)'", message)
         if name not in self.origins or (key and f"{flag[0]}.{key[1]}" in self.given):
             return ""
-        path, remedy = self.origins[name], f"; pass {flag[0]} '{{}}'" if self.flags[name].default == {} else ""
+        path, remedy = self.origins[name], f"; pass {flag[0]} '{{}}'" if key and self.flags[name].default == {} else ""
         return f"{' ' if message.endswith('?') else '. '}{repr(key[1]) if key else flag[0]} comes from {path}{remedy}"
 
     def dump(self, *args, **options) -> str:

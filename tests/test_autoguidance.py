@@ -151,12 +151,24 @@ def test_wrong_guides_are_one_line_and_nothing_is_written(script, tiny_run, guid
     for ckpt, flags, words in (
             (guide, [], "--guide-ckpt needs a --cfg-scale other than 1"),
             (guide, [*guided, "--reuse", "encoder"], "--guide-ckpt and --reuse encoder cannot be combined"),
+            (tiny_run, guided, "is the checkpoint itself: it must be a weaker one"),
             (other, guided, "--guide-ckpt other.pt: its objective is epsilon, that of the checkpoint to be guided is flow"),
             ("no.pt", guided, "error: --guide-ckpt no.pt does not exist"),
             ("empty", guided, "error: --guide-ckpt empty: the folder holds no")):
-        ckpt = getattr(ckpt, "name", ckpt)
+        ckpt = ckpt if ckpt == tiny_run else getattr(ckpt, "name", ckpt)
         assert_one_line(run_here(script, "--ckpt", tiny_run, "--guide-ckpt", ckpt, "--device", "cpu", *flags), words)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_without_label_drop_there_is_only_a_guide(tiny_run, pair):
+    restored = checkpoint.restore(tiny_run)
+    restored.facts["args"] = {"diffusion_args": {"label_drop": 0.0}}
+    with pytest.raises(UserError, match="`cfg_scale` 2 needs a network trained with label_drop"):
+        generation.prepare(restored, Sampling.of(restored.spec, {"cfg_scale": 2.0}))
+    guided, guide = pair
+    guided.facts["args"] = restored.facts["args"]
+    generation.prepare(guided, Sampling.of(guided.spec, {"cfg_scale": 2.0}, guided.model, guide))
+    generation.prepare(restored, Sampling.of(restored.spec, {"cfg_scale": 1.0}))
 
 
 # --- the scripts ---------------------------------------------------------------------------------

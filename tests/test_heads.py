@@ -400,7 +400,7 @@ def test_what_is_refused(tmp_path, run_here, monkeypatch):
 
     refused("--heads: 'inner' is unknown; allowed: split, internal, align", heads='{"inner": {}}')
     refused("--heads: internal: unknown key 'wait'; allowed: weight", heads='{"internal": {"wait": 1}}')
-    refused("weight -1.0 and stop_step", heads='{"internal": {"weight": -1}}')
+    refused("--heads: internal: weight -1.0 is not at least 0", heads='{"internal": {"weight": -1}}')
     refused("--heads are not for objective 'flow-map'", diffusion_args='{"objective": "flow-map"}',
             model_args='{"time_scale": 0.01}')
     refused("--heads are for networks that are sampled from", model="Autoencoder-F4C8", diffusion_args="{}", model_args="{}",

@@ -151,7 +151,7 @@ def test_whatever_stops_it_the_same_command_goes_on_there(run, broken, tmp_path,
     assert (result.returncode, steps, drawn) == (0, [], [*range(32, 70)])
     assert "Stopped by SIGTERM; the same command" in result.stdout
     assert time.monotonic() - start < 10
-    assert not (folder / "figures" / "0000002.npz").exists()
+    assert not (folder / "figures" / "drawing" / "0000002.npz").exists()
 
     broken(monitor, "open_set", 2, lambda: saboteurs.kill(signal.SIGTERM))  # the first one is REF
     result, steps, drawn = run()
@@ -210,7 +210,7 @@ def test_two_processes_draw_stop_and_go_on_together(tmp_path):
     stopped = run_script(script, "signal_in_figures:1", *RUN, *FIGURES, cwd=tmp_path, nproc=2)
     assert "a signal to another process; the same command" in stopped.stdout
     folder = tmp_path / "results" / "r"
-    parts = len(list(folder.glob("figures/0000002.parts/*.npy")))
+    parts = len(list(folder.glob("figures/drawing/0000002.parts/*.npy")))
     assert parts < 3
     run_script(script, "nothing", *RUN, *FIGURES, cwd=tmp_path, nproc=2)
     run_script("sample_ddp.py", "--ckpt", folder / "checkpoints" / "0000002.pt", "--balanced", "--num-fid-samples", 70,
