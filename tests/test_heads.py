@@ -350,7 +350,7 @@ def test_an_exported_folder_has_heads_only_where_it_recommends_them(uneven, tmp_
         return tmp_path / name
 
     assert not (exported(uneven, "plain") / "heads.safetensors").exists()
-    with pytest.raises(UserError, match="`internal_scale` 1.4 needs a network that was trained with the head internal"):
+    with pytest.raises(UserError, match=r"`internal_scale` 1\.4 needs a network that was trained with the head internal"):
         draw(tmp_path / "plain", internal_scale=1.4)
     state = final(uneven)
     state["spec"]["sampling"]["internal_scale"] = 1.4
