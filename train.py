@@ -31,7 +31,7 @@ from training.initial import DEFAULT_MODEL, changes, check_fit, check_time_scale
 from training.objective import Objective, check_rows, means_of, process_of
 from training.order import Batches, GlobalOrder
 from training.previews import preview, save_previews_gif
-from training.rows import Readable, Rows, choose_flip
+from training.rows import Readable, Rows, choose_flip, describe
 from training.runs import begin_or_continue, build_run_spec, list_skipped, save_run, streak_error
 from training.state import OptimizerArgs, Training
 
@@ -134,16 +134,19 @@ class Trainer:
         self.flags = {name: value for name, value in args.as_dict().items() if name != "config"}  # as checkpoints hold them
         self.spec, label_drop = build_run_spec(args.model, args.model_args, args.diffusion_args, self.data, self.autoencoder,
                                                args.heads)
-        self.objective = Objective(process_of(self.spec), self.autoencoder, self.data, label_drop, args.precision)
-        check_rows(self.objective.process, self.order.rows)
+        process = process_of(self.spec)
+        check_rows(process, self.order.rows)
         self.changes = changes(self.spec, label_drop, taken) if taken else []
         if self.initial:  # before a large network is built
             check_fit(self.spec.model.outline().state_dict(), self.initial, self.spec.classes)
             check_time_scale(self.spec, self.initial.spec)
         torch.manual_seed(args.global_seed)  # only the initialisation draws from it
-        model = world.main_first(lambda: with_heads(self.spec.model.build(), self.spec)).to(world.device).train()
-        self.objective = self.objective._replace(heads=getattr(model, "heads", None))
-        self.state = Training.begin(model, args.lr, self.optim)
+        model = self.spec.model.build()
+        if self.spec.heads:  # one of which may download an encoder
+            model = world.main_first(lambda: with_heads(model, self.spec))
+        heads = model.heads if self.spec.heads else None
+        self.objective = Objective(process, self.autoencoder, self.data, label_drop, args.precision, heads)
+        self.state = Training.begin(model.to(world.device).train(), args.lr, self.optim)
 
     def begin(self) -> None:
         """Open the run's folder, continue its newest checkpoint, and start to read."""
@@ -156,7 +159,7 @@ class Trainer:
         self.initial = None  # its file may be deleted now
         self.first = state.step
         self.log = Log(self.folder, world, self.first, args.tracker, self.flags)
-        self.log.say(f"{self.folder}: {self.describe_data()}, {world.size} x {world.device.type}; {'; '.join(remarks)}; "
+        self.log.say(f"{self.folder}: {describe(self.data, args.flip)}, {world.size} x {world.device.type}; {'; '.join(remarks)}; "
                      f"{self.first} of {self.max_steps} steps done")
         for data in (self.data, self.held_out):
             for remark in getattr(data, "remarks", []):
@@ -170,10 +173,6 @@ class Trainer:
         self.stop, self.stopwatch = StopSignal(world), Stopwatch()
         self.sound, self.owed = True, False  # whether the weights are those of `state.step`; whether a checkpoint is overdue
         self.streak = Delayed(state.meter.streak)
-
-    def describe_data(self) -> str:
-        classes, mirrored = self.data.classes, "half of them mirrored" if self.args.flip else "none of them mirrored"
-        return f"{len(self.data):,} samples of {len(classes):,} classes ({cli.shortened(classes, 5)}), {mirrored}"
 
     def step(self) -> None:
         """One optimizer step. The host waits for the device only until the step before is done, or where a line is logged."""

@@ -261,10 +261,8 @@ def identity_of(heads: Config) -> Config:
             if isinstance(arguments, dict) else arguments for name, arguments in heads.items()}
 
 
-def with_heads(network: nn.Module, spec: Spec, names: Iterable[str] | None = None) -> nn.Module:
-    """The network with the heads of its spec (of these names), freshly initialised; the network itself if it has none."""
-    if not spec.heads:
-        return network
+def with_heads(network: nn.Module, spec: Spec, names: Iterable[str] | None = None) -> WithHeads:
+    """The network with the heads of its spec, or those of these names, freshly initialised."""
     place = place_of(spec.model.outline().eval(), spec.heads["split"], (spec.channels, *spec.image_size))
     heads = {}
     for name in spec.heads if names is None else names:

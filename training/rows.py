@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from runtime import UserError
-from runtime.cli import one_line
+from runtime.cli import one_line, shortened
 from runtime.files import printable
 
 
@@ -80,6 +80,12 @@ class Readable(Dataset):
                 raise UserError(f"{next(iter(unreadable.values()))}; {len(unreadable)} or more of {len(self):,} samples cannot "
                                 f"be read, and `max_skipped` allows {self.limit}. Repair or remove them")
             row = (row + 1) % len(self)
+
+
+def describe(data: TrainingData, flip: bool) -> str:
+    """Size, classes and mirroring of a data set, for the log."""
+    mirrored = "half of them mirrored" if flip else "none of them mirrored"
+    return f"{len(data):,} samples of {len(data.classes):,} classes ({shortened(data.classes, 5)}), {mirrored}"
 
 
 def choose_flip(data: TrainingData, flip: bool | None) -> bool:
