@@ -159,8 +159,8 @@ class Trainer:
         self.initial = None  # its file may be deleted now
         self.first = state.step
         self.log = Log(self.folder, world, self.first, args.tracker, self.flags)
-        self.log.say(f"{self.folder}: {describe(self.data, args.flip)}, {world.size} x {world.device.type}; {'; '.join(remarks)}; "
-                     f"{self.first} of {self.max_steps} steps done")
+        self.log.say(f"{self.folder}: {describe(self.data, args.flip)}, {world.size} x {world.device.type}; "
+                     f"{'; '.join(remarks)}; {self.first} of {self.max_steps} steps done")
         for data in (self.data, self.held_out):
             for remark in getattr(data, "remarks", []):
                 self.log.say(f"--data-path {args.data_path}: {remark}")

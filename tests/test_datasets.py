@@ -20,7 +20,7 @@ from pipeline import checkpoint
 from runtime import UserError
 from runtime.processes import start_world
 from training.datasets import load_dataset, load_held_out
-from training.rows import Rows, choose_flip
+from training.rows import Rows, choose_flip, describe
 
 # --- images --------------------------------------------------------------------------------------
 
@@ -273,7 +273,8 @@ def test_mirror_images_are_a_flag_which_is_told_stored_and_fixed(photographs, tm
     folder = ["--data-path", photographs / "train", "--image-size", 8]
     assert begun(*folder).order.flip
     assert not begun(*folder, "--no-flip").order.flip
-    assert begun(*folder).describe_data() == "6 samples of 2 classes (golden retriever, tabby cat), half of them mirrored"
+    run = begun(*folder)
+    assert describe(run.data, run.args.flip) == "6 samples of 2 classes (golden retriever, tabby cat), half of them mirrored"
     flags = [*TINY_RUN, "--run-name", "r", "--max-steps"]
     said = "r: 1,347 samples of 10 classes (zero, one, two, three, four and 5 more), none of them mirrored, 1 x cpu; "
     assert said in run_here(train, *flags, 1).stdout
