@@ -94,7 +94,7 @@ class Study(NamedTuple):
     samples: int                # of each sampler
     stages: dict[str, Stage]
     changes: dict[str, Any] = {}
-    data: str | None = None     # flags of train.py in place of the task's
+    pictures: str | None = None  # flags of train.py for stages that align, if the task has latents
     judge: str | None = None    # flags of classifier.py over the task's, for a classifier of the study's own
 
 
@@ -118,8 +118,8 @@ STUDIES = {
                  "cifar": Study("cifar", "DiT/1 96x3", 480, 6e-3, 2000, MAPS, TEN)},
     "heads": {"mnist16-dit": Study("mnist16", "DiT/4 192x5", 240, 6e-3, 2000, HEADS, judge=JUDGE),
               "mnist16-dinext-u": Study("mnist16", "DiNext-U 32", 240, 6e-3, 2000, HEADS, judge=JUDGE),
-              "cifar-dit": Study("cifar", "DiT/1 96x3", 420, 12e-3, 2000, HEADS, data=PICTURES, judge=JUDGE),
-              "cifar-dinextv2": Study("cifar", "DiNextV2/1 128x3", 420, 12e-3, 2000, HEADS, data=PICTURES, judge=JUDGE)}}
+              "cifar-dit": Study("cifar", "DiT/1 96x3", 420, 12e-3, 2000, HEADS, pictures=PICTURES, judge=JUDGE),
+              "cifar-dinextv2": Study("cifar", "DiNextV2/1 128x3", 420, 12e-3, 2000, HEADS, pictures=PICTURES, judge=JUDGE)}}
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -156,7 +156,8 @@ def train_flags(part: str, stage: str, seed: int, steps: int, args: Namespace) -
     task, what = TASKS[study.task], study.stages[stage]
     preset, changes = next(family[study.network] for family in task.families.values() if study.network in family)
     heads = json.dumps(what.heads or {}).replace("CLASSIFIER", str(Path(args.compared) / f"classifier-{study.task}.pt"))
-    return ["train.py", *expand(study.data or task.data, args), "--data-root", args.data_root, "--model", preset,
+    data = study.pictures if study.pictures and "align" in (what.heads or {}) else task.data
+    return ["train.py", *expand(data, args), "--data-root", args.data_root, "--model", preset,
             "--model-args", json.dumps(changes | study.changes), "--diffusion-args", json.dumps(what.diffusion),
             "--heads", heads, "--optimizer-args", json.dumps(OPTIMIZER | {"warmup_steps": steps // 20}), "--lr", str(study.lr),
             "--ema-decay", "0.99", "--max-steps", str(steps), "--global-batch-size", str(task.batch_size),
