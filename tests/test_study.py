@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, assert_one_line
@@ -82,6 +83,17 @@ def test_a_study_from_time_to_table(call, name, tiny, tmp_path, monkeypatch):
     count = len(commands)
     act("run", name, tmp_path)
     assert len(commands) == count  # nothing is missing
+
+
+def test_only_what_aligns_reads_pictures_and_its_encoder_is_committed():
+    args = study.build_parser().parse_args(["run", "heads", "--compared", str(ROOT / "benchmarks/results/compare")])
+    for part, of in study.STUDIES["heads"].items():
+        for stage in of.stages:
+            flags = study.train_flags(part, stage, 0, 10, args)
+            heads = json.loads(flags[flags.index("--heads") + 1])
+            assert ("data/cifar10-jpg/train" in flags) == (of.task == "cifar" and stage == "align")
+            for name in heads.keys() & {"align"}:
+                assert Path(heads[name]["encoder"].removeprefix("classifier:")).is_file()
 
 
 def test_a_budget_is_a_number_of_steps(tiny, tmp_path):
