@@ -88,10 +88,7 @@ class DiNextPipeline(DiffusionPipeline):
             raise ValueError("no image is asked for: class_labels is empty, or batch_size is 0")
         if isinstance(generator, list) and len(generator) != len(y):
             raise ValueError(f"{len(generator)} generators were given for {len(y)} images")
-        if latents is None:
-            latents = randn_tensor((len(y), *settings["shape"]), generator, source)
-        if latents.shape != (len(y), *settings["shape"]):
-            raise ValueError(f"latents have the shape {tuple(latents.shape)}; expected {(len(y), *settings['shape'])}")
+        latents = self.prepare_latents(len(y), generator, source, latents)
         scale = settings["cfg_scale"] if guidance_scale is None else guidance_scale
 
         times = self.prepare_steps(num_inference_steps, device)
@@ -121,6 +118,15 @@ class DiNextPipeline(DiffusionPipeline):
         if output_type == "np":
             images = images.permute(0, 2, 3, 1).cpu().numpy()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def prepare_latents(self, count: int, generator: torch.Generator | list[torch.Generator] | None, source: torch.device,
+                        latents: Tensor | None) -> Tensor:
+        """The start noise (B, C, H, W): a draw on `source`, or what the user gives."""
+        shape = (count, *self.config.sampling["shape"])
+        latents = randn_tensor(shape, generator, source) if latents is None else latents
+        if latents.shape != shape:
+            raise ValueError(f"latents have the shape {tuple(latents.shape)}; expected {shape}")
+        return latents
 
     @staticmethod
     def ids_of(id2label: dict[str, str]) -> dict[int | str, int]:

@@ -52,10 +52,15 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="in this order")
     parser.add_argument("--results", default="benchmarks/results/compare", help="folder of JSON, classifiers, table and figure")
     parser.add_argument("--work", default="results/compare", help="folder of runs and samples")
+    add_task_arguments(parser)
+    return parser
+
+
+def add_task_arguments(parser: cli.ArgumentParser) -> None:
+    """Add the flags that stand in TASKS: where their data lie."""
     parser.add_argument("--data-root", default="data", help="where MNIST lies")
     parser.add_argument("--cifar", default="data/cifar10-jpg", help="CIFAR-10's pictures, with train and test")
     parser.add_argument("--cifar-features", default="features/cifar10/train", help="their latents, mirrored ones too")
-    return parser
 
 
 def time_steps(args: Namespace) -> None:
@@ -99,9 +104,9 @@ def build(network: Network, shape: tuple[int, int, int]) -> torch.nn.Module:
                                        "learn_sigma": False} | changes)
 
 
-def training_step(model: torch.nn.Module, task: Task, diffusion: dict = FLOW) -> Callable[[], None]:
+def training_step(model: torch.nn.Module, task: Task) -> Callable[[], None]:
     """What train.py does in a step, without reading data, as a function without arguments."""
-    process = create_diffusion("", **diffusion)
+    process = create_diffusion("", **FLOW)
     state, draws = Training.begin(model, 1e-3, OptimizerArgs()), torch.Generator().manual_seed(0)
     x, y = torch.randn(task.batch_size, *task.shape), torch.randint(10, (task.batch_size,))
 
@@ -141,18 +146,22 @@ def run_all(args: Namespace) -> None:
     check_writable(args.work)
     list_runs(args)
     for task in args.tasks:
-        while not (classifier := classifier_of(task, args)).exists():
-            if claim(claims / task):
-                call(["benchmarks/classifier.py", *expand(TASKS[task].classifier, args), "--data-root", args.data_root,
-                      "--out", str(classifier)])
-            else:
-                time.sleep(10)  # another process trains it
+        train_classifier(classifier_of(task, args), TASKS[task].classifier, claims / task, args)
         while missing := missing_runs(task, folder):
             run = next((run for run in missing if claim(claims / run.name)), None)
             if run is None:
                 time.sleep(10)  # other processes are doing them; their results may call for more runs
             elif run in missing_runs(task, folder):  # not done by another process meanwhile
                 write_json(folder / f"{run.name}.json", execute(run, steps_of(run, read_results(folder)), args))
+
+
+def train_classifier(out: Path, flags: str, claimed: Path, args: Namespace) -> None:
+    """Train the classifier `out` by classifier.py if it is missing, or wait for the process that has claimed it."""
+    while not out.exists():
+        if claim(claimed):
+            call(["benchmarks/classifier.py", *expand(flags, args), "--data-root", args.data_root, "--out", str(out)])
+        else:
+            time.sleep(10)
 
 
 def claim(folder: Path) -> bool:

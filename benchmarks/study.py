@@ -16,7 +16,6 @@ import json
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,8 @@ from typing import Any, NamedTuple
 from jsonargparse import Namespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.compare import about, call, claim, expand
+from benchmarks import compare
+from benchmarks.compare import FLOW, about, call, claim, expand
 from benchmarks.comparison import SEEDS, TASKS, figure, read_results, spread, table
 from diffusion.flow_map import FlowMap
 from diffusion.guidance import in_interval
@@ -36,7 +36,6 @@ ROUNDS, TIMED = 3, 40  # of the times: rounds of runs of so many steps
 OMEGA = 0.6               # of guidance in a map's training
 SCALE = 1 / (1 - OMEGA)   # of the same guidance at sampling: u = v + OMEGA (u - u_null) is v_null + SCALE (v - v_null)
 UP_TO = 700               # the timesteps with it
-FLOW = {"objective": "flow", "time_sampling": "logit-normal"}
 OPTIMIZER = {"betas": [0.9, 0.95], "schedule": "cosine"}
 FIGURES = ("FD-classifier", "FD-pixel32", "Label accuracy")
 QUARTER = 4               # an early checkpoint guides: that of a quarter of the steps
@@ -130,9 +129,7 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--results", type=str | None, help="folder of JSON and table; default: benchmarks/results/STUDY")
     parser.add_argument("--compared", default="benchmarks/results/compare", help="compare.py's results: classifiers and floors")
     parser.add_argument("--work", default="results/study", help="folder of runs and samples")
-    parser.add_argument("--data-root", default="data", help="where MNIST lies")
-    parser.add_argument("--cifar", default="data/cifar10-jpg", help="CIFAR-10's pictures, with train and test")
-    parser.add_argument("--cifar-features", default="features/cifar10/train", help="their latents, mirrored ones too")
+    compare.add_task_arguments(parser)
     return parser
 
 
@@ -205,12 +202,9 @@ def run_all(args: Namespace) -> None:
     for part, stage, _ in plan(args):
         steps_of(part, stage, args)
     for part in dict.fromkeys(part for part, *_ in plan(args)):
-        classifier, flags = classifier_of(part, args)
-        while not classifier.exists():
-            if claim(claims / classifier.stem):
-                call(["benchmarks/classifier.py", *flags, "--out", str(classifier)])
-            else:
-                time.sleep(10)  # another process trains it
+        study, classifier = STUDIES[args.study][part], classifier_of(part, args)
+        flags = f"{TASKS[study.task].classifier} {study.judge or ''}"
+        compare.train_classifier(classifier, flags, claims / classifier.stem, args)
     left = None
     while left != (left := [run for run in plan(args) if not (results / f"{name_of(*run)}.json").exists()]):
         for part, stage, seed in left:
@@ -220,13 +214,12 @@ def run_all(args: Namespace) -> None:
                 write_json(out, execute(part, stage, seed, args))
 
 
-def classifier_of(part: str, args: Namespace) -> tuple[Path, list[str]]:
-    """What judges a part, and the flags of classifier.py that train it: compare.py's, or one of the study's own."""
+def classifier_of(part: str, args: Namespace) -> Path:
+    """What judges a part: compare.py's, or one of the study's own."""
     study = STUDIES[args.study][part]
-    flags = [*expand(f"{TASKS[study.task].classifier} {study.judge or ''}", args), "--data-root", args.data_root]
     name = f"classifier-{study.task}{'-judge' if study.judge else ''}.pt"
     theirs = Path(args.compared) / name
-    return (theirs if theirs.exists() else Path(args.results) / name), flags
+    return theirs if theirs.exists() else Path(args.results) / name
 
 
 def execute(part: str, stage: str, seed: int, args: Namespace) -> dict[str, Any]:
@@ -251,7 +244,7 @@ def measure(part: str, folder: Path, sampler: Sampler, steps: int, args: Namespa
     (npz,) = samples.glob("*.npz")
     held_out, training = expand(" ".join(TASKS[study.task].real), args)
     first = sampler == next(iter(study.stages.values())).samplers[0]  # its floor is of as many real images
-    call(["evaluate.py", held_out, str(npz), "--weights", "none", "--classifier", str(classifier_of(part, args)[0]),
+    call(["evaluate.py", held_out, str(npz), "--weights", "none", "--classifier", str(classifier_of(part, args)),
           "--data-root", args.data_root, "--json", str(samples / "figures.json"),
           *(["--training-images", training] if first else [])])
     return json.loads((samples / "figures.json").read_text())["figures"]

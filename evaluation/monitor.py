@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,6 +112,10 @@ class Monitor:
     autoencoder: nn.Module
     world: World
 
+    @cached_property
+    def ref_sha256(self) -> str:
+        return self.ref.sha256()  # of a folder it reads all pictures
+
     def measure(self, ema: nn.Module, step: int, continued: bool, log: Log, stop: StopSignal) -> None:
         """Draw, measure and log, with `figures/STEP.json` in the run's folder. The step's checkpoint must be there.
 
@@ -123,7 +128,7 @@ class Monitor:
         world, report_file, start = self.world, log.folder / "figures" / f"{step:07d}.json", time.perf_counter()
         out = report_file.parent / "drawing" / f"{step:07d}.npz"
         classifier = getattr(self.extractors.get("classifier"), "about", {}).get("sha256")
-        asked = world.on_main(lambda: {"images": self.count, "ref": self.ref.sha256(), "classifier": classifier})
+        asked = world.on_main(lambda: {"images": self.count, "ref": self.ref_sha256, "classifier": classifier})
         if continued and world.on_main(lambda: is_done(report_file, out, asked)):
             return
         restored = Restored(ema, self.spec, log.folder / "checkpoints" / f"{step:07d}.pt", "", {"spec": self.spec.to_dict()})

@@ -256,6 +256,12 @@ def read(path: Path, bare: BareWeights) -> tuple[Source, Contents]:
     return source, contents._replace(remark="; ".join(filter(None, (contents.remark, source.remark))))
 
 
+def label_drop_of(facts: Config, usual: float | None = None) -> float | None:
+    """The label drop in a checkpoint's flags, `usual` if they do not name it; None if there are no flags of train.py's."""
+    flags = facts.get("args")
+    return flags.get("diffusion_args", {}).get("label_drop", usual) if isinstance(flags, dict) else None
+
+
 def spec_of(state: dict, path: Path) -> Spec:
     """What a training checkpoint says of itself. UserError if it says nothing, or its description is not understood."""
     if "spec" not in state:

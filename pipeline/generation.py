@@ -239,9 +239,7 @@ def check_thresholding(settings: SamplingSettings, autoencoder: nn.Module) -> No
 
 def prepare(restored: checkpoint.Restored, sampling: Sampling, compile: bool = False) -> None:
     """Make the network of a checkpoint ready, in place, and its guide: heads for internal guidance; see prepare_network."""
-    flags = restored.facts.get("args")
-    given = flags.get("diffusion_args", {}) if isinstance(flags, dict) else {}
-    if sampling.settings.cfg_scale != 1 and not sampling.guide and given.get("label_drop") == 0:
+    if sampling.settings.cfg_scale != 1 and not sampling.guide and checkpoint.label_drop_of(restored.facts) == 0:
         raise UserError(f"`cfg_scale` {sampling.settings.cfg_scale:g} needs a network trained with label_drop: this one "
                         "does not know the null label (`guide_ckpt` guides without)")
     if sampling.guide and sampling.guide.path.resolve() == restored.path.resolve():

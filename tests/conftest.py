@@ -155,6 +155,14 @@ def random_network(constructor, std, seed=0, dtype=torch.float32, **kwargs):
     return model.eval()
 
 
+def randomised(network):
+    """The network with random numbers in all that is trained."""
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return network
+
+
 def analytic_model(x, t, learned=True):
     """The model of tests/golden/README.md."""
     u = t.view(-1, 1, 1, 1) / 1000

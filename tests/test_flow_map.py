@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import test_interchange as interchange
 import torch
-from conftest import TINY_RUN, assert_one_line, run_script, train_here
+from conftest import TINY_RUN, assert_one_line, randomised, run_script, train_here
 from foreign import ForeignNet
 from PIL import Image
 from test_train import assert_same, final, metrics
@@ -47,16 +47,9 @@ def instants(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def random_network(network):
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.2)
-    return network
-
-
 def networks():
     torch.manual_seed(0)
-    return [random_network(network) for network in (
+    return [randomised(network) for network in (
         DiT(hidden_size=16, depth=3, num_heads=2, patch_size=2, **TINY), DiNext(hidden_size=16, depth=3, patch_size=2, **TINY),
         DiNextU(hidden_size=8, depths=(1, 1, 1, 1, 1), **TINY))]
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, assert_one_line, run_script, train_here
+from conftest import ROOT, TINY_RUN, assert_one_line, randomised, run_script, train_here
 from PIL import Image
 from test_train import assert_same, final, metrics
 from torch import nn
@@ -54,13 +54,6 @@ def networks():
             DiNext(hidden_size=16, depth=3, patch_size=4, **COMMON), DiNextU(hidden_size=8, depths=(1, 1, 2, 1, 1), **COMMON),
             ConvAdaLN(hidden_size=16, depth=3, **COMMON), MLP(hidden_size=32, label_features=8, **COMMON)]
     return [randomised(network) for network in made]
-
-
-def randomised(network):
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.2)
-    return network
 
 
 def batch():

@@ -37,8 +37,7 @@ class Initial(NamedTuple):
 def read_initial(source: str) -> Initial:
     """The checkpoint of that name, see `checkpoint.resolve`."""
     found, (spec, weights, remark) = checkpoint.read(checkpoint.resolve(source), BareWeights(vae="ema"))
-    flags = found.facts.get("args")
-    drop = flags.get("diffusion_args", {}).get("label_drop", TrainerArgs.label_drop) if isinstance(flags, dict) else None
+    drop = checkpoint.label_drop_of(found.facts, TrainerArgs.label_drop)
     return Initial(source, spec, weights, remark, drop, found.facts.get("heads", {}).get("ema", {}))
 
 
