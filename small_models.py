@@ -5,6 +5,7 @@ Legend: B batch, C channels of the image or latent, H W its size, D width, L num
 
 from collections import ChainMap
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -133,25 +134,30 @@ class ConvAdaLNBlock(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """MinDiff's convolutional autoencoder, F4-C8: images (B, C, H, W) <-> latents (B, 8, H/4, W/4).
+    """MinDiff's convolutional autoencoder: images (B, C, H, W) <-> latents (B, latent_channels, H/factor, W/factor).
 
     Each latent is standardised: it has mean 0 and variance 1 over its channels and positions. There is no noise and no KL
     term.
 
-    Args: the defaults are those for CIFAR-10's images.
-        input_size: H = W, or (H, W), of the image; multiples of 4.
+    Args: the defaults are those for CIFAR-10's images, F4-C8.
+        input_size: H = W, or (H, W), of the image; multiples of factor.
         in_channels: C of the image.
         hidden_size: width at full resolution, a multiple of 8. Each halving of the resolution doubles it.
+        factor: image size / latent size, a power of 2.
+        latent_channels: channels of a latent.
     """
 
-    FACTOR, LATENT_CHANNELS = 4, 8
-
-    def __init__(self, input_size: int | tuple[int, int] = 32, in_channels: int = 3, hidden_size: int = 32):
+    def __init__(self, input_size: int | tuple[int, int] = 32, in_channels: int = 3, hidden_size: int = 32, factor: int = 4,
+                 latent_channels: int = 8):
         super().__init__()
-        self.input_size, self.in_channels = check_size(input_size, self.FACTOR), in_channels
+        if factor < 2 or factor & (factor - 1) or latent_channels < 1:
+            raise ValueError(f"factor ({factor}) must be 2, 4, 8 …, latent_channels ({latent_channels}) at least 1")
+        self.input_size, self.in_channels = check_size(input_size, factor), in_channels
+        self.factor, self.latent_channels = factor, latent_channels
         if hidden_size < 8 or hidden_size % 8:
             raise ValueError(f"hidden_size {hidden_size} is not a positive multiple of 8")
-        widths = [hidden_size, 2 * hidden_size, 4 * hidden_size]
+        widths = [hidden_size * 2**level for level in range(factor.bit_length())]
+        levels = list(pairwise(widths))  # the widths on both sides of each halving
 
         def conv(channels: int, out_channels: int) -> nn.Conv2d:
             return nn.Conv2d(channels, out_channels, kernel_size=3, padding=1)
@@ -163,22 +169,21 @@ class Autoencoder(nn.Module):
 
         self.encoder = nn.Sequential(
             conv(in_channels, widths[0]), nn.Mish(),
-            *stage(widths[0], widths[1], nn.AvgPool2d(2), down=True), *stage(widths[1], widths[2], nn.AvgPool2d(2), down=True),
-            nn.GroupNorm(8, widths[2]), conv(widths[2], self.LATENT_CHANNELS))
+            *(layer for level in levels for layer in stage(*level, nn.AvgPool2d(2), down=True)),
+            nn.GroupNorm(8, widths[-1]), conv(widths[-1], latent_channels))
         self.decoder = nn.Sequential(
-            conv(self.LATENT_CHANNELS, widths[2]), nn.Mish(),
-            *stage(widths[1], widths[2], nn.Upsample(scale_factor=2), down=False),
-            *stage(widths[0], widths[1], nn.Upsample(scale_factor=2), down=False),
+            conv(latent_channels, widths[-1]), nn.Mish(),
+            *(layer for level in reversed(levels) for layer in stage(*level, nn.Upsample(scale_factor=2), down=False)),
             nn.GroupNorm(8, widths[0]), conv(widths[0], in_channels))
         self.to(memory_format=torch.channels_last)
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] -> latents (B, 8, H/4, W/4)."""
+        """(B, C, H, W) in [-1, 1] -> latents (B, latent_channels, H/factor, W/factor)."""
         latents = self.encoder(images)
         return F.layer_norm(latents, latents.shape[1:]).contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, 8, H/4, W/4) -> images (B, C, H, W), near [-1, 1]."""
+        """Latents (B, latent_channels, H/factor, W/factor) -> images (B, C, H, W), near [-1, 1]."""
         return self.decoder(latents)
 
     def forward(self, x: Tensor, t: Tensor | None = None, y: Tensor | None = None) -> Tensor:
@@ -219,7 +224,8 @@ class Classifier(nn.Module):
 # -------------------------------------------------------------------------------------------------
 
 Small_models = {"MLP": partial(MLP), "ConvAdaLN": partial(ConvAdaLN)}
-Autoencoder_models = {"Autoencoder-F4C8": partial(Autoencoder)}
+Autoencoder_models = {"Autoencoder-F4C8": partial(Autoencoder),
+                      "Autoencoder-F2C4": partial(Autoencoder, factor=2, latent_channels=4)}
 
 DIFFUSION_NETWORKS = ChainMap(Small_models, DiT_models)  # a view: later additions to a registry appear in it
 NETWORKS = ChainMap(Autoencoder_models, Small_models, DiT_models)

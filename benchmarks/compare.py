@@ -30,6 +30,7 @@ from jsonargparse import Namespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import comparison
+from benchmarks.candidates import CANDIDATES
 from benchmarks.comparison import TASKS, Network, Run, Task, missing_runs, plan, read_results, steps_of
 from benchmarks.instruments import count_macs, time_in_turn
 from diffusion import create_diffusion
@@ -41,7 +42,7 @@ from training.datasets import load_dataset
 from training.state import OptimizerArgs, Training
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLES = {"search": 2000, "main": 5000, "curve": 5000}  # of a run
+SAMPLES = {"search": 2000, "trial": 5000, "main": 5000, "curve": 5000}  # of a run
 ROUNDS = 15  # of timed steps
 FLOW = {"objective": "flow", "time_sampling": "logit-normal"}
 
@@ -100,7 +101,7 @@ def time_networks(task: Task, networks: dict[str, Network]) -> dict[str, dict]:
 
 def build(network: Network, shape: tuple[int, int, int]) -> torch.nn.Module:
     name, changes = network
-    return DIFFUSION_NETWORKS[name](**{"input_size": shape[1:], "in_channels": shape[0], "num_classes": 10,
+    return {**DIFFUSION_NETWORKS, **CANDIDATES}[name](**{"input_size": shape[1:], "in_channels": shape[0], "num_classes": 10,
                                        "learn_sigma": False} | changes)
 
 
@@ -178,7 +179,7 @@ def execute(run: Run, steps: int, args: Namespace) -> dict:
     """Train, sample and measure. Returns what the run's JSON holds."""
     task, folder = TASKS[run.task], Path(args.work) / run.name
     preset, changes = task.families[run.family][run.network]
-    train = ["train.py", *expand(task.data, args), "--data-root", args.data_root, "--model", preset,
+    train = [*script("train", preset), *expand(task.data, args), "--data-root", args.data_root, "--model", preset,
              "--model-args", json.dumps(changes), "--diffusion-args", json.dumps(FLOW), "--optimizer-args",
              json.dumps({"betas": [0.9, 0.95], "warmup_steps": steps // 20, "schedule": "cosine"}), "--lr", str(run.lr),
              "--ema-decay", "0.999", "--global-batch-size", str(task.batch_size), "--max-steps", str(steps),
@@ -191,11 +192,16 @@ def execute(run: Run, steps: int, args: Namespace) -> dict:
     result["loss"] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
     first = run.stage == "main" and run.seed == comparison.SEEDS[0]
     for name, scale in {"figures": 1.0, **({"guided": comparison.GUIDANCE} if first else {})}.items():
-        call(["sample_ddp.py", "--ckpt", str(folder / f"checkpoints/{steps:07d}.pt"), "--balanced", "--num-fid-samples",
-              str(SAMPLES[run.stage]), "--per-proc-batch-size", "250", "--sampler", "euler", "--num-sampling-steps", "25",
-              "--cfg-scale", str(scale), "--sample-dir", str(folder / name)])
+        call([*script("sample_ddp", preset), "--ckpt", str(folder / f"checkpoints/{steps:07d}.pt"), "--balanced",
+              "--num-fid-samples", str(SAMPLES[run.stage]), "--per-proc-batch-size", "250", "--sampler", "euler",
+              "--num-sampling-steps", "25", "--cfg-scale", str(scale), "--sample-dir", str(folder / name)])
         result[name] = evaluate(run, folder / name, args)
     return result
+
+
+def script(name: str, preset: str) -> list[str]:
+    """The words before a script's flags. A network on trial is known only where candidates.py registers it."""
+    return ["benchmarks/candidates.py", name] if preset in CANDIDATES else [f"{name}.py"]
 
 
 def evaluate(run: Run, folder: Path, args: Namespace) -> list[dict]:
@@ -203,7 +209,7 @@ def evaluate(run: Run, folder: Path, args: Namespace) -> list[dict]:
     (npz,) = folder.glob("*.npz")
     held_out, training = expand(" ".join(TASKS[run.task].real), args)
     call(["evaluate.py", held_out, str(npz), "--weights", "none", "--classifier", str(classifier_of(run.task, args)),
-          "--data-root", args.data_root, *(["--training-images", training] if run.stage == "main" else []),
+          "--data-root", args.data_root, *(["--training-images", training] if run.stage in ("trial", "main") else []),
           "--json", str(folder / "figures.json")])
     return json.loads((folder / "figures.json").read_text())["figures"]
 

@@ -28,6 +28,8 @@ class Task(NamedTuple):
     classifier: str              # flags of classifier.py
     families: dict[str, dict[str, Network]]
     follows: dict[str, str] = {}  # a family of one network -> one before it, whose learning rate it takes without a search
+    trials: dict[str, float | None] = {}  # a family, each of whose networks gets the whole budget -> its rate, unless searched
+    finalists: tuple[str, ...] = ()       # of the trials' networks: they get all seeds and the curve
 
 
 TASKS = {
@@ -45,8 +47,16 @@ TASKS = {
         "ConvAdaLN": {"ConvAdaLN 96x4": ("ConvAdaLN", dict(hidden_size=96, depth=4))},
         "DiNextV2": {"DiNextV2/1 128x3": ("DiNextV2-S/2", dict(patch_size=1, hidden_size=128, depth=3))},
         "DiT labels": {"DiT/1 96x3 labels": (
-            "DiT-S/2", dict(patch_size=1, hidden_size=96, depth=3, num_heads=3, label_std=1.0))}},
-        {"DiNextV2": "DiNext", "DiT labels": "DiT"}),
+            "DiT-S/2", dict(patch_size=1, hidden_size=96, depth=3, num_heads=3, label_std=1.0))},
+        "DiT larger": {"DiT/1 128x4": ("DiT-S/2", dict(patch_size=1, hidden_size=128, depth=4, num_heads=4)),
+                       "DiT/1 160x4": ("DiT-S/2", dict(patch_size=1, hidden_size=160, depth=4, num_heads=5))},
+        "DiNextV2 larger": {f"DiNextV2/1 {width}x{depth}": ("DiNextV2-S/2", dict(patch_size=1, hidden_size=width, depth=depth))
+                            for width, depth in ((160, 4), (192, 3), (192, 4))},
+        "ConvAdaLN in parts": {f"ConvAdaLN-{part} 96x4": (f"ConvAdaLN-{part}", dict(hidden_size=96, depth=4))
+                               for part in ("depthwise", "layer-norm", "gelu", "adaln-zero", "embedders")},
+        "Dense": {"Dense/1 96x6": ("Dense", dict(hidden_size=96, depth=6))}},
+        {"DiNextV2": "DiNext", "DiT labels": "DiT"},
+        {"DiT larger": None, "DiNextV2 larger": None, "ConvAdaLN in parts": 3e-3, "Dense": None}),
     "mnist16": Task(420, 64, (1, 16, 16), "--data-path mnist --image-size 16 --vae pixels", ("mnist", "mnist"),
                     "--data-path mnist --image-size 16 --epochs 5", {
         "DiT": {"DiT/2 96x4": ("DiT-S/2", dict(hidden_size=96, depth=4, num_heads=3)),
@@ -69,7 +79,7 @@ class Run(NamedTuple):
     """One training, its samples and figures."""
 
     task: str
-    stage: str  # "search" of a learning rate and shape, "main", "curve"
+    stage: str  # "search" of a learning rate and shape, "trial", "main", "curve"
     family: str
     network: str
     lr: float
@@ -92,6 +102,8 @@ def plan(task: str, results: dict[str, dict]) -> list[Run]:
     """The runs of a task in their order, as far as the results so far determine them."""
     runs, best = [], {}
     for family, networks in TASKS[task].families.items():
+        if family in TASKS[task].trials:
+            continue
         if leader := TASKS[task].follows.get(family):
             best[family] = best[leader] and best[leader]._replace(family=family, network=next(iter(networks)))
         else:
@@ -99,8 +111,28 @@ def plan(task: str, results: dict[str, dict]) -> list[Run]:
             runs += searched
     if None in best.values():
         return runs
+    return runs + whole(list(best.values())) + trials(task, results)
+
+
+def whole(chosen: list[Run]) -> list[Run]:
+    """The runs of the chosen networks with the whole budget, and their curve."""
     stages = [("main", seed, Fraction(1)) for seed in SEEDS] + [("curve", SEEDS[0], share) for share in CURVE]
-    return runs + [run._replace(stage=stage, seed=seed, share=share) for stage, seed, share in stages for run in best.values()]
+    return [run._replace(stage=stage, seed=seed, share=share) for stage, seed, share in stages for run in chosen]
+
+
+def trials(task: str, results: dict[str, dict]) -> list[Run]:
+    """The runs of networks on trial: a search of the rate, then the whole budget once; finalists get what the chosen get."""
+    runs, finalists = [], []
+    for family, lr in TASKS[task].trials.items():
+        for network in TASKS[task].families[family]:
+            known = [], Run(task, "search", family, network, lr or 0, SEEDS[0], SEARCH)
+            searched, best = known if lr else search_rate(task, family, network, results)
+            runs += searched
+            if best and network in TASKS[task].finalists:
+                finalists.append(best)
+            elif best:
+                runs.append(best._replace(stage="trial", share=Fraction(1)))
+    return runs + whole(finalists)
 
 
 def search(task: str, family: str, networks: list[str], results: dict[str, dict]) -> tuple[list[Run], Run | None]:
@@ -172,21 +204,22 @@ def write_report(folder: Path, tasks: list[str]) -> None:
 def main_table(task: str, done: list[Run], results: dict[str, dict]) -> list[str]:
     """A row a family: its network, costs and figures, mean and standard deviation over the seeds; then the floors."""
     rows, floors = [], dict.fromkeys(FIGURES, "-")
-    for runs in by_family(done, "main").values():
+    for runs in by_network(done, "trial", "main"):
         reports = [results[run.name] for run in runs]
         measured = [report for report in reports if "figures" in report]
         costs = results[f"{task}-times"]["networks"][runs[0].network]
         floors |= {name: f"{figure(report, name)['floor']:.3g}" for report in measured for name in FIGURES}
         guided = [f"{figure(report, FIGURES[0], 'guided')['value']:.3g}" for report in measured if "guided" in report]
         rows.append([runs[0].network, f"{costs['parameters'] / 1e6:.2f}", f"{costs['macs'] / 1e6:.1f}",
-                     f"{costs['seconds'] * 1e3:.0f}", reports[0]["steps"], f"{runs[0].lr:g}", len(runs),
+                     f"{costs['seconds'] * 1e3:.0f}", reports[0]["steps"], f"{reports[0]['steps'] * costs['macs'] / 1e9:.0f}",
+                     f"{runs[0].lr:g}", len(runs),
                      *(spread([figure(report, name)["value"] for report in measured]) for name in FIGURES),
                      *(guided or ["-"])])
     if decoded := results.get(f"{task}-reconstructions"):
         values = [f"{figure(decoded, name)['value']:.3g}" for name in FIGURES]
-        rows.append(["real images, encoded and decoded", *6 * ["-"], *values, "-"])
-    return table(["network", "M parameters", "MMAC", "ms a step", "steps", "lr", "seeds", *FIGURES, f"guided {GUIDANCE}"],
-                 [*rows, ["real images", *6 * ["-"], *floors.values(), "-"]])
+        rows.append(["real images, encoded and decoded", *7 * ["-"], *values, "-"])
+    return table(["network", "M parameters", "MMAC", "ms a step", "steps", "steps x GMAC", "lr", "seeds", *FIGURES,
+                  f"guided {GUIDANCE}"], [*rows, ["real images", *7 * ["-"], *floors.values(), "-"]])
 
 
 def search_table(done: list[Run], results: dict[str, dict]) -> list[str]:
@@ -208,13 +241,13 @@ def draw_curves(panel, task: str, done: list[Run], results: dict[str, dict]) -> 
     from matplotlib.ticker import LogLocator
 
     drawn, floors = [], {}
-    for family, runs in by_family(done, "main").items():
+    for runs in by_network(done, "main", "curve"):
         points = {}  # seconds -> distances
-        for run in by_family(done, "curve").get(family, []) + runs:
+        for run in runs:
             points.setdefault(run.seconds, []).append(distance(results[run.name]))
         seconds, values = zip(*sorted(points.items()))
         panel.errorbar(seconds, list(map(statistics.mean, values)), [statistics.stdev(v) if len(v) > 1 else 0 for v in values],
-                       marker="o", capsize=4, label=family)
+                       marker="o", capsize=4, label=runs[0].family)
         drawn += [value for point in values for value in point if 0 < value < math.inf]
         for report in [results[run.name] for run in runs if "figures" in results[run.name]]:
             floors["real images"] = figure(report, FIGURES[0])["floor"]
@@ -235,12 +268,13 @@ def draw_curves(panel, task: str, done: list[Run], results: dict[str, dict]) -> 
         panel.legend(fontsize="x-small")
 
 
-def by_family(runs: list[Run], stage: str) -> dict[str, list[Run]]:
-    families = {}
+def by_network(runs: list[Run], *stages: str) -> list[list[Run]]:
+    """The runs of some stages, those of a network together."""
+    networks = {}
     for run in runs:
-        if run.stage == stage:
-            families.setdefault(run.family, []).append(run)
-    return families
+        if run.stage in stages:
+            networks.setdefault(run.network, []).append(run)
+    return list(networks.values())
 
 
 def spread(values: list[float]) -> str:

@@ -13,6 +13,7 @@ Each stage of each seed is trained, draws images by several samplers, and is mea
 """
 
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -162,7 +163,10 @@ def train_flags(part: str, stage: str, seed: int, steps: int, args: Namespace) -
 
 
 def time_stages(args: Namespace) -> None:
-    """Write PART-times.json: the median seconds of a training step of each stage, all in turn, by runs of train.py."""
+    """Write PART-times.json: the seconds of a training step of each stage, by runs of train.py, all in turn.
+
+    They are those of the fastest round: another load on the machine can only add.
+    """
     check_writable(args.results)
     for part in dict.fromkeys(part for part, *_ in plan(args)):
         if (path := Path(args.results) / f"{part}-times.json").exists():
@@ -175,9 +179,8 @@ def time_stages(args: Namespace) -> None:
                       "--run-name", name])
                 last = json.loads((Path(args.work) / name / "metrics.jsonl").read_text().splitlines()[-1])
                 batch = TASKS[STUDIES[args.study][part].task].batch_size
-                seconds.setdefault(stage, []).append(batch / last["images_per_second"])
-        write_json(path, {**about(), "rounds": ROUNDS, "seconds": {stage: statistics.median(all_rounds)
-                                                                   for stage, all_rounds in seconds.items()}})
+                seconds[stage] = min(seconds.get(stage, math.inf), batch / last["images_per_second"])
+        write_json(path, {**about(), "rounds": ROUNDS, "seconds": seconds})
 
 
 def timed_as(stages: dict[str, Stage], stage: str) -> str:

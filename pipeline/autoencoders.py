@@ -137,7 +137,7 @@ class TrainedAutoencoder(nn.Module):
 
     def latent_shape(self, image_size: tuple[int, int], channels: int) -> tuple[int, int, int]:
         network = self.network
-        return shrunk(image_size, channels, self.spec["vae"], network.in_channels, network.LATENT_CHANNELS, network.FACTOR)
+        return shrunk(image_size, channels, self.spec["vae"], network.in_channels, network.latent_channels, network.factor)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         return self.network.encode(images)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line
+from conftest import ROOT, assert_one_line, randomised
 
 from benchmarks import compare, comparison
+from benchmarks.candidates import CANDIDATES
 from benchmarks.comparison import Run, plan, search, steps_of
+from small_models import NETWORKS as REGISTERED
 
 NETWORKS = ["DiT/1 40x2", "DiT/2 64x4"]
 
@@ -69,6 +71,37 @@ def test_seeds_and_curves_follow_the_search_and_a_follower_takes_its_leaders_rat
     assert len({run.name for run in plan("digits", results)}) == len(plan("digits", results))
 
 
+def test_each_network_on_trial_runs_whole_and_finalists_get_what_the_chosen_ones_get(monkeypatch):
+    families = {"DiT": ["A"], "New": ["B", "C"], "Given": ["D"]}
+    families = {family: {network: ("DiT-S/2", {}) for network in networks} for family, networks in families.items()}
+    task = comparison.TASKS["digits"]._replace(families=families, trials={"New": None, "Given": 1e-3}, finalists=("C",))
+    monkeypatch.setitem(comparison.TASKS, "digits", task)
+    results = {}
+    for _ in range(5):
+        results |= {run.name: result(abs(math.log(run.lr / 3e-3))) for run in plan("digits", results) if run.stage == "search"}
+    runs = [run for run in plan("digits", results) if run.stage != "search"]
+    assert {run.name for run in plan("digits", results)} - results.keys() == {run.name for run in runs}
+    assert {(run.network, run.lr) for run in runs if run.stage == "trial"} == {("B", 3e-3), ("D", 1e-3)}
+    assert [(run.seed, run.share) for run in runs if run.network == "C"] == [
+        (run.seed, run.share) for run in runs if run.network == "A"] != []
+    assert {(run.seed, run.share) for run in runs if run.stage == "trial"} == {(0, 1)}
+
+
+def test_candidates_are_networks_that_train_and_are_known_to_candidates_alone():
+    for name in CANDIDATES:
+        assert name not in REGISTERED
+        model = compare.build((name, {"hidden_size": 16, "depth": 2}), (8, 8, 8))
+        randomised(model)
+        x, t, y = torch.randn(3, 8, 8, 8), torch.tensor([0.0, 300, 999]), torch.tensor([0, 4, 10])
+        out = model(x, t, y)
+        assert out.shape == x.shape
+        for other in (model(x, t.flip(0), y), model(x, t, y.flip(0))):
+            assert not torch.equal(other[0], out[0])
+            assert torch.equal(other[1], out[1])
+        state = model.encode(x, c := model.condition(t, y), 1)
+        assert torch.equal(model.decode(state, c, 1), out)
+
+
 def test_a_budget_is_a_number_of_steps():
     times = {"mnist16-times": {"networks": {"DiT/2 96x4": {"seconds": 0.21}}}}
     run = Run("mnist16", "search", "DiT", "DiT/2 96x4", 3e-3, 0, Fraction(1, 5))
@@ -107,8 +140,8 @@ def test_table_and_figure(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     comparison.write_report(tmp_path, ["cifar", "digits"])  # a task without results is left out
     table = (tmp_path / "table.md").read_text()
-    assert "| DiT/1 40x2 | 1.00 | 2.0 | 30 | 7 | 0.003 | 3 | 6 ± 1 | 7 ± 1 | 8 ± 1 |" in table  # of 5, 6, 7 with n - 1
-    assert "| real images | - | - | - | - | - | - | 0.5 |" in table
+    assert "| DiT/1 40x2 | 1.00 | 2.0 | 30 | 7 | 0 | 0.003 | 3 | 6 ± 1 | 7 ± 1 | 8 ± 1 |" in table  # of 5, 6, 7 with n - 1
+    assert "| real images | - | - | - | - | - | - | - | 0.5 |" in table
     assert "| DiT/2 64x4 | 0.693 | 0 | 0.693 |" in table
     assert "cifar" not in table
     assert (tmp_path / "compare.png").stat().st_size > 10_000

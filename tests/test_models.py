@@ -410,8 +410,16 @@ def test_the_autoencoder_has_standardised_latents():
     assert latents.flatten(1).mean(dim=1).abs().max() < 1e-5
     assert latents.detach().flatten(1).var(dim=1, unbiased=False) == pytest.approx(1, abs=1e-2)
     assert model(images).shape == images.shape
-    with pytest.raises(ValueError, match="multiples of 4"):
-        Autoencoder_models["Autoencoder-F4C8"](input_size=30)
+    finer = Autoencoder_models["Autoencoder-F2C4"](input_size=(64, 48), hidden_size=8)
+    assert finer.encode(images).shape == (2, 4, 32, 24)
+    assert finer(images).shape == images.shape
+    coarser = Autoencoder_models["Autoencoder-F4C8"](input_size=(64, 48), hidden_size=8, factor=8, latent_channels=5)
+    assert coarser.encode(images).shape == (2, 5, 8, 6)
+    assert coarser(images).shape == images.shape
+    for wrong, words in ((dict(input_size=30), "multiples of 4"), (dict(factor=6), "must be 2, 4, 8"),
+                         (dict(factor=1), "must be 2, 4, 8"), (dict(latent_channels=0), "at least 1")):
+        with pytest.raises(ValueError, match=words):
+            Autoencoder_models["Autoencoder-F4C8"](**wrong)
 
 
 def test_wrong_arguments_are_named():

@@ -1,0 +1,141 @@
+"""Networks of trials, which compare.py compares with those of models.py: ConvAdaLN in parts, and new blocks.
+
+    python benchmarks/candidates.py train --model ConvAdaLN-gelu …    # also sample_ddp; a checkpoint needs this file to load
+
+Legend: B batch, C channels, H W size, D width.
+"""
+
+import importlib
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from models import (
+    AdaLN,
+    ChannelsLastConv2d,
+    Isotropic,
+    LabelEmbedder,
+    Mlp,
+    TimestepEmbedder,
+    channels_first,
+    channels_last,
+    initialize,
+    modulate,
+    over_positions,
+)
+from runtime import cli
+from small_models import ConvAdaLN, Small_models
+
+PARTS = ("depthwise", "layer-norm", "gelu", "adaln-zero", "embedders")
+
+
+class Parts(ConvAdaLN):
+    """ConvAdaLN with one part replaced by DiNextV2's. For the other arguments see ConvAdaLN."""
+
+    def __init__(self, part: str, input_size: int | tuple[int, int] = 8, in_channels: int = 8, hidden_size: int = 96,
+                 depth: int = 4, num_classes: int = 10, learn_sigma: bool = False):
+        super().__init__(input_size, in_channels, hidden_size, depth, num_classes, learn_sigma)
+        self.blocks = nn.ModuleList(PartsBlock(hidden_size, part) for _ in range(depth))
+        if part == "embedders":
+            self.embedders = nn.ModuleList([TimestepEmbedder(hidden_size), LabelEmbedder(self.num_classes, hidden_size)])
+            del self.embedding_table, self.embedder
+            for linear in (self.embedders[0].mlp[0], self.embedders[0].mlp[2]):
+                nn.init.normal_(linear.weight, std=0.02)
+                nn.init.zeros_(linear.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        if hasattr(self, "embedders"):
+            return self.embedders[0](t) + self.embedders[1](y)  # (B, D)
+        return super().condition(t, y)
+
+
+class PartsBlock(nn.Module):
+    """ConvAdaLNBlock with one of PARTS replaced: x (B, D, H, W), c (B, D) -> (B, D, H, W)."""
+
+    def __init__(self, width: int, part: str):
+        super().__init__()
+        self.zero, deep = part == "adaln-zero", part == "depthwise"
+        self.norm, self.norm0 = (LayerNorm2d(width) if part == "layer-norm" else nn.GroupNorm(8, width) for _ in range(2))
+        self.conv = nn.Conv2d(width, width, 7, padding=3, groups=width) if deep else nn.Conv2d(width, width, 3, padding=1)
+        self.conv0 = Mlp2d(width) if deep else nn.Conv2d(width, width, 3, padding=1)
+        self.activation = nn.GELU() if part == "gelu" else nn.Mish()
+        self.modulation = nn.Sequential(nn.SiLU() if part == "embedders" else nn.Identity(),  # after Mish, or as adaLN has it
+                                        nn.Linear(width, (3 if self.zero else 2) * width))
+        last = self.modulation[-1]
+        nn.init.zeros_(last.bias)
+        if self.zero:
+            nn.init.zeros_(last.weight)
+        else:
+            nn.init.ones_(last.bias[:width])  # of scale
+            for parameter in (self.conv0.fc2 if deep else self.conv0).parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        vectors = self.modulation(c)[..., None, None]  # (B, 2D or 3D, 1, 1)
+        if self.zero:
+            scale, shift, gate = vectors.chunk(3, dim=1)
+            return x + gate * self.conv0(self.norm0(self.activation(self.conv((1 + scale) * self.norm(x) + shift))))
+        scale, shift = vectors.chunk(2, dim=1)
+        return x + self.conv0(self.norm0(self.activation(scale * self.conv(self.norm(x)) + shift)))
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Over the channels of x (B, D, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_first(super().forward(channels_last(x)))
+
+
+class Mlp2d(Mlp):
+    """DiNextV2's MLP, of x (B, D, H, W)."""
+
+    def __init__(self, width: int):
+        super().__init__(width, 3 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_first(super().forward(channels_last(x)))
+
+
+class DenseBlock(nn.Module):
+    """DiNextV2's block with a dense kernel: modulated LayerNorm -> 3x3 -> GELU -> 1x1 -> gate. x (B, h, w, D), c (B, D)."""
+
+    VECTORS = 3
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.conv = ChannelsLastConv2d(width, width, kernel_size=3, padding=1)
+        self.linear = nn.Linear(width, width)
+        self.adaLN_modulation = AdaLN(width, self.VECTORS)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        scale, shift, gate = self.adaLN_modulation(c).chunk(3, dim=1)
+        return x + over_positions(gate, x) * self.linear(F.gelu(self.conv(modulate(self.norm(x), shift, scale))))
+
+
+class Dense(Isotropic):
+    """DiNextV2 with dense kernels."""
+
+    def __init__(self, input_size: int | tuple[int, int] = 8, patch_size: int = 1, in_channels: int = 8, hidden_size: int = 96,
+                 depth: int = 6, num_classes: int = 10, learn_sigma: bool = False):
+        super().__init__([DenseBlock(hidden_size) for _ in range(depth)], input_size, patch_size, in_channels, hidden_size,
+                         num_classes, learn_sigma, gradient_checkpointing=False)
+        initialize(self, label_std=1.0)
+        self.to(memory_format=torch.channels_last)
+
+
+CANDIDATES = {f"ConvAdaLN-{part}": partial(Parts, part) for part in PARTS} | {"Dense": partial(Dense)}
+
+if __name__ == "__main__":
+    if not set(sys.argv[1:2]) & {"train", "sample_ddp"}:
+        cli.fail("the first word must be train or sample_ddp")
+    script = importlib.import_module(sys.argv[1])
+    sys.argv[:2] = [" ".join(sys.argv[:2])]
+    Small_models.update(CANDIDATES)
+    cli.run(script.main, script.build_parser())
