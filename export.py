@@ -98,7 +98,7 @@ def write_dinext(restored: checkpoint.Restored, args: Namespace, folder: Path) -
     of_heads, used = None, None  # heads that sampling does not use stay behind
     if spec.sampling and spec.sampling.internal_scale != 1:
         used = {name: spec.heads[name] for name in ("split", "internal")}
-        of_heads = {key: value for key, value in restored.facts["heads"]["ema"].items() if key.startswith("internal.")}
+        of_heads = {key: value for key, value in restored.heads.items() if key.startswith("internal.")}
     checkpoint.save_folder(folder, replace(spec, heads=used), restored.model.state_dict(), of_heads)
 
 

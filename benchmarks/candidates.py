@@ -138,4 +138,5 @@ if __name__ == "__main__":
     script = importlib.import_module(sys.argv[1])
     sys.argv[:2] = [" ".join(sys.argv[:2])]
     Small_models.update(CANDIDATES)
-    cli.run(script.main, script.build_parser())
+    parser = script.build_parser()
+    cli.run(script.main, parser)

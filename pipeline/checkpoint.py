@@ -19,7 +19,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -279,6 +279,7 @@ class Restored:
     path: Path        # of the weights
     remark: str       # a sentence about what was assumed, or ""
     facts: Config     # what else a training checkpoint holds: args, step, …
+    heads: dict[str, Tensor] = field(default_factory=dict)  # the weights of the heads that were trained with it
 
     @property
     def name(self) -> str:
@@ -321,7 +322,7 @@ def restore(ckpt: str | Path | None, bare: BareWeights = BareWeights(), vae: str
         if model != "DiT-XL/2" or ckpt not in PUBLISHED:
             raise UserError(f"`ckpt` is needed: only DiT-XL/2 at `image_size` 256 and 512 is published, not {model} at {size}")
     with prefix_errors(f"`{name}`"):
-        source, (spec, weights, remark) = read(resolve(ckpt), bare)
+        source, (spec, weights, remark, heads) = read(resolve(ckpt), bare)
     stored = {"model": spec.model.name, "image_size": spec.image_size[0], "num_classes": len(spec.classes)}
     for entry, value in stored.items():
         if (given := getattr(bare, entry)) not in (None, value):
@@ -330,12 +331,12 @@ def restore(ckpt: str | Path | None, bare: BareWeights = BareWeights(), vae: str
     if not spec.is_autoencoder and len(spec.classes) != model.num_classes:
         raise UserError(f"{source.path}: its description names {len(spec.classes)} classes, its network has "
                         f"{model.num_classes}")
-    return Restored(model, spec.with_vae(vae), source.path, remark, source.facts)
+    return Restored(model, spec.with_vae(vae), source.path, remark, source.facts, heads)
 
 
 def restore_own_autoencoder(source: str) -> nn.Module:
     """An autoencoder that train.py trained, with its EMA weights, from its checkpoint, run or exported folder."""
-    found, (spec, weights, _) = read(resolve(source), BareWeights())
+    found, (spec, weights, *_) = read(resolve(source), BareWeights())
     if spec.model.name not in Autoencoder_models:
         raise UserError(f"{found.path} holds a {spec.model.name}, not one of {', '.join(Autoencoder_models)}")
     return rebuild(spec.model, weights, found.path)

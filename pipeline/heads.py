@@ -274,9 +274,8 @@ def with_heads(network: nn.Module, spec: Spec, names: Iterable[str] | None = Non
 
 def restore_heads(restored: Restored, names: Iterable[str] = ("internal",)) -> WithHeads:
     """A checkpoint's network with its heads of these names, on the network's device."""
-    stored = restored.facts.get("heads", {}).get("ema", {})
     model = with_heads(restored.model, restored.spec, names)
-    own = {key: value for key, value in stored.items() if key.partition(".")[0] in model.heads}
+    own = {key: value for key, value in restored.heads.items() if key.partition(".")[0] in model.heads}
     if not own:
         raise UserError(f"`ckpt` {restored.path} has no weights of its heads; of a folder they are in heads.safetensors")
     load_weights(model.heads, own, restored.path)

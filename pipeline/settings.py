@@ -15,7 +15,7 @@ from runtime import UserError
 from runtime.cli import ArgumentParser, check_arguments, prefix_errors
 from small_models import DIFFUSION_NETWORKS
 
-BARE_OBJECTIVES = ("epsilon", "sit", "repa", "dmf")  # of weights that do not describe themselves; interchange.py reads them
+BARE_OBJECTIVES = ("epsilon", "sit", "repa", "dmf", "ig")  # of weights that do not describe themselves: published.py
 RECOMMENDED = ("cfg_scale", "cfg_channels", "guidance_interval", "internal_scale", "internal_interval", "dynamic_thresholding",
                "sampler", "num_sampling_steps")
 DERIVED = {"kind", "times", "guided", "depth", "default_split", "key_steps"}  # arguments of reuse.plan not in `reuse_args`
@@ -30,7 +30,7 @@ def add_sampling_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", registry=DIFFUSION_NETWORKS, help="for bare weights (DiT-XL/2)")
     parser.add_argument("--image-size", type=int | None, help="for bare weights (256)")
     parser.add_argument("--num-classes", type=int | None, help="for bare weights (1000)")
-    parser.add_argument("--objective", choices=BARE_OBJECTIVES, help="for bare weights: of DiT, SiT, REPA or DMF (epsilon)")
+    parser.add_argument("--objective", choices=BARE_OBJECTIVES, help="for bare weights: of DiT, SiT, REPA, DMF or IG (epsilon)")
     parser.add_argument("--vae", type=str | None, help="ema, mse, pixels, a folder, own run, hub id; default: the checkpoint's")
     SamplingSettings.add_flags(parser)
 

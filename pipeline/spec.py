@@ -228,6 +228,11 @@ class Source:
         return self.facts.get("spec", self.configs.get("config.json"))
 
     @property
+    def heads(self) -> Weights:
+        """The EMA weights of our heads; {} if there are none."""
+        return self.facts.get("heads", {}).get("ema", {})
+
+    @property
     def flags(self) -> Config:
         """The flags of DiT's own trainer, or of a fork's, if the file holds them."""
         flags = self.facts.get("args")
@@ -240,6 +245,7 @@ class Contents(NamedTuple):
     spec: Spec
     weights: Weights
     remark: str = ""  # a sentence about what was assumed
+    heads: Weights = {}  # of the heads that were trained with it, see heads.py
 
 
 # --- names of classes --------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 import sample
 from diffusion.guidance import guide
 from models import DiT, DiT_models
-from pipeline import checkpoint, interchange
+from pipeline import checkpoint, interchange, published
 from pipeline.autoencoders import load_autoencoder
-from pipeline.generation import Sampling
+from pipeline.generation import Sampling, prepare
 from pipeline.interchange import interpret
 from pipeline.spec import BareWeights, Source
 from runtime import UserError, files
@@ -37,10 +37,11 @@ def random_weights(learn_sigma: bool, **changes) -> dict:
 
 
 def written_out(w: dict, x, t, y, heads: int = TINY["num_heads"], depth: int = TINY["depth"], p: int = TINY["patch_size"],
-                r=None, split: int | None = None):
-    """SiT's, REPA's, DMF's and LightningDiT's networks from their papers and DiT's: (B, C or 2C, H, W).
+                r=None, split: int | None = None, last: str = "final_layer"):
+    """SiT's, REPA's, DMF's, IG's and LightningDiT's networks from their papers and DiT's: (B, C or 2C, H, W).
 
-    t is embedded as it is. With r and a split it is DMF's: the blocks after the split, and the last layer, see r.
+    t is embedded as it is. With r and a split it is DMF's: the blocks after the split, and the last layer, see r. With a
+    smaller depth and another last layer it is IG's weaker output.
     """
     lightning = "blocks.0.mlp.w12.weight" in w
 
@@ -91,8 +92,8 @@ def written_out(w: dict, x, t, y, heads: int = TINY["num_heads"], depth: int = T
         else:
             h = linear(f"{block}.mlp.fc2", F.gelu(linear(f"{block}.mlp.fc1", h), approximate="tanh"))
         x = x + gate_m[:, None] * h
-    modulation = linear("final_layer.adaLN_modulation.1", c).chunk(2, dim=1)
-    x = linear("final_layer.linear", modulated(x, *modulation, "final_layer.norm_final"))
+    modulation = linear(f"{last}.adaLN_modulation.1", c).chunk(2, dim=1)
+    x = linear(f"{last}.linear", modulated(x, *modulation, f"{last}.norm_final"))
     x = x.view(b, height // p, width // p, p, p, -1).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(b, -1, height, width)
 
@@ -175,6 +176,50 @@ def test_dmfs_network_is_ours(tmp_path):
     assert read(theirs, **trainer | dict(resolution=512)).spec.diffusion == {"objective": "flow-map", "shift": 1.5}  # published
 
 
+def with_second_output(weights):
+    """The weights of internal guidance: a final layer more."""
+    torch.manual_seed(3)
+    return weights | {key.replace("final_layer", "final_layer_xr"): torch.randn_like(value) * 0.2
+                      for key, value in weights.items() if key.startswith("final_layer.")}
+
+
+def assert_guided_inside(ours, weights, sign, reverse, depth, p, scale):
+    """One Euler step from noise with internal guidance alone: x - (xr + scale (v - xr)), where v is noise - data."""
+    noise, y = torch.randn(3, ours.model.in_channels, 8, 8), torch.tensor([1, 9, 10])
+    sampling = Sampling.of(ours.spec, {"sampler": "euler", "num_sampling_steps": 1, "cfg_scale": 1.0})
+    assert sampling.settings.internal_scale == scale
+    prepare(ours, sampling)
+    time = torch.full((3,), 0.0 if reverse else 1.0)
+    final, weak = (sign * written_out(weights, noise, time, y, p=p, **which)
+                   for which in ({}, dict(depth=depth, last="final_layer_xr")))
+    predict = guide(sampling.called(ours.model, 3), y, 10, 1.0, noise.shape[1])
+    *_, last = sampling.solver(sampling.process, predict, noise, None)
+    assert_equal(last["sample"], noise - weak - scale * (final - weak))
+
+
+def test_internal_guidances_networks_are_ours(tmp_path, lightning):
+    """SiT's flow on REPA's time, with 1 = noise; LightningDiT's, with 1 = data. Both have `final_layer_xr` after block 8."""
+    path, weights = tmp_path / "ig.pt", with_second_output(random_weights(learn_sigma=False))
+    trainer = argparse.Namespace(model="SiT-tiny", resolution=64, num_classes=10, path_type="linear", encoder_depth=2)
+    torch.save({"ema": weights, "args": trainer}, path)
+    ours = checkpoint.restore(path)
+    x, t, y = batch()
+    assert_equal(ours.model(x, 1000 * t, y), written_out(weights, x, t, y))
+    sampling = ours.spec.sampling
+    assert (sampling.sampler, sampling.num_sampling_steps, sampling.cfg_scale) == ("sde", "250", 1.35)
+    assert (sampling.cfg_channels, sampling.guidance_interval) == (None, (0, 700))
+    assert_guided_inside(ours, weights, 1, False, 2, TINY["patch_size"], 1.4)
+    assert read(weights, BareWeights(objective="ig", model="DiT-tiny", image_size=64, num_classes=10)).spec.heads["split"] == 8
+
+    path, weights = lightning
+    weights = with_second_output(weights)
+    torch.save({"ema": weights, "args": argparse.Namespace(encoder_depth=1)}, path)
+    ours = checkpoint.restore(path, BareWeights("LightningDiT-tiny"))
+    assert_guided_inside(ours, weights, -1, True, 1, 1, 1.4)
+    sampling = ours.spec.sampling
+    assert (sampling.sampler, sampling.cfg_scale, sampling.guidance_interval) == ("heun", 1.45, (0, 810))
+
+
 def test_what_is_assumed_is_said_and_what_contradicts_the_file_is_refused():
     weights = random_weights(learn_sigma=True)
     assert "assumed to predict epsilon" in read(weights, BareWeights("DiT-tiny", 64, 10)).remark
@@ -191,7 +236,7 @@ def test_presets_are_known_by_their_shapes():
         weights = DiT_models["DiT-S/4"](input_size=16, num_classes=7).state_dict()
     spec = read(weights, BareWeights()).spec
     assert (spec.model.name, spec.image_size, len(spec.classes)) == ("DiT-S/4", (128, 128), 7)
-    assert interchange.preset_of(dict(depth=28, hidden_size=1152, patch_size=1)) == "DiT-XL/2"  # not a LightningDiT
+    assert published.preset_of(dict(depth=28, hidden_size=1152, patch_size=1)) == "DiT-XL/2"  # not a LightningDiT
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ runtime/__init__ runtime/files runtime/npz runtime/randomness runtime/pictures r
 diffusion/process diffusion/schedules diffusion/samplers diffusion/gaussian_diffusion diffusion/flow diffusion/flow_map
 diffusion/guidance diffusion/reuse diffusion/__init__
 models small_models
-pipeline/__init__ pipeline/settings pipeline/spec pipeline/weights pipeline/interchange pipeline/checkpoint
-pipeline/autoencoders pipeline/encoders pipeline/heads pipeline/generation pipeline/drawing
+pipeline/__init__ pipeline/settings pipeline/spec pipeline/weights pipeline/published pipeline/interchange
+pipeline/checkpoint pipeline/autoencoders pipeline/encoders pipeline/heads pipeline/generation pipeline/drawing
 training/__init__ training/rows training/features training/parquet training/datasets training/order training/objective
 training/state training/runs training/initial training/previews
 evaluation/__init__ evaluation/metrics evaluation/image_sets evaluation/extractors evaluation/survey evaluation/figures

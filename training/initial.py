@@ -36,9 +36,9 @@ class Initial(NamedTuple):
 
 def read_initial(source: str) -> Initial:
     """The checkpoint of that name, see `checkpoint.resolve`."""
-    found, (spec, weights, remark) = checkpoint.read(checkpoint.resolve(source), BareWeights(vae="ema"))
+    found, (spec, weights, remark, heads) = checkpoint.read(checkpoint.resolve(source), BareWeights(vae="ema"))
     drop = checkpoint.label_drop_of(found.facts, TrainerArgs.label_drop)
-    return Initial(source, spec, weights, remark, drop, found.facts.get("heads", {}).get("ema", {}))
+    return Initial(source, spec, weights, remark, drop, heads)
 
 
 def read_own(folder: Path) -> Initial | None:
