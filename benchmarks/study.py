@@ -60,7 +60,7 @@ class Sampler(NamedTuple):
 
     def flags(self, folder: Path, steps: int) -> list[str]:
         """Of sample_ddp.py, for a run of so many steps."""
-        guide = ["--guide-ckpt", str(folder / f"checkpoints/{steps // QUARTER:07d}.pt")] if self.auto else []
+        guide = ["--guide-ckpt", str(folder / f"checkpoints/{max(1, steps // QUARTER):07d}.pt")] if self.auto else []
         interval = ["--guidance-interval", "0", str(self.up_to)] if self.up_to < 1000 else []
         internal = ["--internal-scale", f"{self.internal:g}"] if self.internal != 1 else []
         return ["--sampler", self.name, "--num-sampling-steps", str(self.steps), "--cfg-scale", f"{self.scale:g}", *interval,
@@ -260,17 +260,14 @@ def write_table(args: Namespace) -> None:
     """Write table.md: a row a sampler of a stage, mean and standard deviation over the seeds, and the means above the floor."""
     results, lines = read_results(Path(args.results)), []
     for part in dict.fromkeys(part for part, *_ in plan(args)):
-        study = STUDIES[args.study][part]
         reports = [report for report in results.values() if report.get("part") == part]
-        values = {(stage, sampler): [[figure({"figures": report["figures"][sampler.title]}, name)["value"] for name in FIGURES]
-                                     for report in reports if report["stage"] == stage]
-                  for stage, what in study.stages.items() for sampler in what.samplers}
-        if not any(values.values()):
+        if not reports:
             continue
         floor = floors_of(part, reports, args)
-        rows = [[stage, sampler.title, sampler.calls, len(seeds), *map(spread, zip(*seeds)),
+        rows = [[stage, title, calls, len(seeds), *map(spread, zip(*seeds)),
                  *(f"{statistics.mean(column) - floor[i]:.3g}" for i, column in enumerate(list(zip(*seeds))[:2]))]
-                for (stage, sampler), seeds in values.items() if seeds]
+                for stage, what in STUDIES[args.study][part].stages.items()
+                for title, calls, seeds in ways_of(what, [report for report in reports if report["stage"] == stage])]
         lines += [f"## {part}", "", *table(
             ["network", "sampler", "calls", "seeds", *FIGURES, *(f"{name}, above the floor" for name in FIGURES[:2])],
             [*rows, ["real images", *3 * ["-"], *(f"{value:.3g}" for value in floor), "0", "0"]]), ""]
@@ -278,6 +275,22 @@ def write_table(args: Namespace) -> None:
         raise UserError(f"`results` {args.results} has no results of {args.study}")
     write_text(Path(args.results) / "table.md", "\n".join(lines))
     print(f"Wrote {args.results}/table.md")
+
+
+def ways_of(what: Stage, reports: list[dict]) -> Iterator[tuple[str, int, list[list[float]]]]:
+    """Title and calls of each sampler of a stage, and its FIGURES for each seed; at the end, those of the best scale.
+
+    The best scale for a seed is that of the next seed, so that no seed chooses its own.
+    """
+    if not reports:
+        return
+    found = {sampler: [[figure({"figures": report["figures"][sampler.title]}, name)["value"] for name in FIGURES]
+                       for report in reports] for sampler in what.samplers}
+    yield from ((sampler.title, sampler.calls, seeds) for sampler, seeds in found.items())
+    scales = [sampler for sampler in what.samplers if sampler.auto or sampler.internal != 1]
+    if len(scales) > 1 and len(reports) > 1:
+        best = [min(scales, key=lambda sampler: found[sampler][(i + 1) % len(reports)][0]) for i in range(len(reports))]
+        yield "the best scale of the next seed", scales[0].calls, [found[sampler][i] for i, sampler in enumerate(best)]
 
 
 def floors_of(part: str, reports: list[dict], args: Namespace) -> list[float]:

@@ -77,7 +77,7 @@ def test_a_study_from_time_to_table(call, name, tiny, tmp_path, monkeypatch):
     if name == "heads":
         (guide,) = {command[command.index("--guide-ckpt") + 1] for command in commands if "--guide-ckpt" in command}
         steps = json.loads((tmp_path / "results/tiny-plain-seed0.json").read_text())["steps"]
-        assert guide == str(tmp_path / f"work/tiny-plain-seed0/checkpoints/{steps // 4:07d}.pt")
+        assert guide == str(tmp_path / f"work/tiny-plain-seed0/checkpoints/{max(1, steps // 4):07d}.pt")
         judges = {command[command.index("--classifier") + 1] for command in commands if command[0] == "evaluate.py"}
         assert judges == {str(tmp_path / "results/classifier-digits-judge.pt")}  # not the one that was aligned to
     count = len(commands)
@@ -125,6 +125,18 @@ def test_distances_are_also_told_above_the_floor(tmp_path, monkeypatch):
     table = (tmp_path / "table.md").read_text()
     assert "| two | map 4 | 4 | 1 | 1.44 | 2.55 | 0.99 | 1.1 | 2.2 |" in table
     assert "| real images | - | - | - | 0.343 | 0.353 | 0.99 | 0 | 0 |" in table
+
+
+def test_no_seed_chooses_its_own_scale():
+    what = Stage([Sampler("euler", 25), *(Sampler("euler", 25, internal=scale) for scale in (2, 3))])
+    distances = {"euler 25": (0, 0, 0), "euler 25, internal 2": (1, 2, 9), "euler 25, internal 3": (5, 6, 3)}
+    reports = [{"figures": {title: [{"name": name, "value": values[seed]} for name in study.FIGURES]
+                            for title, values in distances.items()}} for seed in range(3)]
+    *samplers, (title, calls, chosen) = study.ways_of(what, reports)
+    assert [title for title, *_ in samplers] == list(distances)
+    assert ("next seed" in title, calls) == (True, 25)
+    assert [first for first, *_ in chosen] == [1, 6, 9]  # seed 1 prefers 2, seed 2 prefers 3, seed 0 prefers 2
+    assert len(list(study.ways_of(what, reports[:1]))) == 3
 
 
 def test_results_are_those_of_the_code():
