@@ -190,7 +190,7 @@ def execute(run: Run, steps: int, args: Namespace) -> dict:
     if failure := call(train, may_fail=True):
         return result | {"failed": failure}
     result["loss"] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
-    first = run.stage == "main" and run.seed == comparison.SEEDS[0]
+    first = run.stage == "main" and run.seed == task.seeds[0]
     for name, scale in {"figures": 1.0, **({"guided": comparison.GUIDANCE} if first else {})}.items():
         call([*script("sample_ddp", preset), "--ckpt", str(folder / f"checkpoints/{steps:07d}.pt"), "--balanced",
               "--num-fid-samples", str(SAMPLES[run.stage]), "--per-proc-batch-size", "250", "--sampler", "euler",

@@ -11,7 +11,7 @@ from runtime import UserError
 from runtime.files import write_text
 
 LRS = (1.5e-3, 3e-3, 6e-3)
-SEARCH, CURVE, SEEDS = Fraction(1, 5), (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2)), (0, 1, 2)
+SEEDS = (0, 1, 2)
 GUIDANCE = 1.5  # of the first seed, sampled once more
 FIGURES = ("FD-classifier", "FD-pixel32", "Label accuracy", "Nearest training image, median", "Nearer than 99 % of held-out")
 Network = tuple[str, dict[str, Any]]  # a preset, and arguments over its own
@@ -27,9 +27,12 @@ class Task(NamedTuple):
     real: tuple[str, str]        # held-out and training images, as evaluate.py names them
     classifier: str              # flags of classifier.py
     families: dict[str, dict[str, Network]]
-    follows: dict[str, str] = {}  # a family of one network -> one before it, whose learning rate it takes without a search
+    follows: dict[str, str] = {}  # a family of one network -> one before it, whose rate it takes, without search and curve
     trials: dict[str, float | None] = {}  # a family, each of whose networks gets the whole budget -> its rate, unless searched
     finalists: tuple[str, ...] = ()       # of the trials' networks: they get all seeds and the curve
+    seeds: tuple[int, ...] = SEEDS
+    search: Fraction = Fraction(1, 5)     # of the budget, for each learning rate
+    curve: tuple[Fraction, ...] = (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2))  # shares that the first seed runs, too
 
 
 TASKS = {
@@ -55,8 +58,9 @@ TASKS = {
         "ConvAdaLN in parts": {f"ConvAdaLN-{part} 96x4": (f"ConvAdaLN-{part}", dict(hidden_size=96, depth=4))
                                for part in ("depthwise", "layer-norm", "gelu", "adaln-zero", "embedders")},
         "Dense": {"Dense/1 96x6": ("Dense", dict(hidden_size=96, depth=6))}},
-        {"DiNextV2": "DiNext", "DiT labels": "DiT"},
-        {"DiT larger": None, "DiNextV2 larger": None, "ConvAdaLN in parts": 3e-3, "Dense": None}),
+        {"DiT labels": "DiT"},
+        {"DiNextV2": 12e-3, "DiT larger": None, "DiNextV2 larger": None, "ConvAdaLN in parts": 3e-3, "Dense": None},
+        ("DiNextV2/1 128x3",)),
     "mnist16": Task(420, 64, (1, 16, 16), "--data-path mnist --image-size 16 --vae pixels", ("mnist", "mnist"),
                     "--data-path mnist --image-size 16 --epochs 5", {
         "DiT": {"DiT/2 96x4": ("DiT-S/2", dict(hidden_size=96, depth=4, num_heads=3)),
@@ -111,13 +115,15 @@ def plan(task: str, results: dict[str, dict]) -> list[Run]:
             runs += searched
     if None in best.values():
         return runs
-    return runs + whole(list(best.values())) + trials(task, results)
+    curves = [run for family, run in best.items() if family not in TASKS[task].follows]
+    return runs + whole(task, list(best.values()), curves) + trials(task, results)
 
 
-def whole(chosen: list[Run]) -> list[Run]:
-    """The runs of the chosen networks with the whole budget, and their curve."""
-    stages = [("main", seed, Fraction(1)) for seed in SEEDS] + [("curve", SEEDS[0], share) for share in CURVE]
-    return [run._replace(stage=stage, seed=seed, share=share) for stage, seed, share in stages for run in chosen]
+def whole(task: str, chosen: list[Run], curves: list[Run]) -> list[Run]:
+    """The runs of the chosen networks with the whole budget, and the curve of some."""
+    seeds, curve = TASKS[task].seeds, TASKS[task].curve
+    return [*(run._replace(stage="main", seed=seed, share=Fraction(1)) for seed in seeds for run in chosen),
+            *(run._replace(stage="curve", seed=seeds[0], share=share) for share in curve for run in curves)]
 
 
 def trials(task: str, results: dict[str, dict]) -> list[Run]:
@@ -125,14 +131,14 @@ def trials(task: str, results: dict[str, dict]) -> list[Run]:
     runs, finalists = [], []
     for family, lr in TASKS[task].trials.items():
         for network in TASKS[task].families[family]:
-            known = [], Run(task, "search", family, network, lr or 0, SEEDS[0], SEARCH)
-            searched, best = known if lr else search_rate(task, family, network, results)
+            given = [], Run(task, "search", family, network, lr or 0, TASKS[task].seeds[0], TASKS[task].search)
+            searched, best = given if lr else search_rate(task, family, network, results)
             runs += searched
             if best and network in TASKS[task].finalists:
                 finalists.append(best)
             elif best:
                 runs.append(best._replace(stage="trial", share=Fraction(1)))
-    return runs + whole(finalists)
+    return runs + whole(task, finalists, finalists)
 
 
 def search(task: str, family: str, networks: list[str], results: dict[str, dict]) -> tuple[list[Run], Run | None]:
@@ -145,9 +151,9 @@ def search(task: str, family: str, networks: list[str], results: dict[str, dict]
 
 def search_rate(task: str, family: str, network: str, results: dict[str, dict]) -> tuple[list[Run], Run | None]:
     """The runs that search a network's learning rate, and the best of them once it is inside the range."""
-    rates = list(LRS)
+    rates, seed, share = list(LRS), TASKS[task].seeds[0], TASKS[task].search
     while True:
-        runs = [Run(task, "search", family, network, lr, SEEDS[0], SEARCH) for lr in rates]
+        runs = [Run(task, "search", family, network, lr, seed, share) for lr in rates]
         if not all(run.name in results for run in runs):
             return runs, None
         best = min(runs, key=lambda run: distance(results[run.name]))
@@ -257,7 +263,7 @@ def draw_curves(panel, task: str, done: list[Run], results: dict[str, dict]) -> 
         panel.axhline(floor, color="gray", linewidth=1, linestyle=style, label=f"{title}: {floor:.2g}")
     panel.set(title=task, xlabel="seconds of training, one CPU core", ylabel=FIGURES[0])
     if drawn:
-        seconds = [float(share) * TASKS[task].seconds for share in (*CURVE, 1)]
+        seconds = [float(share) * TASKS[task].seconds for share in (*TASKS[task].curve, 1)]
         # Limits come before the scales: matplotlib may divide by 0 for those of a single point.
         panel.set(ylim=(min(drawn) / 1.3, max(drawn) * 1.3), xlim=(0.9 * seconds[0], 1.1 * seconds[-1]))
         panel.set(xscale="log", yscale="log")

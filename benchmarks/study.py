@@ -6,6 +6,7 @@
 
 - flow-map: a flow; a map from it, for as long again; a flow of twice the time. Few calls of the network.
 - heads: a network alone, with internal guidance, aligned to a classifier's features; autoguidance by an early checkpoint.
+- labels: the label embeddings of the DiNext family begin with deviation 0.02 or 1.
 
 Each stage of each seed is trained, draws images by several samplers, and is measured by evaluate.py, as compare.py's tasks are.
 `run` may be killed at any moment; the same command continues. Each run writes one JSON to --results. How to get the data of
@@ -82,6 +83,7 @@ class Stage(NamedTuple):
     heads: dict[str, Any] | None = None  # of train.py; CLASSIFIER stands for compare.py's
     time: int = 1                        # times the seconds
     begins: str | None = None            # the stage of the same seed from whose weights it begins
+    changes: dict[str, Any] = {}         # of the network's arguments
 
 
 class Study(NamedTuple):
@@ -95,6 +97,7 @@ class Study(NamedTuple):
     stages: dict[str, Stage]
     changes: dict[str, Any] = {}
     pictures: str | None = None  # flags of train.py for stages that align, if the task has latents
+    seeds: tuple[int, ...] = SEEDS
     judge: str | None = None    # flags of classifier.py over the task's, for a classifier of the study's own
 
 
@@ -109,6 +112,7 @@ ALIGNED = {"align": {"encoder": "classifier:CLASSIFIER", "hidden_size": 128}}
 HEADS = {"plain": Stage([PLAIN, *(PLAIN._replace(scale=scale, auto=True) for scale in (1.5, 2))]),
          "internal": Stage([PLAIN, *(PLAIN._replace(internal=scale) for scale in (1.4, 2, 3, 4))], heads={"internal": {}}),
          "align": Stage([PLAIN], heads=ALIGNED)}
+LABELS = {f"deviation {std}": Stage([PLAIN], changes={"label_std": std}) for std in (0.02, 1.0)}
 JUDGE = "--seed 1 --width 48"
 PICTURES = "--data-path {cifar}/train --image-size 32 --vae {compared}/cifar-autoencoder"
 TEN = {"time_scale": 0.01}  # t on 0..10
@@ -119,7 +123,11 @@ STUDIES = {
     "heads": {"mnist16-dit": Study("mnist16", "DiT/4 192x5", 240, 6e-3, 2000, HEADS, judge=JUDGE),
               "mnist16-dinext-u": Study("mnist16", "DiNext-U 32", 240, 6e-3, 2000, HEADS, judge=JUDGE),
               "cifar-dit": Study("cifar", "DiT/1 96x3", 420, 12e-3, 2000, HEADS, pictures=PICTURES, judge=JUDGE),
-              "cifar-dinextv2": Study("cifar", "DiNextV2/1 128x3", 420, 12e-3, 2000, HEADS, pictures=PICTURES, judge=JUDGE)}}
+              "cifar-dinextv2": Study("cifar", "DiNextV2/1 128x3", 420, 12e-3, 2000, HEADS, pictures=PICTURES, judge=JUDGE)},
+    "labels": {"mnist16-dinext": Study("mnist16", "DiNext/2 96x5", 240, 12e-3, 2000, LABELS, seeds=SEEDS[:2]),
+               "mnist16-dinext-u": Study("mnist16", "DiNext-U 32", 240, 6e-3, 2000, LABELS, seeds=SEEDS[:2]),
+               "cifar-dinext": Study("cifar", "DiNext/1 128x3", 660, 12e-3, 2000, LABELS, seeds=SEEDS[:2]),
+               "cifar-dinext-u": Study("cifar", "DiNext-U 48 32223", 660, 6e-3, 2000, LABELS, seeds=SEEDS[:2])}}
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -145,7 +153,8 @@ def plan(args: Namespace) -> Iterator[tuple[str, str, int]]:
     for part in args.parts or STUDIES[args.study]:
         if part not in STUDIES[args.study]:
             raise UserError(f"`parts` {part!r} is unknown; allowed: {', '.join(STUDIES[args.study])}")
-        yield from ((part, stage, seed) for seed in SEEDS for stage in STUDIES[args.study][part].stages)
+        yield from ((part, stage, seed) for seed in STUDIES[args.study][part].seeds
+                    for stage in STUDIES[args.study][part].stages)
 
 
 def train_flags(part: str, stage: str, seed: int, steps: int, args: Namespace) -> list[str]:
@@ -156,7 +165,7 @@ def train_flags(part: str, stage: str, seed: int, steps: int, args: Namespace) -
     heads = json.dumps(what.heads or {}).replace("CLASSIFIER", str(Path(args.compared) / f"classifier-{study.task}.pt"))
     data = study.pictures if study.pictures and "align" in (what.heads or {}) else task.data
     return ["train.py", *expand(data, args), "--data-root", args.data_root, "--model", preset,
-            "--model-args", json.dumps(changes | study.changes), "--diffusion-args", json.dumps(what.diffusion),
+            "--model-args", json.dumps(changes | study.changes | what.changes), "--diffusion-args", json.dumps(what.diffusion),
             "--heads", heads, "--optimizer-args", json.dumps(OPTIMIZER | {"warmup_steps": steps // 20}), "--lr", str(study.lr),
             "--ema-decay", "0.99", "--max-steps", str(steps), "--global-batch-size", str(task.batch_size),
             "--global-seed", str(seed), "--num-workers", "0", "--preview-every", "0"]

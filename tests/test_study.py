@@ -10,8 +10,8 @@ from benchmarks.study import EULER, HEADS, HEUN, MAP, MAPS, OMEGA, SCALE, Sample
 
 FLAGS = dict(hidden_size=8, depths=[1, 1, 1, 1, 1])
 TINY = {  # of each study: one part, one seed, few steps
-    "flow-map": Study("digits", "U", 0.2, 1e-3, 20, MAPS, {"time_scale": 0.01}),
-    "heads": Study("digits", "U", 0.2, 1e-3, 20, HEADS, judge="--seed 1 --width 8")}
+    "flow-map": Study("digits", "U", 0.2, 1e-3, 20, MAPS, {"time_scale": 0.01}, seeds=(0,)),
+    "heads": Study("digits", "U", 0.2, 1e-3, 20, HEADS, seeds=(0,), judge="--seed 1 --width 8")}
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def tiny(monkeypatch):
     task = task._replace(families={"U": {"U": ("DiNext-U-S", FLAGS)}}, classifier="--data-path digits --epochs 1")
     monkeypatch.setitem(study.TASKS, "digits", task)
     monkeypatch.setattr(study, "STUDIES", {name: {"tiny": tiny} for name, tiny in TINY.items()})
-    for name, value in dict(SEEDS=(0,), ROUNDS=1, TIMED=4).items():
+    for name, value in dict(ROUNDS=1, TIMED=4).items():
         monkeypatch.setattr(study, name, value)
 
 
@@ -94,6 +94,15 @@ def test_only_what_aligns_reads_pictures_and_its_encoder_is_committed():
             assert ("data/cifar10-jpg/train" in flags) == (of.task == "cifar" and stage == "align")
             for name in heads.keys() & {"align"}:
                 assert Path(heads[name]["encoder"].removeprefix("classifier:")).is_file()
+
+
+def test_a_stage_may_change_the_network():
+    args = study.build_parser().parse_args(["run", "labels"])
+    for part in study.STUDIES["labels"]:
+        flags = [study.train_flags(part, stage, 0, 10, args) for stage in study.LABELS]
+        stds = [json.loads(command[command.index("--model-args") + 1]).pop("label_std") for command in flags]
+        assert stds == [0.02, 1.0]
+        assert len({stage for stage in study.LABELS if study.timed_as(study.LABELS, stage) == stage}) == 1
 
 
 def test_a_budget_is_a_number_of_steps(tiny, tmp_path):
