@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from evaluation.extractors import INCEPTION, inception_weights, open_extractors
 from evaluation.figures import Figure, kept_of, measure, protocol
 from evaluation.image_sets import ImageSet, open_set
-from evaluation.survey import survey
+from evaluation.survey import Survey, survey
 from pipeline.checkpoint import Restored
 from pipeline.drawing import Left, Task, draw_images
 from pipeline.generation import Sampling, check_samples
@@ -111,6 +111,7 @@ class Monitor:
     sampling: Sampling
     autoencoder: nn.Module
     world: World
+    seen: Survey | None = None  # of ref, from the first figures on
 
     @cached_property
     def ref_sha256(self) -> str:
@@ -150,8 +151,8 @@ class Monitor:
             return []
         samples = open_set(str(out), "SAMPLES")
         with without_tf32():
-            seen = survey(self.ref, self.extractors, world, kept_of(None), progress=stop.check)
-            return measure(self.ref, samples, None, seen, self.extractors, world, self.inception, progress=stop.check)
+            self.seen = self.seen or survey(self.ref, self.extractors, world, kept_of(None), progress=stop.check)
+            return measure(self.ref, samples, None, self.seen, self.extractors, world, self.inception, progress=stop.check)
 
 
 class Leaving:
