@@ -1,4 +1,4 @@
-"""Networks of trials, which compare.py compares with those of models.py: ConvAdaLN in parts, and new blocks.
+"""Networks on trial, which compare.py compares with those of models.py: ConvAdaLN in parts, and new blocks.
 
     python benchmarks/candidates.py train --model ConvAdaLN-gelu …    # also sample_ddp; a checkpoint needs this file to load
 
@@ -20,7 +20,6 @@ from models import (
     ChannelsLastConv2d,
     Isotropic,
     LabelEmbedder,
-    Mlp,
     TimestepEmbedder,
     channels_first,
     channels_last,
@@ -31,14 +30,22 @@ from models import (
 from runtime import cli
 from small_models import ConvAdaLN, Small_models
 
-PARTS = ("depthwise", "layer-norm", "gelu", "adaln-zero", "embedders")
+PARTS = {  # of ConvAdaLN, that DiNextV2's replace; stem, head and initial kernels stay ConvAdaLN's
+    "depthwise": "the first 3x3 of a block by a depthwise 7x7, the second by a 1x1 MLP of three times the width, with GELU",
+    "layer-norm": "a block's GroupNorms by LayerNorms over the channels, without weights",
+    "gelu": "a block's Mish by GELU",
+    "adaln-zero": "the modulation after the first 3x3 by one before it, and a gate of 0 at the end in place of kernels of 0",
+    "embedders": "the sum of an MLP of the time and a label, both of DiT, in place of one layer of both",
+}
 
 
 class Parts(ConvAdaLN):
-    """ConvAdaLN with one part replaced by DiNextV2's. For the other arguments see ConvAdaLN."""
+    """ConvAdaLN with one of PARTS replaced. For the other arguments see ConvAdaLN."""
 
-    def __init__(self, part: str, input_size: int | tuple[int, int] = 8, in_channels: int = 8, hidden_size: int = 96,
+    def __init__(self, part: str = "gelu", input_size: int | tuple[int, int] = 8, in_channels: int = 8, hidden_size: int = 96,
                  depth: int = 4, num_classes: int = 10, learn_sigma: bool = False):
+        if part not in PARTS:
+            raise ValueError(f"part {part!r} must be {', '.join(PARTS)}")
         super().__init__(input_size, in_channels, hidden_size, depth, num_classes, learn_sigma)
         self.blocks = nn.ModuleList(PartsBlock(hidden_size, part) for _ in range(depth))
         if part == "embedders":
@@ -88,22 +95,26 @@ class PartsBlock(nn.Module):
 class LayerNorm2d(nn.LayerNorm):
     """Over the channels of x (B, D, H, W)."""
 
+    def __init__(self, width: int):
+        super().__init__(width, elementwise_affine=False, eps=1e-6)
+
     def forward(self, x: Tensor) -> Tensor:
         return channels_first(super().forward(channels_last(x)))
 
 
-class Mlp2d(Mlp):
+class Mlp2d(nn.Module):
     """DiNextV2's MLP, of x (B, D, H, W)."""
 
     def __init__(self, width: int):
-        super().__init__(width, 3 * width)
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return channels_first(super().forward(channels_last(x)))
+        return channels_first(self.fc2(F.gelu(self.fc1(channels_last(x)))))
 
 
 class DenseBlock(nn.Module):
-    """DiNextV2's block with a dense kernel: modulated LayerNorm -> 3x3 -> GELU -> 1x1 -> gate. x (B, h, w, D), c (B, D)."""
+    """One residual with a dense kernel: modulated LayerNorm -> 3x3 -> GELU -> 1x1 -> gate. x (B, h, w, D), c (B, D)."""
 
     VECTORS = 3
 
@@ -120,7 +131,7 @@ class DenseBlock(nn.Module):
 
 
 class Dense(Isotropic):
-    """DiNextV2 with dense kernels."""
+    """DiNextV2 with DenseBlocks: its embedders, patches, adaLN-Zero and final layer."""
 
     def __init__(self, input_size: int | tuple[int, int] = 8, patch_size: int = 1, in_channels: int = 8, hidden_size: int = 96,
                  depth: int = 6, num_classes: int = 10, learn_sigma: bool = False):
@@ -130,7 +141,7 @@ class Dense(Isotropic):
         self.to(memory_format=torch.channels_last)
 
 
-CANDIDATES = {f"ConvAdaLN-{part}": partial(Parts, part) for part in PARTS} | {"Dense": partial(Dense)}
+CANDIDATES = {f"ConvAdaLN-{part}": partial(Parts, part=part) for part in PARTS} | {"Dense": partial(Dense)}
 
 if __name__ == "__main__":
     if not set(sys.argv[1:2]) & {"train", "sample_ddp"}:

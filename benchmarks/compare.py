@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import ChainMap
 from collections.abc import Callable
 from datetime import date
 from functools import partial
@@ -101,8 +102,9 @@ def time_networks(task: Task, networks: dict[str, Network]) -> dict[str, dict]:
 
 def build(network: Network, shape: tuple[int, int, int]) -> torch.nn.Module:
     name, changes = network
-    return {**DIFFUSION_NETWORKS, **CANDIDATES}[name](**{"input_size": shape[1:], "in_channels": shape[0], "num_classes": 10,
-                                       "learn_sigma": False} | changes)
+    networks = ChainMap(CANDIDATES, DIFFUSION_NETWORKS)
+    data = {"input_size": shape[1:], "in_channels": shape[0], "num_classes": 10, "learn_sigma": False}
+    return networks[name](**data | changes)
 
 
 def training_step(model: torch.nn.Module, task: Task) -> Callable[[], None]:
@@ -131,7 +133,8 @@ def list_runs(args: Namespace) -> None:
         for run in runs:
             state = "-" if run.name not in results else "failed" if "failed" in results[run.name] else "done"
             print(f"{state:6} {run.stage:6} {steps_of(run, results):6} steps {run.seconds / 60:5.1f} min  {run.name}")
-        more = ", then what the search decides" if runs[-1].stage == "search" else ""
+        searching = any(run.stage == "search" and run.name not in results for run in runs)
+        more = ", then what the search decides" if searching else ""
         print(f"{task}: {sum(run.seconds for run in runs) / 3600:.2f} core-hours of training{more}", flush=True)
 
 
@@ -190,7 +193,7 @@ def execute(run: Run, steps: int, args: Namespace) -> dict:
     if failure := call(train, may_fail=True):
         return result | {"failed": failure}
     result["loss"] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
-    first = run.stage == "main" and run.seed == task.seeds[0]
+    first = run.stage in ("trial", "main") and run.seed == task.seeds[0]
     for name, scale in {"figures": 1.0, **({"guided": comparison.GUIDANCE} if first else {})}.items():
         call([*script("sample_ddp", preset), "--ckpt", str(folder / f"checkpoints/{steps:07d}.pt"), "--balanced",
               "--num-fid-samples", str(SAMPLES[run.stage]), "--per-proc-batch-size", "250", "--sampler", "euler",
@@ -205,7 +208,7 @@ def script(name: str, preset: str) -> list[str]:
 
 
 def evaluate(run: Run, folder: Path, args: Namespace) -> list[dict]:
-    """evaluate.py's figures of the samples in a folder; for main runs the nearest training images too."""
+    """evaluate.py's figures of the samples in a folder; for whole budgets the nearest training images too."""
     (npz,) = folder.glob("*.npz")
     held_out, training = expand(" ".join(TASKS[run.task].real), args)
     call(["evaluate.py", held_out, str(npz), "--weights", "none", "--classifier", str(classifier_of(run.task, args)),

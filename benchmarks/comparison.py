@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.candidates import PARTS
 from runtime import UserError
 from runtime.files import write_text
 
@@ -56,7 +57,7 @@ TASKS = {
         "DiNextV2 larger": {f"DiNextV2/1 {width}x{depth}": ("DiNextV2-S/2", dict(patch_size=1, hidden_size=width, depth=depth))
                             for width, depth in ((160, 4), (192, 3), (192, 4))},
         "ConvAdaLN in parts": {f"ConvAdaLN-{part} 96x4": (f"ConvAdaLN-{part}", dict(hidden_size=96, depth=4))
-                               for part in ("depthwise", "layer-norm", "gelu", "adaln-zero", "embedders")},
+                               for part in PARTS},
         "Dense": {"Dense/1 96x6": ("Dense", dict(hidden_size=96, depth=6))}},
         {"DiT labels": "DiT"},
         {"DiNextV2": 12e-3, "DiT larger": None, "DiNextV2 larger": None, "ConvAdaLN in parts": 3e-3, "Dense": None},
@@ -131,9 +132,11 @@ def trials(task: str, results: dict[str, dict]) -> list[Run]:
     runs, finalists = [], []
     for family, lr in TASKS[task].trials.items():
         for network in TASKS[task].families[family]:
-            given = [], Run(task, "search", family, network, lr or 0, TASKS[task].seeds[0], TASKS[task].search)
-            searched, best = given if lr else search_rate(task, family, network, results)
-            runs += searched
+            if lr:
+                best = Run(task, "trial", family, network, lr, TASKS[task].seeds[0], Fraction(1))
+            else:
+                searched, best = search_rate(task, family, network, results)
+                runs += searched
             if best and network in TASKS[task].finalists:
                 finalists.append(best)
             elif best:
@@ -208,7 +211,7 @@ def write_report(folder: Path, tasks: list[str]) -> None:
 
 
 def main_table(task: str, done: list[Run], results: dict[str, dict]) -> list[str]:
-    """A row a family: its network, costs and figures, mean and standard deviation over the seeds; then the floors."""
+    """A row a network: its costs and figures, mean and standard deviation over the seeds; then the floors."""
     rows, floors = [], dict.fromkeys(FIGURES, "-")
     for runs in by_network(done, "trial", "main"):
         reports = [results[run.name] for run in runs]
@@ -253,7 +256,7 @@ def draw_curves(panel, task: str, done: list[Run], results: dict[str, dict]) -> 
             points.setdefault(run.seconds, []).append(distance(results[run.name]))
         seconds, values = zip(*sorted(points.items()))
         panel.errorbar(seconds, list(map(statistics.mean, values)), [statistics.stdev(v) if len(v) > 1 else 0 for v in values],
-                       marker="o", capsize=4, label=runs[0].family)
+                       marker="o", capsize=4, label=runs[0].network)
         drawn += [value for point in values for value in point if 0 < value < math.inf]
         for report in [results[run.name] for run in runs if "figures" in results[run.name]]:
             floors["real images"] = figure(report, FIGURES[0])["floor"]

@@ -83,7 +83,7 @@ class Stage(NamedTuple):
     heads: dict[str, Any] | None = None  # of train.py; CLASSIFIER stands for compare.py's
     time: int = 1                        # times the seconds
     begins: str | None = None            # the stage of the same seed from whose weights it begins
-    changes: dict[str, Any] = {}         # of the network's arguments
+    changes: dict[str, Any] = {}         # of the network's arguments, which do not change the time of a step
 
 
 class Study(NamedTuple):

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +111,7 @@ class Monitor:
     sampling: Sampling
     autoencoder: nn.Module
     world: World
-    seen: Survey | None = None  # of ref, from the first figures on
+    seen: Survey | None = field(default=None, init=False)  # of ref, from the first figures on: 8 kB an image with Inception
 
     @cached_property
     def ref_sha256(self) -> str:

@@ -16,8 +16,8 @@ from runtime import UserError
 
 PROJECTORS = "projectors."  # REPA's, which only training needs
 UNCERTAINTY = "logvar_linear."  # DMF's, likewise
-INTERNAL = "final_layer_xr."  # the head of internal guidance, after so many blocks:
-INTERNAL_SPLIT = 8
+INTERNAL = "final_layer_xr."  # the head of internal guidance
+INTERNAL_SPLIT = 8  # the blocks before it, in both published networks
 # The published sampling. SiT: Heun with 250 evaluations. REPA: 250 steps and an interval. DMF: four, its guidance is learnt.
 # IG: SiT's SDE, and both guidances.
 FLOWS = {"sit": dict(sampler="heun", num_sampling_steps="125"),
@@ -62,8 +62,10 @@ def read_flow(source: Source, bare: BareWeights, kind: str) -> Contents:
     weights = {re.sub(r"(\.[qk]_norm)\.scale$", r"\1.weight", key): value for key, value in source.weights.items()
                if not key.startswith((PROJECTORS, UNCERTAINTY))}
     weights = first_half(weights, spec.model.args)
+    if kind == "ig" and not any(key.startswith(INTERNAL) for key in weights):
+        raise UserError(f"it has no head of internal guidance, whose tensors begin with {INTERNAL}")
     return with_internal(Contents(spec, reverse_time(weights) if kind == "sit" else weights,
-                                  f"weights of {kind}'s {'flow map' if is_map else 'flow'}"), flags)
+                                  f"weights of {kind}'s {'flow map' if is_map else 'flow'}"))
 
 
 def read_lightning(source: Source, bare: BareWeights) -> Contents:
@@ -83,15 +85,15 @@ def read_lightning(source: Source, bare: BareWeights) -> Contents:
                    diffusion={"objective": "flow", "shift": LIGHTNING_SHIFT},
                    sampling=replace(spec.sampling, **guided), latents_mean=mean, latents_std=std)
     weights = reverse_time(first_half(weights, spec.model.args))
-    return with_internal(Contents(spec, weights, "weights of a LightningDiT"), source.flags)
+    return with_internal(Contents(spec, weights, "weights of a LightningDiT"))
 
 
-def with_internal(contents: Contents, flags: Config) -> Contents:
+def with_internal(contents: Contents) -> Contents:
     """Tell the head of internal guidance, if the weights have one, from the network."""
     of_head = {key: value for key, value in contents.weights.items() if key.startswith(INTERNAL)}
     if not of_head:
         return contents
-    heads = {"split": flags.get("encoder_depth", INTERNAL_SPLIT), "internal": {}}
+    heads = {"split": INTERNAL_SPLIT, "internal": {}}
     return contents._replace(
         spec=replace(contents.spec, heads=heads),
         weights={key: value for key, value in contents.weights.items() if key not in of_head},

@@ -12,9 +12,11 @@ import torch
 from conftest import ROOT, assert_one_line, randomised
 
 from benchmarks import compare, comparison
-from benchmarks.candidates import CANDIDATES
+from benchmarks.candidates import CANDIDATES, PARTS, Parts, PartsBlock
 from benchmarks.comparison import Run, plan, search, steps_of
+from pipeline.spec import ModelSpec
 from small_models import NETWORKS as REGISTERED
+from small_models import ConvAdaLN, Small_models
 
 NETWORKS = ["DiT/1 40x2", "DiT/2 64x4"]
 
@@ -87,19 +89,42 @@ def test_each_network_on_trial_runs_whole_and_finalists_get_what_the_chosen_ones
     assert {(run.seed, run.share) for run in runs if run.stage == "trial"} == {(0, 1)}
 
 
-def test_candidates_are_networks_that_train_and_are_known_to_candidates_alone():
-    for name in CANDIDATES:
-        assert name not in REGISTERED
-        model = compare.build((name, {"hidden_size": 16, "depth": 2}), (8, 8, 8))
-        randomised(model)
-        x, t, y = torch.randn(3, 8, 8, 8), torch.tensor([0.0, 300, 999]), torch.tensor([0, 4, 10])
+def test_candidates_are_networks_that_a_checkpoint_can_name(monkeypatch):
+    tiny = dict(hidden_size=16, depth=2)
+    x, t, y = torch.randn(3, 8, 8, 8), torch.tensor([0.0, 300, 999]), torch.tensor([0, 4, 10])
+    assert not set(CANDIDATES) & set(REGISTERED)  # only candidates.py knows them
+    for name, network in CANDIDATES.items():
+        monkeypatch.setitem(Small_models, name, network)
+        model = randomised(ModelSpec.of_preset(name, tiny | dict(input_size=8, in_channels=8, num_classes=10)).build())
         out = model(x, t, y)
         assert out.shape == x.shape
         for other in (model(x, t.flip(0), y), model(x, t, y.flip(0))):
             assert not torch.equal(other[0], out[0])
             assert torch.equal(other[1], out[1])
-        state = model.encode(x, c := model.condition(t, y), 1)
-        assert torch.equal(model.decode(state, c, 1), out)
+        assert torch.equal(model.decode(model.encode(x, c := model.condition(t, y), 1), c, 1), out)
+
+
+def test_each_part_of_convadaln_is_another_network():
+    """Without a part it is ConvAdaLN; the modules that stay are the same."""
+    weights = randomised(ConvAdaLN(hidden_size=16, depth=1)).state_dict()
+    x, c = torch.randn(3, 16, 8, 8), torch.randn(3, 16)
+
+    def output(part):
+        block = randomised(PartsBlock(16, part))
+        names = {key: key.replace("modulation.1", "modulation") for key in block.state_dict()}
+        same = {key: weights[f"blocks.0.{old}"] for key, old in names.items() if f"blocks.0.{old}" in weights}
+        block.load_state_dict({key: value for key, value in same.items() if value.shape == block.state_dict()[key].shape},
+                              strict=False)
+        return block(x, c)
+
+    plain = ConvAdaLN(hidden_size=16, depth=1)
+    plain.load_state_dict(weights)
+    expected = plain.blocks[0](x, c)
+    torch.testing.assert_close(output("none"), expected)
+    for part in PARTS:
+        assert not torch.allclose(output(part), expected)
+    with pytest.raises(ValueError, match="part 'none' must be depthwise"):
+        Parts("none")
 
 
 def test_a_budget_is_a_number_of_steps():
@@ -130,7 +155,7 @@ def test_a_network_added_later_is_timed_beside_the_others(tmp_path, monkeypatch)
 
 def test_table_and_figure(tmp_path):
     task = comparison.TASKS["digits"]
-    networks = {name: {"seconds": 0.03, "parameters": 1e6, "macs": 2e6} for family in task.families.values() for name in family}
+    networks = {name: {"seconds": 0.03, "parameters": 1e6, "macs": 2e9} for family in task.families.values() for name in family}
     results = {"digits-times": {"networks": networks}}
     for _ in range(5):
         for run in plan("digits", results):
@@ -140,7 +165,7 @@ def test_table_and_figure(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     comparison.write_report(tmp_path, ["cifar", "digits"])  # a task without results is left out
     table = (tmp_path / "table.md").read_text()
-    assert "| DiT/1 40x2 | 1.00 | 2.0 | 30 | 7 | 0 | 0.003 | 3 | 6 ± 1 | 7 ± 1 | 8 ± 1 |" in table  # of 5, 6, 7 with n - 1
+    assert "| DiT/1 40x2 | 1.00 | 2000.0 | 30 | 7 | 14 | 0.003 | 3 | 6 ± 1 | 7 ± 1 | 8 ± 1 |" in table  # of 5, 6, 7 with n - 1
     assert "| real images | - | - | - | - | - | - | - | 0.5 |" in table
     assert "| DiT/2 64x4 | 0.693 | 0 | 0.693 |" in table
     assert "cifar" not in table

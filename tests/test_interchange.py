@@ -183,39 +183,47 @@ def with_second_output(weights):
                       for key, value in weights.items() if key.startswith("final_layer.")}
 
 
-def assert_guided_inside(ours, weights, sign, reverse, depth, p, scale):
+def assert_guided_inside(ours, weights, sign, reverse, p):
     """One Euler step from noise with internal guidance alone: x - (xr + scale (v - xr)), where v is noise - data."""
     noise, y = torch.randn(3, ours.model.in_channels, 8, 8), torch.tensor([1, 9, 10])
     sampling = Sampling.of(ours.spec, {"sampler": "euler", "num_sampling_steps": 1, "cfg_scale": 1.0})
-    assert sampling.settings.internal_scale == scale
+    scale = sampling.settings.internal_scale
+    assert scale == 1.4
     prepare(ours, sampling)
     time = torch.full((3,), 0.0 if reverse else 1.0)
     final, weak = (sign * written_out(weights, noise, time, y, p=p, **which)
-                   for which in ({}, dict(depth=depth, last="final_layer_xr")))
+                   for which in (dict(depth=10), dict(depth=8, last="final_layer_xr")))
     predict = guide(sampling.called(ours.model, 3), y, 10, 1.0, noise.shape[1])
     *_, last = sampling.solver(sampling.process, predict, noise, None)
     assert_equal(last["sample"], noise - weak - scale * (final - weak))
 
 
-def test_internal_guidances_networks_are_ours(tmp_path, lightning):
+def test_internal_guidances_networks_are_ours(tmp_path, monkeypatch):
     """SiT's flow on REPA's time, with 1 = noise; LightningDiT's, with 1 = data. Both have `final_layer_xr` after block 8."""
-    path, weights = tmp_path / "ig.pt", with_second_output(random_weights(learn_sigma=False))
-    trainer = argparse.Namespace(model="SiT-tiny", resolution=64, num_classes=10, path_type="linear", encoder_depth=2)
+    lightning = dict(patch_size=1, in_channels=3, lightning=True, qk_norm=True)
+    for name, args in {"DiT-tiny": {}, "LightningDiT-tiny": lightning}.items():
+        monkeypatch.setitem(DiT_models, name, partial(DiT, **TINY | dict(depth=10) | args))
+    path, weights = tmp_path / "ig.pt", with_second_output(random_weights(learn_sigma=False, depth=10))
+    trainer = argparse.Namespace(model="SiT-tiny", resolution=64, num_classes=10, path_type="linear")
     torch.save({"ema": weights, "args": trainer}, path)
     ours = checkpoint.restore(path)
     x, t, y = batch()
-    assert_equal(ours.model(x, 1000 * t, y), written_out(weights, x, t, y))
+    assert_equal(ours.model(x, 1000 * t, y), written_out(weights, x, t, y, depth=10))
     sampling = ours.spec.sampling
     assert (sampling.sampler, sampling.num_sampling_steps, sampling.cfg_scale) == ("sde", "250", 1.35)
     assert (sampling.cfg_channels, sampling.guidance_interval) == (None, (0, 700))
-    assert_guided_inside(ours, weights, 1, False, 2, TINY["patch_size"], 1.4)
-    assert read(weights, BareWeights(objective="ig", model="DiT-tiny", image_size=64, num_classes=10)).spec.heads["split"] == 8
+    assert_guided_inside(ours, weights, 1, False, TINY["patch_size"])
+    bare = BareWeights(objective="ig", model="DiT-tiny", image_size=64, num_classes=10)
+    assert read(weights, bare).spec == ours.spec
+    with pytest.raises(UserError, match=r"no head of internal guidance, whose tensors begin with final_layer_xr\."):
+        read({key: value for key, value in weights.items() if "_xr" not in key}, bare)
 
-    path, weights = lightning
-    weights = with_second_output(weights)
-    torch.save({"ema": weights, "args": argparse.Namespace(encoder_depth=1)}, path)
+    weights = with_second_output(random_weights(learn_sigma=False, depth=10, **lightning))
+    weights = {key.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): value for key, value in weights.items()}
+    torch.save({"ema": weights}, path)
+    torch.save({"mean": torch.zeros(3), "std": torch.ones(3)}, tmp_path / "latents_stats.pt")
     ours = checkpoint.restore(path, BareWeights("LightningDiT-tiny"))
-    assert_guided_inside(ours, weights, -1, True, 1, 1, 1.4)
+    assert_guided_inside(ours, weights, -1, True, 1)
     sampling = ours.spec.sampling
     assert (sampling.sampler, sampling.cfg_scale, sampling.guidance_interval) == ("heun", 1.45, (0, 810))
 
