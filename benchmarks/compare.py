@@ -63,6 +63,7 @@ def add_task_arguments(parser: cli.ArgumentParser) -> None:
     parser.add_argument("--data-root", default="data", help="where MNIST lies")
     parser.add_argument("--cifar", default="data/cifar10-jpg", help="CIFAR-10's pictures, with train and test")
     parser.add_argument("--cifar-features", default="features/cifar10/train", help="their latents, mirrored ones too")
+    parser.add_argument("--cifar16-features", default="features/cifar10-16/train", help="their latents of 4x16x16")
 
 
 def time_steps(args: Namespace) -> None:
@@ -143,14 +144,15 @@ def run_all(args: Namespace) -> None:
     folder, claims = Path(args.results), Path(args.work) / "claims"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the script that it has called ends too
     for task in args.tasks:  # refuse missing images before other tasks take hours
-        for flag in ("cifar", "cifar_features") if task == "cifar" else ():
-            if not Path(args[flag]).is_dir():
+        for flag in ("cifar", "cifar_features", "cifar16_features"):
+            if f"{{{flag}}}" in " ".join([TASKS[task].data, *TASKS[task].real]) and not Path(args[flag]).is_dir():
                 raise UserError(f"`{flag}` {args[flag]} is not a folder; see docs/comparison.md")
         load_dataset(expand(TASKS[task].data, args)[1], data_root=args.data_root)
     check_writable(args.work)
     list_runs(args)
     for task in args.tasks:
-        train_classifier(classifier_of(task, args), TASKS[task].classifier, claims / task, args)
+        judge = TASKS[task].judge or task
+        train_classifier(classifier_of(task, args), TASKS[judge].classifier, claims / judge, args)
         while missing := missing_runs(task, folder):
             run = next((run for run in missing if claim(claims / run.name)), None)
             if run is None:
@@ -222,7 +224,7 @@ def expand(flags: str, args: Namespace) -> list[str]:
 
 
 def classifier_of(task: str, args: Namespace) -> Path:
-    return Path(args.results) / f"classifier-{task}.pt"
+    return Path(args.results) / f"classifier-{TASKS[task].judge or task}.pt"
 
 
 def call(command: list[str], may_fail: bool = False) -> str | None:

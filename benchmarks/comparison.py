@@ -31,6 +31,7 @@ class Task(NamedTuple):
     follows: dict[str, str] = {}  # a family of one network -> one before it, whose rate it takes, without search and curve
     trials: dict[str, float | None] = {}  # a family, each of whose networks gets the whole budget -> its rate, unless searched
     finalists: tuple[str, ...] = ()       # of the trials' networks: they get all seeds and the curve
+    judge: str | None = None              # the task whose classifier measures, if not its own
     seeds: tuple[int, ...] = SEEDS
     search: Fraction = Fraction(1, 5)     # of the budget, for each learning rate
     curve: tuple[Fraction, ...] = (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2))  # shares that the first seed runs, too
@@ -62,6 +63,11 @@ TASKS = {
         {"DiT labels": "DiT"},
         {"DiNextV2": 12e-3, "DiT larger": None, "DiNextV2 larger": None, "ConvAdaLN in parts": 3e-3, "Dense": None},
         ("DiNextV2/1 128x3",)),
+    "cifar16": Task(3600, 128, (4, 16, 16), "--data-path {cifar16_features}", ("{cifar}/test", "{cifar}/train"), "", {
+        "DiT": {"DiT/2 128x5": ("DiT-S/2", dict(hidden_size=128, depth=5, num_heads=4))},
+        "DiNext-U": {"DiNext-U 40": ("DiNext-U-S", dict(hidden_size=40, depths=[1, 2, 3, 2, 1]))},
+        "ConvAdaLN": {"ConvAdaLN 64x4": ("ConvAdaLN", dict(hidden_size=64, depth=4))}},
+        judge="cifar", seeds=(0, 1), search=Fraction(1, 10), curve=()),
     "mnist16": Task(420, 64, (1, 16, 16), "--data-path mnist --image-size 16 --vae pixels", ("mnist", "mnist"),
                     "--data-path mnist --image-size 16 --epochs 5", {
         "DiT": {"DiT/2 96x4": ("DiT-S/2", dict(hidden_size=96, depth=4, num_heads=3)),
@@ -232,11 +238,12 @@ def main_table(task: str, done: list[Run], results: dict[str, dict]) -> list[str
 
 
 def search_table(done: list[Run], results: dict[str, dict]) -> list[str]:
-    """FD-classifier after a fifth of the steps, by network and learning rate."""
+    """FD-classifier after a share of the steps, by network and learning rate."""
     found = {(run.network, run.lr): f"{distance(results[run.name]):.3g}" for run in done if run.stage == "search"}
     rates = sorted({lr for _, lr in found})
     networks = dict.fromkeys(network for network, _ in found)
-    return table(["a fifth of the steps, lr", *(f"{lr:g}" for lr in rates)],
+    share = next((run.share for run in done if run.stage == "search"), "")
+    return table([f"{share} of the steps, lr", *(f"{lr:g}" for lr in rates)],
                  [[network, *(found.get((network, lr), "-") for lr in rates)] for network in networks])
 
 

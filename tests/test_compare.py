@@ -286,7 +286,8 @@ def test_results_are_those_of_the_networks_that_are_named():
     for result in runs:
         assert [result["preset"], result["model_args"]] == list(
             comparison.TASKS[result["task"]].families[result["family"]][result["network"]])
-    for name, task in comparison.TASKS.items():
+    for name in [name for name in comparison.TASKS if f"{name}-times" in results]:
+        task = comparison.TASKS[name]
         for family in task.families.values():
             for title, network in family.items():
                 trained = sum(p.numel() for p in compare.build(network, task.shape).parameters() if p.requires_grad)
