@@ -161,13 +161,15 @@ def run_all(args: Namespace) -> None:
                 write_json(folder / f"{run.name}.json", execute(run, steps_of(run, read_results(folder)), args))
 
 
-def train_classifier(out: Path, flags: str, claimed: Path, args: Namespace) -> None:
-    """Train the classifier `out` by classifier.py if it is missing, or wait for the process that has claimed it."""
+def train_classifier(out: Path, flags: str, claimed: Path, args: Namespace, wait: bool = True) -> None:
+    """Train the classifier `out` by classifier.py if it is missing; `wait` for it if another process has claimed it."""
     while not out.exists():
         if claim(claimed):
             call(["benchmarks/classifier.py", *expand(flags, args), "--data-root", args.data_root, "--out", str(out)])
-        else:
+        elif wait:
             time.sleep(10)
+        else:
+            return
 
 
 def claim(folder: Path) -> bool:

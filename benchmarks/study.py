@@ -207,7 +207,7 @@ def steps_of(part: str, stage: str, args: Namespace) -> int:
 
 
 def run_all(args: Namespace) -> None:
-    """Do the missing runs. Several processes may share the work; one that needs the run of another takes others first."""
+    """Do the missing runs. Several processes may share the work; what needs the run or classifier of another comes later."""
     results, claims = Path(args.results), Path(args.work) / "claims"
     for folder in (args.work, args.results):
         check_writable(folder)
@@ -216,12 +216,13 @@ def run_all(args: Namespace) -> None:
     for part in dict.fromkeys(part for part, *_ in plan(args)):
         study, classifier = STUDIES[args.study][part], classifier_of(part, args)
         flags = f"{TASKS[study.task].classifier} {study.judge or ''}"
-        compare.train_classifier(classifier, flags, claims / classifier.stem, args)
+        compare.train_classifier(classifier, flags, claims / classifier.stem, args, wait=False)
     left = None
     while left != (left := [run for run in plan(args) if not (results / f"{name_of(*run)}.json").exists()]):
         for part, stage, seed in left:
             out, first = results / f"{name_of(part, stage, seed)}.json", STUDIES[args.study][part].stages[stage].begins
-            ready = first is None or (results / f"{name_of(part, first, seed)}.json").exists()
+            ready = classifier_of(part, args).exists() and (
+                first is None or (results / f"{name_of(part, first, seed)}.json").exists())
             if ready and claim(claims / out.stem) and not out.exists():
                 write_json(out, execute(part, stage, seed, args))
 

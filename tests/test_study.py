@@ -136,6 +136,15 @@ def test_distances_are_also_told_above_the_floor(tmp_path, monkeypatch):
     assert "| real images | - | - | - | 0.343 | 0.353 | 0.99 | 0 | 0 |" in table
 
 
+def test_a_process_does_not_wait_for_the_classifier_of_another(tiny, tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/tiny-times.json").write_text('{"seconds": {"plain": 1, "internal": 1, "align": 1}}')
+    monkeypatch.setattr(study.compare, "claim", lambda folder: False)
+    monkeypatch.setattr(study.compare.time, "sleep", None)  # would fail
+    monkeypatch.setattr(study, "execute", None)             # likewise: it needs the classifier
+    act("run", "heads", tmp_path)
+
+
 def test_no_seed_chooses_its_own_scale():
     what = Stage([Sampler("euler", 25), *(Sampler("euler", 25, internal=scale) for scale in (2, 3))])
     distances = {"euler 25": (0, 0, 0), "euler 25, internal 2": (1, 2, 9), "euler 25, internal 3": (5, 6, 3)}
