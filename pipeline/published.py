@@ -62,10 +62,11 @@ def read_flow(source: Source, bare: BareWeights, kind: str) -> Contents:
     weights = {re.sub(r"(\.[qk]_norm)\.scale$", r"\1.weight", key): value for key, value in source.weights.items()
                if not key.startswith((PROJECTORS, UNCERTAINTY))}
     weights = first_half(weights, spec.model.args)
-    if kind == "ig" and not any(key.startswith(INTERNAL) for key in weights):
+    contents = with_internal(Contents(spec, reverse_time(weights) if kind == "sit" else weights,
+                                      f"weights of {kind}'s {'flow map' if is_map else 'flow'}"))
+    if kind == "ig" and not contents.heads:
         raise UserError(f"it has no head of internal guidance, whose tensors begin with {INTERNAL}")
-    return with_internal(Contents(spec, reverse_time(weights) if kind == "sit" else weights,
-                                  f"weights of {kind}'s {'flow map' if is_map else 'flow'}"))
+    return contents
 
 
 def read_lightning(source: Source, bare: BareWeights) -> Contents:
@@ -144,7 +145,7 @@ def reverse_time(weights: Weights) -> Weights:
     """SiT's network u(x, s) gives data - noise at s, 1 = data. These weights give noise - data at t = 1 - s.
 
     cos(f - f t) and sin(f - f t) are linear in cos(f t) and sin(f t), so the first matrix of the time's MLP absorbs the
-    reversal; the last layer absorbs the sign.
+    reversal; the last layer absorbs the sign, and that of internal guidance's head too.
     """
     key = "t_embedder.mlp.0.weight"
     if key not in weights:
