@@ -13,7 +13,6 @@ If latents can be cached, `encode` has two halves: `sample(moments(images), nois
 """
 
 import hashlib
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from pipeline.spec import Spec, Statistics
 from pipeline.weights import check_values, find_weights, load_weights, stripped
 from runtime import UserError
 from runtime.cli import WRONG_VALUE, one_line, prefix_errors
+from runtime.files import quiet_hub
 from runtime.pictures import to_unit_range
 
 NO_VARIANCE = -30  # the log-variance of a latent without posterior
@@ -226,7 +226,7 @@ def load_vae(source: str) -> nn.Module:
                                 "AutoencoderDC, a file of LDM's autoencoder, the run or checkpoint of an autoencoder, or a "
                                 "hub id owner/name")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of deprecations in the hub's client
+        with quiet_hub():
             kind = AutoencoderKL.load_config(hub_id).get("_class_name", "AutoencoderKL")
             if kind not in kinds:
                 raise UserError(f"it is an {kind}; expected an AutoencoderKL or AutoencoderDC")

@@ -4,7 +4,6 @@ arXiv:2410.06940).
 Legend: B batch, C channels (1 or 3), H W size of the images, h w size of the grid, Z width of a token.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from pipeline import checkpoint
 from pipeline.weights import WithoutDraws, load_weights
 from runtime import UserError
 from runtime.cli import WRONG_VALUE, nearest, one_line, prefix_errors
+from runtime.files import quiet_hub
 from runtime.pictures import to_unit_range
 from small_models import Classifier
 
@@ -162,7 +162,7 @@ def load_vit(name: str) -> nn.Module:
         raise UserError(f"encoder {name} is not a model of timm with weights; {ALLOWED}{known}")
 
     def create(**options) -> nn.Module:
-        with warnings.catch_warnings(action="ignore"):  # of deprecations in the hub's client
+        with quiet_hub():
             return timm.create_model(full, dynamic_img_size=True, **options).eval()
 
     check_vit(name, create)

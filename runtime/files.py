@@ -151,13 +151,27 @@ def is_hub_id(name: str) -> bool:
             and not path.parent.is_dir() and path.suffix not in (".pt", ".safetensors", ".bin", ".json"))
 
 
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Without what the hub's client says of itself: deprecations, and two lines for each retry. Its errors remain."""
+    from huggingface_hub.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def download_folder(hub_id: str, patterns: list[str]) -> Path:
     """The cached files of a hub repository, user/repo or user/repo@revision, that match `patterns`. Raises OSError."""
     from huggingface_hub import snapshot_download
 
     name, _, revision = hub_id.partition("@")
     try:
-        with warnings.catch_warnings(action="ignore"):  # huggingface_hub emits deprecation warnings about itself
+        with quiet_hub():
             return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0][:200]

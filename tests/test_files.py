@@ -1,4 +1,5 @@
 import contextlib
+import logging
 import os
 import stat
 import subprocess
@@ -7,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from runtime.files import find_files, lock_folder, write_text
+from runtime.files import find_files, lock_folder, quiet_hub, write_text
 
 
 def test_a_locked_folder_is_refused_to_a_second_process_until_the_first_one_ends(tmp_path):
@@ -91,3 +92,12 @@ def test_files_are_told_apart_where_listing_gives_no_inodes_and_a_hard_link_is_o
 
     monkeypatch.setattr(os, "scandir", without_inodes)
     assert find_files(tmp_path, (".png",)) == expected
+
+
+def test_the_hubs_client_is_silent_about_its_retries_where_an_error_will_tell(caplog):
+    client = logging.getLogger("huggingface_hub.utils._http")
+    with quiet_hub():
+        client.warning("Retrying in 1s")
+    assert not caplog.records
+    client.warning("Retrying in 1s")
+    assert len(caplog.records) == 1
