@@ -95,8 +95,8 @@ def write_dinext(restored: checkpoint.Restored, args: Namespace, folder: Path) -
             trained = checkpoint.restore(spec.vae)
             checkpoint.save_folder(folder / OWN_VAE, trained.spec, trained.model.state_dict())
         spec = spec.with_vae(OWN_VAE)
-    of_heads, used = None, None  # heads that sampling does not use stay behind
-    if spec.sampling and spec.sampling.internal_scale != 1:
+    of_heads, used = None, None  # heads that sampling cannot use stay behind
+    if "internal" in (spec.heads or {}):
         used = {name: spec.heads[name] for name in ("split", "internal")}
         of_heads = {key: value for key, value in restored.heads.items() if key.startswith("internal.")}
     checkpoint.save_folder(folder, replace(spec, heads=used), restored.model.state_dict(), of_heads)

@@ -73,7 +73,7 @@ def protocol(made: dict[str, Any], ref: str, ref_sha256: str) -> str:
         f"N = {take('images', 0):,}", f"reference {hashed(ref, ref_sha256)}",
         hashed(take("checkpoint"), take("checkpoint_sha256", None), *([weights.replace("ema", "EMA")] if weights else [])),
         f"sampler {take('sampler')}, {take('steps')} steps",
-        "no guidance" if scale == 1 else f"guidance {scale:g} of {channels} channels {limits}",
+        "no classifier-free guidance" if scale == 1 else f"guidance {scale:g} of {channels} channels {limits}",
         f"{take('labels')} labels, seed {take('seed')}", take("precision") + (" (TF32 allowed)" if take("tf32", False) else ""),
         f"decoder {hashed(str(take('vae', 'unknown')), identity.get('sha256') or identity.get('vae_sha256'))}"]
     told = ("model", "image_size", "statistics", "objective")  # by the checkpoint

@@ -226,7 +226,7 @@ def load_vae(source: str) -> nn.Module:
                                 "AutoencoderDC, a file of LDM's autoencoder, the run or checkpoint of an autoencoder, or a "
                                 "hub id owner/name")
     try:
-        with quiet_hub():
+        with quiet_hub(None if is_path else hub_id):
             kind = AutoencoderKL.load_config(hub_id).get("_class_name", "AutoencoderKL")
             if kind not in kinds:
                 raise UserError(f"it is an {kind}; expected an AutoencoderKL or AutoencoderDC")

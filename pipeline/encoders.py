@@ -162,11 +162,11 @@ def load_vit(name: str) -> nn.Module:
         raise UserError(f"encoder {name} is not a model of timm with weights; {ALLOWED}{known}")
 
     def create(**options) -> nn.Module:
-        with quiet_hub():
+        with quiet_hub(about.hf_hub_id if options else None):
             return timm.create_model(full, dynamic_img_size=True, **options).eval()
 
-    check_vit(name, create)
     about = timm.get_pretrained_cfg(full)
+    check_vit(name, create)
     try:
         with WithoutDraws():
             return create(pretrained=True)

@@ -200,10 +200,11 @@ def check_internal(settings: SamplingSettings, spec: Spec) -> None:
     """Raises UserError if internal guidance does not go with a network, or with other settings."""
     if "internal" not in (spec.heads or {}):
         raise UserError(f"`internal_scale` {settings.internal_scale} needs a network that was trained with the head internal "
-                        "(`heads` of train.py)")
+                        "(`heads` of train.py); `internal_scale` 1 switches it off")
     for name, value in {"sampler": settings.sampler == "map", "reuse": settings.reuse != "none"}.items():
         if value:
-            raise UserError(f"`internal_scale` and `{name}` {getattr(settings, name)} cannot be combined")
+            raise UserError(f"`internal_scale` and `{name}` {getattr(settings, name)} cannot be combined; "
+                            "`internal_scale` 1 switches the first off")
 
 
 def restore_autoencoder(world: World, restored: checkpoint.Restored, sampling: Sampling, same: bool = True) -> nn.Module:

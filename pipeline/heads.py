@@ -29,7 +29,7 @@ from pipeline.encoders import CLASSIFIER, load_encoder
 from pipeline.spec import Config, Spec, defaults_of
 from pipeline.weights import load_weights
 from runtime import UserError
-from runtime.cli import check_arguments, prefix_errors
+from runtime.cli import check_arguments, nearest, prefix_errors
 from runtime.files import sha256
 
 SPLIT = 8 / 28  # the share of blocks before the heads' seam; of a DiNext-U it is after the middle stage
@@ -75,7 +75,7 @@ class Head(nn.Module):
         super().__init__()
         for name, value in {"weight": weight, "stop_step": stop_step or 0}.items():
             if not 0 <= value < math.inf:
-                raise UserError(f"{name} {value} is not at least 0")
+                raise UserError(f"{name} {value} is not a finite number of at least 0")
         self.weight, self.stop_step = weight, stop_step
 
     def loss(self, out: Tensor, step: Step) -> Tensor:
@@ -130,8 +130,10 @@ class Align(Head):
     def __init__(self, place: Place, encoder: str = "dinov2", kind: str = "mlp", weight: float = 0.5,
                  stop_step: int | None = None, hidden_size: int = 2048, sha256: str | None = None):
         super().__init__(weight, stop_step)
-        if kind not in ("mlp", "conv") or hidden_size < 1:
-            raise UserError(f"kind {kind!r} must be mlp or conv, hidden_size {hidden_size} at least 1")
+        if kind not in ("mlp", "conv"):
+            raise UserError(f"kind {kind!r} must be mlp or conv")
+        if hidden_size < 1:
+            raise UserError(f"hidden_size {hidden_size} is not at least 1")
         self.encoder = Frozen(load_encoder(encoder, torch.device("cpu")))
         channels, *size = place.images
         *grid, width = self.encoder.module.token_shape(tuple(size), channels)
@@ -215,7 +217,7 @@ def split_of(network: nn.Module, heads: Config) -> int:
     usual = network.default_split if isinstance(network, DiNextU) else max(1, round(SPLIT * len(network.blocks)))
     split, most = heads.get("split", usual), max(1, len(network.blocks) - 1)
     if type(split) is not int or not 1 <= split <= most:
-        raise UserError(f"`heads`: split {split} is not in 1..{most}, the blocks before the heads")
+        raise UserError(f"`heads`: split {split!r} is not in 1..{most}, the blocks before the heads")
     return split
 
 
@@ -244,7 +246,7 @@ def check_heads(heads: Config, outline: nn.Module) -> Config:
         raise UserError(f"`heads` names none; allowed: {', '.join(HEADS)}")
     for name in names:
         if name not in HEADS:
-            raise UserError(f"`heads`: {name!r} is unknown; allowed: split, {', '.join(HEADS)}")
+            raise UserError(f"`heads`: {name!r} is unknown; allowed: split, {', '.join(HEADS)}{nearest(name, HEADS)}")
         if not isinstance(heads[name], dict):
             raise UserError(f"`heads`: {name} is {heads[name]!r}, not a dictionary of arguments")
         with prefix_errors(f"`heads`: {name}:"):

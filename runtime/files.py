@@ -152,10 +152,18 @@ def is_hub_id(name: str) -> bool:
 
 
 @contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Without what the hub's client says of itself: deprecations, and two lines for each retry. Its errors remain."""
+def quiet_hub(hub_id: str | None) -> Iterator[None]:
+    """Without what the hub's client says of itself: deprecations, and two lines for each retry. Its errors remain.
+
+    Args:
+        hub_id: the repository that is asked for, which is told if nothing of it is in the cache; None: none.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
     from huggingface_hub.utils import logging
 
+    if hub_id and not Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=hub_id, repo_type="model"), "snapshots").is_dir():
+        print(f"Fetching {hub_id} from the hub", flush=True)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -171,7 +179,7 @@ def download_folder(hub_id: str, patterns: list[str]) -> Path:
 
     name, _, revision = hub_id.partition("@")
     try:
-        with quiet_hub():
+        with quiet_hub(name):
             return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0][:200]

@@ -94,10 +94,15 @@ def test_files_are_told_apart_where_listing_gives_no_inodes_and_a_hard_link_is_o
     assert find_files(tmp_path, (".png",)) == expected
 
 
-def test_the_hubs_client_is_silent_about_its_retries_where_an_error_will_tell(caplog):
+def test_what_is_fetched_from_the_hub_is_told_and_its_client_is_silent_about_retries(tmp_path, monkeypatch, caplog, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     client = logging.getLogger("huggingface_hub.utils._http")
-    with quiet_hub():
+    with quiet_hub("owner/name"):
         client.warning("Retrying in 1s")
     assert not caplog.records
     client.warning("Retrying in 1s")
     assert len(caplog.records) == 1
+    assert capsys.readouterr().out == "Fetching owner/name from the hub\n"
+    (tmp_path / "models--owner--name/snapshots").mkdir(parents=True)
+    with quiet_hub("owner/name"):
+        assert capsys.readouterr().out == ""

@@ -239,7 +239,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(head_run, tmp_path):
         assert all(torch.equal(value, final(broken)["heads"][part][key]) for key, value in weights.items())
 
 
-def test_heads_of_another_run_are_taken_where_they_fit(head_run, tmp_path):
+def test_heads_of_another_run_are_taken_at_the_same_seam_and_the_log_says_so(head_run, tmp_path):
     flags = ["--init-from", head_run, "--max-steps", 1, "--lr", 1e-12]
     train_here(tmp_path, *RUN, *flags)
     train_here(tmp_path, *RUN, *flags, "--run-name", "other", "--heads", '{"internal": {}, "split": 2}')
@@ -249,6 +249,10 @@ def test_heads_of_another_run_are_taken_where_they_fit(head_run, tmp_path):
     assert torch.allclose(taken, final(head_run)["heads"]["ema"][key], atol=1e-6)
     assert taken.abs().max() > 1e-4
     assert "heads" not in final(results / "none")
+    assert final(results / "other")["heads"]["model"][key].abs().max() < 1e-6
+    for run, words in {"r": "fresh: none; unused: none", "other": "fresh: head internal; unused: head internal",
+                       "none": "fresh: none; unused: head internal"}.items():
+        assert words in (results / run / "log.txt").read_text()
 
 
 def test_alignment_sees_the_pictures_as_they_are_mirrored_and_ends(photographs, tmp_path, monkeypatch, run_here):
@@ -337,15 +341,14 @@ def test_the_python_call_says_what_it_lacks(uneven):
         generate(restored.model, load_autoencoder("pixels"), [1, 7], [0, 1], 0, sampling)
 
 
-def test_an_exported_folder_has_heads_only_where_it_recommends_them(uneven, tmp_path):
+def test_an_exported_folder_has_the_head_that_sampling_may_use(uneven, tmp_path):
     def exported(run, name, *flags):
         export.main(export.build_parser().parse_args(["--ckpt", str(run), "--out", str(tmp_path / name), *flags]))
         return tmp_path / name
 
-    assert not (exported(uneven, "plain") / "heads.safetensors").exists()
-    with pytest.raises(UserError, match=r"`internal_scale` 1\.4 needs a network that was trained with the head internal"):
-        draw(tmp_path / "plain", internal_scale=1.4)
-    state = final(uneven)
+    plain, state = exported(uneven, "plain"), final(uneven)
+    assert torch.equal(draw(plain, internal_scale=1.4), draw(uneven, internal_scale=1.4))
+    assert not torch.equal(draw(plain), draw(plain, internal_scale=1.4))
     state["spec"]["sampling"]["internal_scale"] = 1.4
     checkpoint.save(tmp_path / "results/r/checkpoints/0000006.pt", state)
     run = tmp_path / "results/r"
@@ -362,7 +365,7 @@ def test_an_exported_folder_has_heads_only_where_it_recommends_them(uneven, tmp_
 
 
 def test_what_internal_guidance_does_not_go_with(uneven):
-    with pytest.raises(UserError, match="`internal_scale` and `reuse` encoder cannot be combined"):
+    with pytest.raises(UserError, match="`internal_scale` and `reuse` encoder cannot be combined; `internal_scale` 1 switches"):
         draw(uneven, internal_scale=2.0, reuse="encoder")
     with pytest.raises(UserError, match="`internal_scale` -1 is not a finite number"):
         draw(uneven, internal_scale=-1)
@@ -391,9 +394,9 @@ def test_what_is_refused(tmp_path, run_here, monkeypatch):
         given = [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), value)]
         assert_one_line(run_here(train, *TINY_RUN, "--max-steps", 1, *given, "--results-dir", tmp_path), *words)
 
-    refused("--heads: 'inner' is unknown; allowed: split, internal, align", heads='{"inner": {}}')
+    refused("--heads: 'inner' is unknown; allowed: split, internal, align; did you mean internal", heads='{"inner": {}}')
     refused("--heads: internal: unknown key 'wait'; allowed: weight", heads='{"internal": {"wait": 1}}')
-    refused("--heads: internal: weight -1.0 is not at least 0", heads='{"internal": {"weight": -1}}')
+    refused("--heads: internal: weight -1.0 is not a finite number of at least 0", heads='{"internal": {"weight": -1}}')
     refused("--heads are not for objective 'flow-map'", diffusion_args='{"objective": "flow-map"}',
             model_args='{"time_scale": 0.01}')
     refused("--heads are for networks that are sampled from", model="Autoencoder-F4C8", diffusion_args="{}", model_args="{}",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffusion import create_diffusion
 from pipeline import checkpoint
-from pipeline.heads import backbone
+from pipeline.heads import WithHeads, backbone
 from pipeline.spec import BareWeights, ModelSpec, Spec, Statistics, Weights, defaults_of, normal_name
 from pipeline.weights import check_values, fitted
 from runtime import UserError
@@ -132,26 +132,35 @@ def init_from(training: Training, initial: Initial, classes: list[str]) -> str:
     """
     state, weights, source = backbone(training.model).state_dict(), initial.weights, initial.source
     taken, fresh = matching(state, initial, classes)
-    begun = []
+    of_heads = fitting_heads(training.model, initial)
     for network, heads in training.networks().values():
         network.load_state_dict(taken, strict=False)
         if heads is not None:
-            of_heads = fitting_heads(heads, initial)
             heads.load_state_dict(of_heads, strict=False)
-            begun = sorted({*heads} - {key.partition(".")[0] for key in of_heads})
-    differing, unused = [key for key in state if key not in taken], [key for key in fitted(weights, state) if key not in state]
+    _, ours = training.networks()["model"]
+    begun, left = ([f"head {name}" for name in sorted({*names} - names_of(of_heads))] for names in (
+        ours or (), names_of(initial.heads)))
+    differing = [key for key in state if key not in taken] + begun
+    unused = [key for key in fitted(weights, state) if key not in state] + left
     remark = "" if fresh is None else (f"; embeddings of no label and of {len(classes) - len(fresh)} of {len(classes)} "
                                        f"classes, by name; fresh classes: {shortened(fresh)}")
     return (f"Initialised {len(taken)} of {len(state)} tensors from {source}{initial.remark and f' ({initial.remark})'}; "
-            f"fresh: {shortened([*differing, *(f'head {name}' for name in begun)])}; unused: {shortened(unused)}{remark}")
+            f"fresh: {shortened(differing)}; unused: {shortened(unused)}{remark}")
 
 
-def fitting_heads(heads: nn.ModuleDict, initial: Initial) -> Weights:
-    """The weights of heads of the same name, each if all of its tensors fit."""
-    fit = {name for name, head in heads.items() if all(
+def fitting_heads(model: nn.Module, initial: Initial) -> Weights:
+    """The weights of heads of the same name and seam, each if all of its tensors fit."""
+    if not isinstance(model, WithHeads) or not initial.heads or model.split != initial.spec.heads["split"]:
+        return {}
+    fit = {name for name, head in model.heads.items() if all(
         f"{name}.{key}" in initial.heads and initial.heads[f"{name}.{key}"].shape == value.shape
         for key, value in head.state_dict().items())}
     return {key: value for key, value in initial.heads.items() if key.partition(".")[0] in fit}
+
+
+def names_of(heads: Weights) -> set[str]:
+    """The names of the heads that have weights."""
+    return {key.partition(".")[0] for key in heads}
 
 
 def check_fit(state: dict[str, Tensor], initial: Initial, classes: list[str]) -> None:

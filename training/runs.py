@@ -90,7 +90,7 @@ def build_run_spec(model: str, model_args: dict[str, Any], diffusion_args: dict[
 def heads_of_run(heads: dict[str, Any], spec: Spec, process: Process, data: TrainingData) -> dict[str, Any]:
     """The flag `heads`, checked against the network, the process and the data, with every argument."""
     if isinstance(process, FlowMap):
-        raise UserError("`heads` are not for objective 'flow-map': train them with the flow")
+        raise UserError("`heads` are not for objective 'flow-map': train them with the flow, and pass {} for its map")
     checked = check_heads(heads, spec.model.outline())
     for name in {*checked} - {"split"}:
         if name in {"loss", *LOGGED, *process.validation_terms} or "." in name or hasattr(nn.ModuleDict, name):
