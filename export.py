@@ -37,6 +37,7 @@ from diffusion.schedules import named_betas
 from pipeline import checkpoint
 from pipeline.autoencoders import HUB_IDS, SDVAE, TrainedAutoencoder, check_autoencoder, load_autoencoder
 from pipeline.generation import Sampling
+from pipeline.heads import weights_of
 from pipeline.settings import BARE_OBJECTIVES, SamplingSettings
 from pipeline.spec import OWN_VAE, BareWeights, Config, Spec
 from runtime import UserError, cli
@@ -95,10 +96,9 @@ def write_dinext(restored: checkpoint.Restored, args: Namespace, folder: Path) -
             trained = checkpoint.restore(spec.vae)
             checkpoint.save_folder(folder / OWN_VAE, trained.spec, trained.model.state_dict())
         spec = spec.with_vae(OWN_VAE)
-    of_heads, used = None, None  # heads that sampling cannot use stay behind
-    if "internal" in (spec.heads or {}):
-        used = {name: spec.heads[name] for name in ("split", "internal")}
-        of_heads = {key: value for key, value in restored.heads.items() if key.startswith("internal.")}
+    # Heads that sampling cannot use stay behind.
+    used = {name: spec.heads[name] for name in ("split", "internal")} if "internal" in (spec.heads or {}) else None
+    of_heads = weights_of(restored.heads, used or {})
     checkpoint.save_folder(folder, replace(spec, heads=used), restored.model.state_dict(), of_heads)
 
 

@@ -152,7 +152,8 @@ def run_all(args: Namespace) -> None:
     list_runs(args)
     for task in args.tasks:
         judge = TASKS[task].judge or task
-        train_classifier(classifier_of(task, args), TASKS[judge].classifier, claims / judge, args)
+        while not train_classifier(classifier_of(task, args), TASKS[judge].classifier, claims / judge, args):
+            time.sleep(10)
         while missing := missing_runs(task, folder):
             run = next((run for run in missing if claim(claims / run.name)), None)
             if run is None:
@@ -161,15 +162,11 @@ def run_all(args: Namespace) -> None:
                 write_json(folder / f"{run.name}.json", execute(run, steps_of(run, read_results(folder)), args))
 
 
-def train_classifier(out: Path, flags: str, claimed: Path, args: Namespace, wait: bool = True) -> None:
-    """Train the classifier `out` by classifier.py if it is missing; `wait` for it if another process has claimed it."""
-    while not out.exists():
-        if claim(claimed):
-            call(["benchmarks/classifier.py", *expand(flags, args), "--data-root", args.data_root, "--out", str(out)])
-        elif wait:
-            time.sleep(10)
-        else:
-            return
+def train_classifier(out: Path, flags: str, claimed: Path, args: Namespace) -> bool:
+    """Train the classifier `out` by classifier.py, unless it exists or another process is at it. Returns whether it exists."""
+    if not out.exists() and claim(claimed):
+        call(["benchmarks/classifier.py", *expand(flags, args), "--data-root", args.data_root, "--out", str(out)])
+    return out.exists()
 
 
 def claim(folder: Path) -> bool:

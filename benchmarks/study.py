@@ -216,7 +216,7 @@ def run_all(args: Namespace) -> None:
     for part in dict.fromkeys(part for part, *_ in plan(args)):
         study, classifier = STUDIES[args.study][part], classifier_of(part, args)
         flags = f"{TASKS[study.task].classifier} {study.judge or ''}"
-        compare.train_classifier(classifier, flags, claims / classifier.stem, args, wait=False)
+        compare.train_classifier(classifier, flags, claims / classifier.stem, args)
     left = None
     while left != (left := [run for run in plan(args) if not (results / f"{name_of(*run)}.json").exists()]):
         for part, stage, seed in left:

@@ -14,7 +14,7 @@ Legend: B batch, C channels, H W size, h w grid of the features, D their width, 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from diffusion.process import Process, Seam, check
 from models import ChannelsLastConv2d, DiNextU, FinalLayer, RMSNorm, channels_first
 from pipeline.checkpoint import Restored
 from pipeline.encoders import CLASSIFIER, load_encoder
-from pipeline.spec import Config, Spec, defaults_of
+from pipeline.spec import Config, Spec, Weights, defaults_of
 from pipeline.weights import load_weights
 from runtime import UserError
 from runtime.cli import check_arguments, nearest, prefix_errors
@@ -274,10 +274,15 @@ def with_heads(network: nn.Module, spec: Spec, names: Iterable[str] | None = Non
     return WithHeads(network, heads, spec.heads["split"])
 
 
+def weights_of(heads: Weights, names: Container[str]) -> Weights:
+    """Of the weights of heads those of these names. A key begins with its head's name."""
+    return {key: value for key, value in heads.items() if key.partition(".")[0] in names}
+
+
 def restore_heads(restored: Restored, names: Iterable[str] = ("internal",)) -> WithHeads:
     """A checkpoint's network with its heads of these names, on the network's device."""
     model = with_heads(restored.model, restored.spec, names)
-    own = {key: value for key, value in restored.heads.items() if key.partition(".")[0] in model.heads}
+    own = weights_of(restored.heads, model.heads)
     if not own:
         raise UserError(f"`ckpt` {restored.path} has no weights of its heads; of a folder they are in heads.safetensors")
     load_weights(model.heads, own, restored.path)

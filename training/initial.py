@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffusion import create_diffusion
 from pipeline import checkpoint
-from pipeline.heads import WithHeads, backbone
+from pipeline.heads import WithHeads, backbone, weights_of
 from pipeline.spec import BareWeights, ModelSpec, Spec, Statistics, Weights, defaults_of, normal_name
 from pipeline.weights import check_values, fitted
 from runtime import UserError
@@ -132,16 +132,15 @@ def init_from(training: Training, initial: Initial, classes: list[str]) -> str:
     """
     state, weights, source = backbone(training.model).state_dict(), initial.weights, initial.source
     taken, fresh = matching(state, initial, classes)
-    of_heads = fitting_heads(training.model, initial)
+    of_heads, begun = fitting_heads(training.model, initial), set()
     for network, heads in training.networks().values():
         network.load_state_dict(taken, strict=False)
         if heads is not None:
             heads.load_state_dict(of_heads, strict=False)
-    _, ours = training.networks()["model"]
-    begun, left = ([f"head {name}" for name in sorted({*names} - names_of(of_heads))] for names in (
-        ours or (), names_of(initial.heads)))
-    differing = [key for key in state if key not in taken] + begun
-    unused = [key for key in fitted(weights, state) if key not in state] + left
+            begun = {*heads}
+    kept, theirs = names_of(of_heads), names_of(initial.heads)
+    differing = [*(key for key in state if key not in taken), *(f"head {name}" for name in sorted(begun - kept))]
+    unused = [*(key for key in fitted(weights, state) if key not in state), *(f"head {name}" for name in sorted(theirs - kept))]
     remark = "" if fresh is None else (f"; embeddings of no label and of {len(classes) - len(fresh)} of {len(classes)} "
                                        f"classes, by name; fresh classes: {shortened(fresh)}")
     return (f"Initialised {len(taken)} of {len(state)} tensors from {source}{initial.remark and f' ({initial.remark})'}; "
@@ -155,7 +154,7 @@ def fitting_heads(model: nn.Module, initial: Initial) -> Weights:
     fit = {name for name, head in model.heads.items() if all(
         f"{name}.{key}" in initial.heads and initial.heads[f"{name}.{key}"].shape == value.shape
         for key, value in head.state_dict().items())}
-    return {key: value for key, value in initial.heads.items() if key.partition(".")[0] in fit}
+    return weights_of(initial.heads, fit)
 
 
 def names_of(heads: Weights) -> set[str]:
