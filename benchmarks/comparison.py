@@ -61,7 +61,7 @@ TASKS = {
                                for part in PARTS},
         "Dense": {"Dense/1 96x6": ("Dense", dict(hidden_size=96, depth=6))}},
         {"DiT labels": "DiT"},
-        {"DiNextV2": 12e-3, "DiT larger": None, "DiNextV2 larger": None, "ConvAdaLN in parts": 3e-3, "Dense": None},
+        {"DiNextV2": 12e-3, "ConvAdaLN in parts": 3e-3, "Dense": None, "DiNextV2 larger": None, "DiT larger": None},
         ("DiNextV2/1 128x3",)),
     "cifar16": Task(3600, 128, (4, 16, 16), "--data-path {cifar16_features}", ("{cifar}/test", "{cifar}/train"), "", {
         "DiT": {"DiT/2 128x5": ("DiT-S/2", dict(hidden_size=128, depth=5, num_heads=4))},
