@@ -17,6 +17,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import (
     AdaLN,
+    Attention,
     ChannelsLastConv2d,
     Isotropic,
     LabelEmbedder,
@@ -113,35 +114,73 @@ class Mlp2d(nn.Module):
         return channels_first(self.fc2(F.gelu(self.fc1(channels_last(x)))))
 
 
-class DenseBlock(nn.Module):
-    """One residual with a dense kernel: modulated LayerNorm -> 3x3 -> GELU -> 1x1 -> gate. x (B, h, w, D), c (B, D)."""
+class MacroBlock(nn.Module):
+    """ConvNeXt's one residual, with a dense kernel: GroupNorm, modulated -> 3x3 -> GELU -> 1x1 -> gate."""
 
     VECTORS = 3
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm = ChannelsLastGroupNorm(8, width)
         self.conv = ChannelsLastConv2d(width, width, kernel_size=3, padding=1)
         self.linear = nn.Linear(width, width)
         self.adaLN_modulation = AdaLN(width, self.VECTORS)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, h, w, D), c (B, D) -> (B, h, w, D)."""
         scale, shift, gate = self.adaLN_modulation(c).chunk(3, dim=1)
         return x + over_positions(gate, x) * self.linear(F.gelu(self.conv(modulate(self.norm(x), shift, scale))))
 
 
+class ChannelsLastGroupNorm(nn.GroupNorm):
+    """Of (B, h, w, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_last(super().forward(channels_first(x)))
+
+
 class Dense(Isotropic):
-    """DiNextV2 with DenseBlocks: its embedders, patches, adaLN-Zero and final layer."""
+    """MacroBlocks between the embedders, patches and final layer of DiNextV2."""
 
     def __init__(self, input_size: int | tuple[int, int] = 8, patch_size: int = 1, in_channels: int = 8, hidden_size: int = 96,
                  depth: int = 6, num_classes: int = 10, learn_sigma: bool = False):
-        super().__init__([DenseBlock(hidden_size) for _ in range(depth)], input_size, patch_size, in_channels, hidden_size,
+        super().__init__([MacroBlock(hidden_size) for _ in range(depth)], input_size, patch_size, in_channels, hidden_size,
                          num_classes, learn_sigma, gradient_checkpointing=False)
         initialize(self, label_std=1.0)
         self.to(memory_format=torch.channels_last)
 
 
-CANDIDATES = {f"ConvAdaLN-{part}": partial(Parts, part=part) for part in PARTS} | {"Dense": partial(Dense)}
+class Hybrid(ConvAdaLN):
+    """ConvAdaLN with GELU, and attention between its blocks. For the arguments see ConvAdaLN."""
+
+    def __init__(self, input_size: int | tuple[int, int] = 8, in_channels: int = 8, hidden_size: int = 96, depth: int = 3,
+                 num_classes: int = 10, learn_sigma: bool = False):
+        super().__init__(input_size, in_channels, hidden_size, depth, num_classes, learn_sigma)
+        blocks = [block for _ in range(depth) for block in (PartsBlock(hidden_size, "gelu"), AttentionBlock(hidden_size))]
+        self.blocks, self.head[0] = nn.ModuleList(blocks[:-1]), nn.GELU()
+        self.default_split = round(len(self.blocks) * 18 / 28)
+        self.to(memory_format=torch.channels_last)
+
+
+class AttentionBlock(nn.Module):
+    """GroupNorm -> attention with heads of 32 channels -> gate, which is 0 at first: x (B, D, H, W), c (B, D) -> the same."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.attn = Attention(width, max(1, width // 32))
+        self.gate = nn.Linear(width, width)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        h = channels_last(self.norm(x))                                             # (B, H, W, D)
+        h = channels_first(self.attn(h.flatten(1, 2)).view(h.shape))                # (B, D, H, W)
+        return x + self.gate(c)[..., None, None] * h
+
+
+CANDIDATES = {f"ConvAdaLN-{part}": partial(Parts, part=part) for part in PARTS} | {
+    "Dense": partial(Dense), "Hybrid": partial(Hybrid)}
 
 if __name__ == "__main__":
     if not set(sys.argv[1:2]) & {"train", "sample_ddp"}:

@@ -120,7 +120,7 @@ def test_each_part_of_convadaln_is_another_network():
     plain = ConvAdaLN(hidden_size=16, depth=1)
     plain.load_state_dict(weights)
     expected = plain.blocks[0](x, c)
-    torch.testing.assert_close(output("none"), expected)
+    torch.testing.assert_close(output("none"), expected, rtol=1e-4, atol=1e-4)  # GroupNorms scale up what rounding does
     for part in PARTS:
         assert not torch.allclose(output(part), expected)
     with pytest.raises(ValueError, match="part 'none' must be depthwise"):
