@@ -244,6 +244,13 @@ class ChannelsLastConv2d(nn.Conv2d):
         return channels_last(super().forward(channels_first(x)))
 
 
+class ChannelsLastGroupNorm(nn.GroupNorm):
+    """GroupNorm of (B, h, w, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_last(super().forward(channels_first(x)))
+
+
 def channels_first(x: Tensor) -> Tensor:
     """(B, h, w, D) -> (B, D, h, w), a view. The view of a contiguous x is in the channels_last memory format."""
     return x.permute(0, 3, 1, 2)
@@ -253,6 +260,8 @@ def channels_last(x: Tensor) -> Tensor:
     """(B, D, h, w) -> (B, h, w, D), a view."""
     return x.permute(0, 2, 3, 1)
 
+
+GROUPS = 8  # of a GroupNorm
 
 # -------------------------------------------------------------------------------------------------
 # Blocks
@@ -318,6 +327,40 @@ class DiNextBlock(nn.Module):
         scale, shift, gate = self.adaLN_modulation(c).chunk(3, dim=1)  # (B, D) each
         h = modulate(self.norm(self.dwconv(x)), shift, scale)          # (B, h, w, D)
         return x + over_positions(gate, x) * self.mlp(h)               # (B, h, w, D)
+
+
+class ResidualBlock(nn.Module):
+    """Two dense 3x3 in one residual: GroupNorm -> 3x3 -> modulation -> GELU -> GroupNorm -> 3x3. x is (B, h, w, D).
+
+    MinDiff's ConvAdaLN has these blocks, with Mish; ADM's (arXiv:2105.05233) modulate after the second norm.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.norm1 = ChannelsLastGroupNorm(GROUPS, hidden_size)
+        self.conv1 = ChannelsLastConv2d(hidden_size, hidden_size, kernel_size=3, padding=1)
+        self.norm2 = ChannelsLastGroupNorm(GROUPS, hidden_size)
+        self.conv2 = ChannelsLastConv2d(hidden_size, hidden_size, kernel_size=3, padding=1)
+        self.adaLN_modulation = AdaLN(hidden_size, 2)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        scale, shift = self.adaLN_modulation(c).chunk(2, dim=1)     # (B, D) each
+        h = modulate(self.conv1(self.norm1(x)), shift, scale)       # (B, h, w, D)
+        return x + self.conv2(self.norm2(F.gelu(h)))                # (B, h, w, D)
+
+
+class AttentionBlock(nn.Module):
+    """GroupNorm -> attention over all positions -> gate: x (B, h, w, D), c (B, D) -> (B, h, w, D)."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.norm = ChannelsLastGroupNorm(GROUPS, hidden_size)
+        self.attn = Attention(hidden_size, num_heads)
+        self.adaLN_modulation = AdaLN(hidden_size, 1)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        h = self.attn(self.norm(x).flatten(1, 2)).view(x.shape)
+        return x + over_positions(self.adaLN_modulation(c), x) * h
 
 
 class FinalLayer(nn.Module):
@@ -658,6 +701,67 @@ class DiNextU(Backbone):
         return (x, *skips)
 
 
+class DiNextV3(Backbone):
+    """Residual blocks of dense 3x3 convolutions, an attention block between two: what tensor cores multiply fast.
+
+    Stem and head overlap their patches: they see one pixel, and one token, more on each side.
+
+    Args: the defaults are DiNextV3-XL/2 on the latents of 256 x 256 ImageNet images.
+        hidden_size: D, the width of the blocks; a multiple of num_heads and of 8.
+        depth: number of residual blocks; there is one attention block less.
+        num_heads: heads of attention.
+        input_size, patch_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, label_std, time_scale, map_split:
+            see DiT.
+    """
+
+    def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
+                 hidden_size: int = 1152, depth: int = 15, num_heads: int = 16, num_classes: int = 1000,
+                 learn_sigma: bool = True, gradient_checkpointing: bool = False, label_std: float = 1.0,
+                 time_scale: float = 1.0, map_split: int | None = None):
+        super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, patch_size, map_split)
+        if depth < 1 or num_heads < 1 or hidden_size < 1 or hidden_size % GROUPS or hidden_size % num_heads:
+            raise ValueError(f"depth {depth} must be positive, hidden_size {hidden_size} a multiple of num_heads ({num_heads}) "
+                             f"and of {GROUPS}")
+        self.stem = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size + 2, stride=patch_size, padding=1)
+        self.t_embedder = TimestepEmbedder(hidden_size, scale=time_scale)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        pairs = ((ResidualBlock(hidden_size), AttentionBlock(hidden_size, num_heads)) for _ in range(depth))
+        self.blocks = nn.ModuleList([block for pair in pairs for block in pair][:-1])
+        self.head = nn.Sequential(
+            nn.GELU(), nn.GroupNorm(GROUPS, hidden_size),
+            nn.Conv2d(hidden_size, patch_size**2 * self.out_channels, kernel_size=3, padding=1), nn.PixelShuffle(patch_size))
+        self.default_split = min(len(self.blocks) - 1, round(len(self.blocks) * 18 / 28))  # the head does not see c
+        self.resolve_split(map_split)
+        self.initialize(label_std)
+        self.to(memory_format=torch.channels_last)  # kernels in the memory format of their inputs
+
+    def initialize(self, label_std: float) -> None:
+        """Each block is the identity at first, and the output 0. Kernels and modulations keep PyTorch's default."""
+        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=label_std)
+        for block in self.blocks:
+            nn.init.zeros_(block.adaLN_modulation[-1].bias)
+        residual, attention = self.blocks[::2], self.blocks[1::2]
+        for layer in (self.head[2], *(block.conv2 for block in residual), *(block.adaLN_modulation[-1] for block in attention)):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """t (B,) in 0..1000, y (B,) in 0..L -> c (B, D)."""
+        return self.t_embedder(t) + self.y_embedder(y)
+
+    def encode(self, x: Tensor, c: Tensor, split: int | None = None) -> tuple[Tensor]:
+        """x (B, C, H, W) -> (B, h, w, D) after the first `split` blocks, of both kinds."""
+        return (self.run_blocks(self.blocks[: self.resolve_split(split)], channels_last(self.stem(x)).to(x.dtype), c),)
+
+    def decode(self, state: tuple[Tensor], c: Tensor, split: int | None = None) -> Tensor:
+        """What encode returned for the same split -> (B, C or 2C, H, W)."""
+        x = self.run_blocks(self.blocks[self.resolve_split(split) :], state[0], c)  # (B, h, w, D)
+        return self.head(channels_first(x)).contiguous()                            # (B, C or 2C, H, W)
+
+
 # -------------------------------------------------------------------------------------------------
 # Presets and registry
 # -------------------------------------------------------------------------------------------------
@@ -669,6 +773,12 @@ ISOTROPIC = {
     "XL": dict(depth=28, hidden_size=1152),
 }
 NUM_HEADS = {"S": 6, "B": 12, "L": 16, "XL": 16}
+DENSE = {  # DiT's widths, about its multiply-accumulates
+    "S": dict(depth=7, hidden_size=384),
+    "B": dict(depth=7, hidden_size=768),
+    "L": dict(depth=13, hidden_size=1024),
+    "XL": dict(depth=15, hidden_size=1152),
+}
 U = {
     "S": dict(hidden_size=128, depths=(2, 4, 8, 4, 2)),
     "B": dict(hidden_size=256, depths=(2, 4, 8, 4, 2)),
@@ -683,6 +793,8 @@ for _size, _preset in ISOTROPIC.items():
         DiT_models[f"DiNext-{_size}/{_patch}"] = partial(DiNext, patch_size=_patch, **_preset)
 for _size, _preset in U.items():
     DiT_models[f"DiNext-U-{_size}"] = partial(DiNextU, **_preset)
+for _size, _preset in DENSE.items():
+    DiT_models[f"DiNextV3-{_size}/2"] = partial(DiNextV3, num_heads=NUM_HEADS[_size], **_preset)
 DiT_models["DiNextV2-S/2"] = partial(DiNext, patch_size=2, grn=False, label_std=1.0, **ISOTROPIC["S"])
 DiT_models["PixArt-B/2"] = partial(DiT, patch_size=2, num_heads=12, adaln="single", class_token=True, **ISOTROPIC["B"])
 DiT_models["LightningDiT-XL/1"] = partial(DiT, input_size=16, patch_size=1, in_channels=32, num_heads=16, learn_sigma=False,

@@ -44,7 +44,7 @@ from training.state import OptimizerArgs, Training
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = {"search": 2000, "trial": 5000, "main": 5000, "curve": 5000}  # of a run
-ROUNDS = 15  # of timed steps
+ROUNDS = 30  # of timed steps
 FLOW = {"objective": "flow", "time_sampling": "logit-normal"}
 
 

@@ -60,10 +60,13 @@ TASKS = {
         "ConvAdaLN in parts": {f"ConvAdaLN-{part} 96x4": (f"ConvAdaLN-{part}", dict(hidden_size=96, depth=4))
                                for part in PARTS},
         "Dense": {"Dense/1 96x6 GroupNorm": ("Dense", dict(hidden_size=96, depth=6))},
-        "Hybrid": {"Hybrid 96x3": ("Hybrid", dict(hidden_size=96, depth=3))}},
+        "Hybrid": {"Hybrid 96x3": ("Hybrid", dict(hidden_size=96, depth=3))},
+        "DiNextV3": {
+            "DiNextV3/1 96x3": ("DiNextV3-S/2", dict(patch_size=1, hidden_size=96, depth=3, num_heads=3)),
+            "DiNextV3/1 128x3": ("DiNextV3-S/2", dict(patch_size=1, hidden_size=128, depth=3, num_heads=4))}},
         {"DiT labels": "DiT"},
-        {"Hybrid": 3e-3, "DiNextV2": 12e-3, "ConvAdaLN in parts": 3e-3, "Dense": None, "DiNextV2 larger": None,
-         "DiT larger": None},
+        {"Hybrid": 3e-3, "DiNextV3": None, "DiNextV2": 12e-3, "ConvAdaLN in parts": 3e-3, "Dense": None,
+         "DiNextV2 larger": None, "DiT larger": None},
         ("DiNextV2/1 128x3",)),
     "cifar16": Task(3600, 128, (4, 16, 16), "--data-path {cifar16_features}", ("{cifar}/test", "{cifar}/train"), "", {
         "DiT": {"DiT/2 128x5": ("DiT-S/2", dict(hidden_size=128, depth=5, num_heads=4))},
