@@ -261,8 +261,6 @@ def channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-GROUPS = 8  # of a GroupNorm
-
 # -------------------------------------------------------------------------------------------------
 # Blocks
 # -------------------------------------------------------------------------------------------------
@@ -337,9 +335,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.norm1 = ChannelsLastGroupNorm(GROUPS, hidden_size)
+        self.norm1 = ChannelsLastGroupNorm(8, hidden_size)
         self.conv1 = ChannelsLastConv2d(hidden_size, hidden_size, kernel_size=3, padding=1)
-        self.norm2 = ChannelsLastGroupNorm(GROUPS, hidden_size)
+        self.norm2 = ChannelsLastGroupNorm(8, hidden_size)
         self.conv2 = ChannelsLastConv2d(hidden_size, hidden_size, kernel_size=3, padding=1)
         self.adaLN_modulation = AdaLN(hidden_size, 2)
 
@@ -354,7 +352,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
-        self.norm = ChannelsLastGroupNorm(GROUPS, hidden_size)
+        self.norm = ChannelsLastGroupNorm(8, hidden_size)
         self.attn = Attention(hidden_size, num_heads)
         self.adaLN_modulation = AdaLN(hidden_size, 1)
 
@@ -710,8 +708,7 @@ class DiNextV3(Backbone):
         hidden_size: D, the width of the blocks; a multiple of num_heads and of 8.
         depth: number of residual blocks; there is one attention block less.
         num_heads: heads of attention.
-        input_size, patch_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, label_std, time_scale, map_split:
-            see DiT.
+        For the others see DiT.
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
@@ -719,18 +716,19 @@ class DiNextV3(Backbone):
                  learn_sigma: bool = True, gradient_checkpointing: bool = False, label_std: float = 1.0,
                  time_scale: float = 1.0, map_split: int | None = None):
         super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, patch_size, map_split)
-        if depth < 1 or num_heads < 1 or hidden_size < 1 or hidden_size % GROUPS or hidden_size % num_heads:
-            raise ValueError(f"depth {depth} must be positive, hidden_size {hidden_size} a multiple of num_heads ({num_heads}) "
-                             f"and of {GROUPS}")
+        if depth < 1 or num_heads < 1 or hidden_size < 1 or hidden_size % 8 or hidden_size % num_heads:
+            raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and 8, depth {depth} > 0")
         self.stem = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size + 2, stride=patch_size, padding=1)
         self.t_embedder = TimestepEmbedder(hidden_size, scale=time_scale)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         pairs = ((ResidualBlock(hidden_size), AttentionBlock(hidden_size, num_heads)) for _ in range(depth))
         self.blocks = nn.ModuleList([block for pair in pairs for block in pair][:-1])
         self.head = nn.Sequential(
-            nn.GELU(), nn.GroupNorm(GROUPS, hidden_size),
+            nn.GELU(), nn.GroupNorm(8, hidden_size),
             nn.Conv2d(hidden_size, patch_size**2 * self.out_channels, kernel_size=3, padding=1), nn.PixelShuffle(patch_size))
         self.default_split = min(len(self.blocks) - 1, round(len(self.blocks) * 18 / 28))  # the head does not see c
+        if map_split == len(self.blocks):
+            raise ValueError(f"map_split {map_split} leaves no block that sees the end of a step; there are {len(self.blocks)}")
         self.resolve_split(map_split)
         self.initialize(label_std)
         self.to(memory_format=torch.channels_last)  # kernels in the memory format of their inputs

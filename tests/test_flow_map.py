@@ -20,7 +20,7 @@ from diffusion import create_diffusion
 from diffusion.flow import FlowMatching
 from diffusion.flow_map import FlowMap, derivative, guidance
 from diffusion.samplers import evaluation_times, get_sampler
-from models import DiNext, DiNextU, DiT, DiT_models
+from models import DiNext, DiNextU, DiNextV3, DiT, DiT_models
 from pipeline import checkpoint
 from runtime import UserError
 from runtime.randomness import generator
@@ -51,7 +51,8 @@ def networks():
     torch.manual_seed(0)
     return [randomised(network) for network in (
         DiT(hidden_size=16, depth=3, num_heads=2, patch_size=2, **TINY), DiNext(hidden_size=16, depth=3, patch_size=2, **TINY),
-        DiNextU(hidden_size=8, depths=(1, 1, 1, 1, 1), **TINY))]
+        DiNextU(hidden_size=8, depths=(1, 1, 1, 1, 1), **TINY),
+        DiNextV3(hidden_size=16, depth=2, num_heads=2, patch_size=2, **TINY))]
 
 
 # --- closed forms --------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import sample
 import sample_ddp
 from diffusion import create_diffusion
 from diffusion.guidance import guide
-from models import DiNext, DiNextU, DiT
+from models import DiNext, DiNextU, DiNextV3, DiT
 from pipeline import checkpoint
 from pipeline.autoencoders import load_autoencoder
 from pipeline.encoders import load_encoder
@@ -52,6 +52,7 @@ def networks():
     made = [DiT(hidden_size=32, depth=3, num_heads=2, patch_size=2, **COMMON),
             DiT(hidden_size=32, depth=3, num_heads=2, patch_size=2, adaln="single", class_token=True, **COMMON),
             DiNext(hidden_size=16, depth=3, patch_size=4, **COMMON), DiNextU(hidden_size=8, depths=(1, 1, 2, 1, 1), **COMMON),
+            DiNextV3(hidden_size=16, depth=2, num_heads=2, patch_size=4, **COMMON),
             ConvAdaLN(hidden_size=16, depth=3, **COMMON), MLP(hidden_size=32, label_features=8, **COMMON)]
     return [randomised(network) for network in made]
 
@@ -80,7 +81,7 @@ def test_the_prediction_is_the_backbone_s_and_a_head_sees_its_features(network):
     others = [model(x, *other)[1]["internal"] for other in ((t + 1, y), (t, (y + 1) % 4))]
     assert all((outputs["internal"] - other).abs().max() > 1e-4 for other in others)  # by features and by c
     place = place_of(network, model.split, (3, 8, 16))
-    grid = {DiT: (4, 8), DiNext: (2, 4), DiNextU: (2, 4), ConvAdaLN: (8, 16), MLP: (1, 1)}[type(network)]
+    grid = {DiT: (4, 8), DiNext: (2, 4), DiNextU: (2, 4), DiNextV3: (2, 4), ConvAdaLN: (8, 16), MLP: (1, 1)}[type(network)]
     assert (place.grid, place.patch) == (grid, (8 // grid[0], 16 // grid[1]))
 
 
@@ -109,7 +110,7 @@ def test_pixels_of_a_patch_lie_where_they_belong():
 
 def test_the_seam_is_a_third_of_the_blocks_or_a_us_middle():
     splits = [split_of(network, {}) for network in networks()]
-    assert splits == [1, 1, 1, 4, 1, 1]  # round(8/28 * 3); the U's four blocks down and in the middle
+    assert splits == [1, 1, 1, 4, 1, 1, 1]  # round(8/28 * 3); the U's four blocks down and in the middle
     with torch.device("meta"):
         assert split_of(DiT(), {}) == 8  # of 28
         assert split_of(DiNextU(depths=(3, 6, 12, 6, 3)), {}) == 21

@@ -20,12 +20,13 @@ TINY = {
     "DiNext-U": dict(hidden_size=8, depths=(1, 2, 1, 1, 2)),
     "DiNext": dict(hidden_size=16, depth=3),
     "DiNextV2": dict(hidden_size=16, depth=3),
+    "DiNextV3": dict(hidden_size=16, depth=2, num_heads=2),
     "PixArt": dict(hidden_size=24, depth=3, num_heads=2),
     "LightningDiT": dict(hidden_size=24, depth=3, num_heads=2),
     "MLP": dict(hidden_size=16, label_features=5),
     "ConvAdaLN": dict(hidden_size=16, depth=3),
 }
-SEAMED = ["DiT-S/2", "DiNext-S/2", "DiNext-U-S", "PixArt-B/2", "LightningDiT-XL/1", "MLP", "ConvAdaLN"]
+SEAMED = ["DiT-S/2", "DiNext-S/2", "DiNextV3-S/2", "DiNext-U-S", "PixArt-B/2", "LightningDiT-XL/1", "MLP", "ConvAdaLN"]
 
 
 def tiny(name, **kwargs):
@@ -92,6 +93,8 @@ TABLE = {
     "DiT-XL/2": (675, 119, 0.01, 0.01),
     "DiNext-S/2": (17.2, 2.8, 0.03, 0.03), "DiNext-B/2": (67, 11.0, 0.03, 0.03), "DiNext-L/2": (233, 39, 0.03, 0.03),
     "DiNext-XL/2": (342, 57.6, 0.03, 0.03), "DiNextV2-S/2": (17.1, 2.8, 0.003, 0.03),
+    "DiNextV3-S/2": (33 * 0.75, 6.1, 0.05, 0.06), "DiNextV3-B/2": (130 * 0.75, 23, 0.05, 0.06),
+    "DiNextV3-L/2": (458 * 0.75, 81, 0.05, 0.06), "DiNextV3-XL/2": (675 * 0.75, 119, 0.05, 0.06),
     "DiNext-U-S": (32.7, 3.0, 0.01, 0.06), "DiNext-U-B": (127.7, 11.8, 0.01, 0.06),
     "DiNext-U-L": (394.4, 35.7, 0.01, 0.06), "DiNext-U-XL": (698.8, 63, 0.01, 0.06),
 }
@@ -236,7 +239,7 @@ def test_the_default_splits_are_those_of_faster_diffusion():
         assert DIFFUSION_NETWORKS["MLP"]().default_split == 1  # 0 would compute everything and reuse the noisy pixels
 
 
-@pytest.mark.parametrize("name", ["LightningDiT-XL/1", "DiNext-U-S"])
+@pytest.mark.parametrize("name", ["LightningDiT-XL/1", "DiNext-U-S", "DiNextV3-S/2"])
 def test_gradient_checkpointing_changes_memory_and_not_gradients(name):
     def gradients(**kwargs):
         model = tiny(name, **kwargs).train()
@@ -270,6 +273,39 @@ def test_a_dinext_block_is_the_written_formula(name):
         h = h + block.mlp.grn.weight * (h * norm / (norm.mean(-1, keepdim=True) + 1e-6)) + block.mlp.grn.bias
     expected = x + gate * (h @ block.mlp.fc2.weight.T + block.mlp.fc2.bias)
     assert_close(block(x, c), expected)
+
+
+def test_dinextv3_is_the_written_formula():
+    """Stem, residual block, attention block, residual block and head, written out on one sample."""
+    model = tiny("DiNextV3-S/2", learn_sigma=False)
+    x, t, y = inputs(model, 1)
+    first, attention, second = model.blocks
+    conv = torch.nn.functional.conv2d
+
+    def group_norm(h, norm):
+        groups = h.reshape(8, -1)
+        groups = (groups - groups.mean(1, keepdim=True)) / (groups.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return groups.view(h.shape) * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+
+    def residual(h, block):
+        scale, shift = (c @ block.adaLN_modulation[1].weight.T + block.adaLN_modulation[1].bias)[0].view(2, 16, 1, 1)
+        inner = conv(group_norm(h, block.norm1), block.conv1.weight, block.conv1.bias, padding=1) * (1 + scale) + shift
+        inner = group_norm(torch.nn.functional.gelu(inner), block.norm2)
+        return h + conv(inner, block.conv2.weight, block.conv2.bias, padding=1)
+
+    c = torch.nn.functional.silu(model.t_embedder(t) + model.y_embedder(y))
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1))  # a token sees the 4x4 pixels around its 2x2
+    patches = torch.nn.functional.unfold(padded, 4, stride=2)
+    h = (model.stem.weight.flatten(1) @ patches[0] + model.stem.bias[:, None]).view(1, 16, 4, 4)
+    h = residual(h, first)
+    tokens = group_norm(h, attention.norm).flatten(2).transpose(1, 2)  # (1, 16, D)
+    gate = (c @ attention.adaLN_modulation[1].weight.T + attention.adaLN_modulation[1].bias)[0]
+    q, k, v = attention.attn.qkv(tokens).view(16, 3, 2, 8).permute(1, 2, 0, 3)
+    weighted = (q @ k.transpose(-2, -1) / 8**0.5).softmax(dim=-1) @ v
+    h = h + (gate * attention.attn.proj(weighted.transpose(0, 1).reshape(1, 16, 16))).transpose(1, 2).view(1, 16, 4, 4)
+    h = group_norm(torch.nn.functional.gelu(residual(h, second)), model.head[1])
+    pixels = conv(h, model.head[2].weight, model.head[2].bias, padding=1).view(4, 2, 2, 4, 4)
+    assert_close(model(x, t, y), pixels.permute(0, 3, 1, 4, 2).reshape(1, 4, 8, 8))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)])
@@ -306,7 +342,8 @@ def test_the_residual_stream_has_the_dtype_of_the_input(name):
     assert {features.dtype for features in state} == {torch.float32}
 
 
-@pytest.mark.parametrize(("name", "depth"), [("LightningDiT-XL/1", dict(depth=1)), ("DiNext-U-S", dict(depths=(1,) * 5))])
+@pytest.mark.parametrize(("name", "depth"), [("LightningDiT-XL/1", dict(depth=1)), ("DiNext-U-S", dict(depths=(1,) * 5)),
+                                             ("DiNextV3-S/2", {})])
 def test_a_backbone_can_be_exported_with_a_dynamic_batch(name, depth):
     model = tiny(name, **depth)
     x, t, y = inputs(model)
@@ -325,13 +362,14 @@ def test_parameters_of_small_systems():
 
 
 @pytest.mark.parametrize(("name", "adaln"), [("DiT-S/2", "zero"), ("DiNext-S/2", "zero"), ("DiNext-S/2", "single"),
-                                             ("PixArt-B/2", "single")])
+                                             ("PixArt-B/2", "single"), ("DiNextV3-S/2", None)])
 def test_an_untrained_network_answers_zero_its_blocks_are_identities_and_every_parameter_learns(name, adaln):
-    model = DIFFUSION_NETWORKS[name](input_size=8, num_classes=5, **TINY[family(name)], adaln=adaln)
+    model = DIFFUSION_NETWORKS[name](input_size=8, num_classes=5, **TINY[family(name)],
+                                     **({"adaln": adaln} if adaln else {}))
     x, t, y = inputs(model)
     assert model(x, t, y).abs().max() == 0
     h = torch.randn(3, 4, 4, 16) if "DiNext" in name else torch.randn(3, 16, 24)
-    assert torch.equal(model.blocks[0](h, model.condition(t, y)), h)
+    assert all(torch.equal(block(h, model.condition(t, y)), h) for block in model.blocks)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = {key: p.clone() for key, p in model.named_parameters()}
     for _ in range(4):

@@ -14,6 +14,7 @@ from diffusion.samplers import SAMPLERS, evaluation_times
 from small_models import DIFFUSION_NETWORKS
 
 MODELS = {"DiT-S/2": dict(hidden_size=24, depth=4, num_heads=2), "DiNext-S/2": dict(hidden_size=24, depth=4),
+          "DiNextV3-S/2": dict(hidden_size=16, depth=3, num_heads=2),
           "DiNext-U-S": dict(hidden_size=8, depths=(1, 1, 1, 1, 1)), "PixArt-B/2": dict(hidden_size=24, depth=4, num_heads=2),
           "ConvAdaLN": dict(hidden_size=8, depth=4, learn_sigma=True)}
 LABELS = torch.tensor([3, 0, 2])
