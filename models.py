@@ -1,8 +1,9 @@
-"""Backbones for class-conditional (latent) diffusion: DiT, DiNext and DiNext-U.
+"""Backbones for class-conditional (latent) diffusion: DiT, DiNext, DiNextV3 and DiNext-U.
 
 - DiT: Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv:2212.09748). State-dict keys and outputs are
   those of the published weights; the initialisation is DiT's.
 - DiNext: ConvNeXt-V2 blocks (Woo et al., arXiv:2301.00808) with adaLN-Zero, at DiT's depths and widths. DiNextV2 has no GRN.
+- DiNextV3: dense 3x3 kernels in ADM's order (MinDiff's ConvAdaLN; arXiv:2105.05233), and attention between the blocks.
 - DiNext-U: DiNext's block at three resolutions, as in FCDM (fully convolutional diffusion models).
 - PixArt: DiT with adaLN-single; the label is one more key and value (Chen et al., arXiv:2310.00426; nano-diffusion).
 - LightningDiT: DiT with RMSNorm, rotary positions and a gated MLP (Yao et al., arXiv:2501.01423).

@@ -71,7 +71,9 @@ TASKS = {
     "cifar16": Task(3600, 128, (4, 16, 16), "--data-path {cifar16_features}", ("{cifar}/test", "{cifar}/train"), "", {
         "DiT": {"DiT/2 128x5": ("DiT-S/2", dict(hidden_size=128, depth=5, num_heads=4))},
         "DiNext-U": {"DiNext-U 40": ("DiNext-U-S", dict(hidden_size=40, depths=[1, 2, 3, 2, 1]))},
-        "ConvAdaLN": {"ConvAdaLN 64x4": ("ConvAdaLN", dict(hidden_size=64, depth=4))}},
+        "ConvAdaLN": {"ConvAdaLN 64x4": ("ConvAdaLN", dict(hidden_size=64, depth=4))},
+        "DiNextV3": {"DiNextV3/1 64x3": ("DiNextV3-S/2", dict(patch_size=1, hidden_size=64, depth=3, num_heads=2)),
+                     "DiNextV3/2 128x3": ("DiNextV3-S/2", dict(hidden_size=128, depth=3, num_heads=4))}},
         judge="cifar", seeds=(0, 1), search=Fraction(1, 10), curve=()),
     "mnist16": Task(420, 64, (1, 16, 16), "--data-path mnist --image-size 16 --vae pixels", ("mnist", "mnist"),
                     "--data-path mnist --image-size 16 --epochs 5", {
