@@ -252,6 +252,13 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
         return channels_last(super().forward(channels_first(x)))
 
 
+def zeros(layer: nn.Module) -> nn.Module:
+    """The layer, with weights and biases of 0."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def channels_first(x: Tensor) -> Tensor:
     """(B, h, w, D) -> (B, D, h, w), a view. The view of a contiguous x is in the channels_last memory format."""
     return x.permute(0, 3, 1, 2)
@@ -329,7 +336,7 @@ class DiNextBlock(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two dense 3x3 in one residual: GroupNorm -> 3x3 -> modulation -> GELU -> GroupNorm -> 3x3. x is (B, h, w, D).
+    """Two dense 3x3 in one residual: GroupNorm -> 3x3 -> modulation -> GELU -> GroupNorm -> 3x3, which is 0 at first.
 
     MinDiff's ConvAdaLN has these blocks, with Mish; ADM's (arXiv:2105.05233) modulate after the second norm.
     """
@@ -339,8 +346,9 @@ class ResidualBlock(nn.Module):
         self.norm1 = ChannelsLastGroupNorm(8, hidden_size)
         self.conv1 = ChannelsLastConv2d(hidden_size, hidden_size, kernel_size=3, padding=1)
         self.norm2 = ChannelsLastGroupNorm(8, hidden_size)
-        self.conv2 = ChannelsLastConv2d(hidden_size, hidden_size, kernel_size=3, padding=1)
+        self.conv2 = zeros(ChannelsLastConv2d(hidden_size, hidden_size, kernel_size=3, padding=1))
         self.adaLN_modulation = AdaLN(hidden_size, 2)
+        nn.init.zeros_(self.adaLN_modulation[-1].bias)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         scale, shift = self.adaLN_modulation(c).chunk(2, dim=1)     # (B, D) each
@@ -349,13 +357,14 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """GroupNorm -> attention over all positions -> gate: x (B, h, w, D), c (B, D) -> (B, h, w, D)."""
+    """GroupNorm -> attention over all positions -> gate, which is 0 at first: x (B, h, w, D), c (B, D) -> (B, h, w, D)."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
         self.norm = ChannelsLastGroupNorm(8, hidden_size)
         self.attn = Attention(hidden_size, num_heads)
         self.adaLN_modulation = AdaLN(hidden_size, 1)
+        zeros(self.adaLN_modulation[-1])
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         h = self.attn(self.norm(x).flatten(1, 2)).view(x.shape)
@@ -707,45 +716,35 @@ class DiNextV3(Backbone):
 
     Args: the defaults are DiNextV3-XL/2 on the latents of 256 x 256 ImageNet images.
         hidden_size: D, the width of the blocks; a multiple of num_heads and of 8.
-        depth: number of residual blocks; there is one attention block less.
+        depth: number of residual blocks.
+        attention_every: residual blocks between two attention blocks.
         num_heads: heads of attention.
         For the others see DiT.
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
-                 hidden_size: int = 1152, depth: int = 15, num_heads: int = 16, num_classes: int = 1000,
-                 learn_sigma: bool = True, gradient_checkpointing: bool = False, label_std: float = 1.0,
-                 time_scale: float = 1.0, map_split: int | None = None):
+                 hidden_size: int = 1152, depth: int = 17, num_heads: int = 16, attention_every: int = 2,
+                 num_classes: int = 1000, learn_sigma: bool = True, gradient_checkpointing: bool = False,
+                 label_std: float = 1.0, time_scale: float = 1.0, map_split: int | None = None):
         super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, patch_size, map_split)
-        if depth < 1 or num_heads < 1 or hidden_size < 1 or hidden_size % 8 or hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and 8, depth {depth} > 0")
+        if min(depth, num_heads, hidden_size, attention_every) < 1 or hidden_size % 8 or hidden_size % num_heads:
+            raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and 8, and all positive")
         self.stem = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size + 2, stride=patch_size, padding=1)
         self.t_embedder = TimestepEmbedder(hidden_size, scale=time_scale)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        pairs = ((ResidualBlock(hidden_size), AttentionBlock(hidden_size, num_heads)) for _ in range(depth))
-        self.blocks = nn.ModuleList([block for pair in pairs for block in pair][:-1])
-        self.head = nn.Sequential(
-            nn.GELU(), nn.GroupNorm(8, hidden_size),
-            nn.Conv2d(hidden_size, patch_size**2 * self.out_channels, kernel_size=3, padding=1), nn.PixelShuffle(patch_size))
+        blocks = [ResidualBlock(hidden_size) for _ in range(depth)]
+        for place in range(attention_every, depth, attention_every)[::-1]:
+            blocks.insert(place, AttentionBlock(hidden_size, num_heads))
+        self.blocks = nn.ModuleList(blocks)
+        pixels = nn.Conv2d(hidden_size, patch_size**2 * self.out_channels, kernel_size=3, padding=1)
+        self.head = nn.Sequential(nn.GELU(), nn.GroupNorm(8, hidden_size), zeros(pixels), nn.PixelShuffle(patch_size))
         self.default_split = min(len(self.blocks) - 1, round(len(self.blocks) * 18 / 28))  # the head does not see c
-        if map_split == len(self.blocks):
+        if self.resolve_split(map_split) == len(self.blocks):
             raise ValueError(f"map_split {map_split} leaves no block that sees the end of a step; there are {len(self.blocks)}")
-        self.resolve_split(map_split)
-        self.initialize(label_std)
-        self.to(memory_format=torch.channels_last)  # kernels in the memory format of their inputs
-
-    def initialize(self, label_std: float) -> None:
-        """Each block is the identity at first, and the output 0. Kernels and modulations keep PyTorch's default."""
-        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        for linear in self.t_embedder.mlp[::2]:
+            nn.init.normal_(zeros(linear).weight, std=0.02)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=label_std)
-        for block in self.blocks:
-            nn.init.zeros_(block.adaLN_modulation[-1].bias)
-        residual, attention = self.blocks[::2], self.blocks[1::2]
-        for layer in (self.head[2], *(block.conv2 for block in residual), *(block.adaLN_modulation[-1] for block in attention)):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.to(memory_format=torch.channels_last)  # kernels in the memory format of their inputs
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
         """t (B,) in 0..1000, y (B,) in 0..L -> c (B, D)."""
@@ -773,10 +772,10 @@ ISOTROPIC = {
 }
 NUM_HEADS = {"S": 6, "B": 12, "L": 16, "XL": 16}
 DENSE = {  # DiT's widths, about its multiply-accumulates
-    "S": dict(depth=7, hidden_size=384),
-    "B": dict(depth=7, hidden_size=768),
-    "L": dict(depth=13, hidden_size=1024),
-    "XL": dict(depth=15, hidden_size=1152),
+    "S": dict(depth=8, hidden_size=384),
+    "B": dict(depth=8, hidden_size=768),
+    "L": dict(depth=15, hidden_size=1024),
+    "XL": dict(depth=17, hidden_size=1152),
 }
 U = {
     "S": dict(hidden_size=128, depths=(2, 4, 8, 4, 2)),

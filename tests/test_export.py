@@ -27,7 +27,7 @@ from runtime import UserError
 NAMES = ["cat", "dog", "owl"]
 ARGS = {  # tiny networks, one of each class
     "DiT-S/2": dict(hidden_size=32, depth=2, num_heads=4), "DiNext-S/2": dict(hidden_size=16, depth=2),
-    "DiNextV3-S/2": dict(hidden_size=16, depth=2, num_heads=2),
+    "DiNextV3-S/2": dict(hidden_size=16, depth=2, num_heads=2, attention_every=1),
     "DiNext-U-S": dict(hidden_size=8, depths=(1, 1, 1, 1, 1)), "MLP": dict(hidden_size=64, label_features=8),
     "ConvAdaLN": dict(hidden_size=16, depth=2)}
 

@@ -52,7 +52,7 @@ def networks():
     return [randomised(network) for network in (
         DiT(hidden_size=16, depth=3, num_heads=2, patch_size=2, **TINY), DiNext(hidden_size=16, depth=3, patch_size=2, **TINY),
         DiNextU(hidden_size=8, depths=(1, 1, 1, 1, 1), **TINY),
-        DiNextV3(hidden_size=16, depth=2, num_heads=2, patch_size=2, **TINY))]
+        DiNextV3(hidden_size=16, depth=2, num_heads=2, attention_every=1, patch_size=2, **TINY))]
 
 
 # --- closed forms --------------------------------------------------------------------------------

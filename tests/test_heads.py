@@ -52,7 +52,7 @@ def networks():
     made = [DiT(hidden_size=32, depth=3, num_heads=2, patch_size=2, **COMMON),
             DiT(hidden_size=32, depth=3, num_heads=2, patch_size=2, adaln="single", class_token=True, **COMMON),
             DiNext(hidden_size=16, depth=3, patch_size=4, **COMMON), DiNextU(hidden_size=8, depths=(1, 1, 2, 1, 1), **COMMON),
-            DiNextV3(hidden_size=16, depth=2, num_heads=2, patch_size=4, **COMMON),
+            DiNextV3(hidden_size=16, depth=2, num_heads=2, attention_every=1, patch_size=4, **COMMON),
             ConvAdaLN(hidden_size=16, depth=3, **COMMON), MLP(hidden_size=32, label_features=8, **COMMON)]
     return [randomised(network) for network in made]
 
