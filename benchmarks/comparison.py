@@ -40,7 +40,7 @@ class Task(NamedTuple):
 TASKS = {
     "cifar": Task(1980, 128, (8, 8, 8), "--data-path {cifar_features}", ("{cifar}/test", "{cifar}/train"),
                   "--data-path {cifar}/train --image-size 32 --epochs 10", {
-        "DiT": {"DiT/1 96x3": ("DiT-S/2", dict(patch_size=1, hidden_size=96, depth=3, num_heads=3, attention_every=1)),
+        "DiT": {"DiT/1 96x3": ("DiT-S/2", dict(patch_size=1, hidden_size=96, depth=3, num_heads=3)),
                 "DiT/2 192x5": ("DiT-S/2", dict(hidden_size=192, depth=5, num_heads=3)),
                 "DiT/2 256x3": ("DiT-S/2", dict(hidden_size=256, depth=3, num_heads=4))},
         "DiNext": {"DiNext/1 104x4": ("DiNext-S/2", dict(patch_size=1, hidden_size=104, depth=4)),
