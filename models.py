@@ -710,7 +710,7 @@ class DiNextU(Backbone):
 
 
 class DiNextV3(Backbone):
-    """Residual blocks of dense 3x3 convolutions, an attention block between two: what tensor cores multiply fast.
+    """Residual blocks of dense 3x3 convolutions, an attention block after every second: matrix units multiply both fast.
 
     Stem and head overlap their patches: they see one pixel, and one token, more on each side.
 
@@ -726,9 +726,9 @@ class DiNextV3(Backbone):
                  hidden_size: int = 1152, depth: int = 17, num_heads: int = 16, attention_every: int = 2,
                  num_classes: int = 1000, learn_sigma: bool = True, gradient_checkpointing: bool = False,
                  label_std: float = 1.0, time_scale: float = 1.0, map_split: int | None = None):
-        super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, patch_size, map_split)
-        if min(depth, num_heads, hidden_size, attention_every) < 1 or hidden_size % 8 or hidden_size % num_heads:
+        if min(depth, num_heads, hidden_size, patch_size, attention_every) < 1 or hidden_size % 8 or hidden_size % num_heads:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and 8, and all positive")
+        super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, patch_size, map_split)
         self.stem = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size + 2, stride=patch_size, padding=1)
         self.t_embedder = TimestepEmbedder(hidden_size, scale=time_scale)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
