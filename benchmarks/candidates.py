@@ -19,6 +19,7 @@ from models import (
     AdaLN,
     Attention,
     ChannelsLastConv2d,
+    ChannelsLastGroupNorm,
     Isotropic,
     LabelEmbedder,
     TimestepEmbedder,
@@ -27,6 +28,7 @@ from models import (
     initialize,
     modulate,
     over_positions,
+    zeros,
 )
 from runtime import cli
 from small_models import ConvAdaLN, Small_models
@@ -132,13 +134,6 @@ class MacroBlock(nn.Module):
         return x + over_positions(gate, x) * self.linear(F.gelu(self.conv(modulate(self.norm(x), shift, scale))))
 
 
-class ChannelsLastGroupNorm(nn.GroupNorm):
-    """Of (B, h, w, D)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return channels_last(super().forward(channels_first(x)))
-
-
 class Dense(Isotropic):
     """MacroBlocks between the embedders, patches and final layer of DiNextV2."""
 
@@ -169,9 +164,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(8, width)
         self.attn = Attention(width, max(1, width // 32))
-        self.gate = nn.Linear(width, width)
-        nn.init.zeros_(self.gate.weight)
-        nn.init.zeros_(self.gate.bias)
+        self.gate = zeros(nn.Linear(width, width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         h = channels_last(self.norm(x))                                             # (B, H, W, D)
