@@ -29,8 +29,8 @@ class Task(NamedTuple):
     classifier: str              # flags of classifier.py
     families: dict[str, dict[str, Network]]
     follows: dict[str, str] = {}  # a family of one network -> one before it, whose rate it takes, without search and curve
-    trials: dict[str, float | None] = {}  # a family, each of whose networks gets the whole budget -> its rate, unless searched
-    finalists: tuple[str, ...] = ()       # of the trials' networks: they get all seeds and the curve
+    trials: dict[str, tuple[float, ...]] = {}  # a family, each of whose networks gets the whole budget -> rates to search
+    finalists: tuple[str, ...] = ()  # of the trials' networks: they get all seeds and the curve
     judge: str | None = None              # the task whose classifier measures, if not its own
     seeds: tuple[int, ...] = SEEDS
     search: Fraction = Fraction(1, 5)     # of the budget, for each learning rate
@@ -56,7 +56,7 @@ TASKS = {
         "DiT larger": {"DiT/1 128x4": ("DiT-S/2", dict(patch_size=1, hidden_size=128, depth=4, num_heads=4)),
                        "DiT/1 160x4": ("DiT-S/2", dict(patch_size=1, hidden_size=160, depth=4, num_heads=5))},
         "DiNextV2 larger": {f"DiNextV2/1 {width}x{depth}": ("DiNextV2-S/2", dict(patch_size=1, hidden_size=width, depth=depth))
-                            for width, depth in ((160, 4), (192, 3), (192, 4))},
+                            for width, depth in ((160, 4), (192, 3))},
         "ConvAdaLN in parts": {f"ConvAdaLN-{part} 96x4": (f"ConvAdaLN-{part}", dict(hidden_size=96, depth=4))
                                for part in PARTS},
         "Dense": {"Dense/1 96x6 GroupNorm": ("Dense", dict(hidden_size=96, depth=6))},
@@ -66,8 +66,8 @@ TASKS = {
             "DiNextV3/1 128x3": ("DiNextV3-S/2", dict(patch_size=1, hidden_size=128, depth=3, num_heads=4, attention_every=1)),
             "DiNextV3/1 96x4": ("DiNextV3-S/2", dict(patch_size=1, hidden_size=96, depth=4, num_heads=3))}},
         {"DiT labels": "DiT"},
-        {"Hybrid": 3e-3, "DiNextV3": None, "DiNextV2": 12e-3, "ConvAdaLN in parts": 3e-3, "Dense": None,
-         "DiNextV2 larger": None, "DiT larger": None},
+        {"Hybrid": (3e-3,), "DiNextV3": LRS, "DiNextV2": (12e-3,), "ConvAdaLN in parts": (3e-3,), "Dense": LRS,
+         "DiNextV2 larger": (3e-3, 6e-3, 12e-3), "DiT larger": (3e-3, 6e-3, 12e-3)},
         ("DiNextV2/1 128x3",)),
     "cifar16": Task(3600, 128, (4, 16, 16), "--data-path {cifar16_features}", ("{cifar}/test", "{cifar}/train"), "", {
         "DiT": {"DiT/2 128x5": ("DiT-S/2", dict(hidden_size=128, depth=5, num_heads=4))},
@@ -142,19 +142,20 @@ def whole(task: str, chosen: list[Run], curves: list[Run]) -> list[Run]:
 
 
 def trials(task: str, results: dict[str, dict]) -> list[Run]:
-    """The runs of networks on trial: a search of the rate, then the whole budget once; finalists get what the chosen get."""
+    """The runs on trial: each network gets the whole budget once, finalists get what the chosen get.
+
+    The rate is searched with a family's first network; a single one is taken as it is.
+    """
     runs, finalists = [], []
-    for family, lr in TASKS[task].trials.items():
-        for network in TASKS[task].families[family]:
-            if lr:
-                best = Run(task, "trial", family, network, lr, TASKS[task].seeds[0], Fraction(1))
-            else:
-                searched, best = search_rate(task, family, network, results)
-                runs += searched
-            if best and network in TASKS[task].finalists:
-                finalists.append(best)
-            elif best:
-                runs.append(best._replace(stage="trial", share=Fraction(1)))
+    for family, rates in TASKS[task].trials.items():
+        networks, lr = list(TASKS[task].families[family]), rates[0]
+        if len(rates) > 1:
+            searched, best = search_rate(task, family, networks[0], results, rates)
+            runs += searched
+            lr = best and best.lr
+        for network in networks if lr else []:
+            run = Run(task, "trial", family, network, lr, TASKS[task].seeds[0], Fraction(1))
+            (finalists if network in TASKS[task].finalists else runs).append(run)
     return runs + whole(task, finalists, finalists)
 
 
@@ -166,9 +167,10 @@ def search(task: str, family: str, networks: list[str], results: dict[str, dict]
     return runs, None if None in candidates else min(candidates, key=lambda run: distance(results[run.name]))
 
 
-def search_rate(task: str, family: str, network: str, results: dict[str, dict]) -> tuple[list[Run], Run | None]:
+def search_rate(task: str, family: str, network: str, results: dict[str, dict],
+                rates: tuple[float, ...] = LRS) -> tuple[list[Run], Run | None]:
     """The runs that search a network's learning rate, and the best of them once it is inside the range."""
-    rates, seed, share = list(LRS), TASKS[task].seeds[0], TASKS[task].search
+    rates, seed, share = list(rates), TASKS[task].seeds[0], TASKS[task].search
     while True:
         runs = [Run(task, "search", family, network, lr, seed, share) for lr in rates]
         if not all(run.name in results for run in runs):

@@ -74,19 +74,24 @@ def test_seeds_and_curves_follow_the_search_and_a_follower_takes_its_leaders_rat
 
 
 def test_each_network_on_trial_runs_whole_and_finalists_get_what_the_chosen_ones_get(monkeypatch):
-    families = {"DiT": ["A"], "New": ["B", "C"], "Given": ["D"]}
+    """The rate of New is searched with B, its first; that of Given is given."""
+    families = {"DiT": ["A"], "New": ["B", "C", "D"], "Given": ["E"]}
     families = {family: {network: ("DiT-S/2", {}) for network in networks} for family, networks in families.items()}
-    task = comparison.TASKS["digits"]._replace(families=families, trials={"New": None, "Given": 1e-3}, finalists=("C",))
+    task = comparison.TASKS["digits"]._replace(
+        families=families, trials={"New": (3e-3, 6e-3, 12e-3), "Given": (1e-3,)}, finalists=("C",))
     monkeypatch.setitem(comparison.TASKS, "digits", task)
     results = {}
     for _ in range(5):
         results |= {run.name: result(abs(math.log(run.lr / 3e-3))) for run in plan("digits", results) if run.stage == "search"}
     runs = [run for run in plan("digits", results) if run.stage != "search"]
     assert {run.name for run in plan("digits", results)} - results.keys() == {run.name for run in runs}
-    assert {(run.network, run.lr) for run in runs if run.stage == "trial"} == {("B", 3e-3), ("D", 1e-3)}
+    assert {(run.network, run.lr) for run in runs if run.stage == "trial"} == {("B", 3e-3), ("D", 3e-3), ("E", 1e-3)}
     assert [(run.seed, run.share) for run in runs if run.network == "C"] == [
         (run.seed, run.share) for run in runs if run.network == "A"] != []
     assert {(run.seed, run.share) for run in runs if run.stage == "trial"} == {(0, 1)}
+    searched = {(run.network, run.lr) for run in plan("digits", results) if run.stage == "search"}
+    assert {lr for network, lr in searched if network == "B"} == {1.5e-3, 3e-3, 6e-3, 12e-3}
+    assert {network for network, _ in searched} == {"A", "B"}
 
 
 def test_candidates_are_networks_that_a_checkpoint_can_name(monkeypatch):
