@@ -191,8 +191,8 @@ def gaussian_run(tmp_path_factory):
     return save_random_checkpoint(tmp_path_factory.mktemp("gaussian") / "g.pt", 3, CLASSES)
 
 
-def golden_dit(file="dit_tiny_latent.npz"):
-    """DiT's own tiny network: its arguments and state dict."""
+def golden_network(file="dit_tiny_latent.npz"):
+    """A tiny network of tests/golden: its arguments and state dict."""
     golden = np.load(GOLDEN / file)
     weights = {key.removeprefix("param/"): torch.from_numpy(golden[key]) for key in golden.files if key.startswith("param/")}
     return json.loads(str(golden["kwargs"])), weights
@@ -201,7 +201,7 @@ def golden_dit(file="dit_tiny_latent.npz"):
 @pytest.fixture
 def tiny_preset(monkeypatch):
     """The golden network under a name of the registry."""
-    kwargs, weights = golden_dit()
+    kwargs, weights = golden_network()
     monkeypatch.setitem(DiT_models, "DiT-tiny", lambda **rest: DiT(**{**kwargs, **rest}))
     return weights
 

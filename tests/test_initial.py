@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line, golden_dit, train_here
+from conftest import assert_one_line, golden_network, train_here
 
 import extract_features
 import train
@@ -32,7 +32,7 @@ def table_of(network):
 @pytest.fixture
 def named(tmp_path):
     """A checkpoint of the golden network: its file, the names of its classes, its network's arguments, its weights."""
-    kwargs, weights = golden_dit()
+    kwargs, weights = golden_network()
     classes = [f"animal {i}" for i in range(kwargs["num_classes"])]
     classes[2:4] = ["Mo\u0308we", "crane"]
     checkpoint.save(tmp_path / "w.pt", {"ema": weights, "spec": {

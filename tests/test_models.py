@@ -4,14 +4,14 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, assert_close, family, golden_dit, random_network
+from conftest import GOLDEN, ROOT, assert_close, family, golden_network, random_network
 from timm import layers as timm_layers
 from timm.layers.grn import GlobalResponseNorm as TimmGlobalResponseNorm
 from timm.models.vision_transformer import Attention as TimmAttention
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from models import DiT, GlobalResponseNorm, TimestepEmbedder
+from models import DiNextV3, DiT, GlobalResponseNorm, TimestepEmbedder
 from pipeline.spec import constructor_of, defaults_of
 from small_models import DIFFUSION_NETWORKS, Autoencoder_models
 
@@ -56,7 +56,7 @@ def test_dit_has_the_published_keys_and_shapes():
 
 @pytest.mark.parametrize("file", ["dit_tiny_latent.npz", "dit_tiny_gray.npz"])
 def test_dit_outputs_are_the_original_ones(file):
-    golden, (kwargs, state) = np.load(GOLDEN / file), golden_dit(file)
+    golden, (kwargs, state) = np.load(GOLDEN / file), golden_network(file)
     model = DiT(**kwargs).eval()
     assert_close(model.pos_embed, state["pos_embed"])
     model.load_state_dict(state, strict=True)
@@ -306,6 +306,17 @@ def test_dinextv3_is_the_written_formula():
     h = group_norm(torch.nn.functional.gelu(residual(h, second)), model.head[1])
     pixels = conv(h, model.head[2].weight, model.head[2].bias, padding=1).view(4, 2, 2, 4, 4)
     assert_close(model(x, t, y), pixels.permute(0, 3, 1, 4, 2).reshape(1, 4, 8, 8))
+
+
+def test_dinextv3_outputs_are_the_golden_ones():
+    """Its formula is tested above; this holds the names of its weights, `time_scale` and the order of its blocks, too."""
+    golden, (kwargs, state) = np.load(GOLDEN / "dinextv3_tiny.npz"), golden_network("dinextv3_tiny.npz")
+    model = DiNextV3(**kwargs).eval()
+    model.load_state_dict(state, strict=True)
+    x, t, y, r = (torch.from_numpy(golden[key]) for key in ("x", "t", "y", "r"))
+    with torch.no_grad():
+        assert_close(model(x, t, y), golden["forward"])
+        assert_close(model(x, t, y, r), golden["forward_map"])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)])
