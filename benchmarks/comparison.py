@@ -62,9 +62,9 @@ TASKS = {
         "Dense": {"Dense/1 96x6 GroupNorm": ("Dense", dict(hidden_size=96, depth=6))},
         "Hybrid": {"Hybrid 96x3": ("Hybrid", dict(hidden_size=96, depth=3))},
         "DiNextV3": {
+            "DiNextV3/1 96x4": ("DiNextV3-S/2", dict(patch_size=1, hidden_size=96, depth=4, num_heads=3)),
             "DiNextV3/1 96x3": ("DiNextV3-S/2", dict(patch_size=1, hidden_size=96, depth=3, num_heads=3, attention_every=1)),
-            "DiNextV3/1 128x3": ("DiNextV3-S/2", dict(patch_size=1, hidden_size=128, depth=3, num_heads=4, attention_every=1)),
-            "DiNextV3/1 96x4": ("DiNextV3-S/2", dict(patch_size=1, hidden_size=96, depth=4, num_heads=3))}},
+            "DiNextV3/1 128x3": ("DiNextV3-S/2", dict(patch_size=1, hidden_size=128, depth=3, num_heads=4, attention_every=1))}},
         {"DiT labels": "DiT"},
         {"Hybrid": (3e-3,), "DiNextV3": LRS, "DiNextV2": (12e-3,), "ConvAdaLN in parts": (3e-3,), "Dense": LRS,
          "DiNextV2 larger": (3e-3, 6e-3, 12e-3), "DiT larger": (3e-3, 6e-3, 12e-3)},
