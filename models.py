@@ -3,7 +3,7 @@
 - DiT: Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv:2212.09748). State-dict keys and outputs are
   those of the published weights; the initialisation is DiT's.
 - DiNext: ConvNeXt-V2 blocks (Woo et al., arXiv:2301.00808) with adaLN-Zero, at DiT's depths and widths. DiNextV2 has no GRN.
-- DiNextV3: dense 3x3 kernels in ADM's order (MinDiff's ConvAdaLN; arXiv:2105.05233), and attention between the blocks.
+- DiNextV3: the residual blocks of ConvAdaLN (MinDiff), two dense 3x3 each, and attention between them.
 - DiNext-U: DiNext's block at three resolutions, as in FCDM (fully convolutional diffusion models).
 - PixArt: DiT with adaLN-single; the label is one more key and value (Chen et al., arXiv:2310.00426; nano-diffusion).
 - LightningDiT: DiT with RMSNorm, rotary positions and a gated MLP (Yao et al., arXiv:2501.01423).
@@ -74,13 +74,13 @@ class LabelEmbedder(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Project each patch of p x p pixels to a token: (B, C, H, W) -> (B, h, w, D), a view."""
+    """Project each patch of p x p pixels, `overlap` more on each side, to a token: (B, C, H, W) -> (B, h, w, D), a view."""
 
-    def __init__(self, input_size: tuple[int, int], patch_size: int, in_channels: int, hidden_size: int):
+    def __init__(self, input_size: tuple[int, int], patch_size: int, in_channels: int, hidden_size: int, overlap: int = 0):
         super().__init__()
         self.input_size = input_size
         self.grid_size = (input_size[0] // patch_size, input_size[1] // patch_size)  # (h, w)
-        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size + 2 * overlap, stride=patch_size, padding=overlap)
 
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[2:]) != self.input_size:
@@ -710,9 +710,7 @@ class DiNextU(Backbone):
 
 
 class DiNextV3(Backbone):
-    """Residual blocks of dense 3x3 convolutions, an attention block after every second: matrix units multiply both fast.
-
-    Stem and head overlap their patches: they see one pixel, and one token, more on each side.
+    """Residual blocks of dense 3x3 convolutions, and attention between them. The patches overlap, and the head is a 3x3.
 
     Args: the defaults are DiNextV3-XL/2 on the latents of 256 x 256 ImageNet images.
         hidden_size: D, the width of the blocks; a multiple of num_heads and of 8.
@@ -726,10 +724,12 @@ class DiNextV3(Backbone):
                  hidden_size: int = 1152, depth: int = 17, num_heads: int = 16, attention_every: int = 2,
                  num_classes: int = 1000, learn_sigma: bool = True, gradient_checkpointing: bool = False,
                  label_std: float = 1.0, time_scale: float = 1.0, map_split: int | None = None):
-        if min(depth, num_heads, hidden_size, patch_size, attention_every) < 1 or hidden_size % 8 or hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and 8, and all positive")
+        if min(depth, patch_size, attention_every) < 1:
+            raise ValueError(f"depth {depth}, patch_size {patch_size} and attention_every {attention_every} must be positive")
+        if min(hidden_size, num_heads) < 1 or hidden_size % num_heads or hidden_size % 8:
+            raise ValueError(f"hidden_size {hidden_size} must be a positive multiple of num_heads ({num_heads}) and of 8")
         super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, patch_size, map_split)
-        self.stem = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size + 2, stride=patch_size, padding=1)
+        self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, hidden_size, overlap=1)
         self.t_embedder = TimestepEmbedder(hidden_size, scale=time_scale)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         blocks = [ResidualBlock(hidden_size) for _ in range(depth)]
@@ -752,7 +752,7 @@ class DiNextV3(Backbone):
 
     def encode(self, x: Tensor, c: Tensor, split: int | None = None) -> tuple[Tensor]:
         """x (B, C, H, W) -> (B, h, w, D) after the first `split` blocks, of both kinds."""
-        return (self.run_blocks(self.blocks[: self.resolve_split(split)], channels_last(self.stem(x)).to(x.dtype), c),)
+        return (self.run_blocks(self.blocks[: self.resolve_split(split)], self.x_embedder(x).to(x.dtype), c),)
 
     def decode(self, state: tuple[Tensor], c: Tensor, split: int | None = None) -> Tensor:
         """What encode returned for the same split -> (B, C or 2C, H, W)."""

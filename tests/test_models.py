@@ -296,7 +296,7 @@ def test_dinextv3_is_the_written_formula():
     c = torch.nn.functional.silu(model.t_embedder(t) + model.y_embedder(y))
     padded = torch.nn.functional.pad(x, (1, 1, 1, 1))  # a token sees the 4x4 pixels around its 2x2
     patches = torch.nn.functional.unfold(padded, 4, stride=2)
-    h = (model.stem.weight.flatten(1) @ patches[0] + model.stem.bias[:, None]).view(1, 16, 4, 4)
+    h = (model.x_embedder.proj.weight.flatten(1) @ patches[0] + model.x_embedder.proj.bias[:, None]).view(1, 16, 4, 4)
     h = residual(h, first)
     tokens = group_norm(h, attention.norm).flatten(2).transpose(1, 2)  # (1, 16, D)
     gate = (c @ attention.adaLN_modulation[1].weight.T + attention.adaLN_modulation[1].bias)[0]
@@ -477,5 +477,11 @@ def test_wrong_arguments_are_named():
                              (dict(input_size=(8, 8, 8)), "multiples"), (dict(num_classes=0), "at least 1")):
             with pytest.raises(ValueError, match=words), torch.device("meta"):
                 DIFFUSION_NETWORKS[name](**wrong)
-    with pytest.raises(ValueError, match=r"\(8, 10\).*input_size is \(8, 8\)"):
-        tiny("DiNext-S/2")(torch.zeros(1, 4, 8, 10), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    for name in ("DiNext-S/2", "DiNextV3-S/2"):
+        with pytest.raises(ValueError, match=r"\(8, 10\).*input_size is \(8, 8\)"):
+            tiny(name)(torch.zeros(1, 4, 8, 10), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    for wrong, words in ((dict(depth=0), "depth 0"), (dict(attention_every=0), "attention_every 0"), (dict(num_heads=0), "(0)"),
+                         (dict(num_heads=5), "hidden_size 16 must be a positive multiple of num_heads (5) and of 8"),
+                         (dict(map_split=3), "map_split 3 leaves no block")):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            tiny("DiNextV3-S/2", **wrong)
