@@ -20,12 +20,11 @@ from models import (
     Attention,
     ChannelsLastConv2d,
     ChannelsLastGroupNorm,
-    Isotropic,
+    DiNextV3,
     LabelEmbedder,
     TimestepEmbedder,
     channels_first,
     channels_last,
-    initialize,
     modulate,
     over_positions,
     zeros,
@@ -117,16 +116,15 @@ class Mlp2d(nn.Module):
 
 
 class MacroBlock(nn.Module):
-    """ConvNeXt's one residual, with a dense kernel: GroupNorm, modulated -> 3x3 -> GELU -> 1x1 -> gate."""
-
-    VECTORS = 3
+    """ConvNeXt's one residual, with a dense kernel: GroupNorm, modulated -> 3x3 -> GELU -> 1x1 -> gate, which is 0 at first."""
 
     def __init__(self, width: int):
         super().__init__()
         self.norm = ChannelsLastGroupNorm(8, width)
         self.conv = ChannelsLastConv2d(width, width, kernel_size=3, padding=1)
         self.linear = nn.Linear(width, width)
-        self.adaLN_modulation = AdaLN(width, self.VECTORS)
+        self.adaLN_modulation = AdaLN(width, 3)
+        zeros(self.adaLN_modulation[-1])
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, h, w, D), c (B, D) -> (B, h, w, D)."""
@@ -134,14 +132,13 @@ class MacroBlock(nn.Module):
         return x + over_positions(gate, x) * self.linear(F.gelu(self.conv(modulate(self.norm(x), shift, scale))))
 
 
-class Dense(Isotropic):
-    """MacroBlocks between the embedders, patches and final layer of DiNextV2."""
+class Dense(DiNextV3):
+    """MacroBlocks in place of DiNextV3's blocks of both kinds. For the arguments see DiNextV3."""
 
-    def __init__(self, input_size: int | tuple[int, int] = 8, patch_size: int = 1, in_channels: int = 8, hidden_size: int = 96,
-                 depth: int = 6, num_classes: int = 10, learn_sigma: bool = False):
-        super().__init__([MacroBlock(hidden_size) for _ in range(depth)], input_size, patch_size, in_channels, hidden_size,
-                         num_classes, learn_sigma, gradient_checkpointing=False)
-        initialize(self, label_std=1.0)
+    def __init__(self, input_size: int | tuple[int, int] = 8, in_channels: int = 8, hidden_size: int = 96, depth: int = 6,
+                 num_classes: int = 10, learn_sigma: bool = False):
+        super().__init__(input_size, 1, in_channels, hidden_size, depth, 1, depth, num_classes, learn_sigma)
+        self.blocks = nn.ModuleList(MacroBlock(hidden_size) for _ in range(depth))
         self.to(memory_format=torch.channels_last)
 
 

@@ -1,4 +1,4 @@
-"""Compare networks by what they draw after the same compute time: DiT, DiNext and DiNext-U, with seeds and floors.
+"""Compare networks by what they draw after the same compute time, with seeds and floors.
 
     python benchmarks/compare.py time       # once, on a quiet machine: the seconds of a training step of each network
     python benchmarks/compare.py list       # all runs in their order, with their steps and core-hours
@@ -75,19 +75,22 @@ def time_steps(args: Namespace) -> None:
     torch.set_num_threads(1)
     start_world("cpu")  # as train.py does
     check_writable(args.results)
+    reports = {}
     for name in args.tasks:
-        task, path = TASKS[name], Path(args.results) / f"{name}-times.json"
-        networks = {title: network for family in task.families.values() for title, network in family.items()}
-        report = read_json(path) if path.exists() else {"batch_size": task.batch_size, "rounds": ROUNDS, "networks": {}}
-        stored = report["networks"]
-        if networks.keys() <= stored.keys():
-            raise UserError(f"{path} has all networks, and budgets depend on it; delete it to measure again")
-        now = time_networks(task, networks)
+        path = Path(args.results) / f"{name}-times.json"
+        networks = {title: network for family in TASKS[name].families.values() for title, network in family.items()}
+        report = read_json(path) if path.exists() else {"batch_size": TASKS[name].batch_size, "networks": {}}
+        if not networks.keys() <= report["networks"].keys():
+            reports[path] = TASKS[name], networks, report
+    if not reports:
+        raise UserError(f"{path} has all networks, and budgets depend on it; delete it to measure again")
+    for path, (task, networks, report) in reports.items():
+        stored, now = report["networks"], time_networks(task, networks)
         ratios = [stored[title]["seconds"] / now[title]["seconds"] for title in stored.keys() & now.keys()]
         scale = statistics.median(ratios) if ratios else 1.0
         for title in now.keys() - stored.keys():
             scaled = {key: scale * now[title][key] for key in ("seconds", "fastest", "slowest")}
-            stored[title] = now[title] | scaled | {"scale": scale, **about()}
+            stored[title] = now[title] | scaled | {"scale": scale, "rounds": ROUNDS, **about()}
         write_json(path, report)
 
 

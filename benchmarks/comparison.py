@@ -59,12 +59,13 @@ TASKS = {
                             for width, depth in ((160, 4), (192, 3))},
         "ConvAdaLN in parts": {f"ConvAdaLN-{part} 96x4": (f"ConvAdaLN-{part}", dict(hidden_size=96, depth=4))
                                for part in PARTS},
-        "Dense": {"Dense/1 96x6 GroupNorm": ("Dense", dict(hidden_size=96, depth=6))},
+        "Dense": {"Dense 96x6": ("Dense", dict(hidden_size=96, depth=6))},
         "Hybrid": {"Hybrid 96x3": ("Hybrid", dict(hidden_size=96, depth=3))},
         "DiNextV3": {
             "DiNextV3/1 96x4": ("DiNextV3-S/2", dict(patch_size=1, hidden_size=96, depth=4, num_heads=3)),
             "DiNextV3/1 96x3": ("DiNextV3-S/2", dict(patch_size=1, hidden_size=96, depth=3, num_heads=3, attention_every=1)),
-            "DiNextV3/1 128x3": ("DiNextV3-S/2", dict(patch_size=1, hidden_size=128, depth=3, num_heads=4, attention_every=1))}},
+            "DiNextV3/1 128x3": ("DiNextV3-S/2", dict(patch_size=1, hidden_size=128, depth=3, num_heads=4, attention_every=1)),
+        }},
         {"DiT labels": "DiT"},
         {"Hybrid": (3e-3,), "DiNextV3": LRS, "DiNextV2": (12e-3,), "ConvAdaLN in parts": (3e-3,), "Dense": LRS,
          "DiNextV2 larger": (3e-3, 6e-3, 12e-3), "DiT larger": (3e-3, 6e-3, 12e-3)},
@@ -237,7 +238,7 @@ def main_table(task: str, done: list[Run], results: dict[str, dict]) -> list[str
         guided = [f"{figure(report, FIGURES[0], 'guided')['value']:.3g}" for report in measured if "guided" in report]
         rows.append([runs[0].network, f"{costs['parameters'] / 1e6:.2f}", f"{costs['macs'] / 1e6:.1f}",
                      f"{costs['seconds'] * 1e3:.0f}", reports[0]["steps"], f"{reports[0]['steps'] * costs['macs'] / 1e9:.0f}",
-                     f"{runs[0].lr:g}", len(runs),
+                     f"{runs[0].lr:g}", f"{len(measured)} of {len(runs)}" if len(measured) < len(runs) else len(runs),
                      *(spread([figure(report, name)["value"] for report in measured]) for name in FIGURES),
                      *(guided or ["-"])])
     if decoded := results.get(f"{task}-reconstructions"):
@@ -269,14 +270,15 @@ def draw_curves(panel, task: str, done: list[Run], results: dict[str, dict]) -> 
     drawn, floors = [], {}
     for runs in by_network(done, "main", "curve"):
         points = {}  # seconds -> distances
-        for run in runs:
+        for run in [run for run in runs if "figures" in results[run.name]]:
+            floors["real images"] = figure(results[run.name], FIGURES[0])["floor"]
             points.setdefault(run.seconds, []).append(distance(results[run.name]))
+        if not points:
+            continue
         seconds, values = zip(*sorted(points.items()))
         panel.errorbar(seconds, list(map(statistics.mean, values)), [statistics.stdev(v) if len(v) > 1 else 0 for v in values],
                        marker="o", capsize=4, label=runs[0].network)
-        drawn += [value for point in values for value in point if 0 < value < math.inf]
-        for report in [results[run.name] for run in runs if "figures" in results[run.name]]:
-            floors["real images"] = figure(report, FIGURES[0])["floor"]
+        drawn += [value for point in values for value in point if value > 0]
     if decoded := results.get(f"{task}-reconstructions"):
         floors["encoded, decoded"] = distance(decoded)
     for (title, floor), style in zip(floors.items(), (":", "--")):

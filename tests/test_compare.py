@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, assert_one_line, randomised
+from torch import nn
 
 from benchmarks import compare, comparison
-from benchmarks.candidates import CANDIDATES, PARTS, Parts, PartsBlock
+from benchmarks.candidates import CANDIDATES, Parts, PartsBlock
 from benchmarks.comparison import Run, plan, search, steps_of
 from pipeline.spec import ModelSpec
 from small_models import NETWORKS as REGISTERED
@@ -126,8 +127,17 @@ def test_each_part_of_convadaln_is_another_network():
     plain.load_state_dict(weights)
     expected = plain.double().blocks[0](x, c)
     torch.testing.assert_close(output("none"), expected)
-    for part in PARTS:
+    for part in ("layer-norm", "gelu", "embedders"):
         assert not torch.allclose(output(part), expected)
+    block = randomised(PartsBlock(16, "adaln-zero")).double()
+    scale, shift, gate = block.modulation(c)[..., None, None].chunk(3, dim=1)
+    h = nn.functional.mish(block.conv(block.norm(x) * (1 + scale) + shift))
+    torch.testing.assert_close(block(x, c), x + gate * block.conv0(block.norm0(h)))
+    block = randomised(PartsBlock(16, "depthwise")).double()
+    scale, shift = block.modulation(c)[..., None, None].chunk(2, dim=1)
+    h = nn.functional.conv2d(block.norm(x), block.conv.weight.view(16, 1, 7, 7), block.conv.bias, padding=3, groups=16)
+    h = block.norm0(nn.functional.mish(scale * h + shift)).permute(0, 2, 3, 1)
+    torch.testing.assert_close(block(x, c), x + block.conv0.fc2(nn.functional.gelu(block.conv0.fc1(h))).permute(0, 3, 1, 2))
     with pytest.raises(ValueError, match="part 'none' must be depthwise"):
         Parts("none")
 
@@ -166,11 +176,15 @@ def test_table_and_figure(tmp_path):
         for run in plan("digits", results):
             value = 2.0 + run.seed + len(run.family) if run.stage == "main" else abs(math.log(run.lr / 3e-3))
             results.setdefault(run.name, result(value) | {"steps": 7, "guided": result(9)["figures"]})
+    failed = [name for name in results if "DiNext-U" in name and not name.endswith("5")]  # its runs of 1/8 to the whole
+    failed.append(next(name for name in results if "DiNext2" in name and "seed1" in name))
     for name, content in results.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        (tmp_path / f"{name}.json").write_text(json.dumps({"failed": "nan", "steps": 7} if name in failed else content))
     comparison.write_report(tmp_path, ["cifar", "digits"])  # a task without results is left out
     table = (tmp_path / "table.md").read_text()
     assert "| DiT/1 40x2 | 1.00 | 2000.0 | 30 | 7 | 14 | 0.003 | 3 | 6 ± 1 | 7 ± 1 | 8 ± 1 |" in table  # of 5, 6, 7 with n - 1
+    assert "| DiNext/2 64x4 | 1.00 | 2000.0 | 30 | 7 | 14 | 0.003 | 2 of 3 | 9 ± 1.4 |" in table  # of 8 and 10
+    assert "| DiNext-U 16 | 1.00 | 2000.0 | 30 | 7 | 14 | 0.003 | 0 of 3 | failed | failed |" in table
     assert "| real images | - | - | - | - | - | - | - | 0.5 |" in table
     assert "| DiT/2 64x4 | 0.693 | 0 | 0.693 |" in table
     assert "cifar" not in table
@@ -289,6 +303,7 @@ def test_results_are_those_of_the_networks_that_are_named():
     runs = [result for result in results.values() if "network" in result]
     assert len(runs) > 50
     for result in runs:
+        assert json.dumps(result["model_args"]) in result["command"]
         assert [result["preset"], result["model_args"]] == list(
             comparison.TASKS[result["task"]].families[result["family"]][result["network"]])
     for name in [name for name in comparison.TASKS if f"{name}-times" in results]:
