@@ -713,8 +713,8 @@ class DiNextV3(Backbone):
     """Residual blocks of dense 3x3 convolutions, and attention between them. The patches overlap, and the head is a 3x3.
 
     Args: the defaults are DiNextV3-XL/2 on the latents of 256 x 256 ImageNet images.
-        hidden_size: D, the width of the blocks; a multiple of num_heads and of 8.
-        depth: number of residual blocks.
+        hidden_size: D, the width of the blocks; a multiple of num_heads and of 16 (GroupNorm's groups have at least 2 channels).
+        depth: number of residual blocks. (A split counts the attention blocks, too.)
         attention_every: residual blocks between two attention blocks.
         num_heads: heads of attention.
         For the others see DiT.
@@ -726,8 +726,8 @@ class DiNextV3(Backbone):
                  label_std: float = 1.0, time_scale: float = 1.0, map_split: int | None = None):
         if min(depth, patch_size, attention_every) < 1:
             raise ValueError(f"depth {depth}, patch_size {patch_size} and attention_every {attention_every} must be positive")
-        if min(hidden_size, num_heads) < 1 or hidden_size % num_heads or hidden_size % 8:
-            raise ValueError(f"hidden_size {hidden_size} must be a positive multiple of num_heads ({num_heads}) and of 8")
+        if min(hidden_size, num_heads) < 1 or hidden_size % num_heads or hidden_size % 16:
+            raise ValueError(f"hidden_size {hidden_size} must be a positive multiple of num_heads ({num_heads}) and of 16")
         super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, patch_size, map_split)
         self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, hidden_size, overlap=1)
         self.t_embedder = TimestepEmbedder(hidden_size, scale=time_scale)

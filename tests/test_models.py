@@ -481,7 +481,8 @@ def test_wrong_arguments_are_named():
         with pytest.raises(ValueError, match=r"\(8, 10\).*input_size is \(8, 8\)"):
             tiny(name)(torch.zeros(1, 4, 8, 10), torch.zeros(1), torch.zeros(1, dtype=torch.long))
     for wrong, words in ((dict(depth=0), "depth 0"), (dict(attention_every=0), "attention_every 0"), (dict(num_heads=0), "(0)"),
-                         (dict(num_heads=5), "hidden_size 16 must be a positive multiple of num_heads (5) and of 8"),
+                         (dict(num_heads=5), "hidden_size 16 must be a positive multiple of num_heads (5) and of 16"),
+                         (dict(hidden_size=24), "of 16"),
                          (dict(map_split=3), "map_split 3 leaves no block")):
         with pytest.raises(ValueError, match=re.escape(words)):
             tiny("DiNextV3-S/2", **wrong)
