@@ -713,7 +713,7 @@ class DiNextV3(Backbone):
     """Residual blocks of dense 3x3 convolutions, and attention between them. The patches overlap, and the head is a 3x3.
 
     Args: the defaults are DiNextV3-XL/2 on the latents of 256 x 256 ImageNet images.
-        hidden_size: D, the width of the blocks; a multiple of num_heads and of 16 (GroupNorm's groups have at least 2 channels).
+        hidden_size: D, the width of the blocks; a multiple of num_heads and of 16, as groups of one channel norm badly.
         depth: number of residual blocks. (A split counts the attention blocks, too.)
         attention_every: residual blocks between two attention blocks.
         num_heads: heads of attention.
