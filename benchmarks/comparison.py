@@ -69,7 +69,7 @@ TASKS = {
         {"DiT labels": "DiT"},
         {"Hybrid": (3e-3,), "DiNextV3": LRS, "DiNextV2": (12e-3,), "ConvAdaLN in parts": (3e-3,), "Dense": LRS,
          "DiNextV2 larger": (3e-3, 6e-3, 12e-3), "DiT larger": (3e-3, 6e-3, 12e-3)},
-        ("DiNextV2/1 128x3",)),
+        ("DiNextV2/1 128x3", "DiNextV3/1 96x4")),
     "cifar16": Task(3600, 128, (4, 16, 16), "--data-path {cifar16_features}", ("{cifar}/test", "{cifar}/train"), "", {
         "DiT": {"DiT/2 128x5": ("DiT-S/2", dict(hidden_size=128, depth=5, num_heads=4))},
         "DiNext-U": {"DiNext-U 40": ("DiNext-U-S", dict(hidden_size=40, depths=[1, 2, 3, 2, 1]))},
