@@ -17,7 +17,7 @@ from small_models import NETWORKS, Autoencoder_models
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 SMALL = {
     "DiT": dict(depth=1, hidden_size=24, num_heads=2), "PixArt": dict(depth=1, hidden_size=24, num_heads=2),
-    "DiNext": dict(depth=1, hidden_size=16),
+    "DiNext": dict(depth=1, hidden_size=16), "DiNextV3": dict(depth=1, hidden_size=16, num_heads=1),
     "DiNext-U": dict(depths=(1, 1, 1, 1, 1), hidden_size=16), "MLP": dict(hidden_size=32),
     "ConvAdaLN": dict(depth=1, hidden_size=16), "Autoencoder": dict(hidden_size=8)}
 
