@@ -271,7 +271,8 @@ def draw_curves(panel, task: str, done: list[Run], results: dict[str, dict]) -> 
     for runs in by_network(done, "main", "curve"):
         points = {}  # seconds -> distances
         for run in [run for run in runs if "figures" in results[run.name]]:
-            floors["real images"] = figure(results[run.name], FIGURES[0])["floor"]
+            if run.stage == "main":  # that of training images; the curve's is between halves of the held-out ones
+                floors["real images"] = figure(results[run.name], FIGURES[0])["floor"]
             points.setdefault(run.seconds, []).append(distance(results[run.name]))
         if not points:
             continue

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, assert_one_line, randomised
+from matplotlib.figure import Figure
 from torch import nn
 
 from benchmarks import compare, comparison
@@ -22,9 +23,9 @@ from small_models import ConvAdaLN, Small_models
 NETWORKS = ["DiT/1 40x2", "DiT/2 64x4"]
 
 
-def result(value):
+def result(value, floor=0.5):
     names = zip(comparison.FIGURES, itertools.count(value))
-    return {"figures": [{"name": name, "value": number, "floor": 0.5} for name, number in names]}
+    return {"figures": [{"name": name, "value": number, "floor": floor} for name, number in names]}
 
 
 def searched(distances, networks=NETWORKS):
@@ -175,7 +176,8 @@ def test_table_and_figure(tmp_path):
     for _ in range(5):
         for run in plan("digits", results):
             value = 2.0 + run.seed + len(run.family) if run.stage == "main" else abs(math.log(run.lr / 3e-3))
-            results.setdefault(run.name, result(value) | {"steps": 7, "guided": result(9)["figures"]})
+            results.setdefault(run.name, result(value, 2.5 if run.stage == "curve" else 0.5) | {
+                "steps": 7, "guided": result(9)["figures"]})
     failed = [name for name in results if "DiNext-U" in name and not name.endswith("5")]  # its runs of 1/8 to the whole
     failed.append(next(name for name in results if "DiNext2" in name and "seed1" in name))
     for name, content in results.items():
@@ -189,6 +191,9 @@ def test_table_and_figure(tmp_path):
     assert "| DiT/2 64x4 | 0.693 | 0 | 0.693 |" in table
     assert "cifar" not in table
     assert (tmp_path / "compare.png").stat().st_size > 10_000
+    panel = Figure().subplots()
+    comparison.draw_curves(panel, "digits", plan("digits", results), comparison.read_results(tmp_path))
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["real images: 0.5", "DiT/1 40x2", "DiNext/2 64x4"]
 
 
 def test_wrong_use_is_one_line(tmp_path, run_here):
