@@ -65,7 +65,8 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--log-every", type=int, default=100, help="steps between lines of the log")
     parser.add_argument("--ckpt-every", type=int, default=50_000, help="steps between checkpoints")
     parser.add_argument("--max-skipped", type=float, default=0.001, help="share of samples that may be unreadable")
-    parser.add_argument("--keep-last", type=int | tuple[int, int], default=0, help="checkpoints: K (0: all), or [K, M]: every M-th too")
+    parser.add_argument("--keep-last", type=int | tuple[int, int], default=0,
+                        help="so many checkpoints, K (0: all), or [K, M]: every M-th one, too")
     parser.add_argument("--preview-every", type=int, default=50_000, help="steps between EMA samples; 0: only at the end")
     parser.add_argument("--val-every", type=int, default=0, help="steps between validation losses; 0: none")
     add_figure_arguments(parser)
