@@ -338,7 +338,7 @@ class DiNextBlock(nn.Module):
 class ResidualBlock(nn.Module):
     """Two dense 3x3 in one residual: GroupNorm -> 3x3 -> modulation -> GELU -> GroupNorm -> 3x3, which is 0 at first.
 
-    MinDiff's ConvAdaLN has these blocks, with Mish; ADM's (arXiv:2105.05233) modulate after the second norm.
+    x is (B, h, w, D). MinDiff's ConvAdaLN has these blocks, with Mish; ADM's (arXiv:2105.05233) modulate after the second norm.
     """
 
     def __init__(self, hidden_size: int):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import Backbone, DiT_models, TimestepEmbedder, channels_first, channels_last, check_size
+from models import Backbone, DiT_models, TimestepEmbedder, channels_first, channels_last, check_size, zeros
 
 
 class MLP(Backbone):
@@ -36,10 +36,8 @@ class MLP(Backbone):
         self.embedding_table = nn.Embedding(num_classes, label_features)
         self.norm = nn.LayerNorm(label_features)
         self.blocks = nn.ModuleList([MLPBlock(pixels + 1 + label_features, hidden_size)])
-        self.head = nn.Linear(hidden_size, pixels * (2 if learn_sigma else 1))
+        self.head = zeros(nn.Linear(hidden_size, pixels * (2 if learn_sigma else 1)))
         self.default_split = 1
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
         """t (B,) in 0..1000, y (B,) in 0..L -> c (B, 1 + label_features)."""
@@ -91,8 +89,7 @@ class ConvAdaLN(Backbone):
                                   nn.Conv2d(hidden_size, self.out_channels, kernel_size=3, padding=1))
         self.default_split = min(depth - 1, round(depth * 18 / 28))  # the share of Isotropic; the head has no condition
         for conv in (self.head[-1], *(block.conv0 for block in self.blocks)):
-            nn.init.zeros_(conv.weight)
-            nn.init.zeros_(conv.bias)
+            zeros(conv)
         self.to(memory_format=torch.channels_last)
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:

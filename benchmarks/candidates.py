@@ -54,8 +54,7 @@ class Parts(ConvAdaLN):
             self.embedders = nn.ModuleList([TimestepEmbedder(hidden_size), LabelEmbedder(self.num_classes, hidden_size)])
             del self.embedding_table, self.embedder
             for linear in (self.embedders[0].mlp[0], self.embedders[0].mlp[2]):
-                nn.init.normal_(linear.weight, std=0.02)
-                nn.init.zeros_(linear.bias)
+                nn.init.normal_(zeros(linear).weight, std=0.02)
         self.to(memory_format=torch.channels_last)
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
@@ -82,8 +81,7 @@ class PartsBlock(nn.Module):
             nn.init.zeros_(last.weight)
         else:
             nn.init.ones_(last.bias[:width])  # of scale
-            for parameter in (self.conv0.fc2 if deep else self.conv0).parameters():
-                nn.init.zeros_(parameter)
+            zeros(self.conv0.fc2 if deep else self.conv0)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         vectors = self.modulation(c)[..., None, None]  # (B, 2D or 3D, 1, 1)
@@ -137,7 +135,8 @@ class Dense(DiNextV3):
 
     def __init__(self, input_size: int | tuple[int, int] = 8, in_channels: int = 8, hidden_size: int = 96, depth: int = 6,
                  num_classes: int = 10, learn_sigma: bool = False):
-        super().__init__(input_size, 1, in_channels, hidden_size, depth, 1, depth, num_classes, learn_sigma)
+        super().__init__(input_size, patch_size=1, in_channels=in_channels, hidden_size=hidden_size, depth=depth, num_heads=1,
+                         attention_every=depth, num_classes=num_classes, learn_sigma=learn_sigma)
         self.blocks = nn.ModuleList(MacroBlock(hidden_size) for _ in range(depth))
         self.to(memory_format=torch.channels_last)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion.process import Process, Seam, check
-from models import ChannelsLastConv2d, DiNextU, FinalLayer, RMSNorm, channels_first
+from models import ChannelsLastConv2d, DiNextU, FinalLayer, RMSNorm, channels_first, zeros
 from pipeline.checkpoint import Restored
 from pipeline.encoders import CLASSIFIER, load_encoder
 from pipeline.spec import Config, Spec, Weights, defaults_of
@@ -93,12 +93,10 @@ class Internal(Head):
         super().__init__(weight)
         self.patch, self.channels = place.patch, place.channels
         self.final_layer = FinalLayer(place.width, 1, place.channels * math.prod(place.patch))
-        self.final_layer.adaLN_modulation[-1] = nn.Linear(place.condition_width, 2 * place.width)
+        self.final_layer.adaLN_modulation[-1] = zeros(nn.Linear(place.condition_width, 2 * place.width))
         if place.rms_norm:
             self.final_layer.norm_final = RMSNorm(place.width)
-        for linear in (self.final_layer.linear, self.final_layer.adaLN_modulation[-1]):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        zeros(self.final_layer.linear)
 
     def forward(self, features: Tensor, c: Tensor) -> Tensor:
         x = self.final_layer(features, c).unflatten(-1, (*self.patch, self.channels))  # (B, h, w, H/h, W/w, C)
