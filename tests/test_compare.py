@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from benchmarks import compare, comparison
-from benchmarks.candidates import CANDIDATES, Parts, PartsBlock
+from benchmarks.candidates import CANDIDATES, PARTS, Parts, PartsBlock
 from benchmarks.comparison import Run, plan, search, steps_of
 from pipeline.spec import ModelSpec
 from small_models import NETWORKS as REGISTERED
@@ -128,7 +128,7 @@ def test_each_part_of_convadaln_is_another_network():
     plain.load_state_dict(weights)
     expected = plain.double().blocks[0](x, c)
     torch.testing.assert_close(output("none"), expected)
-    for part in ("layer-norm", "gelu", "embedders"):
+    for part in PARTS:
         assert not torch.allclose(output(part), expected)
     block = randomised(PartsBlock(16, "adaln-zero")).double()
     scale, shift, gate = block.modulation(c)[..., None, None].chunk(3, dim=1)
