@@ -28,6 +28,7 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts are imported by name
+OF_PYTHON = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONFAULTHANDLER": "1"}  # a process that aborts tells where it was
 
 TINY_RUN = ["--data-path", "digits", "--vae", "pixels", "--model", "DiNext-S/2", "--model-args",
             '{"hidden_size": 32, "depth": 2}', "--global-batch-size", "12", "--num-workers", "0", "--log-every", "1",
@@ -39,16 +40,16 @@ def run_script(script, *flags, cwd, nproc=None, check=True, **env):
     launcher = [] if nproc is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}",
                                            f"--log-dir={cwd}/torchelastic"]
     result = subprocess.run([sys.executable, *launcher, str(ROOT / script), *map(str, flags)], cwd=cwd, text=True,
-                            capture_output=True, timeout=240, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | env)
+                            capture_output=True, timeout=240, env=os.environ | OF_PYTHON | env)
     if check and result.returncode:
-        raise AssertionError(f"{script} exited {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+        raise AssertionError(f"{script} exited {result.returncode}:\n{result.stderr}\n{result.stdout}")
     return result
 
 
 def run_processes(count, name, *words, cwd):
     """Start a function of other_process.py in several processes that find each other, without torchrun's agent."""
-    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-                        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    env = os.environ | OF_PYTHON | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+                                    "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     command = [sys.executable, str(ROOT / "tests" / "other_process.py"), name, *map(str, words)]
     started = [subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                 env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
