@@ -43,10 +43,11 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int, frequency_embedding_size: int = 256, scale: float = 1.0):
         super().__init__()
-        self.scale = scale
+        if scale <= 0:
+            raise ValueError(f"time_scale {scale} must be positive")
+        self.scale, self.frequency_embedding_size = scale, frequency_embedding_size
         self.mlp = nn.Sequential(
             nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-        self.frequency_embedding_size = frequency_embedding_size
 
     @staticmethod
     def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:

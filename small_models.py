@@ -78,8 +78,9 @@ class ConvAdaLN(Backbone):
                  num_classes: int = 10, learn_sigma: bool = False, gradient_checkpointing: bool = False,
                  time_scale: float = 1.0):
         super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, size_multiple=1)
-        if depth < 1 or hidden_size < 8 or hidden_size % 8:
-            raise ValueError(f"depth ({depth}) must be at least 1, hidden_size ({hidden_size}) a multiple of 8")
+        if depth < 1 or hidden_size < 8 or hidden_size % 8 or time_scale <= 0:
+            raise ValueError(f"depth ({depth}) must be at least 1, hidden_size ({hidden_size}) a multiple of 8, "
+                             f"time_scale ({time_scale}) positive")
         self.time_scale = time_scale
         self.stem = nn.Conv2d(in_channels, hidden_size, kernel_size=3, padding=1)
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size // 2)
