@@ -479,7 +479,7 @@ def test_wrong_arguments_are_named():
                 DIFFUSION_NETWORKS[name](**wrong)
     for name in ("DiT-S/2", "DiNext-U-S", "DiNextV3-S/2", "ConvAdaLN"):
         for scale in (0, -1):  # 0 would hide the time
-            with pytest.raises(ValueError, match="time_scale .*positive"):
+            with pytest.raises(ValueError, match=r"time_scale .*positive"):
                 tiny(name, time_scale=scale)
     for name in ("DiNext-S/2", "DiNextV3-S/2"):
         with pytest.raises(ValueError, match=r"\(8, 10\).*input_size is \(8, 8\)"):
