@@ -22,6 +22,7 @@ from models import (
     ChannelsLastGroupNorm,
     DiNextV3,
     LabelEmbedder,
+    ResidualBlock,
     TimestepEmbedder,
     channels_first,
     channels_last,
@@ -141,6 +142,28 @@ class Dense(DiNextV3):
         self.to(memory_format=torch.channels_last)
 
 
+class SiluBlock(ResidualBlock):
+    """ResidualBlock with SiLU, which is nearly ConvAdaLN's Mish and as fast as GELU."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        scale, shift = self.adaLN_modulation(c).chunk(2, dim=1)
+        return x + self.conv2(self.norm2(F.silu(modulate(self.conv1(self.norm1(x)), shift, scale))))
+
+
+class Silu(DiNextV3):
+    """DiNextV3 with SiLU in place of GELU, its heads of 32 channels. For the arguments see DiNextV3."""
+
+    def __init__(self, input_size: int | tuple[int, int] = 8, in_channels: int = 8, hidden_size: int = 96, depth: int = 4,
+                 num_classes: int = 10, learn_sigma: bool = False):
+        super().__init__(input_size, patch_size=1, in_channels=in_channels, hidden_size=hidden_size, depth=depth,
+                         num_heads=max(1, hidden_size // 32), num_classes=num_classes, learn_sigma=learn_sigma)
+        for place, block in enumerate(self.blocks):
+            if isinstance(block, ResidualBlock):
+                self.blocks[place] = SiluBlock(hidden_size)
+        self.head[0] = nn.SiLU()
+        self.to(memory_format=torch.channels_last)
+
+
 class Hybrid(ConvAdaLN):
     """ConvAdaLN with GELU, and attention between its blocks. For the arguments see ConvAdaLN."""
 
@@ -169,7 +192,7 @@ class AttentionBlock(nn.Module):
 
 
 CANDIDATES = {f"ConvAdaLN-{part}": partial(Parts, part=part) for part in PARTS} | {
-    "Dense": partial(Dense), "Hybrid": partial(Hybrid)}
+    "Dense": partial(Dense), "Silu": partial(Silu), "Hybrid": partial(Hybrid)}
 
 if __name__ == "__main__":
     if not set(sys.argv[1:2]) & {"train", "sample_ddp"}:

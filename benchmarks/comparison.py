@@ -60,6 +60,7 @@ TASKS = {
         "ConvAdaLN in parts": {f"ConvAdaLN-{part} 96x4": (f"ConvAdaLN-{part}", dict(hidden_size=96, depth=4))
                                for part in PARTS},
         "Dense": {"Dense 96x6": ("Dense", dict(hidden_size=96, depth=6))},
+        "Silu": {"Silu 96x4": ("Silu", dict(hidden_size=96, depth=4))},
         "Hybrid": {"Hybrid 96x3": ("Hybrid", dict(hidden_size=96, depth=3))},
         "DiNextV3": {
             "DiNextV3/1 96x4": ("DiNextV3-S/2", dict(patch_size=1, hidden_size=96, depth=4, num_heads=3)),
@@ -67,7 +68,7 @@ TASKS = {
             "DiNextV3/1 128x3": ("DiNextV3-S/2", dict(patch_size=1, hidden_size=128, depth=3, num_heads=4, attention_every=1)),
         }},
         {"DiT labels": "DiT"},
-        {"Hybrid": (3e-3,), "DiNextV3": LRS, "DiNextV2": (12e-3,), "ConvAdaLN in parts": (3e-3,), "Dense": LRS,
+        {"Silu": (3e-3,), "Hybrid": (3e-3,), "DiNextV3": LRS, "DiNextV2": (12e-3,), "ConvAdaLN in parts": (3e-3,), "Dense": LRS,
          "DiNextV2 larger": (3e-3, 6e-3, 12e-3), "DiT larger": (3e-3, 6e-3, 12e-3)},
         ("DiNextV2/1 128x3", "DiNextV3/1 96x4")),
     "cifar16": Task(3600, 128, (4, 16, 16), "--data-path {cifar16_features}", ("{cifar}/test", "{cifar}/train"), "", {
