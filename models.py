@@ -4,15 +4,15 @@
   those of the published weights; the initialisation is DiT's.
 - DiNext: ConvNeXt-V2 blocks (Woo et al., arXiv:2301.00808) with adaLN-Zero, at DiT's depths and widths. DiNextV2 has no GRN.
 - DiNextV3: the residual blocks of ConvAdaLN (MinDiff), two dense 3x3 each, and attention between them.
-- DiNext-U: DiNext's block at three resolutions, as in FCDM (fully convolutional diffusion models).
+- DiNext-U: DiNext's block at three resolutions, as in FCDM (arXiv:2603.09408).
 - PixArt: DiT with adaLN-single; the label is one more key and value (Chen et al., arXiv:2310.00426; nano-diffusion).
 - LightningDiT: DiT with RMSNorm, rotary positions and a gated MLP (Yao et al., arXiv:2501.01423).
 
 Legend: B batch, C channels of the image or latent, H W its size, h w the size in tokens, N = h*w tokens, D width,
 p patch size, L number of classes. Inside a block the channels come last: (B, N, D) in DiT, (B, h, w, D) in DiNext.
 
-The residual stream, to which the blocks add, has the dtype of the input x: under autocast it is fp32 in all backbones. In
-bf16 it would save a tenth of the bytes that move, and make DiT-S with random weights differ from fp32 by 1.1 %, not by 0.4 %.
+The residual stream, to which the blocks add, keeps the dtype of an fp32 x under autocast, too, in all backbones. A bf16 stream
+would move a tenth fewer bytes, and make DiT-S with random weights differ from fp32 by 1.1 % in place of 0.4 %.
 
 Every backbone is called as `model(x, t, y)`. `forward` has two halves. Features can be reused at the seam between them:
 
@@ -51,7 +51,7 @@ class TimestepEmbedder(nn.Module):
 
     @staticmethod
     def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
-        """Cosines, then sines, of `dim // 2` frequencies from 1 down to 1/max_period: (B,) -> (B, dim), in fp32."""
+        """Cosines, then sines, of t * max_period**(-i / half), i < half = dim // 2: (B,) -> (B, dim), in fp32."""
         half = dim // 2
         frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
         angles = t[:, None].float() * frequencies
@@ -145,8 +145,8 @@ class AdaLN(nn.Sequential):
 class AdaLNSingle(nn.Module):
     """adaLN-single (PixArt-alpha, arXiv:2310.00426): modulation vectors that all blocks share, plus a table per layer.
 
-    c (B, vectors * D or more) -> (B, vectors * D). c begins with the shared vectors. The final layer adds its table to the
-    first two of them, whatever their role in the blocks.
+    c (B, vectors * D or more) -> (B, vectors * D). c begins with the shared vectors. The final layer takes the first two as
+    shift and scale, whatever their role in the blocks; PixArt's takes the timestep's vector for both.
     """
 
     def __init__(self, hidden_size: int, vectors: int):
@@ -215,9 +215,9 @@ class GatedMlp(nn.Module):
 
 
 class GlobalResponseNorm(nn.Module):
-    """GRN (ConvNeXt-V2, equations 1 to 3): a channel's norm over the positions, over the mean of those of all channels.
+    """GRN (ConvNeXt-V2, equations 1 to 3): x + weight * x * n + bias, in one pass over x (B, h, w, D).
 
-    x (B, h, w, D) + weight * x * n + bias is one pass over x here. The norms n are in fp32 or better, one vector per sample.
+    n (B, 1, 1, D) is a channel's L2 norm over the positions, divided by the mean norm of all channels, in fp32 or better.
     """
 
     def __init__(self, dim: int, eps: float = 1e-6):
@@ -311,7 +311,7 @@ class LightningDiTBlock(DiTBlock):
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
         super().__init__(hidden_size, num_heads, mlp_ratio)
         self.norm1, self.norm2 = RMSNorm(hidden_size), RMSNorm(hidden_size)
-        self.attn = Attention(hidden_size, num_heads, qk_norm)  # a second draw, so that a seed keeps its initial weights
+        self.attn = Attention(hidden_size, num_heads, qk_norm)  # drawn twice: a seed's weights stay those of before
         self.mlp = GatedMlp(hidden_size, int(2 / 3 * hidden_size * mlp_ratio))
 
 
@@ -399,7 +399,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, h, w, D) and a skip (B, 2h, 2w, D/2) -> (B, 2h, 2w, D/2), by a 3x3 convolution to 2D and a pixel shuffle."""
+    """x (B, h, w, D) and a skip (B, 2h, 2w, D/2) -> (B, 2h, 2w, D/2): x by a 3x3 to 2D and a pixel shuffle; both merged."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -486,7 +486,7 @@ class Backbone(nn.Module):
 
 
 def initialize(network: nn.Module, label_std: float = 0.02) -> None:
-    """Initialise as DiT does, in place: matrices by Xavier, embedders with std 0.02; biases, modulations and output are 0.
+    """As DiT, in place: matrices by Xavier, embedders with std 0.02, labels with label_std; biases, modulations, output are 0.
 
     A zero gate makes every block the identity at first (adaLN-Zero, adaLN-single). Depthwise kernels keep PyTorch's default.
     """
@@ -588,7 +588,7 @@ class DiT(Isotropic):
         time_scale: t in 0..1000 is multiplied by it before it is embedded; 0.001 for SiT and REPA, which embed 0..1.
         qk_norm: RMSNorm of each head's queries and keys.
         lightning: LightningDiT's blocks and last norm. Needs adaln="zero", and heads of a multiple of 4 channels.
-        label_std: initial standard deviation of the label embeddings (docs/comparison.md has the effect of 1).
+        label_std: initial standard deviation of the label embeddings. DiNext's networks have 1 (docs/history.md, "Labels").
         map_split: blocks before the seam of a flow map; None: default_split.
     """
 
@@ -627,14 +627,14 @@ class DiT(Isotropic):
 class DiNext(Isotropic):
     """DiT with ConvNeXt-V2 blocks. At equal depth and width it has half of DiT's parameters and multiply-accumulates.
 
-    For its arguments see DiT; hidden_size may be any width, and grn is GRN in each block's MLP. DiNextV2 has none, and
-    label_std 1. The defaults are DiNext-XL/2 on ImageNet's latents at 256 x 256.
+    For its arguments see DiT; hidden_size may be any width, and grn is GRN in each block's MLP, which DiNextV2 does not have.
+    The defaults are DiNext-XL/2 on ImageNet's latents at 256 x 256.
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
                  hidden_size: int = 1152, depth: int = 28, mlp_ratio: float = 3.0, num_classes: int = 1000,
                  learn_sigma: bool = True, gradient_checkpointing: bool = False,
-                 adaln: Literal["zero", "single"] = "zero", grn: bool = True, label_std: float = 0.02,
+                 adaln: Literal["zero", "single"] = "zero", grn: bool = True, label_std: float = 1.0,
                  time_scale: float = 1.0, map_split: int | None = None):
         blocks = [DiNextBlock(hidden_size, mlp_ratio, adaln, grn) for _ in range(depth)]
         super().__init__(blocks, input_size, patch_size, in_channels, hidden_size, num_classes, learn_sigma,
@@ -647,7 +647,7 @@ class DiNextU(Backbone):
     """DiNext blocks in a U of three resolutions (1, 1/2, 1/4) and five stages, without patches, as in FCDM.
 
     Args: the defaults are DiNext-U-S on the latents of 256 x 256 ImageNet images.
-        input_size: H = W, or (H, W), of the image or latent; multiples of 4.
+        input_size: H = W, or (H, W), of images or latents to be drawn; any multiples of 4 can pass through the network.
         hidden_size: D, the width of the first stage, even. Each halving of the resolution doubles the width.
         depths: number of blocks of each stage.
         mlp_ratio: hidden width of a block's MLP, divided by the block's width.
@@ -659,7 +659,7 @@ class DiNextU(Backbone):
 
     def __init__(self, input_size: int | tuple[int, int] = 32, in_channels: int = 4, hidden_size: int = 128,
                  depths: tuple[int, int, int, int, int] = (2, 4, 8, 4, 2), mlp_ratio: float = 3.0, num_classes: int = 1000,
-                 learn_sigma: bool = True, gradient_checkpointing: bool = False, grn: bool = True, label_std: float = 0.02,
+                 learn_sigma: bool = True, gradient_checkpointing: bool = False, grn: bool = True, label_std: float = 1.0,
                  time_scale: float = 1.0, map_split: int | None = None):
         super().__init__(input_size, in_channels, num_classes, learn_sigma, gradient_checkpointing, 4, map_split)
         if len(depths) != 5 or min(depths) < 1 or hidden_size % 2:
@@ -714,7 +714,7 @@ class DiNextV3(Backbone):
     """Residual blocks of dense 3x3 convolutions, and attention between them. The patches overlap, and the head is a 3x3.
 
     Args: the defaults are DiNextV3-XL/2 on the latents of 256 x 256 ImageNet images.
-        hidden_size: D, the width of the blocks; a multiple of num_heads and of 16, as groups of one channel norm badly.
+        hidden_size: D, the width of the blocks; a multiple of num_heads and of 16, as GroupNorm's 8 groups are of even width.
         depth: number of residual blocks. (A split counts the attention blocks, too.)
         attention_every: residual blocks between two attention blocks.
         num_heads: heads of attention.
@@ -742,7 +742,7 @@ class DiNextV3(Backbone):
         self.default_split = min(len(self.blocks) - 1, round(len(self.blocks) * 18 / 28))  # the head does not see c
         if self.resolve_split(map_split) == len(self.blocks):
             raise ValueError(f"map_split {map_split} leaves no block that sees the end of a step; there are {len(self.blocks)}")
-        for linear in self.t_embedder.mlp[::2]:
+        for linear in self.t_embedder.mlp[::2]:  # embedders begin as DiT's, the other weights as PyTorch's
             nn.init.normal_(zeros(linear).weight, std=0.02)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=label_std)
         self.to(memory_format=torch.channels_last)  # kernels in the memory format of their inputs
@@ -794,7 +794,7 @@ for _size, _preset in U.items():
     DiT_models[f"DiNext-U-{_size}"] = partial(DiNextU, **_preset)
 for _size, _preset in DENSE.items():
     DiT_models[f"DiNextV3-{_size}/2"] = partial(DiNextV3, num_heads=NUM_HEADS[_size], **_preset)
-DiT_models["DiNextV2-S/2"] = partial(DiNext, patch_size=2, grn=False, label_std=1.0, **ISOTROPIC["S"])
+DiT_models["DiNextV2-S/2"] = partial(DiNext, patch_size=2, grn=False, **ISOTROPIC["S"])
 DiT_models["PixArt-B/2"] = partial(DiT, patch_size=2, num_heads=12, adaln="single", class_token=True, **ISOTROPIC["B"])
 DiT_models["LightningDiT-XL/1"] = partial(DiT, input_size=16, patch_size=1, in_channels=32, num_heads=16, learn_sigma=False,
                                           lightning=True, **ISOTROPIC["XL"])

@@ -17,7 +17,7 @@ from models import Backbone, DiT_models, TimestepEmbedder, channels_first, chann
 class MLP(Backbone):
     """MinDiff's network for digits, on flat pixels: [x | t | label] -> Linear -> Mish -> LayerNorm -> Linear.
 
-    The null label's embedding is zero before its LayerNorm.
+    The null label's embedding is zero before its LayerNorm. (No flow map: the head does not see the end of a step.)
 
     Args: the defaults are those for MNIST's digits.
         hidden_size: width of the hidden layer.
@@ -71,7 +71,8 @@ class ConvAdaLN(Backbone):
 
     Args: the defaults are those for the latents of Autoencoder on 32 x 32 images.
         hidden_size: D, the width of the blocks; a multiple of 8.
-        input_size, in_channels, depth, num_classes, learn_sigma, gradient_checkpointing, time_scale: see DiT.
+        input_size: H = W, or (H, W), of latents to be drawn; any size can pass through the network.
+        in_channels, depth, num_classes, learn_sigma, gradient_checkpointing, time_scale: see DiT.
     """
 
     def __init__(self, input_size: int | tuple[int, int] = 8, in_channels: int = 8, hidden_size: int = 256, depth: int = 8,
@@ -87,10 +88,8 @@ class ConvAdaLN(Backbone):
         self.embedder = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.Mish())
         self.blocks = nn.ModuleList(ConvAdaLNBlock(hidden_size) for _ in range(depth))
         self.head = nn.Sequential(nn.Mish(), nn.GroupNorm(8, hidden_size),
-                                  nn.Conv2d(hidden_size, self.out_channels, kernel_size=3, padding=1))
+                                  zeros(nn.Conv2d(hidden_size, self.out_channels, kernel_size=3, padding=1)))
         self.default_split = min(depth - 1, round(depth * 18 / 28))  # the share of Isotropic; the head has no condition
-        for conv in (self.head[-1], *(block.conv0 for block in self.blocks)):
-            zeros(conv)
         self.to(memory_format=torch.channels_last)
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
@@ -111,10 +110,7 @@ class ConvAdaLN(Backbone):
 
 
 class ConvAdaLNBlock(nn.Module):
-    """x + conv0(GroupNorm(Mish(scale * conv(GroupNorm(x)) + shift))). At first the bias of scale is 1.
-
-    ConvAdaLN sets conv0 to zero at first, so that each block begins as the identity.
-    """
+    """x + conv0(GroupNorm(Mish(scale * conv(GroupNorm(x)) + shift))). At first the bias of scale is 1, and conv0 is 0."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -122,7 +118,7 @@ class ConvAdaLNBlock(nn.Module):
         self.conv = nn.Conv2d(hidden_size, hidden_size, kernel_size=3, padding=1)
         self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
         self.norm0 = nn.GroupNorm(8, hidden_size)
-        self.conv0 = nn.Conv2d(hidden_size, hidden_size, kernel_size=3, padding=1)
+        self.conv0 = zeros(nn.Conv2d(hidden_size, hidden_size, kernel_size=3, padding=1))
         nn.init.zeros_(self.modulation.bias)
         nn.init.ones_(self.modulation.bias[:hidden_size])
 
@@ -190,12 +186,14 @@ class Autoencoder(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A small convolutional classifier of `pixel_features` (B, 3, h, w). benchmarks/classifier.py trains it.
+    """A small convolutional classifier of (B, 3, h, w) pixels, as pipeline/encoders.py's `pixel_features` gives them.
+
+    benchmarks/classifier.py trains it.
 
     Its features stand in for Inception's (evaluation/extractors.py), and for DINOv2's (pipeline/encoders.py).
     """
 
-    FACTOR = 4  # of the size of feature_map
+    FACTOR = 4  # the size of x over that of feature_map
 
     def __init__(self, num_classes: int, width: int = 32):
         def conv(channels: int, out_channels: int) -> list[nn.Module]:

@@ -43,12 +43,12 @@ TASKS = {
         "DiT": {"DiT/1 96x3": ("DiT-S/2", dict(patch_size=1, hidden_size=96, depth=3, num_heads=3)),
                 "DiT/2 192x5": ("DiT-S/2", dict(hidden_size=192, depth=5, num_heads=3)),
                 "DiT/2 256x3": ("DiT-S/2", dict(hidden_size=256, depth=3, num_heads=4))},
-        "DiNext": {"DiNext/1 104x4": ("DiNext-S/2", dict(patch_size=1, hidden_size=104, depth=4)),
-                   "DiNext/1 128x3": ("DiNext-S/2", dict(patch_size=1, hidden_size=128, depth=3)),
-                   "DiNext/2 256x4": ("DiNext-S/2", dict(hidden_size=256, depth=4))},
-        "DiNext-U": {"DiNext-U 64": ("DiNext-U-S", dict(hidden_size=64, depths=[1, 2, 3, 2, 1])),
-                     "DiNext-U 64 21112": ("DiNext-U-S", dict(hidden_size=64, depths=[2, 1, 1, 1, 2])),
-                     "DiNext-U 48 32223": ("DiNext-U-S", dict(hidden_size=48, depths=[3, 2, 2, 2, 3]))},
+        "DiNext": {"DiNext/1 104x4": ("DiNext-S/2", dict(patch_size=1, hidden_size=104, depth=4, label_std=0.02)),
+                   "DiNext/1 128x3": ("DiNext-S/2", dict(patch_size=1, hidden_size=128, depth=3, label_std=0.02)),
+                   "DiNext/2 256x4": ("DiNext-S/2", dict(hidden_size=256, depth=4, label_std=0.02))},
+        "DiNext-U": {"DiNext-U 64": ("DiNext-U-S", dict(hidden_size=64, depths=[1, 2, 3, 2, 1], label_std=0.02)),
+                     "DiNext-U 64 21112": ("DiNext-U-S", dict(hidden_size=64, depths=[2, 1, 1, 1, 2], label_std=0.02)),
+                     "DiNext-U 48 32223": ("DiNext-U-S", dict(hidden_size=48, depths=[3, 2, 2, 2, 3], label_std=0.02))},
         "ConvAdaLN": {"ConvAdaLN 96x4": ("ConvAdaLN", dict(hidden_size=96, depth=4))},
         "DiNextV2": {"DiNextV2/1 128x3": ("DiNextV2-S/2", dict(patch_size=1, hidden_size=128, depth=3))},
         "DiT labels": {"DiT/1 96x3 labels": (
@@ -73,7 +73,7 @@ TASKS = {
         ("DiNextV2/1 128x3", "DiNextV3/1 96x4")),
     "cifar16": Task(3600, 128, (4, 16, 16), "--data-path {cifar16_features}", ("{cifar}/test", "{cifar}/train"), "", {
         "DiT": {"DiT/2 128x5": ("DiT-S/2", dict(hidden_size=128, depth=5, num_heads=4))},
-        "DiNext-U": {"DiNext-U 40": ("DiNext-U-S", dict(hidden_size=40, depths=[1, 2, 3, 2, 1]))},
+        "DiNext-U": {"DiNext-U 40": ("DiNext-U-S", dict(hidden_size=40, depths=[1, 2, 3, 2, 1], label_std=1.0))},
         "ConvAdaLN": {"ConvAdaLN 64x4": ("ConvAdaLN", dict(hidden_size=64, depth=4))},
         "DiNextV3": {"DiNextV3/1 64x3": ("DiNextV3-S/2", dict(patch_size=1, hidden_size=64, depth=3, num_heads=2)),
                      "DiNextV3/2 128x3": ("DiNextV3-S/2", dict(hidden_size=128, depth=3, num_heads=4))}},
@@ -82,14 +82,14 @@ TASKS = {
                     "--data-path mnist --image-size 16 --epochs 5", {
         "DiT": {"DiT/2 96x4": ("DiT-S/2", dict(hidden_size=96, depth=4, num_heads=3)),
                 "DiT/4 192x5": ("DiT-S/4", dict(hidden_size=192, depth=5, num_heads=3))},
-        "DiNext": {"DiNext/2 96x5": ("DiNext-S/2", dict(hidden_size=96, depth=5))},
-        "DiNext-U": {"DiNext-U 32": ("DiNext-U-S", dict(hidden_size=32, depths=[1, 1, 2, 1, 1]))}}),
+        "DiNext": {"DiNext/2 96x5": ("DiNext-S/2", dict(hidden_size=96, depth=5, label_std=0.02))},
+        "DiNext-U": {"DiNext-U 32": ("DiNext-U-S", dict(hidden_size=32, depths=[1, 1, 2, 1, 1], label_std=0.02))}}),
     "digits": Task(60, 64, (1, 8, 8), "--data-path digits --vae pixels", ("digits", "digits"),
                    "--data-path digits --epochs 20", {
         "DiT": {"DiT/1 40x2": ("DiT-S/2", dict(patch_size=1, hidden_size=40, depth=2, num_heads=1)),
                 "DiT/2 64x4": ("DiT-S/2", dict(hidden_size=64, depth=4, num_heads=2))},
-        "DiNext": {"DiNext/2 64x4": ("DiNext-S/2", dict(hidden_size=64, depth=4))},
-        "DiNext-U": {"DiNext-U 16": ("DiNext-U-S", dict(hidden_size=16, depths=[1, 1, 1, 1, 1]))}}),
+        "DiNext": {"DiNext/2 64x4": ("DiNext-S/2", dict(hidden_size=64, depth=4, label_std=0.02))},
+        "DiNext-U": {"DiNext-U 16": ("DiNext-U-S", dict(hidden_size=16, depths=[1, 1, 1, 1, 1], label_std=0.02))}}),
 }
 
 

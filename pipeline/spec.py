@@ -66,8 +66,10 @@ class ModelSpec:
         if missing := {"name", "class", "args"} - set(stored):
             raise UserError(f"the description of its network lacks {', '.join(sorted(missing))}")
         constructor = find_constructor(stored["name"], stored["class"])
-        args = defaults_of(constructor) | stored["args"]  # defaults: of arguments that were added later
-        return cls(stored["name"], stored["class"], args)
+        defaults = defaults_of(constructor)  # of arguments that were added later
+        if "label_std" in defaults:
+            defaults["label_std"] = 0.02  # of all networks before it was an argument
+        return cls(stored["name"], stored["class"], defaults | stored["args"])
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "class": self.class_name, "args": self.args}

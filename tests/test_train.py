@@ -71,7 +71,7 @@ def test_a_run_leaves_log_metrics_config_previews_and_checkpoints_that_describe_
     assert (model.name, model.class_name) == ("DiNext-S/2", "DiNext")
     assert model.args == {"input_size": (8, 8), "patch_size": 2, "in_channels": 1, "hidden_size": 32, "depth": 2,
                           "mlp_ratio": 3.0, "num_classes": 10, "learn_sigma": False, "gradient_checkpointing": False,
-                          "adaln": "zero", "grn": True, "label_std": 0.02, "time_scale": 1.0, "map_split": None}
+                          "adaln": "zero", "grn": True, "label_std": 1.0, "time_scale": 1.0, "map_split": None}
     assert all(torch.equal(value, state["ema"][key]) for key, value in restored.model.state_dict().items())
     assert not torch.equal(state["ema"]["final_layer.linear.weight"], state["model"]["final_layer.linear.weight"])
 

@@ -298,9 +298,11 @@ def newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
 
 def continue_from(training: Training, path: Path, spec: Spec, flags: dict[str, Any],
                   data_flip: bool) -> tuple[list[str], bool]:
-    """Load a checkpoint of this run.
+    """Load a checkpoint of this run into `training`.
 
-    Returns: remarks for the log, one for each flag that has changed; whether the checkpoint's Spec is still right.
+    label_std matters only for initial weights: where no flag names it, spec.model.args takes the checkpoint's, in place.
+
+    Returns: remarks for the log, on the flags below that have changed; whether the checkpoint's Spec is still right.
 
     Raises:
         UserError: the checkpoint is of another run.
@@ -309,6 +311,8 @@ def continue_from(training: Training, path: Path, spec: Spec, flags: dict[str, A
     if missing := {"args", "spec", *training.state_dict()} - set(state):
         raise UserError(f"{path} cannot be continued, it lacks {', '.join(sorted(missing))}; `init_from` takes only weights")
     stored_spec = checkpoint.spec_of(state, path)
+    if "label_std" not in flags["model_args"] and "label_std" in stored_spec.model.args:  # its default changed
+        spec.model.args["label_std"] = stored_spec.model.args["label_std"]
     stored, wanted = fixed_settings(stored_spec, {"flip": data_flip} | state["args"]), fixed_settings(spec, flags)
     for key in sorted(wanted | stored, key=lambda key: (key.startswith("model argument"), key != "model")):  # the model first
         if stored.get(key) != wanted.get(key):
