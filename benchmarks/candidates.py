@@ -18,16 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import (
     AdaLN,
     Attention,
-    ChannelsLastConv2d,
-    ChannelsLastGroupNorm,
     DiNextV3,
     LabelEmbedder,
     ResidualBlock,
     TimestepEmbedder,
     channels_first,
     channels_last,
-    modulate,
-    over_positions,
     zeros,
 )
 from runtime import cli
@@ -119,16 +115,17 @@ class MacroBlock(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm = ChannelsLastGroupNorm(8, width)
-        self.conv = ChannelsLastConv2d(width, width, kernel_size=3, padding=1)
+        self.norm = nn.GroupNorm(8, width)
+        self.conv = nn.Conv2d(width, width, kernel_size=3, padding=1)
         self.linear = nn.Linear(width, width)
         self.adaLN_modulation = AdaLN(width, 3)
         zeros(self.adaLN_modulation[-1])
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (B, h, w, D), c (B, D) -> (B, h, w, D)."""
-        scale, shift, gate = self.adaLN_modulation(c).chunk(3, dim=1)
-        return x + over_positions(gate, x) * self.linear(F.gelu(self.conv(modulate(self.norm(x), shift, scale))))
+        """x (B, D, h, w), c (B, D) -> (B, D, h, w)."""
+        scale, shift, gate = self.adaLN_modulation(c)[..., None, None].chunk(3, dim=1)
+        h = F.gelu(self.conv(torch.addcmul(shift, self.norm(x), 1 + scale)))
+        return x + gate * channels_first(self.linear(channels_last(h)))
 
 
 class Dense(DiNextV3):
@@ -146,8 +143,8 @@ class SiluBlock(ResidualBlock):
     """ResidualBlock with SiLU, which is nearly ConvAdaLN's Mish and as fast as GELU."""
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        scale, shift = self.adaLN_modulation(c).chunk(2, dim=1)
-        return x + self.conv2(self.norm2(F.silu(modulate(self.conv1(self.norm1(x)), shift, scale))))
+        scale, shift = self.adaLN_modulation(c)[..., None, None].chunk(2, dim=1)
+        return x + self.conv2(self.norm2(F.silu(torch.addcmul(shift, self.conv1(self.norm1(x)), 1 + scale))))
 
 
 class Silu(DiNextV3):

@@ -38,8 +38,8 @@ Item = tuple[str, Callable[[], dict[str, Row]]]  # a name, and what measures its
 
 MATMUL, COPIED = 8192, 2**30  # rows of a square matrix; bytes
 DEPTHWISE = ((64, 1152, 16), (64, 512, 32), (64, 1024, 16), (64, 2048, 8), (64, 384, 16))  # B, D, H = W
-DENSE = ((64, 512, 32), (64, 1024, 16))
-NETWORKS, LATENT = ("DiT-XL/2", "DiNext-XL/2", "DiNext-U-XL"), 32  # H = W of what is noised
+DENSE = ((64, 512, 32), (64, 1024, 16), (64, 1152, 16))  # of DiNext-U-XL, of DiNextV3-XL/2
+NETWORKS, LATENT = ("DiT-XL/2", "DiNext-XL/2", "DiNext-U-XL", "DiNextV3-XL/2"), 32  # H = W of what is noised
 SETTING = throughput.Setting("train", "bf16", compile=True, batch_size=64)
 REPEATS = 20
 

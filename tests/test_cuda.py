@@ -137,7 +137,7 @@ def test_depthwise_convolution_and_its_gradients_are_right_in_bf16():
 @cuda
 @pytest.mark.parametrize(("name", "how", "precision", "tolerance"), [
     ("DiT-S/2", "eager", "fp32", 1e-4), ("DiT-S/2", "compiled", "bf16", 0.1), ("DiNext-S/2", "checkpointed", "tf32", 0.01),
-    ("DiNext-U-S", "compiled", "tf32", 0.01), ("DiNext-U-S", "eager", "bf16", 0.1),
+    ("DiNext-U-S", "compiled", "tf32", 0.01), ("DiNext-U-S", "eager", "bf16", 0.1), ("DiNextV3-S/2", "compiled", "bf16", 0.1),
     ("DiNextV3-S/2", "eager", "bf16", 0.1)])
 def test_a_step_of_training_is_that_of_the_cpu(name, how, precision, tolerance):
     def gradients(device, precision):
