@@ -17,7 +17,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import (
     AdaLN,
-    Attention,
+    AttentionBlock,
     DiNextV3,
     LabelEmbedder,
     ResidualBlock,
@@ -167,25 +167,18 @@ class Hybrid(ConvAdaLN):
     def __init__(self, input_size: int | tuple[int, int] = 8, in_channels: int = 8, hidden_size: int = 96, depth: int = 3,
                  num_classes: int = 10, learn_sigma: bool = False):
         super().__init__(input_size, in_channels, hidden_size, depth, num_classes, learn_sigma)
-        blocks = [block for _ in range(depth) for block in (PartsBlock(hidden_size, "gelu"), AttentionBlock(hidden_size))]
+        blocks = [block for _ in range(depth) for block in (PartsBlock(hidden_size, "gelu"), HybridAttention(hidden_size))]
         self.blocks, self.head[0] = nn.ModuleList(blocks[:-1]), nn.GELU()
         self.default_split = round(len(self.blocks) * 18 / 28)
         self.to(memory_format=torch.channels_last)
 
 
-class AttentionBlock(nn.Module):
-    """GroupNorm -> attention with heads of 32 channels -> gate, which is 0 at first: x (B, D, H, W), c (B, D) -> the same."""
+class HybridAttention(AttentionBlock):
+    """AttentionBlock with heads of 32 channels. Its gate sees c without SiLU, as c comes from Mish."""
 
     def __init__(self, width: int):
-        super().__init__()
-        self.norm = nn.GroupNorm(8, width)
-        self.attn = Attention(width, max(1, width // 32))
-        self.gate = zeros(nn.Linear(width, width))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        h = channels_last(self.norm(x))                                             # (B, H, W, D)
-        h = channels_first(self.attn(h.flatten(1, 2)).view(h.shape))                # (B, D, H, W)
-        return x + self.gate(c)[..., None, None] * h
+        super().__init__(width, max(1, width // 32))
+        self.adaLN_modulation[0] = nn.Identity()
 
 
 CANDIDATES = {f"ConvAdaLN-{part}": partial(Parts, part=part) for part in PARTS} | {

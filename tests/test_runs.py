@@ -159,13 +159,13 @@ def test_a_run_keeps_the_label_std_that_was_the_default_when_it_began(tiny_run, 
     state["spec"]["model"]["args"]["label_std"] = 0.02
     checkpoint.save(tmp_path / "results" / "r" / "checkpoints" / newest.name, state)
     monkeypatch.chdir(tmp_path)
-    flags, step = [*CONTINUED, "--max-steps", state["step"] + 1], state["step"]
+    flags = [*CONTINUED, "--max-steps", state["step"] + 1]
     given = ["--model-args", '{"hidden_size": 32, "depth": 2, "label_std": 1.0}']
     assert_one_line(run_here(train, *flags, *given), "was trained with model argument label_std 0.02, not 1.0")
     result = run_here(train, *flags)
     assert result.returncode == 0, result.stderr
     assert checkpoint.restore("results/r").spec.model.args["label_std"] == 0.02
-    assert checkpoint.resolve("results/r").name == f"{step + 1:07d}.pt"
+    assert checkpoint.resolve("results/r").name == f"{state['step'] + 1:07d}.pt"
 
 
 def test_new_runs_are_numbered_after_the_highest_run(tmp_path):
