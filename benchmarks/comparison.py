@@ -158,7 +158,7 @@ def trials(task: str, results: dict[str, dict]) -> list[Run]:
         for network in networks if lr else []:
             run = Run(task, "trial", family, network, lr, TASKS[task].seeds[0], Fraction(1))
             (finalists if network in TASKS[task].finalists else runs).append(run)
-    return sorted(whole(task, finalists, finalists) + runs, key=lambda run: run.stage == "curve")  # last
+    return whole(task, finalists, finalists) + runs
 
 
 def search(task: str, family: str, networks: list[str], results: dict[str, dict]) -> tuple[list[Run], Run | None]:
