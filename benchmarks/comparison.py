@@ -289,13 +289,13 @@ def draw_curves(panel, task: str, done: list[Run], results: dict[str, dict]) -> 
     if drawn:
         seconds = [float(share) * TASKS[task].seconds for share in (*TASKS[task].curve, 1)]
         # Limits come before the scales: matplotlib may divide by 0 for those of a single point.
-        panel.set(ylim=(min(drawn) / 1.3, max(drawn) * 1.3), xlim=(0.9 * seconds[0], 1.1 * seconds[-1]))
+        panel.set(ylim=(min(drawn) / 1.3, max(drawn) * 1.8), xlim=(0.9 * seconds[0], 1.1 * seconds[-1]))
         panel.set(xscale="log", yscale="log")
         panel.set_xticks(seconds, [f"{value:g}" for value in seconds])
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.minorticks_off()
-        panel.legend(fontsize="x-small")
+        panel.legend(fontsize="x-small", loc="upper right")
 
 
 def by_network(runs: list[Run], *stages: str) -> list[list[Run]]:
